@@ -1,0 +1,56 @@
+// Run-time choice of the instruction set.
+#include "isa.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+namespace tcam {
+namespace {
+
+bool always() { return true; }
+#ifdef TCAM_X86
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+struct Candidate {
+  InstructionSet set;
+  bool (*runs)();
+};
+
+const Candidate candidates[] = {  // best first
+#ifdef TCAM_EMULATED_ENGINE
+    {{"emulated", emulated::engine}, always},
+#endif
+#ifdef TCAM_X86
+    {{"avx512bf16", avx512bf16::engine}, has_avx512bf16},
+    {{"avx512", avx512::engine}, has_avx512},
+    {{"avx2", avx2::engine}, has_avx2},
+#endif
+    {{"portable", portable::engine}, always},
+};
+
+const InstructionSet& choose() {
+#ifdef TCAM_X86
+  __builtin_cpu_init();
+#endif
+  const char* wanted = getenv("TCAM_CPU_ISA");
+  for (const Candidate& c : candidates)
+    if (c.runs() && (!wanted || !*wanted || !strcmp(wanted, c.set.name))) return c.set;
+  for (const Candidate& c : candidates)  // the name wanted is unknown or cannot run: info.py says so
+    if (c.runs()) return c.set;
+  __builtin_unreachable();
+}
+
+}  // namespace
+
+const InstructionSet& instruction_set() {
+  static const InstructionSet& chosen = choose();
+  return chosen;
+}
+
+}  // namespace tcam

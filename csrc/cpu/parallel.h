@@ -1,0 +1,35 @@
+// Threads: a loop over independent tasks. Who runs which task never changes a result.
+#pragma once
+#include <omp.h>
+#include <pthread.h>
+
+#include <atomic>
+
+namespace tcam {
+
+// libgomp's teams do not survive fork: a child that enters one hangs. It runs serially.
+inline bool forked() {
+  static std::atomic<bool> flag{false};
+  static const bool installed = (pthread_atfork(nullptr, nullptr, [] { flag = true; }), true);
+  (void)installed;
+  return flag;
+}
+
+// f(task, thread) for task in [0, tasks), thread < threads. Only `omp parallel` is used: torch's
+// copy of libgomp, which the process shares, may be older than the compiler's.
+template <class F>
+void parallel_for(long tasks, int threads, F f) {
+  if (threads > tasks) threads = static_cast<int>(tasks);
+  if (threads <= 1 || forked()) {
+    for (long t = 0; t < tasks; ++t) f(t, 0);
+    return;
+  }
+  std::atomic<long> next{0};
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = omp_get_thread_num();
+    for (long t; (t = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(t, thread);
+  }
+}
+
+}  // namespace tcam

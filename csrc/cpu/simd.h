@@ -1,0 +1,211 @@
+// Vectors for one instruction set. Included only by voxel_core.cpp, which is compiled once
+// per set with TCAM_ISA (a namespace) and TCAM_VECTOR_BYTES. Written with the compiler's
+// vector types, so the same text lowers to SSE, AVX2, AVX-512 or NEON.
+// Nothing of the standard library's templates in here: an inline function compiled for a
+// newer instruction set could become the copy that the linker keeps for all.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)  // an asm operand that is any vector register
+#define TCAM_VECTOR_REGISTER "+v"
+#elif defined(__aarch64__)
+#define TCAM_VECTOR_REGISTER "+w"
+#else
+#define TCAM_VECTOR_REGISTER "+x"
+#endif
+
+#define TCAM_INLINE static inline __attribute__((always_inline))
+
+namespace tcam {
+namespace TCAM_ISA {
+
+typedef float VecF __attribute__((vector_size(TCAM_VECTOR_BYTES)));
+typedef double VecD __attribute__((vector_size(TCAM_VECTOR_BYTES)));
+typedef int32_t VecI __attribute__((vector_size(TCAM_VECTOR_BYTES)));
+typedef uint32_t VecU __attribute__((vector_size(TCAM_VECTOR_BYTES)));
+typedef uint16_t HalfU __attribute__((vector_size(TCAM_VECTOR_BYTES / 2)));
+
+template <class V, class T>
+TCAM_INLINE V load(const T* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V, class T>
+TCAM_INLINE void store(T* p, V v) {
+  memcpy(p, &v, sizeof v);
+}
+
+// ---- float32 arithmetic for maths/activation.h -----------------------------------------
+
+struct MathsF {
+  using V = VecF;
+  static constexpr int lanes = TCAM_VECTOR_BYTES / 4;
+  TCAM_INLINE V splat(double x) { return static_cast<float>(x) - V{}; }
+  TCAM_INLINE V select(VecI mask, V a, V b) { return mask ? a : b; }
+
+  // exp: x = n ln2 + r, |r| <= ln2/2, a degree-7 Taylor polynomial in r (error 1 ulp).
+  TCAM_INLINE V exp(V x) {
+    x = select(x > splat(88.3), splat(88.3), select(x < splat(-87.3), splat(-87.3), x));
+    const V magic = splat(12582912.0);  // 1.5 * 2^23: adding it rounds to an integer
+    const V n = (x * splat(1.4426950408889634) + magic) - magic;
+    V r = x - n * splat(0.693359375);
+    r = r - n * splat(-2.12194440e-4);
+    V p = splat(1.0 / 5040);
+    p = p * r + splat(1.0 / 720);
+    p = p * r + splat(1.0 / 120);
+    p = p * r + splat(1.0 / 24);
+    p = p * r + splat(1.0 / 6);
+    p = p * r + splat(0.5);
+    p = p * r + splat(1);
+    p = p * r + splat(1);
+    const VecI ok = x == x;  // a NaN has no integer part: leave the scale alone
+    const VecI e = __builtin_convertvector(ok ? n : V{}, VecI);
+    return p * reinterpret<V>((e + 127) << 23);
+  }
+
+  // log1p on (0, 1] (the only use: softplus). log(u) * x/(u - 1) with u = 1 + x undoes the
+  // rounding of u. log(u): u = 2^k m, m in [sqrt(1/2), sqrt(2)), series of atanh.
+  TCAM_INLINE V log1p(V x) {
+    const V u = splat(1) + x;
+    const VecI bits = reinterpret<VecI>(u) - 0x3f3504f3;
+    const V k = __builtin_convertvector(bits >> 23, V);
+    const V m = reinterpret<V>((bits & 0x007fffff) + 0x3f3504f3);
+    const V s = (m - splat(1)) / (m + splat(1)), s2 = s * s;
+    V p = splat(2.0 / 9);
+    p = p * s2 + splat(2.0 / 7);
+    p = p * s2 + splat(2.0 / 5);
+    p = p * s2 + splat(2.0 / 3);
+    const V log_u = k * splat(0.6931471805599453) + (s * s2 * p + s + s);
+    const V d = u - splat(1);
+    return select(d == splat(0), x, log_u * (x / select(d == splat(0), splat(1), d)));
+  }
+
+  // tanh: odd Taylor polynomial near 0 (no cancellation), 1 - 2/(exp(2|x|) + 1) beyond.
+  TCAM_INLINE V tanh(V x) {
+    const V a = select(x < splat(0), -x, x), x2 = x * x;
+    V p = splat(-1382.0 / 155925);
+    p = p * x2 + splat(62.0 / 2835);
+    p = p * x2 + splat(-17.0 / 315);
+    p = p * x2 + splat(2.0 / 15);
+    p = p * x2 + splat(-1.0 / 3);
+    const V near = x + x * x2 * p;
+    const V far = splat(1) - splat(2) / (exp(a + a) + splat(1));
+    return select(a < splat(0.3), near, select(x < splat(0), -far, far));
+  }
+
+  template <class To, class From>
+  TCAM_INLINE To reinterpret(From v) {
+    return (To)v;
+  }
+};
+
+// ---- float64: accuracy before speed, one libm call a lane ------------------------------
+
+struct MathsD {
+  using V = VecD;
+  static constexpr int lanes = TCAM_VECTOR_BYTES / 8;
+  typedef int64_t Mask __attribute__((vector_size(TCAM_VECTOR_BYTES)));
+  TCAM_INLINE V splat(double x) { return x - V{}; }
+  TCAM_INLINE V select(Mask mask, V a, V b) { return mask ? a : b; }
+#define TCAM_LANES(name)                                   \
+  TCAM_INLINE V name(V x) {                                \
+    V y = x;                                               \
+    for (int l = 0; l < lanes; ++l) y[l] = __builtin_##name(x[l]); \
+    return y;                                              \
+  }
+  TCAM_LANES(exp)
+  TCAM_LANES(log1p)
+  TCAM_LANES(tanh)
+#undef TCAM_LANES
+};
+
+// ---- the three number formats of the products ------------------------------------------
+// A product runs over "words": one float, one double, or a pair of bfloat16 that are
+// neighbours in the contraction. `Real` is the type of sums, biases and maps.
+
+struct F32 {
+  using Real = float;
+  using Word = float;
+  using Vec = VecF;
+  using WordVec = VecF;
+  using Arith = MathsF;
+  static constexpr int pack = 1, lanes = MathsF::lanes;
+  TCAM_INLINE Vec dot(Vec sum, WordVec a, WordVec b) { return sum + a * b; }
+  TCAM_INLINE WordVec broadcast(const Word* p) { return *p - WordVec{}; }
+  TCAM_INLINE void put(Word* row, long column, Vec v) { store(row + column, v); }
+  TCAM_INLINE Vec get(const Word* row, long column) { return load<Vec>(row + column); }
+  TCAM_INLINE Word make(const Real* v, int) { return v[0]; }
+};
+
+struct F64 {
+  using Real = double;
+  using Word = double;
+  using Vec = VecD;
+  using WordVec = VecD;
+  using Arith = MathsD;
+  static constexpr int pack = 1, lanes = MathsD::lanes;
+  TCAM_INLINE Vec dot(Vec sum, WordVec a, WordVec b) { return sum + a * b; }
+  TCAM_INLINE WordVec broadcast(const Word* p) { return *p - WordVec{}; }
+  TCAM_INLINE void put(Word* row, long column, Vec v) { store(row + column, v); }
+  TCAM_INLINE Vec get(const Word* row, long column) { return load<Vec>(row + column); }
+  TCAM_INLINE Word make(const Real* v, int) { return v[0]; }
+};
+
+#if defined(__AVX512BF16__) || defined(TCAM_EMULATE_BF16)
+#define TCAM_HAS_BF16 1
+struct BF16 {
+  using Real = float;
+  using Word = uint32_t;
+  using Vec = VecF;
+  using WordVec = VecU;
+  using Arith = MathsF;
+  static constexpr int pack = 2, lanes = MathsF::lanes;
+
+  TCAM_INLINE uint32_t round(float x) {  // to nearest even; NaN stays NaN
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    if (x != x) return (u >> 16) | 0x40;
+    return (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  }
+  TCAM_INLINE Word make(const Real* v, int n) { return round(v[0]) | (n > 1 ? round(v[1]) << 16 : 0); }
+  TCAM_INLINE WordVec broadcast(const Word* p) { return *p - WordVec{}; }
+  TCAM_INLINE Vec get(const Word* row, long column) {
+    const HalfU h = load<HalfU>(reinterpret_cast<const uint16_t*>(row) + column);
+    return (Vec)(__builtin_convertvector(h, VecU) << 16);
+  }
+  // Rows a and b of bfloat16 become one row of words (a low, b high).
+  TCAM_INLINE WordVec interleave(const Word* a, const Word* b, long column) {
+    const HalfU x = load<HalfU>(reinterpret_cast<const uint16_t*>(a) + column);
+    const HalfU y = load<HalfU>(reinterpret_cast<const uint16_t*>(b) + column);
+    return __builtin_convertvector(x, VecU) | (__builtin_convertvector(y, VecU) << 16);
+  }
+#if defined(__AVX512BF16__)
+  TCAM_INLINE Vec dot(Vec sum, WordVec a, WordVec b) {
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+  TCAM_INLINE void put(Word* row, long column, Vec v) {
+    store(reinterpret_cast<uint16_t*>(row) + column, _mm512_cvtneps_pbh((__m512)v));
+  }
+#else  // the same words by ordinary arithmetic: lets the tests run this path on any machine
+  TCAM_INLINE Vec dot(Vec sum, WordVec a, WordVec b) {
+    sum = sum + (Vec)(a << 16) * (Vec)(b << 16);
+    return sum + (Vec)(a & 0xffff0000u) * (Vec)(b & 0xffff0000u);
+  }
+  TCAM_INLINE void put(Word* row, long column, Vec v) {
+    const VecU u = (VecU)v;
+    const VecU r = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    const VecU w = (v == v) ? r : ((u >> 16) | 0x40);
+    store(reinterpret_cast<uint16_t*>(row) + column, __builtin_convertvector(w, HalfU));
+  }
+#endif
+};
+#endif
+
+}  // namespace TCAM_ISA
+}  // namespace tcam

@@ -1,0 +1,686 @@
+// The inner loops of decode_grid, compiled once per instruction set (setup.py gives TCAM_ISA,
+// TCAM_VECTOR_BYTES and the flags). See simd.h for the rules of this file.
+//
+// A tile is up to 96 voxels (rows) by one layer's width (columns). Its activations live in
+// L1/L2 with a fixed row pitch; a layer is a product of the tile with a packed matrix by a
+// register block of TCAM_ROWS x 2 vectors; the epilogue adds nothing to memory traffic that
+// the next layer would not read. Every sum runs in an order fixed by the problem alone:
+// over the contraction for a product, over voxels ascending for a gradient.
+#include "voxel_core.h"
+
+#include "../problem.h"
+#include "simd.h"
+
+namespace tcam {
+namespace TCAM_ISA {
+
+constexpr int register_rows = TCAM_VECTOR_BYTES == 64 ? 12 : 6;
+constexpr int register_vectors = 2;
+
+// ---- products --------------------------------------------------------------------------
+
+template <class N>
+struct Tile {
+  typename N::Vec v[register_rows][register_vectors];
+};
+
+template <class N>
+constexpr int columns_of() {
+  return register_vectors * N::lanes;
+}
+
+// sum[r][:] += a[r, k] * b[k, :] over `words` words of the contraction.
+template <class N, long row_pitch, long word_pitch>
+TCAM_INLINE void multiply(Tile<N>& sum, const typename N::Word* a, const typename N::Word* b, long b_pitch, long words) {
+  typedef typename N::WordVec W;
+#pragma GCC unroll 4  // fewer instructions a product: what decides when a core's front end is shared
+  for (long k = 0; k < words; ++k) {
+    W col[register_vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < register_vectors; ++v) col[v] = load<W>(b + v * N::lanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < register_rows; ++r) {
+      const W x = N::broadcast(a + r * row_pitch);
+#pragma GCC unroll 4
+      for (int v = 0; v < register_vectors; ++v) sum.v[r][v] = N::dot(sum.v[r][v], x, col[v]);
+    }
+    a += word_pitch;
+    b += b_pitch;
+  }
+}
+
+// For every register block of rows x n: start from `bias` (null: zero), multiply `a` (rows of
+// `pitch` words) by packed panels, hand the block to epilogue(tile, row, column).
+template <class N, long pitch, class Epilogue>
+TCAM_INLINE void times_packed(long rows, long words, long n, const typename N::Word* a, const void* packed,
+                              const void* bias, Epilogue epilogue) {
+  constexpr int nr = columns_of<N>();
+  const typename N::Word* panel = static_cast<const typename N::Word*>(packed);
+  for (long c = 0; c < n; c += nr, panel += words * nr)
+    for (long r = 0; r < rows; r += register_rows) {
+      Tile<N> sum;
+      typename N::Vec start[register_vectors];
+      for (int v = 0; v < register_vectors; ++v)
+        start[v] = bias ? load<typename N::Vec>(static_cast<const typename N::Real*>(bias) + c + v * N::lanes)
+                        : typename N::Vec{};
+#pragma GCC unroll 16
+      for (int i = 0; i < register_rows; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < register_vectors; ++v) sum.v[i][v] = start[v];
+      multiply<N, pitch, 1>(sum, a + r * pitch, panel, nr, words);
+      epilogue(sum, r, c);
+    }
+}
+
+// grad (n rows, grad_pitch) += delta^T h, both (words, pitch): the weight gradient of a tile.
+template <class N, long pitch>
+TCAM_INLINE void add_outer(long words, long n, long m, const typename N::Word* delta, const typename N::Word* h,
+                           typename N::Real* grad, long grad_pitch) {
+  constexpr int nr = columns_of<N>();
+  for (long c = 0; c < m; c += nr)
+    for (long r = 0; r < n; r += register_rows) {
+      typename N::Real* g = grad + r * grad_pitch + c;
+      Tile<N> sum;
+#pragma GCC unroll 16
+      for (int i = 0; i < register_rows; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < register_vectors; ++v)
+          sum.v[i][v] = load<typename N::Vec>(g + i * grad_pitch + v * N::lanes);
+      multiply<N, 1, pitch>(sum, delta + r, h + c, pitch, words);
+#pragma GCC unroll 16
+      for (int i = 0; i < register_rows; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < register_vectors; ++v) store(g + i * grad_pitch + v * N::lanes, sum.v[i][v]);
+    }
+}
+
+// The sum of a vector's lanes, by halves.
+template <class Real, int lanes>
+TCAM_INLINE Real sum_lanes(const Real* x) {
+  if constexpr (lanes == 1) {
+    return x[0];
+  } else {
+    Real half[lanes / 2];
+    for (int i = 0; i < lanes / 2; ++i) half[i] = x[i] + x[i + lanes / 2];
+    return sum_lanes<Real, lanes / 2>(half);
+  }
+}
+
+// ---- packing ---------------------------------------------------------------------------
+
+template <class N>
+static void pack_panels(const void* source, long k_stride, long n_stride, long k, long n, void* dst) {
+  typedef typename N::Real Real;
+  constexpr int nr = columns_of<N>();
+  const Real* src = static_cast<const Real*>(source);
+  typename N::Word* out = static_cast<typename N::Word*>(dst);
+  for (long c = 0; c < n; c += nr)
+    for (long kk = 0; kk < k; kk += N::pack)
+      for (int x = 0; x < nr; ++x) {
+        Real pair[2] = {0, 0};
+        for (int p = 0; p < N::pack; ++p)
+          if (kk + p < k && c + x < n) pair[p] = src[(kk + p) * k_stride + (c + x) * n_stride];
+        *out++ = N::make(pair, N::pack);
+      }
+}
+
+template <class N>
+static void pack_rows(const void* source, long rows, long n, void* dst, long dst_stride) {
+  const typename N::Real* src = static_cast<const typename N::Real*>(source);
+  typename N::Word* out = static_cast<typename N::Word*>(dst);
+  for (long r = 0; r < rows; ++r)
+    for (long w = 0; w < dst_stride; ++w) {
+      typename N::Real pair[2] = {0, 0};
+      for (int p = 0; p < N::pack; ++p)
+        if (w * N::pack + p < n) pair[p] = src[r * n + w * N::pack + p];
+      out[r * dst_stride + w] = N::make(pair, N::pack);
+    }
+}
+
+// ---- a volume's element types ----------------------------------------------------------
+
+TCAM_INLINE float half_bits_to_float(uint16_t h) {
+  const uint32_t sign = (h & 0x8000u) << 16, e = (h >> 10) & 31, m = h & 1023;
+  uint32_t u;
+  if (e == 31) {
+    u = sign | 0x7f800000u | (m << 13);
+  } else if (e) {
+    u = sign | ((e + 112) << 23) | (m << 13);
+  } else {
+    const float f = static_cast<float>(m) * 5.9604644775390625e-8f;  // 2^-24
+    memcpy(&u, &f, 4);
+    u |= sign;
+  }
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+
+TCAM_INLINE uint16_t float_to_half_bits(float x) {  // to nearest even
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  const uint16_t sign = static_cast<uint16_t>((u >> 16) & 0x8000u);
+  u &= 0x7fffffffu;
+  if (u > 0x7f800000u) return sign | 0x7e00;
+  if (u >= 0x477ff000u) return sign | 0x7c00;
+  if (u < 0x38800000u) {  // subnormal: count in units of 2^-24; the sum rounds to even
+    float f;
+    memcpy(&f, &u, 4);
+    f += 0.5f;
+    memcpy(&u, &f, 4);
+    return sign | static_cast<uint16_t>(u - 0x3f000000u);
+  }
+  u += 0xfff + ((u >> 13) & 1);
+  return sign | static_cast<uint16_t>((u - 0x38000000u) >> 13);
+}
+
+TCAM_INLINE uint16_t float_to_bfloat_bits(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  if (x != x) return static_cast<uint16_t>((u >> 16) | 0x40);
+  return static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+template <class Real>
+TCAM_INLINE void write_voxel(const Volume& v, long index, Real x) {
+  switch (v.dtype) {
+    case TCAM_F32: static_cast<float*>(v.data)[index] = static_cast<float>(x); break;
+    case TCAM_F64: static_cast<double*>(v.data)[index] = static_cast<double>(x); break;
+    case TCAM_F16: static_cast<uint16_t*>(v.data)[index] = float_to_half_bits(static_cast<float>(x)); break;
+    case TCAM_BF16: static_cast<uint16_t*>(v.data)[index] = float_to_bfloat_bits(static_cast<float>(x)); break;
+  }
+}
+
+template <class Real>
+TCAM_INLINE Real read_voxel(const Volume& v, long index) {
+  switch (v.dtype) {
+    case TCAM_F32: return static_cast<Real>(static_cast<const float*>(v.data)[index]);
+    case TCAM_F64: return static_cast<Real>(static_cast<const double*>(v.data)[index]);
+    case TCAM_F16: return static_cast<Real>(half_bits_to_float(static_cast<const uint16_t*>(v.data)[index]));
+    default: {
+      const uint32_t u = static_cast<uint32_t>(static_cast<const uint16_t*>(v.data)[index]) << 16;
+      float f;
+      memcpy(&f, &u, 4);
+      return static_cast<Real>(f);
+    }
+  }
+}
+
+// ---- the walk over voxels --------------------------------------------------------------
+
+// The voxels of a block in tiles: row offsets into the three maps and the volume.
+struct Walk {
+  const Maps& maps;
+  const Block& block;
+  long i, j, k;
+  long a[max_tile], b[max_tile], g[max_tile], out[max_tile];
+
+  __attribute__((always_inline)) Walk(const Maps& m, const Block& b0) : maps(m), block(b0), i(b0.i0), j(b0.j0), k(b0.k0) {}
+
+  __attribute__((always_inline)) int next(int tile) {
+    int n = 0;
+    for (; n < tile && i < block.i1; ++n) {
+      a[n] = (i * maps.wide + j) * maps.stride;
+      b[n] = (j * maps.deep + k) * maps.stride;
+      g[n] = (i * maps.deep + k) * maps.stride;
+      out[n] = (i * maps.wide + j) * maps.deep + k;
+      if (++k == block.k1) {
+        k = block.k0;
+        if (++j == block.j1) j = block.j0, ++i;
+      }
+    }
+    return n;
+  }
+};
+
+// Buffers of one thread. `h[l]` are the activations of layer l as words by rows; `pairs[l]`
+// the same interleaved by voxel for the weight gradient (identical when a word is one real);
+// `slope[l]` the activation's derivative where the value does not give it.
+template <class N, long pitch>
+struct Scratch {
+  typedef typename N::Word Word;
+  typedef typename N::Real Real;
+  Word *h[max_layers], *pairs[max_layers], *delta[2], *delta_pairs;
+  Real *slope[max_layers], *delta_1, *z;
+  long bytes = 0;
+
+  __attribute__((always_inline)) Scratch(const Decoder& d, bool backward, void* base) {
+    char* at = static_cast<char*>(base);
+    auto take = [&](long size) {
+      char* p = at ? at + bytes : nullptr;
+      bytes += round_up(size, 64);
+      return p;
+    };
+    const long words = max_tile * pitch * static_cast<long>(sizeof(Word));
+    const long reals = max_tile * pitch * static_cast<long>(sizeof(Real));
+    z = reinterpret_cast<Real*>(take(max_tile * max_out * static_cast<long>(sizeof(Real))));
+    for (int l = 1; l < d.layers; ++l)
+      h[l] = !backward && l > 2 ? h[l - 2] : reinterpret_cast<Word*>(take(words));
+    if (!backward) return;
+    const bool smooth = !slope_from_value(d.activation);
+    for (int l = 1; l < d.layers; ++l) {
+      pairs[l] = N::pack == 1 ? h[l] : reinterpret_cast<Word*>(take(words / N::pack));
+      slope[l] = smooth ? reinterpret_cast<Real*>(take(reals)) : nullptr;
+    }
+    delta[0] = reinterpret_cast<Word*>(take(words));
+    delta[1] = reinterpret_cast<Word*>(take(words));
+    delta_pairs = N::pack == 1 ? nullptr : reinterpret_cast<Word*>(take(words / N::pack));
+    delta_1 = reinterpret_cast<Real*>(take(reals));
+  }
+};
+
+template <class N>
+TCAM_INLINE void activate(Activation act, typename N::Vec z, typename N::Word* row, typename N::Real* slope_row, long c) {
+  typedef Maths<typename N::Arith> A;
+  const typename N::Vec y = A::value(act, z);
+  N::put(row, c, y);
+  if (slope_row) store(slope_row + c, A::slope(act, z, y));
+}
+
+// The smooth activations spill the register tile: their text is long, their cost is not here.
+template <class N, long pitch>
+__attribute__((noinline)) static void activate_tile(Activation act, const Tile<N>& t, typename N::Word* h,
+                                                    typename N::Real* slope) {
+  for (int r = 0; r < register_rows; ++r)
+    for (int v = 0; v < register_vectors; ++v)
+      activate<N>(act, t.v[r][v], h + r * pitch, slope ? slope + r * pitch : nullptr, v * N::lanes);
+}
+
+// Activations of layers 1..layers-1 for a tile of `count` voxels, rows beyond it zero.
+// With one layer, z receives the pre-activation itself.
+template <class N, long pitch>
+TCAM_INLINE void hidden_layers(const Decoder& d, const Maps& maps, const Walk& walk, long count, long rows,
+                               Scratch<N, pitch>& s, bool backward) {
+  typedef typename N::Vec Vec;
+  typedef typename N::Real Real;
+  const Real *a = static_cast<const Real*>(maps.a), *b = static_cast<const Real*>(maps.b),
+             *g = static_cast<const Real*>(maps.g);
+  if (d.layers == 1) {
+    for (long t = 0; t < count; ++t)
+      for (long c = 0; c < d.width[1]; ++c) s.z[c * max_tile + t] = a[walk.a[t] + c] + (b[walk.b[t] + c] + g[walk.g[t] + c]);
+    return;
+  }
+  const long n1 = round_up(d.width[1], columns_of<N>());
+  for (long t = 0; t < rows; ++t) {
+    typename N::Word* row = s.h[1] + t * pitch;
+    Real* slope_row = backward && s.slope[1] ? s.slope[1] + t * pitch : nullptr;
+    if (t >= count) {
+      for (long c = 0; c < n1; c += N::lanes) {
+        N::put(row, c, Vec{});
+        if (slope_row) store(slope_row + c, Vec{});
+      }
+      continue;
+    }
+    const Real *at = a + walk.a[t], *bt = b + walk.b[t], *gt = g + walk.g[t];
+    for (long c = 0; c < n1; c += N::lanes)
+      activate<N>(d.activation, load<Vec>(at + c) + (load<Vec>(bt + c) + load<Vec>(gt + c)), row, slope_row, c);
+  }
+  for (int l = 2; l < d.layers; ++l) {
+    typename N::Word* out = s.h[l];
+    Real* slope = backward ? s.slope[l] : nullptr;
+    times_packed<N, pitch>(
+        rows, (d.width[l - 1] + N::pack - 1) / N::pack, d.width[l], s.h[l - 1], d.forward[l], d.bias[l],
+        [&](const Tile<N>& t, long r, long c) __attribute__((always_inline)) {
+          // Columns are counted in reals, rows in words of `pitch`: a word row holds its reals in order.
+          if (d.activation == Activation::relu) {
+#pragma GCC unroll 16
+            for (int i = 0; i < register_rows; ++i)
+#pragma GCC unroll 4
+              for (int v = 0; v < register_vectors; ++v)
+                N::put(out + (r + i) * pitch, c + v * N::lanes, Maths<typename N::Arith>::value(Activation::relu, t.v[i][v]));
+          } else {
+            activate_tile<N, pitch>(d.activation, t, out + r * pitch + c / N::pack, slope ? slope + r * pitch + c : nullptr);
+          }
+        });
+  }
+}
+
+// z[t, o] = W_L[o, :] h[t, :] + b_L[o]: a dot product along the row, a vector of partial sums at a time.
+template <class N, long pitch>
+TCAM_INLINE void last_layer(const Decoder& d, long rows, Scratch<N, pitch>& s) {
+  typedef typename N::WordVec W;
+  constexpr int group = register_rows / 2;
+  constexpr int word_lanes = TCAM_VECTOR_BYTES / sizeof(typename N::Word);
+  const long words = round_up((d.width[d.layers - 1] + N::pack - 1) / N::pack, word_lanes);
+  const typename N::Word* h = s.h[d.layers - 1];
+  const typename N::Real* bias = static_cast<const typename N::Real*>(d.bias[d.layers]);
+  for (long o = 0; o < d.width[d.layers]; ++o) {
+    const typename N::Word* w = static_cast<const typename N::Word*>(d.last) + o * words;
+    for (long t = 0; t < rows; t += group) {
+      typename N::Vec sum[group] = {};
+      for (long k = 0; k < words; k += word_lanes) {
+        const W col = load<W>(w + k);
+#pragma GCC unroll 8
+        for (int i = 0; i < group; ++i) sum[i] = N::dot(sum[i], load<W>(h + (t + i) * pitch + k), col);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < group; ++i) {
+        typename N::Real x[N::lanes];
+        store(x, sum[i]);
+        s.z[o * max_tile + t + i] = sum_lanes<typename N::Real, N::lanes>(x) + bias[o];
+      }
+    }
+  }
+}
+
+template <class N, long pitch>
+static void forward_block(const Decoder& d, const Maps& maps, const Block& block, const Volume& out, int tile, void* scratch) {
+  typedef typename N::Real Real;
+  typedef Maths<typename N::Arith> A;
+  Scratch<N, pitch> s(d, false, scratch);
+  Walk walk(maps, block);
+  while (const int count = walk.next(tile)) {
+    const long rows = round_up(count, register_rows);
+    hidden_layers<N, pitch>(d, maps, walk, count, rows, s, false);
+    if (d.layers > 1) last_layer<N, pitch>(d, rows, s);
+    for (long o = 0; o < d.width[d.layers]; ++o) {
+      Real* z = s.z + o * max_tile;
+      for (int t = 0; t < count; t += N::lanes) store(z + t, A::output(d.output_activation, load<typename N::Vec>(z + t)));
+      for (int t = 0; t < count; ++t) write_voxel<Real>(out, o * out.channel_stride + out.offset + walk.out[t], z[t]);
+    }
+  }
+}
+
+// ---- backward --------------------------------------------------------------------------
+
+// Words of a tile interleaved by voxel, rows (2t, 2t + 1) of `rows` into row t of `pairs`.
+template <class N, long pitch>
+TCAM_INLINE void interleave_rows(long voxel_words, long n, const typename N::Word* rows, typename N::Word* pairs) {
+  if constexpr (N::pack == 2)
+    for (long t = 0; t < voxel_words; ++t)
+      for (long c = 0; c < n; c += N::lanes)
+        store(pairs + t * pitch + c, N::interleave(rows + 2 * t * pitch, rows + (2 * t + 1) * pitch, c));
+}
+
+template <class N>
+TCAM_INLINE void add_row(typename N::Real* dst, const typename N::Real* src, long n) {
+  for (long c = 0; c < n; c += N::lanes)
+    store(dst + c, load<typename N::Vec>(dst + c) + load<typename N::Vec>(src + c));
+}
+
+template <class N, long pitch>
+static void backward_block(const Decoder& d, const Maps& maps, const Block& block, const Volume& grad_out,
+                           const BlockGradients& grad, int tile, void* scratch) {
+  typedef typename N::Real Real;
+  typedef typename N::Word Word;
+  typedef typename N::Vec Vec;
+  typedef Maths<typename N::Arith> A;
+  constexpr int nr = columns_of<N>();
+  Scratch<N, pitch> s(d, true, scratch);
+  Real* sums = static_cast<Real*>(grad.decoder);
+  const int last = d.layers;
+  const long n_out = d.width[last];
+  Walk walk(maps, block);
+  while (const int count = walk.next(tile)) {
+    const long rows = round_up(count, register_rows);
+    const long voxel_words = (count + N::pack - 1) / N::pack;
+    hidden_layers<N, pitch>(d, maps, walk, count, rows, s, true);
+    if (last > 1 && d.output_activation != OutputActivation::none) last_layer<N, pitch>(d, rows, s);
+
+    // delta_L = grad_output * output'(z_L), in place of z.
+    for (long o = 0; o < n_out; ++o) {
+      Real* z = s.z + o * max_tile;
+      for (int t = 0; t < count; t += N::lanes) store(z + t, A::output_slope(d.output_activation, load<Vec>(z + t)));
+      for (int t = 0; t < count; ++t)
+        z[t] *= read_voxel<Real>(grad_out, o * grad_out.channel_stride + grad_out.offset + walk.out[t]);
+    }
+
+    if (last == 1) {
+      for (long t = 0; t < count; ++t)
+        for (long c = 0; c < maps.stride; ++c) s.delta_1[t * pitch + c] = c < n_out ? s.z[c * max_tile + t] : Real(0);
+    } else {
+      Word* delta = s.delta[last & 1];
+      for (long t = 0; t < rows; ++t) {  // as rows of words; zero beyond n_out and beyond count
+        for (long c = 0; c < round_up(n_out, nr); c += N::lanes) N::put(delta + t * pitch, c, Vec{});
+        for (long o = 0; t < count && o < n_out; o += N::pack) {
+          Real pair[2] = {s.z[o * max_tile + t], o + 1 < n_out ? s.z[(o + 1) * max_tile + t] : Real(0)};
+          delta[t * pitch + o / N::pack] = N::make(pair, N::pack);
+        }
+      }
+      if (sums) {
+        Real* bias = sums + d.grad_bias_offset[last];
+        for (long o = 0; o < n_out; ++o)
+          for (long t = 0; t < count; ++t) bias[o] += s.z[o * max_tile + t];
+        for (int l = 1; l < last; ++l)
+          interleave_rows<N, pitch>(voxel_words, round_up(d.width[l], nr), s.h[l], s.pairs[l]);
+      }
+    }
+
+    for (int l = last; l >= 2; --l) {
+      const Word* delta = s.delta[l & 1];
+      const long n = d.width[l], m = d.width[l - 1];
+      if (sums) {
+        const Word* pairs = delta;
+        if (N::pack == 2) {
+          interleave_rows<N, pitch>(voxel_words, round_up(n, nr), delta, s.delta_pairs);
+          pairs = s.delta_pairs;
+        }
+        add_outer<N, pitch>(voxel_words, n, m, pairs, s.pairs[l - 1], sums + d.grad_offset[l], round_up(m, nr));
+      }
+      Word* next = s.delta[(l - 1) & 1];
+      const Word* h = s.h[l - 1];
+      const Real* slope = s.slope[l - 1];
+      Real* bias = sums && l > 2 ? sums + d.grad_bias_offset[l - 1] : nullptr;
+      Real* first = l == 2 ? s.delta_1 : nullptr;
+      times_packed<N, pitch>(
+          rows, (n + N::pack - 1) / N::pack, m, delta, d.transposed[l], nullptr,
+          [&](const Tile<N>& t, long r, long c) __attribute__((always_inline)) {
+            Vec column[register_vectors] = {};
+            if (bias)
+              for (int v = 0; v < register_vectors; ++v) column[v] = load<Vec>(bias + c + v * N::lanes);
+#pragma GCC unroll 16
+            for (int i = 0; i < register_rows; ++i)
+#pragma GCC unroll 4
+              for (int v = 0; v < register_vectors; ++v) {
+                const long row = (r + i) * pitch, at = c + v * N::lanes;
+                const Vec k = slope ? load<Vec>(slope + row + at)
+                                    : A::slope_of_value(d.activation, N::get(h + row, at));
+                const Vec x = t.v[i][v] * k;
+                column[v] += x;
+                if (first)
+                  store(first + row + at, x);
+                else
+                  N::put(next + row, at, x);
+              }
+            if (bias)
+              for (int v = 0; v < register_vectors; ++v) store(bias + c + v * N::lanes, column[v]);
+          });
+    }
+
+    Real *da = static_cast<Real*>(grad.da), *db = static_cast<Real*>(grad.db), *dg = static_cast<Real*>(grad.dg);
+    for (long t = 0; t < count; ++t) {
+      const Real* x = s.delta_1 + t * pitch;
+      add_row<N>(da + walk.a[t], x, maps.stride);
+      add_row<N>(db + walk.b[t], x, maps.stride);
+      add_row<N>(dg + walk.g[t], x, maps.stride);
+    }
+  }
+}
+
+// ---- texels ----------------------------------------------------------------------------
+
+constexpr long texel_pitch = 272;  // 256 channels and 16 to spread cache sets
+
+template <class N>
+static void gather_texels(const typename N::Real* plane, long channels, long texels, long s, long count, long rows,
+                          typename N::Real* tile) {
+  const long padded = round_up(channels, columns_of<N>());
+  for (long t = 0; t < rows; ++t)
+    for (long c = 0; c < padded; ++c)
+      tile[t * texel_pitch + c] = t < count && c < channels ? plane[c * texels + s + t] : typename N::Real(0);
+}
+
+template <class N>
+static void project(const void* plane, long channels, long texels, long s0, long s1, const void* weights, long n, void* out,
+                    long stride, void* scratch) {
+  typedef typename N::Real Real;
+  Real* tile = static_cast<Real*>(scratch);
+  for (long s = s0; s < s1; s += max_tile) {
+    const long count = s1 - s < max_tile ? s1 - s : max_tile;
+    const long rows = round_up(count, register_rows);
+    gather_texels<N>(static_cast<const Real*>(plane), channels, texels, s, count, rows, tile);
+    times_packed<N, texel_pitch>(rows, channels, n, tile, weights, nullptr,
+                                 [&](const Tile<N>& t, long r, long c) __attribute__((always_inline)) {
+                                   for (int i = 0; i < register_rows && r + i < count; ++i)
+                                     for (int v = 0; v < register_vectors; ++v)
+                                       store(static_cast<Real*>(out) + (s + r + i) * stride + c + v * N::lanes, t.v[i][v]);
+                                 });
+  }
+}
+
+template <class N>
+static void unproject(const void* grad, long stride, const void* plane, long channels, long texels, long s0, long s1,
+                      const void* weights, long n, void* grad_plane, void* grad_weights, void* scratch) {
+  typedef typename N::Real Real;
+  constexpr int nr = columns_of<N>();
+  Real* features = static_cast<Real*>(scratch);
+  Real* delta = features + max_tile * texel_pitch;
+  for (long s = s0; s < s1; s += max_tile) {
+    const long count = s1 - s < max_tile ? s1 - s : max_tile;
+    const long rows = round_up(count, register_rows);
+    for (long t = 0; t < rows; ++t)
+      for (long c = 0; c < stride; ++c)
+        delta[t * texel_pitch + c] = t < count ? static_cast<const Real*>(grad)[(s + t) * stride + c] : Real(0);
+    if (grad_weights) {
+      gather_texels<N>(static_cast<const Real*>(plane), channels, texels, s, count, rows, features);
+      add_outer<N, texel_pitch>(count, n, channels, delta, features, static_cast<Real*>(grad_weights), round_up(channels, nr));
+    }
+    if (weights) {
+      times_packed<N, texel_pitch>(rows, n, channels, delta, weights, nullptr,
+                                   [&](const Tile<N>& t, long r, long c) __attribute__((always_inline)) {
+                                     for (int i = 0; i < register_rows; ++i)
+                                       for (int v = 0; v < register_vectors; ++v)
+                                         store(features + (r + i) * texel_pitch + c + v * N::lanes, t.v[i][v]);
+                                   });
+      for (long c = 0; c < channels; ++c)
+        for (long t = 0; t < count; ++t)
+          static_cast<Real*>(grad_plane)[c * texels + s + t] = features[t * texel_pitch + c];
+    }
+  }
+}
+
+// ---- rows of maps ----------------------------------------------------------------------
+
+template <class N>
+static void bilinear_row(const void* const src[4], const double w[4], const void* bias, void* dst, long stride) {
+  typedef typename N::Vec Vec;
+  const typename N::Real* p[4];
+  Vec k[4];
+  for (int t = 0; t < 4; ++t) {
+    p[t] = static_cast<const typename N::Real*>(src[t]);
+    k[t] = N::Arith::splat(w[t]);
+  }
+  typename N::Real* out = static_cast<typename N::Real*>(dst);
+  const typename N::Real* add = static_cast<const typename N::Real*>(bias);
+  for (long c = 0; c < stride; c += N::lanes) {
+    Vec v = add ? load<Vec>(add + c) : Vec{};
+    for (int t = 0; t < 4; ++t) v += k[t] * load<Vec>(p[t] + c);
+    store(out + c, v);
+  }
+}
+
+template <class N>
+static void add_scaled(void* dst, const void* src, double w, long n) {
+  typedef typename N::Vec Vec;
+  const Vec k = N::Arith::splat(w);
+  typename N::Real* out = static_cast<typename N::Real*>(dst);
+  const typename N::Real* in = static_cast<const typename N::Real*>(src);
+  for (long c = 0; c < n; c += N::lanes) store(out + c, load<Vec>(out + c) + k * load<Vec>(in + c));
+}
+
+template <class N>
+static double spin(long iterations, void* sink) {
+  typedef typename N::WordVec W;
+  Tile<N> sum;
+#pragma GCC unroll 16
+  for (int r = 0; r < register_rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < register_vectors; ++v) sum.v[r][v] = typename N::Vec{};
+  const W a{}, b{};
+  for (long i = 0; i < iterations; ++i) {
+    __asm__ volatile("");  // keep the loop
+#pragma GCC unroll 16
+    for (int r = 0; r < register_rows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < register_vectors; ++v) {
+        sum.v[r][v] = N::dot(sum.v[r][v], a, b);
+        __asm__ volatile("" : TCAM_VECTOR_REGISTER(sum.v[r][v]));  // each product must happen
+      }
+  }
+  typename N::Real* out = static_cast<typename N::Real*>(sink);
+#pragma GCC unroll 16
+  for (int r = 0; r < register_rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < register_vectors; ++v) store(out + (r * register_vectors + v) * N::lanes, sum.v[r][v]);
+  return 2.0 * static_cast<double>(iterations) * register_rows * register_vectors * N::lanes * N::pack;
+}
+
+// ---- the table -------------------------------------------------------------------------
+
+static bool narrow(const Decoder& d) {
+  for (int l = 1; l < d.layers; ++l)
+    if (d.width[l] > 128) return false;
+  return true;
+}
+
+template <class N>
+static long scratch_bytes(const Decoder& d, bool backward) {
+  long texels = 2 * max_tile * texel_pitch * static_cast<long>(sizeof(typename N::Real));
+  long voxels = narrow(d) ? Scratch<N, 144>(d, backward, nullptr).bytes : Scratch<N, 272>(d, backward, nullptr).bytes;
+  return texels > voxels ? texels : voxels;
+}
+template <class N>
+static void forward(const Decoder& d, const Maps& m, const Block& b, const Volume& out, int tile, void* scratch) {
+  if (narrow(d))
+    forward_block<N, 144>(d, m, b, out, tile, scratch);
+  else
+    forward_block<N, 272>(d, m, b, out, tile, scratch);
+}
+template <class N>
+static void backward(const Decoder& d, const Maps& m, const Block& b, const Volume& grad_out, const BlockGradients& g,
+                     int tile, void* scratch) {
+  if (narrow(d))
+    backward_block<N, 144>(d, m, b, grad_out, g, tile, scratch);
+  else
+    backward_block<N, 272>(d, m, b, grad_out, g, tile, scratch);
+}
+
+template <class N>
+constexpr Engine core_engine() {
+  Engine e = {};
+  e.rows = register_rows;
+  e.columns = columns_of<N>();
+  e.pack = N::pack;
+  e.word_bytes = sizeof(typename N::Word);
+  e.real_bytes = sizeof(typename N::Real);
+  e.pack_panels = pack_panels<N>;
+  e.pack_rows = pack_rows<N>;
+  e.scratch_bytes = scratch_bytes<N>;
+  e.forward = forward<N>;
+  e.backward = backward<N>;
+  e.bilinear_row = bilinear_row<N>;
+  e.add_scaled = add_scaled<N>;
+  e.spin = spin<N>;
+  return e;
+}
+
+template <class N>
+constexpr Engine full_engine() {
+  Engine e = core_engine<N>();
+  e.project = project<N>;
+  e.unproject = unproject<N>;
+  return e;
+}
+
+const Engine* engine(int kind) {
+  static constexpr Engine f32 = full_engine<F32>();
+  static constexpr Engine f64 = full_engine<F64>();
+#ifdef TCAM_HAS_BF16
+  static constexpr Engine bf16 = core_engine<BF16>();
+  if (kind == 2) return &bf16;
+#endif
+  return kind == 0 ? &f32 : kind == 1 ? &f64 : nullptr;
+}
+
+}  // namespace TCAM_ISA
+}  // namespace tcam

@@ -1,0 +1,64 @@
+"""What every test needs: the binary under test is the one these sources make; GPU tests say why they skip."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import tcam_ext
+from tcam_ext import _C
+
+ROOT = Path(__file__).resolve().parents[1]
+settings.register_profile("tcam", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tcam")
+
+
+def source_hash() -> str:
+    csrc = ROOT / "csrc"
+    digest = hashlib.sha256()
+    for path in sorted(p for p in csrc.rglob("*") if p.is_file()):
+        digest.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("TCAM_TEST_DETERMINISTIC"):  # fresh memory is filled with NaN
+        torch.use_deterministic_algorithms(True)
+    if os.environ.get("TCAM_TEST_ANY_BINARY"):  # a wheel built elsewhere
+        return
+    if _C.source_hash != source_hash():
+        pytest.exit(f"{_C.__file__} was built from other sources than csrc/; run `make build`", returncode=2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not _C.cuda_info()["built"]:
+        reason = "tcam_ext was built without CUDA"
+    elif not torch.cuda.is_available():
+        reason = "no CUDA device"
+    else:
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of torch threads; the old number comes back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def pytest_report_header() -> str:
+    return f"tcam_ext {tcam_ext.__version__}, torch {torch.__version__}, {_C.cpu_isa()}"

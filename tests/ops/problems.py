@@ -1,0 +1,138 @@
+"""Random decode_grid problems, their float64 reference, and how errors are judged (docs/performance.md, "Accuracy")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tcam_ext import reference
+from tcam_ext.activations import ACTIVATIONS, OUTPUT_ACTIVATIONS
+
+FORWARD_LIMIT = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 1e-2}
+GRADIENT_LIMIT = {"float64": 1e-11, "float32": 1e-4, "bfloat16": 1e-2}
+PIECEWISE_LINEAR = ("relu", "leaky_relu")
+
+
+@dataclass
+class Problem:
+    planes: list[Tensor]
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    size: tuple[int, int, int]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.planes, *self.weights, *(b for b in self.biases if b is not None)]
+
+    def to(self, dtype: torch.dtype, requires_grad: bool = False) -> Problem:
+        def copy(t: Tensor) -> Tensor:
+            return t.detach().to(dtype, copy=True).requires_grad_(requires_grad)
+
+        return replace(
+            self,
+            planes=[copy(t) for t in self.planes],
+            weights=[copy(t) for t in self.weights],
+            biases=[None if b is None else copy(b) for b in self.biases],
+        )
+
+    def call(self, decode: Any, **more: Any) -> Tensor:
+        return decode(self.planes, self.weights, self.biases, self.size, **{**self.options, **more})
+
+
+def make(
+    channels: int = 5,
+    texels: tuple[int, int, int] = (5, 6, 7),
+    widths: tuple[int, ...] = (16, 12, 2),
+    size: tuple[int, int, int] = (6, 7, 8),
+    batch: int = 1,
+    bias: bool = True,
+    **options: Any,
+) -> Problem:
+    """A random problem in float64 with activations of order one in every layer."""
+    h, w, d = texels
+    planes = [torch.randn(batch, channels, *s, dtype=torch.float64) for s in ((h, w), (w, d), (h, d))]
+    n = (3 * channels, *widths)
+    weights = [torch.randn(n[i + 1], n[i], dtype=torch.float64) * (2 / n[i]) ** 0.5 for i in range(len(widths))]
+    biases: list[Tensor | None] = [0.2 * torch.randn(m, dtype=torch.float64) if bias else None for m in widths]
+    return Problem(planes, weights, biases, size, options)
+
+
+@st.composite
+def problems(draw: Any, **fixed: Any) -> Problem:
+    """Shapes, widths and options at random; at least 200 voxels, so that the norm of a result means something."""
+    axis = st.integers(1, 9)
+    size = draw(st.tuples(st.integers(1, 14), st.integers(1, 14), st.integers(1, 14)).filter(lambda s: s[0] * s[1] * s[2] >= 200))
+    widths = tuple(draw(st.lists(st.integers(1, 40), max_size=4))) + (draw(st.integers(1, 5)),)
+    options = {
+        "activation": draw(st.sampled_from(sorted(ACTIVATIONS))),
+        "output_activation": draw(st.sampled_from(sorted(OUTPUT_ACTIVATIONS))),
+        "align_corners": draw(st.booleans()),
+        "padding_mode": draw(st.sampled_from(["border", "zeros"])),
+    }
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    return make(
+        channels=draw(st.integers(1, 9)),
+        texels=draw(st.tuples(axis, axis, axis)),
+        widths=widths,
+        size=size,
+        batch=draw(st.integers(1, 2)),
+        bias=draw(st.booleans()),
+        **{**options, **fixed},
+    )
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return float((got.detach().double() - want.detach()).norm() / want.detach().norm().clamp_min(1e-30))
+
+
+def gradient_error(got: list[Tensor], want: list[Tensor]) -> float:
+    """The largest relative error of a gradient. A tensor whose gradient cancels to less than a thousandth of the largest
+    one is held to that thousandth: no sum of rounded terms can do better."""
+    floor = 1e-3 * max(float(w.norm()) for w in want)
+    return max(float((g.double() - w).norm()) / max(float(w.norm()), floor, 1e-30) for g, w in zip(got, want, strict=True))
+
+
+def round_bfloat16(t: Tensor) -> Tensor:
+    return t.to(torch.bfloat16).to(t.dtype)
+
+
+def masked_reference(problem: Problem, rounding: Any = None, margin: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """The float64 volume with the slopes of relu and leaky_relu fixed to those of a mirror, and where to trust them.
+
+    The mirror rounds hidden activations and weights where the kernel rounds (``rounding``; None: nowhere). The mask returned
+    is 0 at voxels where the mirror has a pre-activation within ``margin`` of zero: there an equally good kernel may sit on
+    the other side, and no limit applies. Multiply grad_output by it.
+    """
+    act = problem.options.get("activation", "relu")
+    r = rounding or (lambda t: t)
+    leak = 0.0 if act == "relu" else 0.01
+    options = {k: v for k, v in problem.options.items() if k not in ("activation", "output_activation")}
+
+    def first(p: Problem) -> Tensor:
+        return replace(p, weights=p.weights[:1], biases=p.biases[:1], options=options).call(reference.decode_grid).movedim(1, -1)
+
+    z, mirror_z = first(problem), first(problem.to(torch.float64)).detach()
+    trusted = torch.ones(z.shape[:-1], dtype=torch.float64)
+    for w, b in zip(problem.weights[1:], problem.biases[1:], strict=True):
+        trusted *= (mirror_z.abs() > margin).all(-1)
+        mirror_h = r(ACTIVATIONS[act](mirror_z))
+        if act in PIECEWISE_LINEAR:
+            h = z * torch.where(mirror_z > 0, 1.0, leak)
+        else:
+            h = ACTIVATIONS[act](z)
+        z = torch.nn.functional.linear(h, w, b)
+        mirror_z = torch.nn.functional.linear(mirror_h, r(w.detach()), None if b is None else b.detach())
+    out_name = problem.options.get("output_activation", "none")
+    if out_name == "clamp":  # kinks at 0 and 1
+        near = torch.minimum(mirror_z.abs(), (mirror_z - 1).abs()) > margin
+        trusted *= near.all(-1)
+        inside = (mirror_z >= 0) & (mirror_z <= 1)
+        out = torch.where(inside, z, mirror_z.clamp(0, 1))
+    else:
+        out = OUTPUT_ACTIVATIONS[out_name](z)
+    return out.movedim(-1, 1), trusted.unsqueeze(1)

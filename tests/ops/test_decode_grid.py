@@ -1,0 +1,439 @@
+"""decode_grid: equality with the float64 reference, invariances of the method, and torch's contracts for an op."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import problems
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import grid_sample
+
+import tcam_ext
+from tcam_ext import _C, library, reference
+from tcam_ext.activations import ACTIVATIONS, OUTPUT_ACTIVATIONS
+
+ISAS = [isa for isa in ("portable", "avx2", "avx512", "avx512bf16")]
+OPERATING_POINT = dict(channels=42, texels=(16, 16, 16), widths=(128, 128, 128, 128, 1), size=(11, 13, 17))
+
+
+def flat_options(problem, dtype=torch.float64, compute="float64"):
+    o = {"activation": "relu", "output_activation": "none", "align_corners": False, "padding_mode": "border", **problem.options}
+    box = [x for n in problem.size for x in (0, n)]
+    return (
+        list(problem.size), box, o["activation"], o["output_activation"], o["align_corners"], o["padding_mode"], compute, dtype,
+    )  # fmt: skip
+
+
+# ---- values ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("padding_mode", ["border", "zeros"])
+def test_reference_samples_as_grid_sample_does(align_corners, padding_mode):
+    """The reference is the definition; torch's grid_sample is the definition's definition."""
+    p = problems.make(channels=3, texels=(4, 7, 5), widths=(9,), size=(6, 5, 11), align_corners=align_corners,
+                      padding_mode=padding_mode)  # fmt: skip
+    p.weights[0], p.biases[0] = torch.eye(9, dtype=torch.float64), None  # one layer, identity: the features themselves
+    axes = [(torch.arange(n, dtype=torch.float64) + 0.5) / n * 2 - 1 for n in p.size]
+    x, y, z = torch.meshgrid(*axes, indexing="ij")
+    want = [
+        grid_sample(plane, torch.stack((v, u), -1).view(1, -1, 1, 2), align_corners=align_corners, padding_mode=padding_mode)
+        .view(1, 3, *p.size)
+        for plane, (u, v) in zip(p.planes, ((x, y), (y, z), (x, z)), strict=True)
+    ]  # fmt: skip
+    torch.testing.assert_close(p.call(reference.decode_grid), torch.cat(want, 1), rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=150)
+@given(p=problems.problems(), dtype=st.sampled_from([torch.float64, torch.float32]))
+def test_equals_the_float64_reference(p, dtype):
+    name = str(dtype).removeprefix("torch.")
+    got = p.to(dtype).call(tcam_ext.decode_grid)
+    want = p.call(reference.decode_grid)
+    assert got.shape == want.shape
+    assert got.dtype == dtype
+    assert problems.relative(got, want) < problems.FORWARD_LIMIT[name]
+
+
+@settings(max_examples=150)
+@given(p=problems.problems(), dtype=st.sampled_from([torch.float64, torch.float32]))
+def test_gradients_equal_the_float64_reference(p, dtype):
+    name = str(dtype).removeprefix("torch.")
+    exact, mine = p.to(torch.float64, requires_grad=True), p.to(dtype, requires_grad=True)
+    out, trusted = problems.masked_reference(exact)
+    grad = torch.randn_like(out) * trusted
+    want = torch.autograd.grad(out, exact.tensors, grad)
+    got = torch.autograd.grad(mine.call(tcam_ext.decode_grid), mine.tensors, grad.to(dtype))
+    assert problems.gradient_error(list(got), list(want)) < problems.GRADIENT_LIMIT[name]
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+@pytest.mark.parametrize("widths", [(128, 128, 128, 128, 1), (256, 200, 16), (256, 256, 256, 256, 256, 3), (131, 17, 1)])
+def test_wide_decoders(activation, widths):
+    """The operating point, the widest decoder, and widths that no vector divides."""
+    p = problems.make(channels=42, texels=(8, 9, 10), widths=widths, size=(7, 11, 13), activation=activation)
+    exact, mine = p.to(torch.float64, requires_grad=True), p.to(torch.float32, requires_grad=True)
+    out, trusted = problems.masked_reference(exact)
+    grad = torch.randn_like(out) * trusted
+    got = mine.call(tcam_ext.decode_grid)
+    assert problems.relative(got, out) < 1e-5
+    want = torch.autograd.grad(out, exact.tensors, grad)
+    assert problems.gradient_error(list(torch.autograd.grad(got, mine.tensors, grad.float())), list(want)) < 1e-4
+
+
+def test_most_channels():
+    p = problems.make(channels=256, texels=(4, 5, 6), widths=(256, 2), size=(7, 8, 9))
+    assert problems.relative(p.to(torch.float32).call(tcam_ext.decode_grid), p.call(reference.decode_grid)) < 1e-5
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+@pytest.mark.parametrize("output_activation", sorted(OUTPUT_ACTIVATIONS))
+def test_gradcheck(activation, output_activation):
+    p = problems.make(channels=2, texels=(3, 2, 4), widths=(5, 4, 2), size=(3, 4, 3), activation=activation,
+                      output_activation=output_activation).to(torch.float64, requires_grad=True)  # fmt: skip
+
+    def f(*t):
+        return replace(p, planes=list(t[:3]), weights=list(t[3:6]), biases=list(t[6:])).call(tcam_ext.decode_grid)
+
+    assert torch.autograd.gradcheck(f, p.tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_tensors(dtype):
+    """Half inputs are widened: the error is that of rounding the inputs and the output."""
+    p = problems.make(**OPERATING_POINT).to(dtype, requires_grad=True)
+    got = p.call(tcam_ext.decode_grid)
+    assert got.dtype == dtype
+    want = p.to(torch.float64).call(reference.decode_grid)
+    assert problems.relative(got, want) < 1e-2
+    for t, g in zip(p.tensors, torch.autograd.grad(got.sum(), p.tensors), strict=True):
+        assert g.dtype == dtype
+        assert g.shape == t.shape
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_out_dtype_rounds_as_torch_does(out_dtype):
+    p = problems.make().to(torch.float32)
+    p.weights[-1] *= 100
+    full = p.call(tcam_ext.decode_grid)
+    assert torch.equal(p.call(tcam_ext.decode_grid, out_dtype=out_dtype), full.to(out_dtype))
+
+
+def test_float16_output_overflows_and_underflows_as_torch_does():
+    p = problems.make(widths=(1,), bias=False).to(torch.float32)
+    for scale in (1e-9, 1e-7, 1e-6, 1e-4, 1e4, 1e6):
+        p.weights[0] = torch.randn(1, 15) * scale
+        full = p.call(tcam_ext.decode_grid)
+        assert torch.equal(p.call(tcam_ext.decode_grid, out_dtype=torch.float16), full.half())
+
+
+@pytest.mark.parametrize("compute", [torch.float64, torch.float32, torch.float16, torch.bfloat16, "tf32"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_compute_dtype(compute, dtype):
+    p = problems.make(**OPERATING_POINT)
+    got = p.to(dtype).call(tcam_ext.decode_grid, compute_dtype=compute)
+    assert got.dtype == dtype
+    assert problems.relative(got, p.call(reference.decode_grid)) < (1e-5 if compute in (torch.float64, torch.float32, "tf32") else 1e-2)
+
+
+def test_nan_and_infinity_reach_the_output():
+    p = problems.make(output_activation="none").to(torch.float32)
+    p.planes[0][0, 0, 2, 3] = float("nan")
+    out = p.call(tcam_ext.decode_grid)
+    assert torch.equal(out.isnan(), p.call(reference.decode_grid).isnan())
+    assert out.isnan().any()
+    assert not out.isnan().all()
+
+
+# ---- invariances -----------------------------------------------------------------------
+
+
+@settings(max_examples=60)
+@given(p=problems.problems(), data=st.data())
+def test_a_box_is_the_same_part_of_the_whole_bit_for_bit(p, data):
+    p = p.to(torch.float32)
+    box = []
+    for n in p.size:
+        lo = data.draw(st.integers(0, n - 1))
+        box.append((lo, data.draw(st.integers(lo + 1, n))))
+    (x0, x1), (y0, y1), (z0, z1) = box
+    whole = p.call(tcam_ext.decode_grid)
+    assert torch.equal(p.call(tcam_ext.decode_grid, box=box), whole[:, :, x0:x1, y0:y1, z0:z1])
+
+
+def test_boxes_add_up_to_the_gradient_of_the_whole():
+    """Linearity of backward in the volume: the gradients of disjoint boxes sum to that of the whole."""
+    p = problems.make(size=(12, 10, 9)).to(torch.float64, requires_grad=True)
+    grad = torch.randn(1, 2, 12, 10, 9, dtype=torch.float64)
+    want = torch.autograd.grad(p.call(tcam_ext.decode_grid), p.tensors, grad)
+    total = [torch.zeros_like(t) for t in p.tensors]
+    for x in ((0, 5), (5, 12)):
+        for z in ((0, 1), (1, 9)):
+            part = p.call(tcam_ext.decode_grid, box=(x, (0, 10), z))
+            for t, g in zip(total, torch.autograd.grad(part, p.tensors, grad[:, :, x[0] : x[1], :, z[0] : z[1]]), strict=True):
+                t += g
+    assert problems.gradient_error(total, list(want)) < 1e-12
+
+
+@pytest.mark.parametrize("size", [(40, 24, 32), (5, 1, 700), (1, 300, 9), (900, 2, 2)])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_bits_do_not_depend_on_threads_tiles_or_runs(size, activation, threads):
+    p = problems.make(channels=6, widths=(40, 33, 2), size=size, activation=activation, batch=2).to(torch.float32)
+    options = flat_options(p, torch.float32, "float32")
+    grad = torch.randn(2, 2, *size)
+
+    def run(count, tile):
+        threads(count)
+        forward = library.decode_grid(p.planes, p.weights, p.biases, *options, tile)
+        return [forward, *library.decode_grid_backward(grad, p.planes, p.weights, p.biases, *options, True, True, tile)]
+
+    want = run(1, 0)
+    for count, tile in ((1, 0), (2, 0), (3, 0), (2, 12), (5, 36), (2, 96)):
+        for got, first in zip(run(count, tile), want, strict=True):
+            assert torch.equal(got, first), (count, tile)
+
+
+def test_batch_is_independent_objects():
+    p = problems.make(batch=3).to(torch.float32)
+    whole = p.call(tcam_ext.decode_grid)
+    for i in range(3):
+        one = replace(p, planes=[q[i : i + 1] for q in p.planes]).call(tcam_ext.decode_grid)
+        assert torch.equal(one[0], whole[i])
+
+
+def test_one_layer_is_linear_and_its_gradient_is_the_adjoint():
+    """With a single layer and no bias the decode is linear in the planes: <A x, y> = <x, A^T y>."""
+    p = problems.make(widths=(3,), bias=False, size=(9, 8, 7)).to(torch.float64, requires_grad=True)
+    q = replace(p, planes=[torch.randn_like(t) for t in p.planes])
+    both = replace(p, planes=[2 * a - 3 * b for a, b in zip(p.planes, q.planes, strict=True)])
+    ax, aq = p.call(tcam_ext.decode_grid), q.call(tcam_ext.decode_grid)
+    torch.testing.assert_close(both.call(tcam_ext.decode_grid), 2 * ax - 3 * aq, rtol=1e-11, atol=1e-11)
+    y = torch.randn_like(ax)
+    grads = torch.autograd.grad(ax, p.planes, y)
+    inner = sum(float((g * x).sum()) for g, x in zip(grads, p.planes, strict=True))
+    assert inner == pytest.approx(float((ax * y).sum()), rel=1e-12)
+
+
+def test_a_constant_volume_when_planes_and_volume_have_one_cell():
+    p = problems.make(texels=(1, 1, 1), size=(1, 1, 1))
+    whole = replace(p, size=(5, 4, 3)).call(tcam_ext.decode_grid)
+    torch.testing.assert_close(whole, p.call(tcam_ext.decode_grid).expand_as(whole), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_axes_are_in_order(axis):
+    """Flipping the planes along a coordinate flips the volume along it: no axis is swapped."""
+    p = problems.make(texels=(5, 6, 7), size=(8, 9, 10))
+    owners = {0: ((0, 2), (2, 2)), 1: ((0, 3), (1, 2)), 2: ((1, 3), (2, 3))}[axis]  # (plane, its dimension)
+    flipped = list(p.planes)
+    for plane, dim in owners:
+        flipped[plane] = flipped[plane].flip(dim)
+    want = p.call(tcam_ext.decode_grid).flip(2 + axis)
+    torch.testing.assert_close(replace(p, planes=flipped).call(tcam_ext.decode_grid), want, rtol=1e-11, atol=1e-11)
+
+
+def test_stacked_planes_and_strided_tensors():
+    stacked = torch.randn(2, 3, 4, 6, 6, requires_grad=True)
+    p = problems.make(channels=4).to(torch.float32)
+    out = tcam_ext.decode_grid(stacked, p.weights, p.biases, (5, 6, 7))
+    listed = tcam_ext.decode_grid([stacked[:, i] for i in range(3)], p.weights, p.biases, (5, 6, 7))
+    assert torch.equal(out, listed)
+    weights = [w.t().contiguous().t() for w in p.weights]
+    channels_last = [stacked[:, i].contiguous(memory_format=torch.channels_last) for i in range(3)]
+    assert torch.equal(tcam_ext.decode_grid(channels_last, weights, p.biases, np.array([5, 6, 7])), out)
+    out.sum().backward()
+    assert stacked.grad is not None
+    assert stacked.grad.shape == stacked.shape
+
+
+# ---- torch's contracts -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("widths", [(1,), (9, 3)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_opcheck(widths, bias):
+    p = problems.make(widths=widths, bias=bias).to(torch.float32)
+    options = flat_options(p, torch.float32, "float32")
+    torch.library.opcheck(library.decode_grid, (p.planes, p.weights, p.biases, *options))
+    grad = torch.randn(1, widths[-1], *p.size)
+    for wanted in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(library.decode_grid_backward, (grad, p.planes, p.weights, p.biases, *options, *wanted))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_graph_breaks(dynamic):
+    torch._dynamo.reset()
+    p = problems.make().to(torch.float32, requires_grad=True)
+
+    def f(planes, weights, biases):
+        return tcam_ext.decode_grid([2 * q for q in planes], weights, biases, p.size, activation="silu").square().sum()
+
+    eager = torch.autograd.grad(f(p.planes, p.weights, p.biases), p.tensors)
+    compiled = torch.compile(f, fullgraph=True, dynamic=dynamic)
+    got = torch.autograd.grad(compiled(p.planes, p.weights, p.biases), p.tensors)
+    for a, b in zip(got, eager, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_compiles_under_autocast_and_with_aot_eager():
+    torch._dynamo.reset()
+    p = problems.make().to(torch.float32, requires_grad=True)
+
+    def f(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return tcam_ext.decode_grid(torch.nn.functional.linear(x, w), p.weights, p.biases, p.size)
+
+    x, w = torch.randn(1, 3, 5, 6, 6), torch.eye(6, requires_grad=True)
+    assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x))
+
+
+def test_autocast_sets_the_compute_dtype_and_keeps_gradient_dtypes():
+    p = problems.make(**OPERATING_POINT).to(torch.float32, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = p.call(tcam_ext.decode_grid)
+        mixed = replace(p, planes=[q.bfloat16() for q in p.planes]).call(tcam_ext.decode_grid)
+    assert torch.equal(inside, p.call(tcam_ext.decode_grid, compute_dtype=torch.bfloat16))
+    assert mixed.dtype == torch.float32
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(inside.sum(), p.tensors))
+
+
+def test_checkpointing_gives_the_same_gradients():
+    from torch.utils.checkpoint import checkpoint
+
+    p = problems.make().to(torch.float32, requires_grad=True)
+    want = torch.autograd.grad(p.call(tcam_ext.decode_grid).square().sum(), p.tensors)
+    for reentrant in (False, True):
+        out = checkpoint(
+            lambda *t: replace(p, planes=list(t[:3]), weights=list(t[3:6]), biases=list(t[6:])).call(tcam_ext.decode_grid),
+            *p.tensors,
+            use_reentrant=reentrant,
+        )
+        if reentrant:
+            for t in p.tensors:
+                t.grad = None
+            out.square().sum().backward()
+            got = [t.grad for t in p.tensors]
+        else:
+            got = torch.autograd.grad(out.square().sum(), p.tensors)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_second_derivatives_raise_natively_and_work_in_the_reference():
+    p = problems.make(widths=(6, 2), size=(3, 4, 2), activation="tanh").to(torch.float64, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r'impl="reference"'):
+        torch.autograd.grad(p.call(tcam_ext.decode_grid).sum(), p.tensors, create_graph=True)
+
+    def f(*t):
+        return replace(p, planes=list(t[:3]), weights=list(t[3:5]), biases=list(t[5:])).call(tcam_ext.decode_grid, impl="reference")
+
+    assert torch.autograd.gradgradcheck(f, p.tensors)
+
+
+def test_forward_mode_raises_instead_of_a_zero_tangent():
+    import torch.autograd.forward_ad as fwd
+
+    p = problems.make().to(torch.float32)
+    with fwd.dual_level():
+        dual = fwd.make_dual(p.planes[0], torch.ones_like(p.planes[0]))
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            replace(p, planes=[dual, *p.planes[1:]]).call(tcam_ext.decode_grid)
+
+
+def test_a_frozen_decoder_and_frozen_planes():
+    p = problems.make().to(torch.float32, requires_grad=True)
+    full = torch.autograd.grad(p.call(tcam_ext.decode_grid).sum(), p.tensors)
+    for wanted in (p.tensors[:3], p.tensors[3:], p.tensors[3:4], p.tensors[1:2]):
+        q = p.to(torch.float32)
+        chosen = [i for i, t in enumerate(p.tensors) if any(t is x for x in wanted)]
+        for i in chosen:
+            q.tensors[i].requires_grad_(True)
+        got = torch.autograd.grad(q.call(tcam_ext.decode_grid).sum(), [q.tensors[i] for i in chosen])
+        assert all(torch.equal(g, full[i]) for g, i in zip(got, chosen, strict=True))
+
+
+def test_empty_batch_and_meta_tensors():
+    p = problems.make(batch=0).to(torch.float32, requires_grad=True)
+    out = p.call(tcam_ext.decode_grid)
+    assert out.shape == (0, 2, 6, 7, 8)
+    assert all(g.count_nonzero() == 0 for g in torch.autograd.grad(out.sum(), p.tensors))
+    meta = problems.make().to(torch.float32)
+    meta = replace(meta, planes=[q.to("meta") for q in meta.planes], weights=[w.to("meta") for w in meta.weights],
+                   biases=[b.to("meta") for b in meta.biases])  # fmt: skip
+    assert meta.call(tcam_ext.decode_grid).shape == (1, 2, 6, 7, 8)
+
+
+def test_inference_mode_and_negated_views():
+    p = problems.make().to(torch.float32)
+    with torch.inference_mode():
+        assert torch.equal(p.call(tcam_ext.decode_grid), p.call(tcam_ext.decode_grid))
+    negated = replace(p, planes=[torch._neg_view(q) for q in p.planes]).call(tcam_ext.decode_grid)
+    assert torch.equal(negated, replace(p, planes=[-q for q in p.planes]).call(tcam_ext.decode_grid))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") < 12 * 2**30, reason="needs 12 GiB of memory")
+def test_more_than_two_to_the_31_elements():
+    """2.2e9 voxels of a one-layer decoder in bfloat16: 64-bit offsets in the kernel."""
+    p = problems.make(channels=1, texels=(2, 2, 2), widths=(1,), size=(1304, 1304, 1304), bias=False).to(torch.bfloat16)
+    out = p.call(tcam_ext.decode_grid)
+    assert out.numel() > 2**31
+    corner = ((1300, 1304), (1299, 1304), (1298, 1304))
+    assert torch.equal(out[:, :, 1300:, 1299:, 1298:], p.call(tcam_ext.decode_grid, box=corner))
+
+
+# ---- instruction sets ------------------------------------------------------------------
+
+_ISA_SCRIPT = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+import problems, tcam_ext
+from tcam_ext import _C
+assert _C.cpu_isa() == {isa!r}
+torch.manual_seed(1)
+for activation in ("relu", "leaky_relu", "silu", "softplus", "tanh"):
+    for widths in ((33, 17, 2), (128, 128, 1), (160, 16), (3,)):
+        p = problems.make(channels=7, widths=widths, size=(9, 10, 11), activation=activation, output_activation="sigmoid")
+        for dtype, limit in ((torch.float32, 1e-4), (torch.float64, 1e-11)):
+            exact, mine = p.to(torch.float64, requires_grad=True), p.to(dtype, requires_grad=True)
+            out, trusted = problems.masked_reference(exact)
+            grad = torch.randn_like(out) * trusted
+            got = mine.call(tcam_ext.decode_grid)
+            assert problems.relative(got, out) < limit / 10
+            want = torch.autograd.grad(out, exact.tensors, grad)
+            got = torch.autograd.grad(got, mine.tensors, grad.to(dtype))
+            assert problems.gradient_error(list(got), list(want)) < limit
+"""
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set(isa):
+    env = {**os.environ, "TCAM_CPU_ISA": isa}
+    probe = subprocess.run([sys.executable, "-c", "import tcam_ext"], env=env, capture_output=True, text=True)
+    if "not an instruction set that this build and this machine both have" in probe.stderr:
+        pytest.skip(f"this machine or build has no {isa}")
+    script = _ISA_SCRIPT.format(tests=os.path.dirname(__file__), isa=isa)
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_forked_child_runs_serially():
+    import multiprocessing
+
+    p = problems.make(size=(20, 20, 20)).to(torch.float32)
+    want = p.call(tcam_ext.decode_grid)  # the parent has entered a parallel region
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        got = pool.apply_async(_decode_in_child, (p,)).get(timeout=60)
+    assert np.array_equal(got, want.numpy())
+
+
+def _decode_in_child(p):
+    assert _C.cpu_forked()
+    return p.call(tcam_ext.decode_grid).numpy()

@@ -1,0 +1,103 @@
+"""Bad input raises ValueError or TypeError with the argument's name, before any kernel runs."""
+
+from __future__ import annotations
+
+import problems
+import pytest
+import torch
+
+import tcam_ext
+
+P = problems.make().to(torch.float32)
+NAN = float("nan")
+
+
+def call(**change):
+    arguments = dict(planes=P.planes, weights=P.weights, biases=P.biases, size=P.size)
+    arguments.update(change)
+    return tcam_ext.decode_grid(arguments.pop("planes"), arguments.pop("weights"), arguments.pop("biases"), arguments.pop("size"), **arguments)
+
+
+CASES = [
+    (dict(planes=3), TypeError, "planes"),
+    (dict(planes=P.planes[:2]), ValueError, "planes.*three.*2"),
+    (dict(planes=torch.randn(1, 3, 5, 6, 7)), ValueError, r"planes.*\(1, 3, 5, 6, 7\)"),
+    (dict(planes=torch.randn(3, 5, 6, 6)), ValueError, "planes.*5 dimensions"),
+    (dict(planes=[P.planes[0], P.planes[0], P.planes[2]]), ValueError, r"planes\[1\]"),
+    (dict(planes=[P.planes[0][0], *P.planes[1:]]), ValueError, r"planes\[0\].*4 dimensions"),
+    (dict(planes=[P.planes[0], P.planes[1][:, :4], P.planes[2]]), ValueError, r"planes\[1\]"),
+    (dict(planes=[P.planes[0], None, P.planes[2]]), TypeError, r"planes\[1\].*NoneType"),
+    (dict(planes=[q[:, :, :0] for q in P.planes]), ValueError, "planes"),
+    (dict(planes=[P.planes[0].double(), *P.planes[1:]]), TypeError, r"planes\[1\].*float64.*float32"),
+    (dict(planes=[q.int() for q in P.planes]), TypeError, "planes.*int32"),
+    (dict(planes=[q.to_sparse() for q in P.planes]), TypeError, r"planes\[0\].*sparse"),
+    (dict(planes=[q.to("meta") for q in P.planes]), ValueError, r"weights\[0\].*meta.*cpu"),
+    (dict(weights=[P.weights[0][:, :14], *P.weights[1:]]), ValueError, r"weights\[0\].*15.*14"),
+    (dict(weights=[P.weights[0], P.weights[0], P.weights[2]]), ValueError, r"weights\[1\]"),
+    (dict(weights=[]), ValueError, "weights"),
+    (dict(weights=P.weights[0], biases=P.biases), TypeError, "weights.*sequence"),
+    (dict(weights=[w.half() for w in P.weights]), TypeError, r"weights\[0\].*float16"),
+    (dict(biases=P.biases[:2]), ValueError, "biases.*3.*2"),
+    (dict(biases=[P.biases[1], *P.biases[1:]]), ValueError, r"biases\[0\]"),
+    (dict(biases=[P.biases[0][None], *P.biases[1:]]), ValueError, r"biases\[0\].*1 dimensions"),
+    (dict(size=(4, 5)), ValueError, "size"),
+    (dict(size=7), ValueError, "size"),
+    (dict(size=(4, 5, NAN)), TypeError, r"size\[2\].*nan"),
+    (dict(size=(4, 5.0, 6)), TypeError, r"size\[1\].*5.0"),
+    (dict(size=(4, True, 6)), TypeError, r"size\[1\]"),
+    (dict(size=(4, 0, 6)), ValueError, r"size\[1\].*got 0"),
+    (dict(size=(4, 5, -6)), ValueError, r"size\[2\].*-6"),
+    (dict(size=(4, 5, 2**31)), ValueError, r"size\[2\]"),
+    (dict(box=((0, 6), (0, 7))), ValueError, "box"),
+    (dict(box=((0, 6), (0, 7), (3, 3))), ValueError, r"box\[2\].*\(3, 3\)"),
+    (dict(box=((0, 6), (0, 7), (3, 9))), ValueError, r"box\[2\].*8.*\(3, 9\)"),
+    (dict(box=((-1, 6), (0, 7), (0, 8))), ValueError, r"box\[0\]"),
+    (dict(box=((0, 6), (0, NAN), (0, 8))), TypeError, r"box\[1\]\[1\]"),
+    (dict(box=((0, 6, 1), (0, 7), (0, 8))), ValueError, r"box\[0\]"),
+    (dict(activation="gelu"), ValueError, "activation.*relu.*gelu"),
+    (dict(activation=None), ValueError, "activation"),
+    (dict(output_activation="tanh"), ValueError, "output_activation"),
+    (dict(padding_mode="reflection"), ValueError, "padding_mode"),
+    (dict(align_corners=1), TypeError, "align_corners"),
+    (dict(compute_dtype=torch.int8), TypeError, "compute_dtype"),
+    (dict(compute_dtype="float32"), TypeError, "compute_dtype"),
+    (dict(out_dtype=torch.uint8), TypeError, "out_dtype"),
+    (dict(impl="cuda"), ValueError, "impl"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "kind", "message"), CASES, ids=[f"{i}-{next(iter(c[0]))}" for i, c in enumerate(CASES)])
+def test_bad_input(change, kind, message):
+    with pytest.raises(kind, match=message):
+        call(**change)
+
+
+@pytest.mark.parametrize("change", [c[0] for c in CASES if "impl" not in c[0]], ids=[str(i) for i, c in enumerate(CASES) if "impl" not in c[0]])
+def test_the_reference_checks_the_same(change):
+    with pytest.raises((ValueError, TypeError)):
+        call(**change, impl="reference")
+
+
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        (problems.make(channels=257, widths=(4, 1)), "planes.*256.*257"),
+        (problems.make(widths=(300, 1)), r"weights\[0\].*256.*300"),
+        (problems.make(widths=(8, 17)), r"weights\[1\].*16.*17"),
+        (problems.make(widths=(4,) * 7), "weights.*6 layers.*7"),
+    ],
+)
+def test_beyond_the_kernels_limits_the_message_names_the_reference(problem, message):
+    with pytest.raises(ValueError, match=message + r'.*impl="reference"'):
+        problem.call(tcam_ext.decode_grid)
+    assert problem.call(tcam_ext.decode_grid, impl="reference").isfinite().all()
+
+
+@pytest.mark.gpu
+def test_cuda_tensors_are_refused_with_advice():
+    q = problems.make().to(torch.float32)
+    planes, weights, biases = ([t.cuda() for t in ts] for ts in (q.planes, q.weights, q.biases))
+    with pytest.raises(NotImplementedError, match=r'impl="reference"'):
+        tcam_ext.decode_grid(planes, weights, biases, q.size)
+    got = tcam_ext.decode_grid(planes, weights, biases, q.size, impl="reference")
+    torch.testing.assert_close(got.cpu(), q.call(tcam_ext.decode_grid), rtol=1e-4, atol=1e-4)
