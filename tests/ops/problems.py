@@ -122,7 +122,7 @@ def masked_reference(problem: Problem, rounding: Any = None, margin: float = 1e-
         trusted *= (mirror_z.abs() > margin).all(-1)
         mirror_h = r(ACTIVATIONS[act](mirror_z))
         if act in PIECEWISE_LINEAR:
-            h = z * torch.where(mirror_z > 0, 1.0, leak)
+            h = z * (leak + (1 - leak) * (mirror_z > 0).to(z))
         else:
             h = ACTIVATIONS[act](z)
         z = torch.nn.functional.linear(h, w, b)
