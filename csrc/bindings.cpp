@@ -4,6 +4,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <limits>
 
 #include "cpu/decode_grid.h"
@@ -138,8 +142,13 @@ void* workspace_of(const Tensor& t, int64_t bytes, DLDevice device) {
   if (t.device.type != device.type || t.device.id != device.id || t.dtype != -1)
     throw py::value_error("workspace: expected a uint8 tensor on the same device");
   if (t.count < bytes + 64) throw py::value_error("workspace: expected at least " + std::to_string(bytes + 64) + " bytes");
-  const uintptr_t at = (reinterpret_cast<uintptr_t>(t.data) + 63) & ~uintptr_t(63);
-  return reinterpret_cast<void*>(at);
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data), end = begin + static_cast<uintptr_t>(t.count);
+#ifdef __linux__  // huge pages: fewer faults on fresh memory, fewer TLB misses in the tiles
+  constexpr uintptr_t huge = uintptr_t(2) << 20;
+  const uintptr_t first = (begin + huge - 1) & ~(huge - 1), last = end & ~(huge - 1);
+  if (device.type == device_cpu && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return reinterpret_cast<void*>((begin + 63) & ~uintptr_t(63));
 }
 
 Options options(const Sizes& size, const Sizes& box, int activation, int output_activation, bool align_corners, int padding,

@@ -61,6 +61,29 @@ def _storage(compute: str) -> torch.dtype:
     return torch.float64 if compute == "float64" else torch.float32
 
 
+class _Workspaces:
+    """Keeps the last CPU workspace up to a size, so that a training loop does not fault the same pages in at every step."""
+
+    KEEP = 64 << 20  # bytes
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []
+
+    def take(self, size: int) -> Tensor:
+        try:
+            kept = self._kept.pop()  # atomic: two threads never get the same memory
+        except IndexError:
+            return torch.empty(size, dtype=torch.uint8)
+        return kept if kept.numel() >= size else torch.empty(size, dtype=torch.uint8)
+
+    def give_back(self, workspace: Tensor) -> None:
+        if workspace.numel() <= self.KEEP and not self._kept:
+            self._kept.append(workspace)
+
+
+_workspaces = _Workspaces()
+
+
 def _dense(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t.detach().to(dtype).contiguous()
 
@@ -88,8 +111,9 @@ def _decode_grid_cpu(
     b = [None if t is None else _dense(t, dtype) for t in biases]
     options = _options(size, box, activation, output_activation, align_corners, padding_mode, compute, out_dtype, tile)
     volume = torch.empty(_volume_shape(planes, weights, box), dtype=out_dtype)
-    workspace = torch.empty(_C.decode_grid_workspace(p, w, b, options, False, False, False), dtype=torch.uint8)
+    workspace = _workspaces.take(_C.decode_grid_workspace(p, w, b, options, False, False, False))
     _C.decode_grid_cpu(p, w, b, options, volume, workspace)
+    _workspaces.give_back(workspace)
     return volume
 
 
@@ -156,10 +180,9 @@ def _decode_grid_backward_cpu(
             t.zero_()
     elif grads:
         options = _options(size, box, activation, output_activation, align_corners, padding_mode, compute, out_dtype, tile)
-        workspace = torch.empty(
-            _C.decode_grid_workspace(p, w, b, options, True, grad_planes, grad_decoder), dtype=torch.uint8
-        )
+        workspace = _workspaces.take(_C.decode_grid_workspace(p, w, b, options, True, grad_planes, grad_decoder))
         _C.decode_grid_backward_cpu(grad_volume.detach().contiguous(), p, w, b, options, gp, [*gw, *gb], workspace)
+        _workspaces.give_back(workspace)
     return [t.to(planes[0].dtype) for t in grads]
 
 

@@ -1,0 +1,282 @@
+"""NIfTI volumes: read with every check that nibabel leaves to its callers, and written as a stream."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import nibabel as nib
+import numpy as np
+
+from tcam_diff.errors import UserError
+
+#: Voxels (times channels) that a file may hold unless the caller allows more: 1024^3.
+VOXEL_BUDGET = 2**30
+
+#: The types a volume can be written in. NIfTI has no float16.
+WRITE_DTYPES = ("float32", "int16", "uint16", "uint8")
+
+_CHUNK = 1 << 20
+
+
+@dataclass
+class Volume:
+    """Intensities (channels, H, W, D) in float32, in physical units, with the file's geometry."""
+
+    data: np.ndarray
+    affine: np.ndarray  # (4, 4): voxel index to millimetres
+    codes: tuple[int, int]  # qform, sform
+    units: tuple[str, str]
+    source: str = ""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.data.shape[1], self.data.shape[2], self.data.shape[3]
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        return spacing_of(self.affine)
+
+
+def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
+    x, y, z = np.sqrt((affine[:3, :3] ** 2).sum(0))
+    return float(x), float(y), float(z)
+
+
+def resized_affine(affine: np.ndarray, old: tuple[int, ...], new: tuple[int, ...]) -> np.ndarray:
+    """The affine of the same field of view with ``new`` instead of ``old`` voxels.
+
+    Voxels are cells, so (i_old + 1/2)/n_old = (i_new + 1/2)/n_new, i_old = s i_new + (s - 1)/2 with s = n_old/n_new.
+    """
+    s = np.asarray(old, float) / np.asarray(new, float)
+    step = np.eye(4)
+    step[:3, :3] = np.diag(s)
+    step[:3, 3] = (s - 1) / 2
+    return affine @ step
+
+
+# ---- reading ---------------------------------------------------------------------------
+
+
+def read_volume(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) -> Volume:
+    """Read a 3D or 4D (last axis: channels) NIfTI file.
+
+    Checks, in this order: the header (rank, sizes, voxel budget, data type), the affine, the spacing, the length and the
+    checksum of the file, the voxels. Raises UserError naming the file.
+    """
+    path = Path(path)
+    image = _open(path)
+    header = image.header
+    shape = _shape(path, header, max_voxels)
+    dtype = header.get_data_dtype()
+    if dtype.fields is not None or dtype.kind not in "iuf":
+        raise UserError(f"{path}: expected real voxels, got data type {dtype.name if dtype.fields is None else 'RGB'}")
+    affine = np.asarray(image.affine, float)
+    if not np.isfinite(affine).all():
+        raise UserError(f"{path}: the affine has NaN or infinite entries")
+    if abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+        raise UserError(f"{path}: the affine is singular: its axes do not span space")
+    zooms = np.asarray(header["pixdim"][1:4], float)
+    if not np.isfinite(zooms).all() or (zooms <= 0).any():
+        raise UserError(f"{path}: expected positive spacings, got pixdim {tuple(zooms.tolist())}")
+    for field in ("scl_slope", "scl_inter"):
+        value = float(header[field])
+        if np.isinf(value):
+            raise UserError(f"{path}: {field} is infinite")
+    expected = int(image.dataobj.offset) + int(np.prod(header.get_data_shape())) * dtype.itemsize
+    _check_length(path, expected)
+    try:
+        data = np.asarray(image.dataobj, dtype=np.float32)
+    except (OSError, EOFError, ValueError, zlib.error, MemoryError) as error:
+        raise UserError(f"{path}: the voxels cannot be read: {error}") from error
+    data = data.reshape(shape[0], shape[1], shape[2], -1)
+    data = np.ascontiguousarray(np.moveaxis(data, -1, 0))
+    if not np.isfinite(data).all():
+        bad = int(data.size - np.isfinite(data).sum())
+        raise UserError(f"{path}: {bad} of {data.size} voxels are NaN or infinite; replace them first")
+    codes = (int(header["qform_code"]), int(header["sform_code"]))
+    units = header.get_xyzt_units()
+    return Volume(data, affine, codes, (str(units[0]), str(units[1])), str(path))
+
+
+def _open(path: Path) -> Any:
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    if path.is_dir():
+        raise UserError(f"{path}: expected a NIfTI file (.nii or .nii.gz), got a folder")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path}: the file is empty")
+    try:
+        image = nib.load(path)
+    except Exception as error:  # nibabel raises many kinds for malformed headers
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: not a readable NIfTI file (.nii or .nii.gz): {text}") from error
+    if not isinstance(image, (nib.Nifti1Image, nib.Nifti2Image)):
+        raise UserError(f"{path}: expected a NIfTI file (.nii or .nii.gz), got {type(image).__name__}")
+    return image
+
+
+def _shape(path: Path, header: Any, max_voxels: int) -> tuple[int, ...]:
+    shape = tuple(int(n) for n in header.get_data_shape())
+    while len(shape) > 4 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) == 5 and shape[3] == 1:  # NIfTI vectors: (x, y, z, 1, channels)
+        shape = (*shape[:3], shape[4])
+    if len(shape) not in (3, 4):
+        raise UserError(f"{path}: expected a 3D volume, or 4D with channels last, got shape {shape}")
+    if any(n < 1 for n in shape):
+        raise UserError(f"{path}: expected at least one voxel an axis, got shape {shape}")
+    voxels = 1
+    for n in shape:
+        voxels *= n
+    if voxels > max_voxels:
+        raise UserError(f"{path}: {voxels} voxels, more than the {max_voxels} allowed (--max-voxels)")
+    return shape
+
+
+def _check_length(path: Path, expected: int) -> None:
+    """The file holds what its header promises, no more than a little beyond, and its gzip checksum is right."""
+    slack = _CHUNK
+    if path.suffix != ".gz":
+        if path.stat().st_size < expected:
+            raise UserError(f"{path}: truncated: the header promises {expected} bytes, the file has {path.stat().st_size}")
+        return
+    total = 0
+    try:
+        with gzip.open(path, "rb") as stream:
+            while piece := stream.read(_CHUNK):
+                total += len(piece)
+                if total > expected + slack:
+                    raise UserError(f"{path}: unpacks to more than the {expected} bytes that its header promises")
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: damaged gzip file: {error}") from error
+    if total < expected:
+        raise UserError(f"{path}: truncated: the header promises {expected} bytes, the file unpacks to {total}")
+
+
+# ---- writing ---------------------------------------------------------------------------
+
+
+class Quantiser:
+    """Physical intensities in [lo, hi] to a file's type: raw * slope + inter. Values outside are clamped, never wrapped."""
+
+    def __init__(self, dtype: str, lo: float, hi: float) -> None:
+        if dtype not in WRITE_DTYPES:
+            raise UserError(f"dtype: expected one of {', '.join(WRITE_DTYPES)}, got {dtype!r} (NIfTI has no float16)")
+        self.dtype = np.dtype(dtype)
+        self.slope, self.inter = 1.0, 0.0
+        if self.dtype.kind != "f":
+            limits = np.iinfo(self.dtype)
+            self.low, self.high = float(limits.min), float(limits.max)
+            # The header keeps float32: quantise with the numbers that a reader will use.
+            self.slope = float(np.float32((hi - lo) / (self.high - self.low))) if hi > lo else 1.0
+            self.inter = float(np.float32(lo - self.low * self.slope))
+
+    def __call__(self, physical: np.ndarray) -> np.ndarray:
+        if self.dtype.kind == "f":
+            return physical.astype(self.dtype)
+        raw = np.rint((physical.astype(np.float64) - self.inter) / self.slope)
+        return np.clip(raw, self.low, self.high).astype(self.dtype)
+
+
+def write_volume(
+    path: str | os.PathLike[str],
+    slabs: Iterator[np.ndarray],
+    shape: tuple[int, int, int],
+    channels: int,
+    affine: np.ndarray,
+    quantiser: Quantiser,
+    codes: tuple[int, int] = (0, 2),
+    units: tuple[str, str] = ("mm", "sec"),
+) -> None:
+    """Write slabs (channels, H, W, d) of the last axis, in order, as they come: memory holds one slab.
+
+    The file appears under its name only when it is complete. Several channels (slowest in a NIfTI file) go through an
+    uncompressed temporary file beside it.
+    """
+    path = Path(path)
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise UserError(f"{path}: expected a name ending in .nii or .nii.gz")
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent}: no such folder")
+    header = _header(path, shape, channels, affine, quantiser, codes, units)
+    with _replacing(path) as target, _stream(path, target) as out:
+        out.write(header)
+        if channels == 1:
+            for slab in slabs:
+                out.write(quantiser(slab[0]).tobytes(order="F"))
+            return
+        with tempfile.TemporaryFile(dir=path.parent) as spill:
+            plane = shape[0] * shape[1] * quantiser.dtype.itemsize
+            at = 0
+            for slab in slabs:
+                for c in range(channels):
+                    spill.seek((c * shape[2] + at) * plane)
+                    spill.write(quantiser(slab[c]).tobytes(order="F"))
+                at += slab.shape[3]
+            spill.seek(0)
+            while piece := spill.read(_CHUNK):
+                out.write(piece)
+
+
+def _header(
+    path: Path,
+    shape: tuple[int, int, int],
+    channels: int,
+    affine: np.ndarray,
+    quantiser: Quantiser,
+    codes: tuple[int, int],
+    units: tuple[str, str],
+) -> bytes:
+    if max(*shape, channels) > 32767:
+        raise UserError(f"{path}: NIfTI-1 axes end at 32767 voxels, got {shape}")
+    header = nib.Nifti1Header()
+    header.set_data_dtype(quantiser.dtype)
+    header.set_data_shape(shape if channels == 1 else (*shape, channels))
+    header.set_zooms(spacing_of(affine) if channels == 1 else (*spacing_of(affine), 1.0))
+    header.set_qform(affine, code=codes[0] or (0 if codes[1] else 1), strip_shears=True)
+    header.set_sform(affine, code=codes[1] or 2)  # always: a quaternion cannot hold shears
+    header.set_xyzt_units(units[0] if units[0] != "unknown" else "mm", units[1] if units[1] != "unknown" else "sec")
+    header.set_slope_inter(quantiser.slope, quantiser.inter)
+    header["descrip"] = b"tcam"
+    header["vox_offset"] = 352
+    header["magic"] = b"n+1"
+    return bytes(header.binaryblock) + b"\0\0\0\0"
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file beside ``path`` that takes its name when the block ends well, and vanishes when it does not."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextmanager
+def _stream(path: Path, file: IO[bytes]) -> Iterator[IO[bytes]]:
+    if path.suffix != ".gz":
+        yield file
+        return
+    with gzip.GzipFile(filename="", mode="wb", compresslevel=1, fileobj=file, mtime=0) as packed:
+        yield packed  # type: ignore[misc]
