@@ -1,0 +1,46 @@
+# make demo   one command from a fresh clone to a picture of a brain
+# make test   the whole test suite
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := train,dev
+
+.PHONY: help demo test build lint format clean bench
+help:
+	@sed -n 's/^# //p' Makefile; echo "make lint | format | build | bench | clean"
+
+# The packages, installed once; the kernels, again when a source changed.
+$(VENV)/.packages: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --progress-bar off -e '.[$(EXTRAS)]'
+	touch $@
+
+$(VENV)/.built: $(VENV)/.packages setup.py $(shell find csrc -type f)
+	$(BIN)/python -m pip install --quiet --no-deps -e .
+	touch $@
+
+build: $(VENV)/.built
+
+demo: build
+	$(BIN)/python -m tcam_diff.demo
+
+test: build
+	$(BIN)/python -m pytest
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+bench: build
+	$(BIN)/python benchmarks/bench_decode_grid.py
+
+clean:
+	rm -rf build dist *.egg-info tcam_ext/*.so demo

@@ -1,0 +1,256 @@
+"""decode_grid against its rivals, on the same inputs, in one run.
+
+    python benchmarks/bench_decode_grid.py                 64^3, 96^3, 128^3, three decoders
+    python benchmarks/bench_decode_grid.py --large         256^3, 512^3 forward, 512^3 forward+backward
+    python benchmarks/bench_decode_grid.py --scaling       time over size and width, with log-log fits
+
+TCAM_CPU_ISA=avx2 (avx512, portable) restricts the kernels. --json FILE keeps the figures for make_tables.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import tcam_ext
+from tcam_ext.reference import linear_taps, sample_plane
+
+
+@dataclass
+class Decoder:
+    name: str
+    channels: int
+    widths: tuple[int, ...]
+    activation: str
+
+
+DECODERS = {
+    "tcam": Decoder("operating point", 42, (128, 128, 128, 128, 1), "relu"),
+    "nfd": Decoder("NFD-like", 32, (128, 128, 1), "relu"),
+    "eg3d": Decoder("EG3D-like", 32, (64, 4), "softplus"),
+}
+PLANE = 64
+CHUNK = 8  # slices of x that the naive decode takes at a time
+
+
+class Case:
+    def __init__(self, decoder: Decoder, size: int) -> None:
+        torch.manual_seed(0)
+        self.decoder, self.size = decoder, size
+        n = (3 * decoder.channels, *decoder.widths)
+        self.planes = [torch.randn(1, decoder.channels, PLANE, PLANE).requires_grad_() for _ in range(3)]
+        self.weights = [(torch.randn(n[i + 1], n[i]) * (2 / n[i]) ** 0.5).requires_grad_() for i in range(len(n) - 1)]
+        self.biases = [(0.1 * torch.randn(m)).requires_grad_() for m in n[1:]]
+        self.inputs = [*self.planes, *self.weights, *self.biases]
+        self.act = tcam_ext.activations.ACTIVATIONS[decoder.activation]
+        self.coordinates = (torch.arange(size) + 0.5) / size * 2 - 1
+        self.compiled: Callable[..., Tensor] | None = None
+
+    @property
+    def hidden_flop(self) -> float:
+        """Of the products between hidden layers, forward."""
+        w = self.decoder.widths
+        return 2.0 * self.size**3 * sum(w[i] * w[i + 1] for i in range(len(w) - 2))
+
+    # ---- the rivals --------------------------------------------------------------------
+
+    def mlp(self, h: Tensor, first: int, dtype: torch.dtype) -> Tensor:
+        for i in range(first, len(self.weights)):
+            if i:
+                h = self.act(h)
+            h = F.linear(h, self.weights[i].to(dtype), self.biases[i].to(dtype))
+        return torch.sigmoid(h.float())
+
+    def naive_chunk(self, x0: int, dtype: torch.dtype) -> Tensor:
+        u = self.coordinates
+        x, y, z = torch.meshgrid(u[x0 : x0 + CHUNK], u, u, indexing="ij")
+        features = []
+        for plane, (rows, columns) in zip(self.planes, ((x, y), (y, z), (x, z)), strict=True):
+            grid = torch.stack((columns, rows), -1).view(1, 1, -1, 2)
+            features.append(F.grid_sample(plane, grid, align_corners=False, padding_mode="border")[0, :, 0].t())
+        return self.mlp(torch.cat(features, -1).to(dtype), 0, dtype)
+
+    def factored_chunk(self, x0: int) -> Tensor:
+        taps = [linear_taps(lo, hi, self.size, PLANE, False, "border")
+                for lo, hi in ((x0, min(x0 + CHUNK, self.size)), (0, self.size), (0, self.size))]  # fmt: skip
+        maps = []
+        for plane, w, (a, b) in zip(self.planes, self.weights[0].split(self.decoder.channels, 1), ((0, 1), (1, 2), (0, 2)), strict=True):
+            projected = F.linear(plane.movedim(1, -1), w).movedim(-1, 1)
+            maps.append(sample_plane(projected, taps[a], taps[b])[0].movedim(0, -1))
+        h = maps[0].unsqueeze(2) + (maps[1].unsqueeze(0) + maps[2].unsqueeze(1)) + self.biases[0]
+        return self.mlp(h.view(-1, h.shape[-1]), 1, torch.float32)
+
+    def chunked(self, chunk: Callable[[int], Tensor], backward: bool) -> list[Tensor]:
+        """All chunks; with backward, each chunk's graph is freed before the next one is built."""
+        out = torch.empty(self.size**3, self.decoder.widths[-1])
+        grads = [torch.zeros_like(t) for t in self.inputs] if backward else []
+        step = self.size**2
+        with torch.set_grad_enabled(backward):
+            for x0 in range(0, self.size, CHUNK):
+                part = chunk(x0)
+                at = slice(x0 * step, x0 * step + part.shape[0])
+                out[at] = part.detach()
+                if backward:
+                    for g, t in zip(grads, torch.autograd.grad(part, self.inputs, self.grad_rows[at]), strict=True):
+                        g += t
+        return [out, *grads]
+
+    def ours(self, compute: torch.dtype, backward: bool) -> list[Tensor]:
+        with torch.set_grad_enabled(backward):
+            out = tcam_ext.decode_grid(
+                self.planes, self.weights, self.biases, (self.size,) * 3, activation=self.decoder.activation,
+                output_activation="sigmoid", compute_dtype=compute,
+            )  # fmt: skip
+            return [out.detach(), *(torch.autograd.grad(out, self.inputs, self.grad) if backward else ())]
+
+    def rivals(self, backward: bool, names: list[str]) -> dict[str, Callable[[], list[Tensor]]]:
+        if backward:
+            self.grad = torch.randn(1, self.decoder.widths[-1], *(self.size,) * 3)
+            self.grad_rows = self.grad.view(self.decoder.widths[-1], -1).t().contiguous()
+        if "naive compiled" in names and self.compiled is None:
+            torch._dynamo.reset()
+            self.compiled = torch.compile(self.naive_chunk, fullgraph=True)
+        everyone: dict[str, Callable[[], list[Tensor]]] = {
+            "naive float32": lambda: self.chunked(lambda x: self.naive_chunk(x, torch.float32), backward),
+            "naive compiled": lambda: self.chunked(lambda x: self.compiled(x, torch.float32), backward),  # type: ignore[misc]
+            "naive bfloat16 MLP": lambda: self.chunked(lambda x: self.naive_chunk(x, torch.bfloat16), backward),
+            "factored PyTorch float32": lambda: self.chunked(self.factored_chunk, backward),
+            "ours float32": lambda: self.ours(torch.float32, backward),
+            "ours bfloat16": lambda: self.ours(torch.bfloat16, backward),
+        }
+        return {n: everyone[n] for n in names}
+
+
+RIVALS = ["naive float32", "naive compiled", "naive bfloat16 MLP", "factored PyTorch float32", "ours float32", "ours bfloat16"]
+
+
+def finish(r: harness.Row, case: Case, backward: bool, peak: dict[str, float]) -> harness.Row:
+    """The products of the hidden layers: one pass forward, three more backward (recomputed, delta, weights)."""
+    if case.hidden_flop:
+        r.gflops = case.hidden_flop * (4 if backward else 1) / r.seconds / 1e9
+        if r.rival.startswith("ours"):
+            kind = "bfloat16" if r.rival == "ours bfloat16" and peak["bfloat16"] else "float32"
+            r.of_peak = r.gflops / peak[kind]
+    return r
+
+
+def compare(cases: list[str], sizes: list[int], names: list[str], repeats: int, peak: dict[str, float]) -> list[harness.Row]:
+    rows = []
+    for key in cases:
+        for size in sizes:
+            case = Case(DECODERS[key], size)
+            for backward in (False, True):
+                runs = case.rivals(backward, names)
+                what = "forward+backward" if backward else "forward"
+                times = harness.interleave(runs, repeats)
+                base = statistics.median(times["naive float32"]) if "naive float32" in times else None
+                for name, t in times.items():
+                    r = finish(harness.row(case.decoder.name, size, what, name, t), case, backward, peak)
+                    r.ratio = base / r.seconds if base else None
+                    r.memory_mb = round(harness.peak_memory(runs[name]), 1)
+                    rows.append(r)
+                    print(harness.line(r), flush=True)
+    return rows
+
+
+def large(peak: dict[str, float]) -> list[harness.Row]:
+    rows = []
+    small = Case(DECODERS["tcam"], 96)
+    naive = {b: statistics.median(harness.measure(small.rivals(b, ["naive float32"])["naive float32"], 3)) for b in (False, True)}
+    for size, backward in ((256, False), (512, False), (512, True)):
+        case = Case(DECODERS["tcam"], size)
+        what = "forward+backward" if backward else "forward"
+        scaled = naive[backward] * (size / 96) ** 3
+        rows.append(harness.row(case.decoder.name, size, what, "naive float32", [scaled]))
+        rows[-1].extrapolated, rows[-1].ratio = True, 1.0
+        print(harness.line(rows[-1]), flush=True)
+        for name in ("ours float32", "ours bfloat16") if peak["bfloat16"] else ("ours float32",):
+            run = case.rivals(backward, [name])[name]
+            kept: list[Any] = []
+
+            def once(run: Callable[[], Any] = run, kept: list[Any] = kept) -> Any:
+                times = harness.time.perf_counter()
+                out = run()
+                kept.append(harness.time.perf_counter() - times)
+                return out
+
+            memory = harness.peak_memory(once)
+            r = finish(harness.row(case.decoder.name, size, what, name, kept), case, backward, peak)
+            r.ratio, r.memory_mb = scaled / r.seconds, round(memory, 1)
+            rows.append(r)
+            print(harness.line(r), flush=True)
+    return rows
+
+
+def slope(x: list[float], y: list[float]) -> float:
+    """Least squares of log y over log x."""
+    a, b = [math.log(v) for v in x], [math.log(v) for v in y]
+    ma, mb = sum(a) / len(a), sum(b) / len(b)
+    return sum((p - ma) * (q - mb) for p, q in zip(a, b, strict=True)) / sum((p - ma) ** 2 for p in a)
+
+
+def scaling(repeats: int, peak: dict[str, float]) -> tuple[list[harness.Row], dict[str, float]]:
+    rows, fits = [], {}
+    sizes, widths = (32, 48, 64, 96, 128, 192), (32, 64, 96, 128, 192, 256)
+    for backward in (False, True):
+        what = "forward+backward" if backward else "forward"
+        seconds = []
+        for size in sizes:
+            case = Case(DECODERS["tcam"], size)
+            run = case.rivals(backward, ["ours float32"])["ours float32"]
+            rows.append(finish(harness.row("size", size, what, "ours float32", harness.measure(run, repeats, 60)), case, backward, peak))
+            seconds.append(rows[-1].seconds)
+            print(harness.line(rows[-1]), flush=True)
+        fits[f"{what}: exponent of the number of voxels, 32^3 to 192^3"] = slope([float(s) ** 3 for s in sizes], seconds)
+        seconds = []
+        for width in widths:
+            case = Case(Decoder(f"width {width}", 42, (width,) * 4 + (1,), "relu"), 64)
+            run = case.rivals(backward, ["ours float32"])["ours float32"]
+            rows.append(finish(harness.row(f"width {width}", 64, what, "ours float32", harness.measure(run, repeats, 60)), case, backward, peak))
+            seconds.append(rows[-1].seconds)
+            print(harness.line(rows[-1]), flush=True)
+        fits[f"{what}: exponent of the hidden layers' products, widths 32 to 256"] = slope([float(w) ** 2 for w in widths], seconds)
+    for name, value in fits.items():
+        print(f"{name}: {value:.3f}")
+    return rows, fits
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=sorted(DECODERS), default=["tcam", "nfd", "eg3d"])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[64, 96, 128])
+    parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=RIVALS)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--large", action="store_true", help="256^3 and 512^3 instead; naive rows extrapolated from 96^3")
+    parser.add_argument("--scaling", action="store_true", help="time over size and width instead")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    a = parser.parse_args()
+    environment = harness.environment()
+    for key, value in environment.items():
+        print(f"# {key}: {value}")
+    peak = harness.fma_peak()
+    print("# FMA peak of registers: " + ", ".join(f"{k} {v:.0f} GFLOP/s" for k, v in peak.items() if v))
+    print(harness.HEADER)
+    fits: dict[str, float] = {}
+    if a.large:
+        rows = large(peak)
+    elif a.scaling:
+        rows, fits = scaling(a.repeats, peak)
+    else:
+        rows = compare(a.cases, a.sizes, a.rivals, a.repeats, peak)
+    if a.json:
+        harness.write_json(a.json, rows, fma_peak_gflops=peak, fits=fits, load_before=environment["load_before"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3 @@
+from tcam_diff.cli import main
+
+main()

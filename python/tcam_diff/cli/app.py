@@ -1,0 +1,36 @@
+"""The commands of ``tcam``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import tcam_ext
+from tcam_diff.cli import compare, decode, fit
+
+app = typer.Typer(
+    help="Triplane autodecoding of 3D medical volumes (TCAM-Diff).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("fit")(fit.fit)
+app.command("decode")(decode.decode)
+app.command("compare")(compare.compare)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"tcam {tcam_ext.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass

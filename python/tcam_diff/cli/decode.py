@@ -1,0 +1,55 @@
+"""``tcam decode``: fitted planes become a NIfTI volume of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from tcam_diff.autodecoder import artefact
+from tcam_diff.data.nifti import Quantiser, resized_affine, write_volume
+from tcam_diff.errors import UserError
+
+console = Console()
+
+
+def decode(
+    folder: Annotated[Path, typer.Argument(help="A folder that `tcam fit` wrote.")],
+    out: Annotated[Path, typer.Option("--out", help="The volume to write (.nii or .nii.gz).")],
+    size: Annotated[
+        tuple[int, int, int] | None, typer.Option(help="Voxels along the file's axes; default: those of the volume fitted.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32, int16, uint16 or uint8 (integers with scl_slope and scl_inter).")
+    ] = "float32",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Decode FOLDER to a NIfTI file with the field of view of the original, a slab at a time."""
+    fitted = artefact.load(folder)
+    decode_to_file(fitted, out, size or fitted.meta.shape, dtype, quiet)
+    console.print(f"{out}: {' x '.join(map(str, size or fitted.meta.shape))}, {dtype}", highlight=False)
+
+
+def decode_to_file(
+    fitted: artefact.FittedVolume, out: Path, size: tuple[int, int, int], dtype: str = "float32", quiet: bool = False
+) -> None:
+    if min(size) < 1:
+        raise UserError(f"--size: expected three positive numbers, got {size}")
+    meta = fitted.meta
+    quantiser = Quantiser(dtype, min(lo for lo, _ in meta.intensity), max(hi for _, hi in meta.intensity))
+    affine = resized_affine(np.asarray(meta.affine), meta.shape, size)
+    with Progress(console=console, disable=quiet or not console.is_terminal) as progress:
+        task = progress.add_task("decoding", total=size[2])
+
+        def slabs() -> Iterator[np.ndarray]:
+            for slab in fitted.decode(size):
+                yield slab
+                progress.advance(task, slab.shape[3])
+
+        codes, units = (meta.codes[0], meta.codes[1]), (meta.units[0], meta.units[1])
+        write_volume(out, slabs(), size, meta.channels, affine, quantiser, codes, units)

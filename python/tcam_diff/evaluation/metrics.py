@@ -1,0 +1,63 @@
+"""MSE, PSNR and 3D SSIM of volumes in [0, 1] (algorithm.md 5.2)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03
+
+
+def mse(a: Tensor, b: Tensor) -> float:
+    """Mean squared error over all voxels, summed in float64."""
+    return float((a.double() - b.double()).square().mean())
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """10 log10(1 / MSE) in dB, for a data range of 1."""
+    error = mse(a, b)
+    return math.inf if error == 0 else -10 * math.log10(error)
+
+
+def ssim3d(a: Tensor, b: Tensor, slab: int = 32) -> float:
+    """Mean structural similarity (Wang 2004) of two volumes (channels, H, W, D) with data range 1.
+
+    Gaussian window 11^3 with sigma 1.5, K1 = 0.01, K2 = 0.03, windows inside the volume only: MONAI's SSIMMetric, with the
+    window as three 1D passes and in slabs of x, so that memory stays flat. An axis shorter than the window raises ValueError.
+    """
+    if a.shape != b.shape or a.dim() != 4:
+        raise ValueError(f"a, b: expected equal shapes (channels, H, W, D), got {tuple(a.shape)} and {tuple(b.shape)}")
+    if min(a.shape[1:]) < WINDOW:
+        raise ValueError(f"a, b: SSIM needs at least {WINDOW} voxels an axis, got {tuple(a.shape[1:])}")
+    x = torch.arange(WINDOW, dtype=torch.float32) - (WINDOW - 1) / 2
+    kernel = torch.exp(-x.square() / (2 * SIGMA**2))
+    kernel = kernel / kernel.sum()
+    total, count = 0.0, 0
+    rows = a.shape[1] - WINDOW + 1
+    for start in range(0, rows, slab):
+        stop = min(start + slab, rows)
+        part = _ssim_map(a[:, start : stop + WINDOW - 1].float(), b[:, start : stop + WINDOW - 1].float(), kernel)
+        total += float(part.double().sum())
+        count += part.numel()
+    return total / count
+
+
+def _ssim_map(a: Tensor, b: Tensor, kernel: Tensor) -> Tensor:
+    def blur(v: Tensor) -> Tensor:
+        v = v.unsqueeze(1)  # channels as a batch
+        for axis in range(3):
+            shape = [1, 1, 1, 1, 1]
+            shape[2 + axis] = WINDOW
+            v = F.conv3d(v, kernel.view(shape))
+        return v
+
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b = blur(a * a) - mean_a.square(), blur(b * b) - mean_b.square()
+    covariance = blur(a * b) - mean_a * mean_b
+    c1, c2 = K1**2, K2**2
+    return ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)) / (
+        (mean_a.square() + mean_b.square() + c1) * (var_a + var_b + c2)
+    )

@@ -1,0 +1,70 @@
+"""A picture of two volumes: three orthogonal slices of A, of B and of their difference."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import matplotlib
+import nibabel as nib
+import numpy as np
+
+from tcam_diff.data.nifti import spacing_of
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+
+def canonical(volume: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, tuple[float, float, float]]:
+    """(H, W, D) with axes reordered and flipped to right, anterior, superior; and the spacings along them."""
+    orientation = nib.io_orientation(affine)
+    spacing = np.asarray(spacing_of(affine))
+    order = np.argsort(orientation[:, 0])
+    x, y, z = spacing[order]
+    return nib.apply_orientation(volume, orientation), (float(x), float(y), float(z))
+
+
+def compare_picture(
+    path: str | os.PathLike[str], a: np.ndarray, b: np.ndarray, affine: np.ndarray, names: tuple[str, str], caption: str
+) -> None:
+    """Write a PNG. a, b: (H, W, D) in [0, 1]; slices through the centre, anatomical directions up to the rotation of an
+    oblique affine, voxels in their true proportions."""
+    path = Path(path)
+    a, spacing = canonical(a, affine)
+    b, _ = canonical(b, affine)
+    middle = [n // 2 for n in a.shape]
+    views = (  # (title, slice, horizontal axis, vertical axis)
+        ("sagittal", lambda v: v[middle[0], :, :], 1, 2),
+        ("coronal", lambda v: v[:, middle[1], :], 0, 2),
+        ("axial", lambda v: v[:, :, middle[2]], 0, 1),
+    )
+    difference = b - a
+    limit = max(float(np.percentile(np.abs(difference), 99.9)), 1e-3)
+    figure, axes = plt.subplots(3, 3, figsize=(10.5, 10.5), facecolor="white", layout="constrained")
+    for row, (title, cut, horizontal, vertical) in enumerate(views):
+        for column, (volume, colours, low, high) in enumerate(
+            ((a, "gray", 0, 1), (b, "gray", 0, 1), (difference, "RdBu_r", -limit, limit))
+        ):
+            axis = axes[row, column]
+            shown = axis.imshow(
+                cut(volume).T,
+                origin="lower",
+                cmap=colours,
+                vmin=low,
+                vmax=high,
+                aspect=spacing[vertical] / spacing[horizontal],
+                interpolation="nearest",
+            )
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if column == 0:
+                axis.set_ylabel(title)
+            if row == 0:
+                axis.set_title((*names, "difference")[column], fontsize=11)
+            if row == 2:
+                figure.colorbar(shown, ax=axes[:, column], orientation="horizontal", shrink=0.8, pad=0.02)
+    figure.suptitle(caption, fontsize=12)
+    temporary = path.with_name(f".{path.name}.part")
+    figure.savefig(temporary, dpi=110, format="png")
+    plt.close(figure)
+    os.replace(temporary, path)
