@@ -45,7 +45,12 @@ def find_nvcc():
         say("CUDA kernels left out (TCAM_CUDA=off)")
         return None
     homes = [os.environ[v] for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
-    candidates = [os.environ.get("CUDACXX"), *(f"{h}/bin/nvcc" for h in homes), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    candidates = [
+        os.environ.get("CUDACXX"),
+        *(f"{h}/bin/nvcc" for h in homes),
+        shutil.which("nvcc"),
+        "/usr/local/cuda/bin/nvcc",
+    ]
     for path in candidates:
         if path and os.access(path, os.X_OK):
             return path
@@ -120,7 +125,7 @@ class NinjaBuild(build_ext):
         flags = ["-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp -DNDEBUG -Wall -Wextra -Wno-psabi"]
         flags += ["-DTCAM_X86=1"] if X86 else []
         flags += [os.environ.get("CXXFLAGS", "")]
-        defines = [f'-DTCAM_VERSION=\'"{self.distribution.get_version()}"\' -DTCAM_SOURCE_HASH=\'"{source_hash()}"\'']
+        defines = [f"-DTCAM_VERSION='\"{self.distribution.get_version()}\"' -DTCAM_SOURCE_HASH='\"{source_hash()}\"'"]
         edges, objects = [], []
 
         def compile_cpp(source, stem, extra):
@@ -134,7 +139,11 @@ class NinjaBuild(build_ext):
             say(f"CUDA kernels with {nvcc} for {arch_names}")
             defines.append(f"-DTCAM_WITH_CUDA=1 -DTCAM_CUDA_ARCHITECTURES='\"{arch_names}\"'")
             ccbin = ["-ccbin=" + shlex.quote(os.environ["CUDAHOSTCXX"])] if os.environ.get("CUDAHOSTCXX") else []
-            nvcc_flags = [*ccbin, "-std=c++17 -O3 -lineinfo -Xcompiler=-fPIC,-fvisibility=hidden", *arch_flags]
+            nvcc_flags = [
+                *ccbin,
+                "-std=c++17 -O3 -lineinfo -Xcompiler=-fPIC,-fvisibility=hidden",
+                *arch_flags,
+            ]
             rules.append(
                 f"rule nvcc\n  command = {shlex.quote(nvcc)} {' '.join(nvcc_flags)} -MD -MT $out -MF $out.d -c $in -o $out"
                 "\n  depfile = $out.d\n  deps = gcc"
@@ -149,7 +158,12 @@ class NinjaBuild(build_ext):
         compile_cpp(CSRC / "cpu" / "isa.cpp", "isa", [])
         for isa, (vector_bytes, isa_flags) in INSTRUCTION_SETS.items():
             # -ffp-contract=fast fuses a*b + c; no other liberty with floating point is taken.
-            extra = [isa_flags, "-ffp-contract=fast", f"-DTCAM_ISA={isa}", f"-DTCAM_VECTOR_BYTES={vector_bytes}"]
+            extra = [
+                isa_flags,
+                "-ffp-contract=fast",
+                f"-DTCAM_ISA={isa}",
+                f"-DTCAM_VECTOR_BYTES={vector_bytes}",
+            ]
             compile_cpp(CSRC / "cpu" / "voxel_core.cpp", f"voxel_core.{isa}", extra)
         rules.append(f"rule link\n  command = $cxx -shared $in -o $out {' '.join(link)}")
         text = ["ninja_required_version = 1.5", f"cxx = {os.environ.get('CXX', 'c++')}", *rules, *edges]

@@ -84,7 +84,12 @@ class Case:
         taps = [linear_taps(lo, hi, self.size, PLANE, False, "border")
                 for lo, hi in ((x0, min(x0 + CHUNK, self.size)), (0, self.size), (0, self.size))]  # fmt: skip
         maps = []
-        for plane, w, (a, b) in zip(self.planes, self.weights[0].split(self.decoder.channels, 1), ((0, 1), (1, 2), (0, 2)), strict=True):
+        for plane, w, (a, b) in zip(
+            self.planes,
+            self.weights[0].split(self.decoder.channels, 1),
+            ((0, 1), (1, 2), (0, 2)),
+            strict=True,
+        ):
             projected = F.linear(plane.movedim(1, -1), w).movedim(-1, 1)
             maps.append(sample_plane(projected, taps[a], taps[b])[0].movedim(0, -1))
         h = maps[0].unsqueeze(2) + (maps[1].unsqueeze(0) + maps[2].unsqueeze(1)) + self.biases[0]
@@ -131,7 +136,14 @@ class Case:
         return {n: everyone[n] for n in names}
 
 
-RIVALS = ["naive float32", "naive compiled", "naive bfloat16 MLP", "factored PyTorch float32", "ours float32", "ours bfloat16"]
+RIVALS = [
+    "naive float32",
+    "naive compiled",
+    "naive bfloat16 MLP",
+    "factored PyTorch float32",
+    "ours float32",
+    "ours bfloat16",
+]
 
 
 def finish(r: harness.Row, case: Case, backward: bool, peak: dict[str, float]) -> harness.Row:
@@ -166,7 +178,9 @@ def compare(cases: list[str], sizes: list[int], names: list[str], repeats: int, 
 def large(peak: dict[str, float]) -> list[harness.Row]:
     rows = []
     small = Case(DECODERS["tcam"], 96)
-    naive = {b: statistics.median(harness.measure(small.rivals(b, ["naive float32"])["naive float32"], 3)) for b in (False, True)}
+    naive = {
+        b: statistics.median(harness.measure(small.rivals(b, ["naive float32"])["naive float32"], 3)) for b in (False, True)
+    }
     for size, backward in ((256, False), (512, False), (512, True)):
         case = Case(DECODERS["tcam"], size)
         what = "forward+backward" if backward else "forward"
@@ -208,7 +222,14 @@ def scaling(repeats: int, peak: dict[str, float]) -> tuple[list[harness.Row], di
         for size in sizes:
             case = Case(DECODERS["tcam"], size)
             run = case.rivals(backward, ["ours float32"])["ours float32"]
-            rows.append(finish(harness.row("size", size, what, "ours float32", harness.measure(run, repeats, 60)), case, backward, peak))
+            rows.append(
+                finish(
+                    harness.row("size", size, what, "ours float32", harness.measure(run, repeats, 60)),
+                    case,
+                    backward,
+                    peak,
+                )
+            )
             seconds.append(rows[-1].seconds)
             print(harness.line(rows[-1]), flush=True)
         fits[f"{what}: exponent of the number of voxels, 32^3 to 192^3"] = slope([float(s) ** 3 for s in sizes], seconds)
@@ -216,10 +237,19 @@ def scaling(repeats: int, peak: dict[str, float]) -> tuple[list[harness.Row], di
         for width in widths:
             case = Case(Decoder(f"width {width}", 42, (width,) * 4 + (1,), "relu"), 64)
             run = case.rivals(backward, ["ours float32"])["ours float32"]
-            rows.append(finish(harness.row(f"width {width}", 64, what, "ours float32", harness.measure(run, repeats, 60)), case, backward, peak))
+            rows.append(
+                finish(
+                    harness.row(f"width {width}", 64, what, "ours float32", harness.measure(run, repeats, 60)),
+                    case,
+                    backward,
+                    peak,
+                )
+            )
             seconds.append(rows[-1].seconds)
             print(harness.line(rows[-1]), flush=True)
-        fits[f"{what}: exponent of the hidden layers' products, widths 32 to 256"] = slope([float(w) ** 2 for w in widths], seconds)
+        fits[f"{what}: exponent of the hidden layers' products, widths 32 to 256"] = slope(
+            [float(w) ** 2 for w in widths], seconds
+        )
     for name, value in fits.items():
         print(f"{name}: {value:.3f}")
     return rows, fits

@@ -28,15 +28,15 @@ def environment() -> dict[str, Any]:
         done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
         return done.stdout.strip()
 
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "unknown")
-    family = [
-        line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith(("cpu family", "model\t"))
-    ][:2]
+    facts = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
+    cpu = {key.strip(): value.strip() for key, value in reversed(facts)}
+    name = f"{cpu.get('model name', 'unknown')} (family {cpu.get('cpu family')}, model {cpu.get('model')})"
     return {
         "command": " ".join(["python", *map(shlex.quote, (os.path.relpath(sys.argv[0]), *sys.argv[1:]))]),
-        "commit": run("git", "rev-parse", "--short", "HEAD") + ("+changes" if run("git", "status", "--porcelain", "..") else ""),
+        "commit": run("git", "rev-parse", "--short", "HEAD")
+        + ("+changes" if run("git", "status", "--porcelain", "..") else ""),
         "date": time.strftime("%Y-%m-%d"),
-        "cpu": f"{cpu} (family {family[0]}, model {family[1]})" if len(family) == 2 else cpu,
+        "cpu": name,
         "threads": torch.get_num_threads(),
         "isa": _C.cpu_isa(),
         "bf16_instructions": _C.cpu_has_bf16(),
@@ -117,7 +117,7 @@ def peak_memory(run: Callable[[], Any]) -> float:
 
 
 def _status(field: str) -> float:
-    line = next(x for x in open("/proc/self/status") if x.startswith(field))
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
     return float(line.split()[1]) / 1024
 
 

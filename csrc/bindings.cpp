@@ -86,7 +86,8 @@ struct DecodeGrid {
       const std::string name = "weights[" + std::to_string(l) + "]";
       weights.emplace_back(weights_in[l], name);
       if (weights[l].shape.size() != 2) throw py::value_error(name + ": expected 2 dimensions");
-      const int64_t n = weights[l].shape[0], most = l + 1 == weights_in.size() ? int64_t(TCAM_MAX_OUT) : int64_t(TCAM_MAX_WIDTH);
+      const int64_t n = weights[l].shape[0],
+                    most = l + 1 == weights_in.size() ? int64_t(TCAM_MAX_OUT) : int64_t(TCAM_MAX_WIDTH);
       if (n < 1 || n > most) throw py::value_error(name + ": expected 1 to " + std::to_string(most) + " rows");
       weights[l].expect(name, {n, problem.width[l]}, dtype, device);
       problem.width[l + 1] = n;
@@ -112,9 +113,11 @@ struct DecodeGrid {
     }
     if (batch == 0) empty = true;
     if (o.activation < 0 || o.activation >= hidden_count) throw py::value_error("activation: out of range");
-    if (o.output_activation < 0 || o.output_activation >= output_count) throw py::value_error("output_activation: out of range");
+    if (o.output_activation < 0 || o.output_activation >= output_count)
+      throw py::value_error("output_activation: out of range");
     if (o.padding != TCAM_PAD_BORDER && o.padding != TCAM_PAD_ZEROS) throw py::value_error("padding: out of range");
-    if (o.compute != dtype && !(o.compute == TCAM_BF16 && dtype == TCAM_F32)) throw py::value_error("compute: does not fit the tensors' dtype");
+    if (o.compute != dtype && !(o.compute == TCAM_BF16 && dtype == TCAM_F32))
+      throw py::value_error("compute: does not fit the tensors' dtype");
     if (o.out_dtype < TCAM_F32 || o.out_dtype > TCAM_BF16) throw py::value_error("out_dtype: out of range");
     problem.activation = o.activation;
     problem.output_activation = o.output_activation;
@@ -174,7 +177,8 @@ void decode_grid_cpu(const py::list& planes, const py::list& weights, const py::
   if (call.empty) return;
   void* scratch = workspace_of(ws, tcam_decode_grid_cpu_workspace(&call.problem, 0), call.device);
   py::gil_scoped_release release;
-  tcam_decode_grid_cpu(&call.problem, call.plane_data.data(), call.weight_data.data(), call.bias_data.data(), out.data, scratch);
+  tcam_decode_grid_cpu(&call.problem, call.plane_data.data(), call.weight_data.data(), call.bias_data.data(), out.data,
+                       scratch);
 }
 
 // grad_planes: 3 tensors or none; grad_decoder: weights then biases (None where there is no bias), or none.
@@ -239,8 +243,8 @@ void resample_plane(py::handle plane, py::handle out, bool align_corners, int pa
   int status;
   {
     py::gil_scoped_release release;
-    status = tcam_resample_plane_cuda(p.data, p.shape[0], p.shape[1], c, v.shape[0], v.shape[1], align_corners, padding, p.dtype,
-                                      v.data, p.device.id, stream);
+    status = tcam_resample_plane_cuda(p.data, p.shape[0], p.shape[1], c, v.shape[0], v.shape[1], align_corners, padding,
+                                      p.dtype, v.data, p.device.id, stream);
   }
   if (status) throw std::runtime_error(std::string("tcam_ext: CUDA: ") + tcam_cuda_error(status));
 #else
@@ -276,7 +280,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = __VERSION__;
   m.attr("activations") = names(activation_names);
   m.attr("output_activations") = names(output_activation_names);
-  m.def("bind", [](py::object tensor, py::object parameter) { TensorApi::get().bind(std::move(tensor), std::move(parameter)); });
+  m.def("bind",
+        [](py::object tensor, py::object parameter) { TensorApi::get().bind(std::move(tensor), std::move(parameter)); });
   m.def("cpu_isa", &tcam_cpu_isa);
   m.def("cpu_has_bf16", [] { return tcam_cpu_has_bf16() != 0; });
   m.def("cpu_forked", [] { return tcam_cpu_forked() != 0; });

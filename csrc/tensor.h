@@ -127,7 +127,8 @@ struct Tensor {
   void expect(const std::string& name, const std::vector<int64_t>& want, int want_dtype, DLDevice want_device) const {
     if (shape != want) throw py::value_error(name + ": expected shape " + text(want) + ", got " + text(shape));
     if (dtype != want_dtype)
-      throw py::type_error(name + ": expected " + dtype_name(want_dtype) + ", got " + (dtype < 0 ? "uint8" : dtype_name(dtype)));
+      throw py::type_error(name + ": expected " + dtype_name(want_dtype) + ", got " +
+                           (dtype < 0 ? "uint8" : dtype_name(dtype)));
     if (device.type != want_device.type || device.id != want_device.id)
       throw py::value_error(name + ": expected all tensors on one device");
   }

@@ -43,7 +43,8 @@ def _import() -> ModuleType:
                 path = Path(entry or ".").resolve() / "tcam_ext" / f"_C{suffix}"
                 if path.parent != here and path.is_file():
                     spec = importlib.util.spec_from_file_location(_NAME, path)
-                    assert spec is not None and spec.loader is not None
+                    assert spec is not None
+                    assert spec.loader is not None
                     module = importlib.util.module_from_spec(spec)
                     sys.modules[_NAME] = module
                     spec.loader.exec_module(module)

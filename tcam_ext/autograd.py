@@ -21,11 +21,15 @@ class DecodeGrid(torch.autograd.Function):
         return library.decode_grid(list(tensors[:3]), list(tensors[3 : 3 + layers]), list(tensors[3 + layers :]), *options)
 
     @staticmethod
-    def backward(ctx: Any, grad_volume: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_volume: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():  # create_graph=True: without this, second derivatives would silently be missing
             raise RuntimeError('decode_grid: the native kernel has no second derivative; impl="reference" has')
         tensors, layers = ctx.saved_tensors, ctx.layers
-        planes, weights, biases = list(tensors[:3]), list(tensors[3 : 3 + layers]), list(tensors[3 + layers :])
+        planes, weights, biases = (
+            list(tensors[:3]),
+            list(tensors[3 : 3 + layers]),
+            list(tensors[3 + layers :]),
+        )
         needs = ctx.needs_input_grad[2:]
         grad_planes, grad_decoder = any(needs[:3]), any(needs[3:])
         found = iter(

@@ -56,7 +56,11 @@ def decode_grid(
     dtype = checked_planes[0].dtype
     if dtype not in DTYPES:
         raise TypeError(f"planes: expected float32, float64, float16 or bfloat16, got {dtype}")
-    for name, tensors in (("planes", checked_planes), ("weights", checked_weights), ("biases", checked_biases)):
+    for name, tensors in (
+        ("planes", checked_planes),
+        ("weights", checked_weights),
+        ("biases", checked_biases),
+    ):
         for i, t in enumerate(tensors):
             if t is None:
                 continue

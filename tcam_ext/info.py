@@ -27,7 +27,12 @@ def lines() -> list[tuple[str, str]]:
     if cuda["error"]:
         out.append(("CUDA devices", f"none usable: {cuda['error']}"))
         if cuda["driver"] and cuda["driver"] < cuda["runtime"]:
-            out.append(("", "the driver is older than the CUDA this build was made with: update it, or build with an older nvcc"))
+            out.append(
+                (
+                    "",
+                    "the driver is older than the CUDA this build was made with: update it, or build with an older nvcc",
+                )
+            )
     elif not cuda["devices"] or not torch.cuda.is_available():
         out.append(("CUDA devices", str(cuda["devices"])))
     else:

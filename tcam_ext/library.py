@@ -16,7 +16,8 @@ _OPTIONS = (
 )
 _PT2 = (torch.Tag.pt2_compliant_tag,)
 _library.define(
-    f"decode_grid(Tensor[] planes, Tensor[] weights, Tensor?[] biases, {_OPTIONS}, int tile=0) -> Tensor", tags=_PT2
+    f"decode_grid(Tensor[] planes, Tensor[] weights, Tensor?[] biases, {_OPTIONS}, int tile=0) -> Tensor",
+    tags=_PT2,
 )
 _library.define(
     f"decode_grid_backward(Tensor grad_volume, Tensor[] planes, Tensor[] weights, Tensor?[] biases, {_OPTIONS}, "

@@ -51,8 +51,6 @@ class TriplaneDecoder(nn.Module):
         sizes = (3 * channels, *widths, out_channels)
         for i in range(len(sizes) - 1):
             linear = nn.Linear(sizes[i], sizes[i + 1], bias=bias, device=device, dtype=dtype)
-            if activation in ("relu", "leaky_relu") and i < len(sizes) - 2:
-                nn.init.kaiming_uniform_(linear.weight, nonlinearity="relu")
             self.add_module(str(2 * i), linear)
 
     def layers(self) -> list[nn.Linear]:

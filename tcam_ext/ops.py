@@ -88,7 +88,17 @@ def decode_grid(
             out_dtype=out_dtype,
         )
     call = checks.decode_grid(
-        planes, weights, biases, size, box, activation, output_activation, align_corners, padding_mode, compute_dtype, out_dtype
+        planes,
+        weights,
+        biases,
+        size,
+        box,
+        activation,
+        output_activation,
+        align_corners,
+        padding_mode,
+        compute_dtype,
+        out_dtype,
     )
     checks.native_limits(call)
     (x0, x1), (y0, y1), (z0, z1) = call.box

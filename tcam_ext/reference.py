@@ -66,7 +66,17 @@ def decode_grid(
 ) -> Tensor:
     """:func:`tcam_ext.decode_grid` in plain PyTorch. Interpolation is in float32 or better, the MLP in ``compute_dtype``."""
     call = checks.decode_grid(
-        planes, weights, biases, size, box, activation, output_activation, align_corners, padding_mode, compute_dtype, out_dtype
+        planes,
+        weights,
+        biases,
+        size,
+        box,
+        activation,
+        output_activation,
+        align_corners,
+        padding_mode,
+        compute_dtype,
+        out_dtype,
     )
     storage = torch.float64 if call.compute == "float64" else torch.float32
     compute = {"tf32": torch.float32}.get(call.compute) or getattr(torch, call.compute)

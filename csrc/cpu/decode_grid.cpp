@@ -23,8 +23,8 @@
 namespace tcam {
 namespace {
 
-constexpr long max_parts_bytes = 32l << 20;  // of a slab's maps and gradient parts
-constexpr long texel_chunks = 16;            // per plane in unproject: fixed, so that sums have one order
+constexpr long max_parts_bytes = 32l << 20;           // of a slab's maps and gradient parts
+constexpr long texel_chunks = 16;                     // per plane in unproject: fixed, so that sums have one order
 constexpr int forward_tile = 48, backward_tile = 96;  // measured: docs/performance.md
 
 // Takes aligned pieces from one allocation; with a null base it only measures.
@@ -73,7 +73,9 @@ struct Plan {
   Plan(const tcam_decode_grid& problem, bool back, void* workspace)
       : p(problem),
         backward(back),
-        core(*pick(problem.compute == TCAM_BF16 ? 2 : problem.dtype == TCAM_F64 ? 1 : 0)),
+        core(*pick(problem.compute == TCAM_BF16 ? 2
+                   : problem.dtype == TCAM_F64  ? 1
+                                                : 0)),
         real(*pick(problem.dtype == TCAM_F64 ? 1 : 0)) {
     for (int d = 0; d < 3; ++d) n[d] = p.hi[d] - p.lo[d];
     const long h = p.planes[0], w = p.planes[1], dp = p.planes[2];
@@ -229,7 +231,8 @@ class Run {
                           i0 * w.n[1] * w.n[2]};
         parallel_for(w.blocks, w.threads, [&](long task, int thread) {
           const long kc = task % w.k_chunks, jc = task / w.k_chunks;
-          const BlockGradients grads = {w.da + w.map_bytes(kc * w.slab * w.n[1]), w.db, w.dg + w.map_bytes(jc * w.slab * w.n[2]),
+          const BlockGradients grads = {w.da + w.map_bytes(kc * w.slab * w.n[1]), w.db,
+                                        w.dg + w.map_bytes(jc * w.slab * w.n[2]),
                                         p.grad_decoder ? w.sums + task * w.block_sums * w.core.real_bytes : nullptr};
           w.core.backward(w.decoder, maps, block(task, ni), v, grads, w.tile, w.scratch[thread]);
         });
@@ -276,7 +279,8 @@ class Run {
       w.real.project(plane(planes, q, object), w.c, w.texels[q], s.lo, s.hi, w.project_weights[q], w.n1, w.projected[q],
                      w.stride, w.scratch[thread]);
     });
-    parallel_for(w.n[1], w.threads, [&](long j, int) { map_row(1, taps[1][j], taps[2], nullptr, w.b + w.map_bytes(j * w.n[2])); });
+    parallel_for(w.n[1], w.threads,
+                 [&](long j, int) { map_row(1, taps[1][j], taps[2], nullptr, w.b + w.map_bytes(j * w.n[2])); });
   }
 
   // One row of a map: plane q at tap t of its rows, at every tap of its columns.
@@ -307,8 +311,7 @@ class Run {
     auto combine = [&](char* parts, long count, long columns, long x, char* rows, char* bias_rows) {
       for (long i = 0; i < ni; ++i) {
         Real* total = reals(parts) + (i * columns + x) * w.stride;
-        for (long q = 1; q < count; ++q)
-          w.real.add_scaled(total, total + q * w.slab * columns * w.stride, 1.0, w.stride);
+        for (long q = 1; q < count; ++q) w.real.add_scaled(total, total + q * w.slab * columns * w.stride, 1.0, w.stride);
         const Taps& t = taps[0][i0 + i];
         w.real.add_scaled(reals(rows) + (t.lo * columns + x) * w.stride, total, t.w_lo, w.stride);
         w.real.add_scaled(reals(rows) + (t.hi * columns + x) * w.stride, total, t.w_hi, w.stride);
@@ -328,7 +331,8 @@ class Run {
     zero(out, w.map_bytes(rows * m));
     parallel_for(rows, w.threads, [&](long u, int) {
       for (size_t x = 0; x < columns.size(); ++x) {
-        const Real* src = reinterpret_cast<const Real*>(map) + (u * static_cast<long>(columns.size()) + static_cast<long>(x)) * w.stride;
+        const Real* src =
+            reinterpret_cast<const Real*>(map) + (u * static_cast<long>(columns.size()) + static_cast<long>(x)) * w.stride;
         const Taps& t = columns[x];
         w.real.add_scaled(reals(out) + (u * m + t.lo) * w.stride, src, t.w_lo, w.stride);
         w.real.add_scaled(reals(out) + (u * m + t.hi) * w.stride, src, t.w_hi, w.stride);

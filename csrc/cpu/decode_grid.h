@@ -24,9 +24,9 @@ void tcam_decode_grid_backward_cpu(const tcam_decode_grid* problem, const void* 
 void tcam_resample_plane_cpu(const void* plane, int64_t m0, int64_t m1, int64_t channels, int64_t n0, int64_t n1,
                              int align_corners, int padding, int dtype, int threads, void* out);
 
-const char* tcam_cpu_isa(void);           // the instruction set chosen; TCAM_CPU_ISA overrides
-int tcam_cpu_has_bf16(void);              // 1 where bfloat16 products run on bfloat16 instructions
-int tcam_cpu_forked(void);                // 1 in a forked child, which runs serially
+const char* tcam_cpu_isa(void);                                     // the instruction set chosen; TCAM_CPU_ISA overrides
+int tcam_cpu_has_bf16(void);                                        // 1 where bfloat16 products run on bfloat16 instructions
+int tcam_cpu_forked(void);                                          // 1 in a forked child, which runs serially
 double tcam_cpu_peak_flops(int kind, double seconds, int threads);  // measured; kind 0 f32, 1 f64, 2 bf16
 
 #ifdef __cplusplus

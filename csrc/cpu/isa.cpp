@@ -22,7 +22,8 @@ struct Candidate {
   bool (*runs)();
 };
 
-const Candidate candidates[] = {  // best first
+const Candidate candidates[] = {
+    // best first
 #ifdef TCAM_EMULATED_ENGINE
     {{"emulated", emulated::engine}, always},
 #endif

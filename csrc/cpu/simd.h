@@ -11,7 +11,9 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__AVX512F__)  // an asm operand that is any vector register
+#if defined(TCAM_EMULATE_BF16)  // vectors wider than the machine's live in memory
+#define TCAM_VECTOR_REGISTER "+m"
+#elif defined(__AVX512F__)  // an asm operand that is any vector register
 #define TCAM_VECTOR_REGISTER "+v"
 #elif defined(__aarch64__)
 #define TCAM_VECTOR_REGISTER "+w"
@@ -113,11 +115,11 @@ struct MathsD {
   typedef int64_t Mask __attribute__((vector_size(TCAM_VECTOR_BYTES)));
   TCAM_INLINE V splat(double x) { return x - V{}; }
   TCAM_INLINE V select(Mask mask, V a, V b) { return mask ? a : b; }
-#define TCAM_LANES(name)                                   \
-  TCAM_INLINE V name(V x) {                                \
-    V y = x;                                               \
+#define TCAM_LANES(name)                                           \
+  TCAM_INLINE V name(V x) {                                        \
+    V y = x;                                                       \
     for (int l = 0; l < lanes; ++l) y[l] = __builtin_##name(x[l]); \
-    return y;                                              \
+    return y;                                                      \
   }
   TCAM_LANES(exp)
   TCAM_LANES(log1p)
@@ -186,9 +188,7 @@ struct BF16 {
     return __builtin_convertvector(x, VecU) | (__builtin_convertvector(y, VecU) << 16);
   }
 #if defined(__AVX512BF16__)
-  TCAM_INLINE Vec dot(Vec sum, WordVec a, WordVec b) {
-    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-  }
+  TCAM_INLINE Vec dot(Vec sum, WordVec a, WordVec b) { return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
   TCAM_INLINE void put(Word* row, long column, Vec v) {
     store(reinterpret_cast<uint16_t*>(row) + column, _mm512_cvtneps_pbh((__m512)v));
   }

@@ -52,8 +52,8 @@ TCAM_INLINE void multiply(Tile<N>& sum, const typename N::Word* a, const typenam
 // For every register block of rows x n: start from `bias` (null: zero), multiply `a` (rows of
 // `pitch` words) by packed panels, hand the block to epilogue(tile, row, column).
 template <class N, long pitch, class Epilogue>
-TCAM_INLINE void times_packed(long rows, long words, long n, const typename N::Word* a, const void* packed,
-                              const void* bias, Epilogue epilogue) {
+TCAM_INLINE void times_packed(long rows, long words, long n, const typename N::Word* a, const void* packed, const void* bias,
+                              Epilogue epilogue) {
   constexpr int nr = columns_of<N>();
   const typename N::Word* panel = static_cast<const typename N::Word*>(packed);
   for (long c = 0; c < n; c += nr, panel += words * nr)
@@ -61,8 +61,8 @@ TCAM_INLINE void times_packed(long rows, long words, long n, const typename N::W
       Tile<N> sum;
       typename N::Vec start[register_vectors];
       for (int v = 0; v < register_vectors; ++v)
-        start[v] = bias ? load<typename N::Vec>(static_cast<const typename N::Real*>(bias) + c + v * N::lanes)
-                        : typename N::Vec{};
+        start[v] =
+            bias ? load<typename N::Vec>(static_cast<const typename N::Real*>(bias) + c + v * N::lanes) : typename N::Vec{};
 #pragma GCC unroll 16
       for (int i = 0; i < register_rows; ++i)
 #pragma GCC unroll 4
@@ -84,8 +84,7 @@ TCAM_INLINE void add_outer(long words, long n, long m, const typename N::Word* d
 #pragma GCC unroll 16
       for (int i = 0; i < register_rows; ++i)
 #pragma GCC unroll 4
-        for (int v = 0; v < register_vectors; ++v)
-          sum.v[i][v] = load<typename N::Vec>(g + i * grad_pitch + v * N::lanes);
+        for (int v = 0; v < register_vectors; ++v) sum.v[i][v] = load<typename N::Vec>(g + i * grad_pitch + v * N::lanes);
       multiply<N, 1, pitch>(sum, delta + r, h + c, pitch, words);
 #pragma GCC unroll 16
       for (int i = 0; i < register_rows; ++i)
@@ -254,8 +253,7 @@ struct Scratch {
     const long words = max_tile * pitch * static_cast<long>(sizeof(Word));
     const long reals = max_tile * pitch * static_cast<long>(sizeof(Real));
     z = reinterpret_cast<Real*>(take(max_tile * max_out * static_cast<long>(sizeof(Real))));
-    for (int l = 1; l < d.layers; ++l)
-      h[l] = !backward && l > 2 ? h[l - 2] : reinterpret_cast<Word*>(take(words));
+    for (int l = 1; l < d.layers; ++l) h[l] = !backward && l > 2 ? h[l - 2] : reinterpret_cast<Word*>(take(words));
     if (!backward) return;
     const bool smooth = !slope_from_value(d.activation);
     for (int l = 1; l < d.layers; ++l) {
@@ -394,8 +392,7 @@ TCAM_INLINE void interleave_rows(long voxel_words, long n, const typename N::Wor
 
 template <class N>
 TCAM_INLINE void add_row(typename N::Real* dst, const typename N::Real* src, long n) {
-  for (long c = 0; c < n; c += N::lanes)
-    store(dst + c, load<typename N::Vec>(dst + c) + load<typename N::Vec>(src + c));
+  for (long c = 0; c < n; c += N::lanes) store(dst + c, load<typename N::Vec>(dst + c) + load<typename N::Vec>(src + c));
 }
 
 template <class N, long pitch>
@@ -441,8 +438,7 @@ static void backward_block(const Decoder& d, const Maps& maps, const Block& bloc
         Real* bias = sums + d.grad_bias_offset[last];
         for (long o = 0; o < n_out; ++o)
           for (long t = 0; t < count; ++t) bias[o] += s.z[o * max_tile + t];
-        for (int l = 1; l < last; ++l)
-          interleave_rows<N, pitch>(voxel_words, round_up(d.width[l], nr), s.h[l], s.pairs[l]);
+        for (int l = 1; l < last; ++l) interleave_rows<N, pitch>(voxel_words, round_up(d.width[l], nr), s.h[l], s.pairs[l]);
       }
     }
 
@@ -462,29 +458,28 @@ static void backward_block(const Decoder& d, const Maps& maps, const Block& bloc
       const Real* slope = s.slope[l - 1];
       Real* bias = sums && l > 2 ? sums + d.grad_bias_offset[l - 1] : nullptr;
       Real* first = l == 2 ? s.delta_1 : nullptr;
-      times_packed<N, pitch>(
-          rows, (n + N::pack - 1) / N::pack, m, delta, d.transposed[l], nullptr,
-          [&](const Tile<N>& t, long r, long c) __attribute__((always_inline)) {
-            Vec column[register_vectors] = {};
-            if (bias)
-              for (int v = 0; v < register_vectors; ++v) column[v] = load<Vec>(bias + c + v * N::lanes);
+      times_packed<N, pitch>(rows, (n + N::pack - 1) / N::pack, m, delta, d.transposed[l], nullptr,
+                             [&](const Tile<N>& t, long r, long c) __attribute__((always_inline)) {
+                               Vec column[register_vectors] = {};
+                               if (bias)
+                                 for (int v = 0; v < register_vectors; ++v) column[v] = load<Vec>(bias + c + v * N::lanes);
 #pragma GCC unroll 16
-            for (int i = 0; i < register_rows; ++i)
+                               for (int i = 0; i < register_rows; ++i)
 #pragma GCC unroll 4
-              for (int v = 0; v < register_vectors; ++v) {
-                const long row = (r + i) * pitch, at = c + v * N::lanes;
-                const Vec k = slope ? load<Vec>(slope + row + at)
-                                    : A::slope_of_value(d.activation, N::get(h + row, at));
-                const Vec x = t.v[i][v] * k;
-                column[v] += x;
-                if (first)
-                  store(first + row + at, x);
-                else
-                  N::put(next + row, at, x);
-              }
-            if (bias)
-              for (int v = 0; v < register_vectors; ++v) store(bias + c + v * N::lanes, column[v]);
-          });
+                                 for (int v = 0; v < register_vectors; ++v) {
+                                   const long row = (r + i) * pitch, at = c + v * N::lanes;
+                                   const Vec k = slope ? load<Vec>(slope + row + at)
+                                                       : A::slope_of_value(d.activation, N::get(h + row, at));
+                                   const Vec x = t.v[i][v] * k;
+                                   column[v] += x;
+                                   if (first)
+                                     store(first + row + at, x);
+                                   else
+                                     N::put(next + row, at, x);
+                                 }
+                               if (bias)
+                                 for (int v = 0; v < register_vectors; ++v) store(bias + c + v * N::lanes, column[v]);
+                             });
     }
 
     Real *da = static_cast<Real*>(grad.da), *db = static_cast<Real*>(grad.db), *dg = static_cast<Real*>(grad.dg);
@@ -505,9 +500,10 @@ template <class N>
 static void gather_texels(const typename N::Real* plane, long channels, long texels, long s, long count, long rows,
                           typename N::Real* tile) {
   const long padded = round_up(channels, columns_of<N>());
+  for (long c = 0; c < channels; ++c)
+    for (long t = 0; t < count; ++t) tile[t * texel_pitch + c] = plane[c * texels + s + t];
   for (long t = 0; t < rows; ++t)
-    for (long c = 0; c < padded; ++c)
-      tile[t * texel_pitch + c] = t < count && c < channels ? plane[c * texels + s + t] : typename N::Real(0);
+    for (long c = t < count ? channels : 0; c < padded; ++c) tile[t * texel_pitch + c] = 0;
 }
 
 template <class N>
@@ -553,8 +549,7 @@ static void unproject(const void* grad, long stride, const void* plane, long cha
                                          store(features + (r + i) * texel_pitch + c + v * N::lanes, t.v[i][v]);
                                    });
       for (long c = 0; c < channels; ++c)
-        for (long t = 0; t < count; ++t)
-          static_cast<Real*>(grad_plane)[c * texels + s + t] = features[t * texel_pitch + c];
+        for (long t = 0; t < count; ++t) static_cast<Real*>(grad_plane)[c * texels + s + t] = features[t * texel_pitch + c];
     }
   }
 }
@@ -637,8 +632,8 @@ static void forward(const Decoder& d, const Maps& m, const Block& b, const Volum
     forward_block<N, 272>(d, m, b, out, tile, scratch);
 }
 template <class N>
-static void backward(const Decoder& d, const Maps& m, const Block& b, const Volume& grad_out, const BlockGradients& g,
-                     int tile, void* scratch) {
+static void backward(const Decoder& d, const Maps& m, const Block& b, const Volume& grad_out, const BlockGradients& g, int tile,
+                     void* scratch) {
   if (narrow(d))
     backward_block<N, 144>(d, m, b, grad_out, g, tile, scratch);
   else

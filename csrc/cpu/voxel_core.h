@@ -6,7 +6,7 @@
 
 namespace tcam {
 
-constexpr int max_tile = 96;      // voxels (rows) a tile, at most; a multiple of every `rows`
+constexpr int max_tile = 96;  // voxels (rows) a tile, at most; a multiple of every `rows`
 constexpr int max_layers = 6;
 constexpr int max_out = 16;
 
@@ -68,8 +68,8 @@ struct Engine {
 
   // Per texel products, real arithmetic (pack == 1 engines only). plane is (C, texels).
   // out[s, :n] = W plane[:, s] for s in [s0, s1); weights packed C -> n.
-  void (*project)(const void* plane, long channels, long texels, long s0, long s1, const void* weights, long n,
-                  void* out, long stride, void* scratch);
+  void (*project)(const void* plane, long channels, long texels, long s0, long s1, const void* weights, long n, void* out,
+                  long stride, void* scratch);
   // grad_plane[:, s] = W^T grad[s, :n] (weights packed n -> C; null: not wanted) and
   // grad_weights (round_up(n, rows), padded C) += grad^T plane (null: not wanted).
   void (*unproject)(const void* grad, long stride, const void* plane, long channels, long texels, long s0, long s1,

@@ -70,8 +70,7 @@ struct Maths {
   TCAM_MATHS V output(OutputActivation a, V z) {
     switch (a) {
       case OutputActivation::sigmoid: return sigmoid(z);
-      case OutputActivation::clamp:
-        return M::select(z < M::splat(0), M::splat(0), M::select(z > M::splat(1), M::splat(1), z));
+      case OutputActivation::clamp: return M::select(z < M::splat(0), M::splat(0), M::select(z > M::splat(1), M::splat(1), z));
       default: return z;
     }
   }

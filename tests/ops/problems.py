@@ -66,7 +66,9 @@ def make(
 def problems(draw: Any, **fixed: Any) -> Problem:
     """Shapes, widths and options at random; at least 200 voxels, so that the norm of a result means something."""
     axis = st.integers(1, 9)
-    size = draw(st.tuples(st.integers(1, 14), st.integers(1, 14), st.integers(1, 14)).filter(lambda s: s[0] * s[1] * s[2] >= 200))
+    size = draw(
+        st.tuples(st.integers(1, 14), st.integers(1, 14), st.integers(1, 14)).filter(lambda s: s[0] * s[1] * s[2] >= 200)
+    )
     widths = tuple(draw(st.lists(st.integers(1, 40), max_size=4))) + (draw(st.integers(1, 5)),)
     options = {
         "activation": draw(st.sampled_from(sorted(ACTIVATIONS))),
@@ -114,17 +116,17 @@ def masked_reference(problem: Problem, rounding: Any = None, margin: float = 1e-
     options = {k: v for k, v in problem.options.items() if k not in ("activation", "output_activation")}
 
     def first(p: Problem) -> Tensor:
-        return replace(p, weights=p.weights[:1], biases=p.biases[:1], options=options).call(reference.decode_grid).movedim(1, -1)
+        return (
+            replace(p, weights=p.weights[:1], biases=p.biases[:1], options=options).call(reference.decode_grid).movedim(1, -1)
+        )
 
     z, mirror_z = first(problem), first(problem.to(torch.float64)).detach()
     trusted = torch.ones(z.shape[:-1], dtype=torch.float64)
     for w, b in zip(problem.weights[1:], problem.biases[1:], strict=True):
         trusted *= (mirror_z.abs() > margin).all(-1)
         mirror_h = r(ACTIVATIONS[act](mirror_z))
-        if act in PIECEWISE_LINEAR:
-            h = z * (leak + (1 - leak) * (mirror_z > 0).to(z))
-        else:
-            h = ACTIVATIONS[act](z)
+        slope = leak + (1 - leak) * (mirror_z > 0).to(z)
+        h = z * slope if act in PIECEWISE_LINEAR else ACTIVATIONS[act](z)
         z = torch.nn.functional.linear(h, w, b)
         mirror_z = torch.nn.functional.linear(mirror_h, r(w.detach()), None if b is None else b.detach())
     out_name = problem.options.get("output_activation", "none")

@@ -24,7 +24,13 @@ OPERATING_POINT = dict(channels=42, texels=(16, 16, 16), widths=(128, 128, 128, 
 
 
 def flat_options(problem, dtype=torch.float64, compute="float64"):
-    o = {"activation": "relu", "output_activation": "none", "align_corners": False, "padding_mode": "border", **problem.options}
+    o = {
+        "activation": "relu",
+        "output_activation": "none",
+        "align_corners": False,
+        "padding_mode": "border",
+        **problem.options,
+    }
     box = [x for n in problem.size for x in (0, n)]
     return (
         list(problem.size), box, o["activation"], o["output_activation"], o["align_corners"], o["padding_mode"], compute, dtype,
@@ -40,7 +46,10 @@ def test_reference_samples_as_grid_sample_does(align_corners, padding_mode):
     """The reference is the definition; torch's grid_sample is the definition's definition."""
     p = problems.make(channels=3, texels=(4, 7, 5), widths=(9,), size=(6, 5, 11), align_corners=align_corners,
                       padding_mode=padding_mode)  # fmt: skip
-    p.weights[0], p.biases[0] = torch.eye(9, dtype=torch.float64), None  # one layer, identity: the features themselves
+    p.weights[0], p.biases[0] = (
+        torch.eye(9, dtype=torch.float64),
+        None,
+    )  # one layer, identity: the features themselves
     axes = [(torch.arange(n, dtype=torch.float64) + 0.5) / n * 2 - 1 for n in p.size]
     x, y, z = torch.meshgrid(*axes, indexing="ij")
     want = [
@@ -140,7 +149,9 @@ def test_compute_dtype(compute, dtype):
     p = problems.make(**OPERATING_POINT)
     got = p.to(dtype).call(tcam_ext.decode_grid, compute_dtype=compute)
     assert got.dtype == dtype
-    assert problems.relative(got, p.call(reference.decode_grid)) < (1e-5 if compute in (torch.float64, torch.float32, "tf32") else 1e-2)
+    assert problems.relative(got, p.call(reference.decode_grid)) < (
+        1e-5 if compute in (torch.float64, torch.float32, "tf32") else 1e-2
+    )
 
 
 def test_nan_and_infinity_reach_the_output():
@@ -177,7 +188,11 @@ def test_boxes_add_up_to_the_gradient_of_the_whole():
     for x in ((0, 5), (5, 12)):
         for z in ((0, 1), (1, 9)):
             part = p.call(tcam_ext.decode_grid, box=(x, (0, 10), z))
-            for t, g in zip(total, torch.autograd.grad(part, p.tensors, grad[:, :, x[0] : x[1], :, z[0] : z[1]]), strict=True):
+            for t, g in zip(
+                total,
+                torch.autograd.grad(part, p.tensors, grad[:, :, x[0] : x[1], :, z[0] : z[1]]),
+                strict=True,
+            ):
                 t += g
     assert problems.gradient_error(total, list(want)) < 1e-12
 
@@ -192,7 +207,10 @@ def test_bits_do_not_depend_on_threads_tiles_or_runs(size, activation, threads):
     def run(count, tile):
         threads(count)
         forward = library.decode_grid(p.planes, p.weights, p.biases, *options, tile)
-        return [forward, *library.decode_grid_backward(grad, p.planes, p.weights, p.biases, *options, True, True, tile)]
+        return [
+            forward,
+            *library.decode_grid_backward(grad, p.planes, p.weights, p.biases, *options, True, True, tile),
+        ]
 
     want = run(1, 0)
     for count, tile in ((1, 0), (2, 0), (3, 0), (2, 12), (5, 36), (2, 96)):
@@ -332,7 +350,9 @@ def test_second_derivatives_raise_natively_and_work_in_the_reference():
         torch.autograd.grad(p.call(tcam_ext.decode_grid).sum(), p.tensors, create_graph=True)
 
     def f(*t):
-        return replace(p, planes=list(t[:3]), weights=list(t[3:5]), biases=list(t[5:])).call(tcam_ext.decode_grid, impl="reference")
+        return replace(p, planes=list(t[:3]), weights=list(t[3:5]), biases=list(t[5:])).call(
+            tcam_ext.decode_grid, impl="reference"
+        )
 
     assert torch.autograd.gradgradcheck(f, p.tensors)
 

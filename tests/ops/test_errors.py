@@ -15,7 +15,13 @@ NAN = float("nan")
 def call(**change):
     arguments = dict(planes=P.planes, weights=P.weights, biases=P.biases, size=P.size)
     arguments.update(change)
-    return tcam_ext.decode_grid(arguments.pop("planes"), arguments.pop("weights"), arguments.pop("biases"), arguments.pop("size"), **arguments)
+    return tcam_ext.decode_grid(
+        arguments.pop("planes"),
+        arguments.pop("weights"),
+        arguments.pop("biases"),
+        arguments.pop("size"),
+        **arguments,
+    )
 
 
 CASES = [
@@ -72,7 +78,11 @@ def test_bad_input(change, kind, message):
         call(**change)
 
 
-@pytest.mark.parametrize("change", [c[0] for c in CASES if "impl" not in c[0]], ids=[str(i) for i, c in enumerate(CASES) if "impl" not in c[0]])
+@pytest.mark.parametrize(
+    "change",
+    [c[0] for c in CASES if "impl" not in c[0]],
+    ids=[str(i) for i, c in enumerate(CASES) if "impl" not in c[0]],
+)
 def test_the_reference_checks_the_same(change):
     with pytest.raises((ValueError, TypeError)):
         call(**change, impl="reference")

@@ -26,7 +26,12 @@ from tcam_diff.autodecoder.planes import PLANE_NAMES
 from tcam_diff.errors import UserError
 
 FORMAT = 1
-_PLANES, _DECODER, _CONFIG, _MANIFEST = "planes.safetensors", "decoder.safetensors", "config.yaml", "manifest.json"
+_PLANES, _DECODER, _CONFIG, _MANIFEST = (
+    "planes.safetensors",
+    "decoder.safetensors",
+    "config.yaml",
+    "manifest.json",
+)
 
 
 @dataclass
@@ -151,7 +156,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             raise KeyError("sha256")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged: {error}") from error
-    return manifest  # type: ignore[no-any-return]
+    checked: dict[str, Any] = manifest
+    return checked
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -30,24 +30,28 @@ class FitConfig(BaseModel):
 
     channels: Annotated[int, Field(ge=1, le=256, description="C of the planes")] = 42
     plane_size: Annotated[
-        int | tuple[int, int, int] | None, Field(description="texels along x, y, z; null: half the volume's voxels")
+        int | tuple[int, int, int] | None,
+        Field(description="texels along x, y, z; null: half the volume's voxels"),
     ] = None
     widths: Annotated[list[Annotated[int, Field(ge=1, le=256)]], Field(max_length=5)] = [128, 128, 128, 128]
     activation: Literal["relu", "leaky_relu", "silu", "softplus", "tanh"] = "relu"
     output_activation: Literal["sigmoid", "clamp", "none"] = "sigmoid"
     compute_dtype: Annotated[
-        Literal["auto", "float32", "bfloat16"], Field(description="auto: bfloat16 where the CPU multiplies it")
+        Literal["auto", "float32", "bfloat16"],
+        Field(description="auto: bfloat16 where the CPU multiplies it"),
     ] = "auto"
 
     steps: Annotated[int, Field(ge=1, description="at full resolution")] = 4000
     levels: Annotated[list[Level], Field(description="coarse steps before them")] = []
     voxels_per_step: Annotated[int, Field(ge=1, description="more than the volume has: all of it")] = 2**31
     slices_per_step: Annotated[
-        int, Field(ge=0, description="0: one random box of voxels_per_step; else that many random slices a step")
+        int,
+        Field(ge=0, description="0: one random box of voxels_per_step; else that many random slices a step"),
     ] = 0
 
     lr_planes: Annotated[float, Field(gt=0)] = 3e-5
     lr_decoder: Annotated[float, Field(gt=0)] = 3e-5
+    beta2: Annotated[float, Field(ge=0, lt=1, description="Adam's second decay")] = 0.999
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     plane_init_std: Annotated[float, Field(gt=0)] = 1e-3
@@ -61,7 +65,8 @@ class FitConfig(BaseModel):
     noise_free_fraction: Annotated[float, Field(ge=0, le=1, description="of the last steps")] = 0.0
 
     intensity: Annotated[
-        Literal["minmax", "percentile"], Field(description="what maps to [0, 1]; percentile: 0 to 99.5, clipped")
+        Literal["minmax", "percentile"],
+        Field(description="what maps to [0, 1]; percentile: 0 to 99.5, clipped"),
     ] = "minmax"
     seed: Annotated[int, Field(ge=0)] = 0
 

@@ -65,7 +65,8 @@ class Fitter:
         """target: (channels, H, W, D) in [0, 1]."""
         self.config = config
         self.target = torch.from_numpy(np.ascontiguousarray(target, dtype=np.float32)).unsqueeze(0)
-        self.size = tuple(self.target.shape[2:])
+        h, w, d = self.target.shape[2:]
+        self.size = (h, w, d)
         # One integer seeds the run; each use has a stream of its own.
         self.generators = {
             name: torch.Generator().manual_seed(config.seed * 1000003 + i) for i, name in enumerate(("init", "boxes", "noise"))
@@ -73,7 +74,10 @@ class Fitter:
         self.planes = [
             p.requires_grad_()
             for p in init_planes(
-                config.channels, plane_texels(config, self.size), config.plane_init_std, self.generators["init"]
+                config.channels,
+                plane_texels(config, self.size),
+                config.plane_init_std,
+                self.generators["init"],
             )
         ]
         with torch.random.fork_rng():
@@ -90,7 +94,8 @@ class Fitter:
             [
                 {"params": self.planes, "lr": config.lr_planes},
                 {"params": list(self.decoder.parameters()), "lr": config.lr_decoder},
-            ]
+            ],
+            betas=(0.9, config.beta2),
         )
         self.base_lr = [g["lr"] for g in self.optimiser.param_groups]
         self.stages = [(level.factor, level.steps) for level in config.levels if min(self.size) >= 4 * level.factor]
@@ -195,7 +200,9 @@ class Fitter:
     # ---- the loop ----------------------------------------------------------------------
 
     def run(
-        self, on_progress: Callable[[Progress], None] | None = None, should_stop: Callable[[], bool] | None = None
+        self,
+        on_progress: Callable[[Progress], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
     ) -> FitResult:
         """All stages; stops early when ``should_stop`` says so. The result is the best state checked."""
         start = time.monotonic()

@@ -14,13 +14,9 @@ PLANE_AXES = ((0, 1), (1, 2), (0, 2))
 PLANE_NAMES = ("xy", "yz", "xz")
 
 
-def init_planes(
-    channels: int, texels: Sequence[int], std: float, generator: torch.Generator, batch: int = 1
-) -> list[Tensor]:
+def init_planes(channels: int, texels: Sequence[int], std: float, generator: torch.Generator, batch: int = 1) -> list[Tensor]:
     """Planes (batch, C, rows, columns) drawn from N(0, std^2); ``texels`` are those along x, y, z."""
-    return [
-        std * torch.randn(batch, channels, texels[a], texels[b], generator=generator) for a, b in PLANE_AXES
-    ]
+    return [std * torch.randn(batch, channels, texels[a], texels[b], generator=generator) for a, b in PLANE_AXES]
 
 
 def rms_norm(plane: Tensor, eps: float = 1e-8) -> Tensor:

@@ -22,7 +22,8 @@ def decode(
     folder: Annotated[Path, typer.Argument(help="A folder that `tcam fit` wrote.")],
     out: Annotated[Path, typer.Option("--out", help="The volume to write (.nii or .nii.gz).")],
     size: Annotated[
-        tuple[int, int, int] | None, typer.Option(help="Voxels along the file's axes; default: those of the volume fitted.")
+        tuple[int, int, int] | None,
+        typer.Option(help="Voxels along the file's axes; default: those of the volume fitted."),
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="float32, int16, uint16 or uint8 (integers with scl_slope and scl_inter).")
@@ -36,7 +37,11 @@ def decode(
 
 
 def decode_to_file(
-    fitted: artefact.FittedVolume, out: Path, size: tuple[int, int, int], dtype: str = "float32", quiet: bool = False
+    fitted: artefact.FittedVolume,
+    out: Path,
+    size: tuple[int, int, int],
+    dtype: str = "float32",
+    quiet: bool = False,
 ) -> None:
     if min(size) < 1:
         raise UserError(f"--size: expected three positive numbers, got {size}")

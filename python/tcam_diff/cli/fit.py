@@ -13,11 +13,18 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from tcam_diff.autodecoder import artefact
 from tcam_diff.autodecoder.config import FitConfig, load_config
-from tcam_diff.autodecoder.fit import Fitter, FitResult, compute_dtype, plane_texels
+from tcam_diff.autodecoder.fit import FitResult, Fitter, compute_dtype, plane_texels
 from tcam_diff.autodecoder.fit import Progress as FitProgress
 from tcam_diff.autodecoder.intensity import intensity_range, to_unit
 from tcam_diff.data.nifti import VOXEL_BUDGET, Volume, read_volume
@@ -30,7 +37,8 @@ def fit(
     volume: Annotated[Path, typer.Argument(help="A 3D NIfTI file, or 4D with channels last (.nii, .nii.gz).")],
     out: Annotated[Path, typer.Option("--out", help="Folder for planes, decoder, configuration and metadata.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the preset, e.g. steps=800 channels=24.")
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the preset, e.g. steps=800 channels=24."),
     ] = None,
     preset: Annotated[str, typer.Option(help="fast: minutes on two cores; paper: the paper's optimisation.")] = "fast",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a fitted volume in the folder.")] = False,
@@ -99,7 +107,10 @@ def _bar(steps: int, quiet: bool) -> Iterator[Callable[[FitProgress], None]]:
             if not quiet and not console.is_terminal and (time.monotonic() - last[0] > 20 or p.step == p.steps):
                 last[0] = time.monotonic()  # a log file gets a line now and then
                 left = p.seconds / p.step * (p.steps - p.step)
-                console.print(f"step {p.step}/{p.steps} loss {p.loss:.5f} PSNR {psnr} dB, about {left:.0f} s left", highlight=False)
+                console.print(
+                    f"step {p.step}/{p.steps} loss {p.loss:.5f} PSNR {psnr} dB, about {left:.0f} s left",
+                    highlight=False,
+                )
 
         yield show
 

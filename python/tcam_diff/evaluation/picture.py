@@ -12,7 +12,7 @@ import numpy as np
 from tcam_diff.data.nifti import spacing_of
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 
 def canonical(volume: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, tuple[float, float, float]]:
@@ -25,7 +25,12 @@ def canonical(volume: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, tuple
 
 
 def compare_picture(
-    path: str | os.PathLike[str], a: np.ndarray, b: np.ndarray, affine: np.ndarray, names: tuple[str, str], caption: str
+    path: str | os.PathLike[str],
+    a: np.ndarray,
+    b: np.ndarray,
+    affine: np.ndarray,
+    names: tuple[str, str],
+    caption: str,
 ) -> None:
     """Write a PNG. a, b: (H, W, D) in [0, 1]; slices through the centre, anatomical directions up to the rotation of an
     oblique affine, voxels in their true proportions."""

@@ -1,0 +1,65 @@
+"""Writes the tables of docs/performance.md from benchmarks/results/*.json.
+
+    python benchmarks/make_tables.py [--check]
+
+Each table stands between ``<!-- table NAME -->`` and ``<!-- end -->``; NAME is the JSON file's stem.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "performance.md"
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    return "" if value is None or value != value else f"{value:.{digits}f}"
+
+
+def table(found: dict[str, Any]) -> str:
+    e = found["environment"]
+    peaks = ", ".join(f"{k} {v:.0f} GFLOP/s" for k, v in found["fma_peak_gflops"].items() if v)
+    lines = [
+        f"`{e['command']}`, commit {e['commit']}, {e['date']}: {e['cpu']}, {e['threads']} threads, {e['isa']} kernels, "
+        f"torch {e['torch']}, Python {e['python']}; FMA peak {peaks}; load before {found['load_before']}.",
+        "",
+        "| case | size | what | rival | median s | spread | Mvoxel/s | ratio to naive | peak MB | of FMA peak |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in found["rows"]:
+        name = r["rival"] + (" (extrapolated)" if r["extrapolated"] else "")
+        share = "" if r["of_peak"] is None else f"{100 * r['of_peak']:.0f} %"
+        spread = "" if r["repeats"] < 2 else f"{r['low']:.3f} to {r['high']:.3f}"
+        lines.append(
+            f"| {r['case']} | {r['size']}³ | {r['what']} | {name} | {r['seconds']:.3f} | {spread} | {r['mvoxels']:.2f} | "
+            f"{number(r['ratio'])} | {number(r['memory_mb'], 0)} | {share} |"
+        )
+    for name, value in found["fits"].items():
+        lines.append(f"\n{name}: **{value:.3f}** (log-log least squares)")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
+    check = parser.parse_args().check
+    page = PAGE.read_text()
+
+    def fill(match: re.Match[str]) -> str:
+        path = ROOT / "benchmarks" / "results" / f"{match[1]}.json"
+        return f"<!-- table {match[1]} -->\n{table(json.loads(path.read_text()))}\n<!-- end -->"
+
+    filled = re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", fill, page, flags=re.S)
+    if check:
+        sys.exit(0 if filled == page else f"{PAGE} differs from benchmarks/results: run python benchmarks/make_tables.py")
+    PAGE.write_text(filled)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Normalisation, noise, smoothness, and a fit of a small volume (algorithm.md section 9)."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from tcam_diff.autodecoder import artefact, planes
+from tcam_diff.autodecoder.config import FitConfig, load_config
+from tcam_diff.autodecoder.fit import Fitter, psnr
+from tcam_diff.autodecoder.intensity import intensity_range, to_unit
+from tcam_diff.errors import UserError
+
+import tcam_ext
+
+SMALL = ["channels=8", "widths=[32, 32]", "steps=120", "voxels_per_step=100000", "slices_per_step=0"]
+
+
+def ellipsoids(n=24):
+    """A smooth volume in [0, 1]."""
+    x, y, z = np.meshgrid(*[(np.arange(n) + 0.5) / n * 2 - 1] * 3, indexing="ij")
+    inner = np.exp(-8 * ((x - 0.2) ** 2 + 2 * y**2 + (z + 0.1) ** 2))
+    return (0.2 + 0.6 * inner + 0.2 * np.exp(-6 * (x**2 + (y - 0.3) ** 2))).astype(np.float32).clip(0, 1)[None]
+
+
+# ---- planes ----------------------------------------------------------------------------
+
+
+def test_rms_norm_has_unit_energy_and_ignores_scale():
+    f = 3 * torch.randn(2, 5, 6, 7, requires_grad=True)
+    normal = planes.rms_norm(f)
+    torch.testing.assert_close(normal.square().mean((1, 2, 3)).sqrt(), torch.ones(2), rtol=1e-5, atol=0)
+    torch.testing.assert_close(planes.rms_norm(10 * f), normal, rtol=1e-5, atol=1e-6)
+    weight = torch.randn_like(f)
+    (grad,) = torch.autograd.grad((normal * weight).sum(), f)
+    assert abs(float((grad * f).sum())) < 1e-4 * float(grad.norm() * f.norm())  # orthogonal: scale does not matter
+
+
+@pytest.mark.parametrize("size", [(16, 16, 16), (32, 32, 32), (24, 40, 17), (8, 8, 8)])
+def test_texel_noise_has_its_standard_deviation_at_the_voxels(size):
+    """Through the real op: a one-layer identity decoder returns the sampled features."""
+    channels, texels = 12, (16, 16, 16)
+    zero = [torch.zeros(1, channels, 16, 16) for _ in range(3)]
+    generator = torch.Generator().manual_seed(0)
+    sampled = []
+    for _ in range(6):
+        noisy = planes.texel_noise(zero, 0.32, size, generator)
+        for first in range(0, 3 * channels, 12):
+            w = torch.eye(3 * channels)[first : first + 12]
+            sampled.append(tcam_ext.decode_grid(noisy, [w], [None], size).square().mean())
+    assert float(torch.stack(sampled).mean().sqrt()) == pytest.approx(0.32, rel=0.03)
+    assert texels == (16, 16, 16)
+
+
+def test_total_variation():
+    assert planes.total_variation([torch.ones(1, 2, 4, 5)] * 3) == 0
+    ramp = torch.arange(5.0).expand(1, 2, 4, 5)
+    assert planes.total_variation([ramp, ramp, ramp]) == 3
+    assert planes.total_variation([torch.randn(1, 2, 1, 1)] * 3) == 0
+
+
+# ---- configuration ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["fast", "paper"])
+def test_presets_are_valid_and_survive_a_round_trip(preset):
+    config = load_config(preset)
+    assert FitConfig.model_validate(json.loads(config.model_dump_json())) == config
+    assert (config.channels, config.beta, config.noise_std, config.grad_clip) == (42, 0.3, 0.32, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("step=3", "did you mean steps"),
+        ("steps", "key=value"),
+        ("steps=-1", "steps"),
+        ("steps=many", "steps"),
+        ("activation=gelu", "activation"),
+        ("levels=[{factor: 1, steps: 3}]", "levels.0.factor"),
+        ("widths=[300]", "widths"),
+        ("channels=[", "channels"),
+    ],
+)
+def test_bad_configuration_names_the_key(override, message):
+    with pytest.raises(UserError, match=message):
+        load_config("fast", [override])
+
+
+def test_numbers_in_any_notation():
+    assert load_config("fast", ["lr_planes=2e-3"]).lr_planes == 2e-3
+
+
+# ---- fitting ---------------------------------------------------------------------------
+
+
+def test_a_small_volume_is_fitted():
+    """MSE below 5e-4 on a smooth 24^3 volume with noise on (algorithm.md 9.5 asks as much of 32^3)."""
+    fitter = Fitter(ellipsoids(), load_config("fast", SMALL))
+    result = fitter.run()
+    assert result.steps_done == fitter.total_steps
+    assert result.psnr > psnr(5e-4)
+    for p in result.planes:
+        assert float(p.square().mean().sqrt()) == pytest.approx(1, rel=1e-4)
+
+
+def test_equal_seeds_give_equal_bits_and_others_do_not():
+    def run(seed, steps=5):
+        return Fitter(ellipsoids(12), load_config("fast", [*SMALL, f"steps={steps}", f"seed={seed}"])).run().planes
+
+    torch.manual_seed(1)
+    a = run(0)
+    torch.manual_seed(2)  # the global generator is not used
+    b = run(0)
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert not torch.equal(a[0], run(1)[0])
+
+
+def test_noise_makes_the_decoder_less_sensitive():
+    """Equation 7 acts as a penalty on the decoder's Jacobian (algorithm.md 6.2)."""
+    changes = []
+    for noise in (0.0, 0.32):
+        torch.manual_seed(0)
+        result = Fitter(ellipsoids(), load_config("fast", [*SMALL, f"noise_std={noise}"])).run()
+        with torch.no_grad():
+            clean = result.decoder(result.planes, (24, 24, 24))
+            moved = result.decoder([p + 0.1 * torch.randn_like(p) for p in result.planes], (24, 24, 24))
+        changes.append(float((moved - clean).square().mean().sqrt()))
+    assert changes[1] < 0.6 * changes[0]
+
+
+@pytest.mark.parametrize("overrides", [[], ["slices_per_step=4", "voxels_per_step=500"], ["voxels_per_step=700"]])
+def test_steps_read_the_voxels_they_should(overrides):
+    fitter = Fitter(ellipsoids(16), load_config("fast", ["channels=4", "slices_per_step=0", *overrides]))
+    for _ in range(20):
+        boxes = fitter._boxes((16, 16, 16))
+        voxels = sum(math.prod(hi - lo for lo, hi in box) for box in boxes)
+        assert all(0 <= lo < hi <= 16 for box in boxes for lo, hi in box)
+        assert voxels == {0: 4096, 1: 729, 2: 4 * 256}[len(overrides)]
+
+
+def test_stopping_early_keeps_the_best_state():
+    calls = []
+    fitter = Fitter(ellipsoids(16), load_config("fast", SMALL))
+    result = fitter.run(calls.append, lambda: len(calls) >= 7)
+    assert result.stopped
+    assert result.steps_done == 7
+    with torch.no_grad():
+        out = result.decoder(result.planes, (16, 16, 16))
+    assert torch.isfinite(out).all()
+
+
+def test_intensity_maps_both_ways():
+    data = np.stack([np.linspace(-1000, 500, 27), np.full(27, 7.0)]).reshape(2, 3, 3, 3).astype(np.float32)
+    ranges = intensity_range(data, "minmax")
+    unit = to_unit(data, ranges)
+    assert unit.min() == 0
+    assert unit.max() == 1
+    for c, (lo, hi) in enumerate(ranges):
+        np.testing.assert_allclose(lo + (hi - lo) * unit[c], data[c], rtol=1e-6, atol=1e-3)
+
+
+# ---- artefacts -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fitted(tmp_path):
+    result = Fitter(ellipsoids(12), load_config("fast", [*SMALL, "steps=3"])).run()
+    meta = artefact.Metadata(
+        shape=(12, 12, 12), channels=1, affine=np.eye(4).tolist(), codes=(0, 2), units=("mm", "sec"),
+        intensity=[(-5.0, 11.0)], source="x.nii",
+    )  # fmt: skip
+    artefact.save(tmp_path / "run", result, meta)
+    return tmp_path / "run", result
+
+
+def test_an_artefact_decodes_to_the_same_volume(fitted):
+    folder, result = fitted
+    loaded = artefact.load(folder)
+    with torch.no_grad():
+        want = -5 + 16 * result.decoder(result.planes, (10, 9, 8))[0].numpy()
+    for slab in (1, 3, None):
+        got = np.concatenate(list(loaded.decode((10, 9, 8), slab)), axis=3)
+        np.testing.assert_array_equal(got, want)
+
+
+def test_an_artefact_carries_its_metadata(fitted):
+    folder, _ = fitted
+    with safe_open(folder / "planes.safetensors", framework="pt") as f:
+        meta = json.loads(f.metadata()["tcam"])
+        assert f.get_tensor("xy").shape == (1, 8, 6, 6)
+    assert meta["shape"] == [12, 12, 12]
+    assert meta["intensity"] == [[-5.0, 11.0]]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.yaml",
+        "decoder.safetensors",
+        "manifest.json",
+        "planes.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("name", ["planes.safetensors", "decoder.safetensors", "config.yaml"])
+def test_a_changed_byte_or_a_missing_file_is_noticed(fitted, name):
+    folder, _ = fitted
+    path = folder / name
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(bytes(raw))
+    with pytest.raises(UserError, match=name):
+        artefact.load(folder)
+    path.unlink()
+    with pytest.raises(UserError, match=name):
+        artefact.load(folder)
+
+
+def test_a_folder_that_is_no_artefact(tmp_path):
+    with pytest.raises(UserError, match="not a folder that"):
+        artefact.load(tmp_path)
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="damaged"):
+        artefact.load(tmp_path)
+
+
+def test_an_artefact_is_not_overwritten_by_accident(fitted):
+    folder, _ = fitted
+    with pytest.raises(UserError, match="--overwrite"):
+        artefact.prepare(folder, overwrite=False)
+    artefact.prepare(folder, overwrite=True)

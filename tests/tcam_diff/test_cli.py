@@ -1,0 +1,134 @@
+"""The commands, as a user types them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+FAST = ["steps=12", "channels=6", "widths=[24]", "levels=[]"]
+OBLIQUE = np.array([[0.9, 0.1, 0.3, -20.0], [-0.1, 1.8, 0.2, 7.0], [-0.2, 0.3, 2.9, 3.0], [0, 0, 0, 1]])
+
+
+def tcam(*arguments, check=True):
+    done = subprocess.run([sys.executable, "-m", "tcam_diff.cli", *map(str, arguments)], capture_output=True, text=True)
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def volume(tmp_path_factory):
+    """Anisotropic, oblique, stored as scaled int16: nothing is convenient."""
+    x, y, z = np.meshgrid(*[np.linspace(-1, 1, n) for n in (20, 16, 12)], indexing="ij")
+    data = 800 * np.exp(-3 * (x**2 + y**2 + z**2)) - 100
+    image = nib.Nifti1Image(data.astype(np.float32), OBLIQUE)
+    image.header.set_data_dtype(np.int16)
+    path = tmp_path_factory.mktemp("data") / "volume.nii.gz"
+    nib.save(image, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def fitted(volume, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fit") / "run"
+    done = tcam("fit", volume, "--out", folder, *FAST)
+    assert "PSNR" in done.stdout
+    return folder
+
+
+def test_fit_decode_compare(volume, fitted, tmp_path):
+    recon = tmp_path / "recon.nii.gz"
+    tcam("decode", fitted, "--out", recon)
+    got, want = nib.load(recon), nib.load(volume)
+    assert got.shape == want.shape
+    np.testing.assert_allclose(got.affine, want.affine, atol=1e-4)
+    assert got.header.get_xyzt_units() == ("mm", "sec")
+    out = tcam("compare", volume, recon).stdout
+    assert all(word in out for word in ("MSE", "PSNR", "SSIM"))
+    assert (tmp_path / "compare.png").is_file()
+
+
+def test_decode_at_another_size_and_type(fitted, tmp_path):
+    recon = tmp_path / "big.nii"
+    tcam("decode", fitted, "--out", recon, "--size", 40, 32, 36, "--dtype", "int16")
+    image = nib.load(recon)
+    assert image.shape == (40, 32, 36)
+    assert image.get_data_dtype() == np.int16
+    zooms = np.sqrt((OBLIQUE[:3, :3] ** 2).sum(0)) * np.array([0.5, 0.5, 1 / 3])
+    np.testing.assert_allclose(image.header.get_zooms(), zooms, rtol=1e-4)
+
+
+def test_channels(tmp_path):
+    data = np.random.default_rng(0).random((12, 13, 14, 3), np.float32) * [1, 10, 100]
+    nib.save(nib.Nifti1Image(data.astype(np.float32), np.eye(4)), tmp_path / "c.nii.gz")
+    tcam("fit", tmp_path / "c.nii.gz", "--out", tmp_path / "run", *FAST, "-q")
+    tcam("decode", tmp_path / "run", "--out", tmp_path / "r.nii.gz", "--dtype", "uint16")
+    back = nib.load(tmp_path / "r.nii.gz").get_fdata()
+    assert back.shape == data.shape
+    assert back[..., 2].max() > 5 * back[..., 1].max() > 5 * back[..., 0].max()
+    assert "MSE" in tcam("compare", tmp_path / "c.nii.gz", tmp_path / "r.nii.gz", "--channel", 2).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("fit", "absent.nii.gz", "--out", "{out}"), "absent.nii.gz: no such file"),
+        (("fit", "{volume}", "--out", "{out}", "step=3"), "did you mean steps"),
+        (("fit", "{volume}", "--out", "{out}", "--preset", "slow"), "preset"),
+        (("fit", "{volume}", "--out", "{fitted}"), "--overwrite"),
+        (("fit", "{volume}", "--out", "{out}", "--max-voxels", "10"), "--max-voxels"),
+        (("decode", "{out}", "--out", "x.nii.gz"), "not a folder that"),
+        (("decode", "{fitted}", "--out", "{out}.img"), ".nii or .nii.gz"),
+        (("decode", "{fitted}", "--out", "{out}.nii", "--dtype", "float16"), "float16"),
+        (("decode", "{fitted}", "--out", "{out}.nii", "--size", "0", "3", "3"), "--size"),
+        (("compare", "{volume}", "absent.nii"), "absent.nii: no such file"),
+    ],
+)
+def test_mistakes_end_in_one_line(arguments, message, volume, fitted, tmp_path):
+    done = tcam(*(a.format(volume=volume, fitted=fitted, out=tmp_path / "new") for a in arguments), check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_ctrl_c_keeps_the_best_result(volume, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "tcam_diff.cli",
+        "fit",
+        str(volume),
+        "--out",
+        str(tmp_path / "run"),
+        "steps=1000000",
+        "channels=6",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    time.sleep(12)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    assert "stopped after" in out
+    tcam("decode", tmp_path / "run", "--out", tmp_path / "r.nii.gz")
+
+
+def test_help_and_version():
+    assert "decode" in tcam("--help").stdout
+    assert tcam("--version").stdout.startswith("tcam ")
+    for command in ("fit", "decode", "compare"):
+        assert "--out" in tcam(command, "-h").stdout
+
+
+def test_without_the_extra_packages_one_sentence_says_so(tmp_path):
+    (tmp_path / "typer.py").write_text("raise ModuleNotFoundError(\"No module named 'typer'\", name='typer')")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-m", "tcam_diff.cli"], env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "pip install 'tcam-ext[train]'" in done.stderr
