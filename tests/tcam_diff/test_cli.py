@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-FAST = ["steps=12", "channels=6", "widths=[24]", "levels=[]"]
+FAST = ["steps=12", "channels=6", "widths=[24]"]
 OBLIQUE = np.array([[0.9, 0.1, 0.3, -20.0], [-0.1, 1.8, 0.2, 7.0], [-0.2, 0.3, 2.9, 3.0], [0, 0, 0, 1]])
 
 

@@ -15,14 +15,6 @@ from tcam_diff.errors import UserError
 PRESETS = ("fast", "paper")
 
 
-class Level(BaseModel):
-    """A coarse start: ``steps`` steps on the volume averaged over cells of ``factor`` voxels an axis."""
-
-    model_config = ConfigDict(extra="forbid")
-    factor: Annotated[int, Field(ge=2, le=16)]
-    steps: Annotated[int, Field(ge=0)]
-
-
 class FitConfig(BaseModel):
     """One volume's planes and decoder. Defaults are those of algorithm.md section 0; see configs/*.yaml."""
 
@@ -41,17 +33,18 @@ class FitConfig(BaseModel):
         Field(description="auto: bfloat16 where the CPU multiplies it"),
     ] = "auto"
 
-    steps: Annotated[int, Field(ge=1, description="at full resolution")] = 4000
-    levels: Annotated[list[Level], Field(description="coarse steps before them")] = []
-    voxels_per_step: Annotated[int, Field(ge=1, description="more than the volume has: all of it")] = 2**31
-    slices_per_step: Annotated[
-        int,
-        Field(ge=0, description="0: one random box of voxels_per_step; else that many random slices a step"),
-    ] = 0
+    steps: Annotated[int, Field(ge=1)] = 20000
+    region: Annotated[
+        Literal["volume", "box", "lattice"],
+        Field(description="voxels of a step: all, one random box, or every stride-th along each axis from a random start"),
+    ] = "volume"
+    voxels_per_step: Annotated[int, Field(ge=1, description="of a box")] = 2**18
+    stride: Annotated[int, Field(ge=1, le=16, description="of a lattice")] = 4
 
     lr_planes: Annotated[float, Field(gt=0)] = 3e-5
     lr_decoder: Annotated[float, Field(gt=0)] = 3e-5
     beta2: Annotated[float, Field(ge=0, lt=1, description="Adam's second decay")] = 0.999
+    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     plane_init_std: Annotated[float, Field(gt=0)] = 1e-3

@@ -16,6 +16,7 @@ import tcam_ext
 from tcam_diff.autodecoder.config import FitConfig
 from tcam_diff.autodecoder.planes import init_planes, rms_norm, texel_noise, total_variation
 from tcam_ext import _C
+from tcam_ext.reference import linear_taps, sample_plane
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
@@ -69,7 +70,8 @@ class Fitter:
         self.size = (h, w, d)
         # One integer seeds the run; each use has a stream of its own.
         self.generators = {
-            name: torch.Generator().manual_seed(config.seed * 1000003 + i) for i, name in enumerate(("init", "boxes", "noise"))
+            name: torch.Generator().manual_seed(config.seed * 1000003 + i)
+            for i, name in enumerate(("init", "regions", "noise"))
         }
         self.planes = [
             p.requires_grad_()
@@ -96,40 +98,55 @@ class Fitter:
                 {"params": list(self.decoder.parameters()), "lr": config.lr_decoder},
             ],
             betas=(0.9, config.beta2),
+            eps=config.adam_eps,
+            fused=True,
         )
         self.base_lr = [g["lr"] for g in self.optimiser.param_groups]
-        self.stages = [(level.factor, level.steps) for level in config.levels if min(self.size) >= 4 * level.factor]
-        self.stages.append((1, config.steps))
-        self.total_steps = sum(n for _, n in self.stages)
+        texels = (self.planes[0].shape[2], self.planes[0].shape[3], self.planes[1].shape[3])
+        self.taps = [linear_taps(0, n, n, m, False, "border") for n, m in zip(self.size, texels, strict=True)]
         self.check_boxes = self._check_boxes()
+        self.starts: list[tuple[int, int, int]] = []
 
     # ---- one step ----------------------------------------------------------------------
 
-    def step(self, index: int, target: Tensor) -> tuple[float, float]:
+    def step(self, index: int) -> tuple[float, float]:
         """One update; returns the loss and the mean squared error of the voxels it read."""
         c = self.config
         self._set_learning_rate(index)
-        size = tuple(target.shape[2:])
         planes = [rms_norm(p) for p in self.planes]
         loss = c.tv_weight * total_variation(planes) if c.tv_weight else self.planes[0].new_zeros(())
-        if c.noise_std and index < self.total_steps * (1 - c.noise_free_fraction):
-            planes = texel_noise(planes, c.noise_std, size, self.generators["noise"])
-        boxes = self._boxes(size)
-        voxels = sum(math.prod(hi - lo for lo, hi in box) for box in boxes)
-        squared = 0.0
-        for box in boxes:
+        if c.noise_std and index < c.steps * (1 - c.noise_free_fraction):
+            planes = texel_noise(planes, c.noise_std, self.size, self.generators["noise"])
+        if c.region == "lattice" and c.stride > 1:
+            got, want = self._lattice(planes)
+        else:
+            box = self._box()
             (x0, x1), (y0, y1), (z0, z1) = box
-            want = target[:, :, x0:x1, y0:y1, z0:z1]
-            got = self.decoder(planes, size, box=box, compute_dtype=self.compute)
-            share = math.prod(hi - lo for lo, hi in box) / voxels
-            loss = loss + share * self._data_loss(got, want)
-            squared += share * float(F.mse_loss(got.detach(), want))
+            want = self.target[:, :, x0:x1, y0:y1, z0:z1]
+            got = self.decoder(planes, self.size, box=box, compute_dtype=self.compute)
+        loss = loss + self._data_loss(got, want)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.planes, c.grad_clip)
         torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), c.grad_clip)
         self.optimiser.step()
-        return float(loss.detach()), squared
+        return float(loss.detach()), float(F.mse_loss(got.detach(), want))
+
+    def _lattice(self, planes: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Decoded and wanted values of the voxels start + stride * (i, j, k).
+
+        A lattice is a dense grid of its own: planes sampled at its rows and columns have one texel per voxel, so decoding
+        them at their own resolution interpolates nothing more. Every texel gets a gradient from all over the volume.
+        """
+        s = self.config.stride
+        if not self.starts:  # every start comes once before one comes again
+            order = torch.randperm(s**3, generator=self.generators["regions"]).tolist()
+            self.starts = [(o // (s * s), o // s % s, o % s) for o in order]
+        start = [o % n for o, n in zip(self.starts.pop(), self.size, strict=True)]
+        x, y, z = (tuple(t[o::s] for t in taps) for o, taps in zip(start, self.taps, strict=True))
+        sampled = [sample_plane(planes[0], x, y), sample_plane(planes[1], y, z), sample_plane(planes[2], x, z)]
+        want = self.target[:, :, start[0] :: s, start[1] :: s, start[2] :: s]
+        return self.decoder(sampled, want.shape[2:], compute_dtype=self.compute), want
 
     def _data_loss(self, got: Tensor, want: Tensor) -> Tensor:
         if self.config.loss == "smooth_l1":
@@ -142,35 +159,27 @@ class Fitter:
         if c.warmup_steps:
             scale = min(1.0, (index + 1) / c.warmup_steps)
         if c.schedule == "cosine":
-            scale *= 0.5 * (1 + math.cos(math.pi * index / self.total_steps))
+            scale *= 0.5 * (1 + math.cos(math.pi * index / self.config.steps))
         for group, lr in zip(self.optimiser.param_groups, self.base_lr, strict=True):
             group["lr"] = lr * scale
 
     def _random(self, n: int) -> int:
         """Uniform in [0, n)."""
-        return int(torch.randint(n, (), generator=self.generators["boxes"]))
+        return int(torch.randint(n, (), generator=self.generators["regions"]))
 
-    def _boxes(self, size: tuple[int, ...]) -> list[Box]:
-        """The voxels of one step: the whole volume, one random box, or random slices."""
-        c = self.config
-        whole = [(0, n) for n in size]
-        if math.prod(size) <= c.voxels_per_step:
-            return [(whole[0], whole[1], whole[2])]
-        boxes = []
-        if c.slices_per_step:
-            for _ in range(c.slices_per_step):
-                axis, box = self._random(3), list(whole)
-                at = self._random(size[axis])
-                box[axis] = (at, at + 1)
-                boxes.append((box[0], box[1], box[2]))
-            return boxes
-        scale = (c.voxels_per_step / math.prod(size)) ** (1 / 3)
+    def _box(self) -> Box:
+        """The whole volume, or a random box of about ``voxels_per_step`` voxels in the volume's proportions."""
+        voxels = math.prod(self.size)
+        if self.config.region != "box" or voxels <= self.config.voxels_per_step:
+            x, y, z = ((0, n) for n in self.size)
+            return x, y, z
+        scale = (self.config.voxels_per_step / voxels) ** (1 / 3)
         box = []
-        for n in size:
+        for n in self.size:
             edge = max(1, round(n * scale))
             lo = self._random(n - edge + 1)
             box.append((lo, lo + edge))
-        return [(box[0], box[1], box[2])]
+        return box[0], box[1], box[2]
 
     # ---- noise-free check --------------------------------------------------------------
 
@@ -206,29 +215,25 @@ class Fitter:
     ) -> FitResult:
         """All stages; stops early when ``should_stop`` says so. The result is the best state checked."""
         start = time.monotonic()
-        index, stopped = 0, False
+        index, stopped, steps = 0, False, self.config.steps
         error: float | None = None
         best, best_psnr = self._state(), -math.inf
-        every = max(1, self.total_steps // 20)
+        every = max(1, steps // 20)
         history = []
-        for factor, steps in self.stages:
-            target = self.target if factor == 1 else F.avg_pool3d(self.target, factor, ceil_mode=True, count_include_pad=False)
-            for _ in range(steps):
-                if should_stop is not None and should_stop():
-                    stopped = True
-                    break
-                loss, squared = self.step(index, target)
-                error = squared if error is None else 0.95 * error + 0.05 * squared
-                index += 1
-                if on_progress is not None:
-                    on_progress(Progress(index, self.total_steps, loss, psnr(error), time.monotonic() - start))
-                if factor == 1 and (index % every == 0 or index == self.total_steps):
-                    checked = self.check_psnr()
-                    history.append({"step": index, "loss": loss, "psnr": checked, "seconds": time.monotonic() - start})
-                    if checked > best_psnr:
-                        best, best_psnr = self._state(), checked
-            if stopped:
+        while index < steps:
+            if should_stop is not None and should_stop():
+                stopped = True
                 break
+            loss, squared = self.step(index)
+            error = squared if error is None else 0.95 * error + 0.05 * squared
+            index += 1
+            if on_progress is not None:
+                on_progress(Progress(index, steps, loss, psnr(error), time.monotonic() - start))
+            if index % every == 0 and index < steps:
+                checked = self.check_psnr()
+                history.append({"step": index, "loss": loss, "psnr": checked, "seconds": time.monotonic() - start})
+                if checked > best_psnr:
+                    best, best_psnr = self._state(), checked
         checked = self.check_psnr()
         if checked >= best_psnr:
             best, best_psnr = self._state(), checked

@@ -72,7 +72,7 @@ def fit_volume(source: Volume, config: FitConfig, quiet: bool = False) -> tuple[
         f"{str(compute_dtype(config)).removeprefix('torch.')}",
         highlight=False,
     )
-    with _bar(fitter.total_steps, quiet) as show, _stop_on_interrupt() as stop:
+    with _bar(config.steps, quiet) as show, _stop_on_interrupt() as stop:
         result = fitter.run(show, stop)
     meta = artefact.Metadata(
         shape=source.shape,
