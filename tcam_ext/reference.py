@@ -16,9 +16,11 @@ from tcam_ext import checks
 from tcam_ext.activations import ACTIVATIONS, OUTPUT_ACTIVATIONS
 
 
-def linear_taps(
-    lo: int, hi: int, voxels: int, texels: int, align_corners: bool, padding_mode: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+#: Texels below and above each voxel of an axis, and their weights.
+Taps = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def linear_taps(lo: int, hi: int, voxels: int, texels: int, align_corners: bool, padding_mode: str) -> Taps:
     """Texels below and above voxel centres lo..hi-1 of an axis, and their weights (float64).
 
     Voxel i of n has its centre at s = (i + 1/2)/n of the axis; in texels that is s*m - 1/2, or s*(m - 1) with
@@ -38,9 +40,7 @@ def linear_taps(
     return below.clamp(0, texels - 1).long(), above.clamp(0, texels - 1).long(), w_below, w_above
 
 
-def sample_plane(
-    plane: Tensor, rows: tuple[Tensor, Tensor, Tensor, Tensor], columns: tuple[Tensor, Tensor, Tensor, Tensor]
-) -> Tensor:
+def sample_plane(plane: Tensor, rows: Taps, columns: Taps) -> Tensor:
     """Bilinear samples of a plane (B, C, h, w) at every pair of row and column taps: (B, C, rows, columns)."""
     for dim, (below, above, w_below, w_above) in ((2, rows), (3, columns)):
         shape = [1, 1, 1, 1]

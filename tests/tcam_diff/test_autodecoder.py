@@ -17,7 +17,7 @@ from tcam_diff.errors import UserError
 
 import tcam_ext
 
-SMALL = ["channels=8", "widths=[32, 32]", "steps=120", "voxels_per_step=100000", "slices_per_step=0"]
+SMALL = ["channels=8", "widths=[32, 32]", "steps=150", "region=volume"]
 
 
 def ellipsoids(n=24):
@@ -81,7 +81,7 @@ def test_presets_are_valid_and_survive_a_round_trip(preset):
         ("steps=-1", "steps"),
         ("steps=many", "steps"),
         ("activation=gelu", "activation"),
-        ("levels=[{factor: 1, steps: 3}]", "levels.0.factor"),
+        ("stride=0", "stride"),
         ("widths=[300]", "widths"),
         ("channels=[", "channels"),
     ],
@@ -133,14 +133,36 @@ def test_noise_makes_the_decoder_less_sensitive():
     assert changes[1] < 0.6 * changes[0]
 
 
-@pytest.mark.parametrize("overrides", [[], ["slices_per_step=4", "voxels_per_step=500"], ["voxels_per_step=700"]])
-def test_steps_read_the_voxels_they_should(overrides):
-    fitter = Fitter(ellipsoids(16), load_config("fast", ["channels=4", "slices_per_step=0", *overrides]))
+@pytest.mark.parametrize(("overrides", "voxels"), [(["region=volume"], 4096), (["region=box", "voxels_per_step=700"], 729)])
+def test_boxes_lie_in_the_volume(overrides, voxels):
+    fitter = Fitter(ellipsoids(16), load_config("fast", ["channels=4", *overrides]))
     for _ in range(20):
-        boxes = fitter._boxes((16, 16, 16))
-        voxels = sum(math.prod(hi - lo for lo, hi in box) for box in boxes)
-        assert all(0 <= lo < hi <= 16 for box in boxes for lo, hi in box)
-        assert voxels == {0: 4096, 1: 729, 2: 4 * 256}[len(overrides)]
+        box = fitter._box()
+        assert math.prod(hi - lo for lo, hi in box) == voxels
+        assert all(0 <= lo < hi <= 16 for lo, hi in box)
+
+
+def test_a_lattice_holds_the_voxels_of_the_volume():
+    """Every voxel once a round, with the value that decoding the whole volume gives it."""
+    fitter = Fitter(ellipsoids(13), load_config("fast", [*SMALL, "region=lattice", "stride=3", "plane_size=[7, 5, 6]"]))
+    with torch.no_grad():
+        whole = fitter.decoder(fitter.planes, fitter.size)
+        seen = torch.zeros_like(whole)
+        for _ in range(27):
+            got, want = fitter._lattice(fitter.planes)
+            match = [
+                (a, b, c)
+                for a in range(3)
+                for b in range(3)
+                for c in range(3)
+                if fitter.target[:, :, a::3, b::3, c::3].shape == want.shape
+                and torch.equal(fitter.target[:, :, a::3, b::3, c::3], want)
+            ]
+            assert len(match) == 1
+            a, b, c = match[0]
+            seen[:, :, a::3, b::3, c::3] += 1
+            torch.testing.assert_close(got, whole[:, :, a::3, b::3, c::3], rtol=1e-5, atol=1e-6)
+    assert torch.equal(seen, torch.ones_like(seen))
 
 
 def test_stopping_early_keeps_the_best_state():

@@ -143,7 +143,7 @@ class Fitter:
             order = torch.randperm(s**3, generator=self.generators["regions"]).tolist()
             self.starts = [(o // (s * s), o // s % s, o % s) for o in order]
         start = [o % n for o, n in zip(self.starts.pop(), self.size, strict=True)]
-        x, y, z = (tuple(t[o::s] for t in taps) for o, taps in zip(start, self.taps, strict=True))
+        x, y, z = ((a[o::s], b[o::s], c[o::s], d[o::s]) for o, (a, b, c, d) in zip(start, self.taps, strict=True))
         sampled = [sample_plane(planes[0], x, y), sample_plane(planes[1], y, z), sample_plane(planes[2], x, z)]
         want = self.target[:, :, start[0] :: s, start[1] :: s, start[2] :: s]
         return self.decoder(sampled, want.shape[2:], compute_dtype=self.compute), want
