@@ -15,7 +15,6 @@ from torch import Tensor
 from tcam_ext import checks
 from tcam_ext.activations import ACTIVATIONS, OUTPUT_ACTIVATIONS
 
-
 #: Texels below and above each voxel of an axis, and their weights.
 Taps = tuple[Tensor, Tensor, Tensor, Tensor]
 

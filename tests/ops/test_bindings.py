@@ -10,7 +10,7 @@ import torch
 
 from tcam_ext import _C
 
-CALLS = int(os.environ.get("TCAM_FUZZ_CALLS", "200000"))
+CALLS = int(os.environ.get("TCAM_FUZZ_CALLS", "20000"))
 
 
 def odd_objects(rng):
@@ -102,9 +102,11 @@ def spoil(rng, value, odd):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_random_calls_raise_and_never_crash():
     rng = random.Random(0)
     odd = odd_objects(rng)
+    memory = torch.empty(1 << 22, dtype=torch.uint8)  # enough for most of these problems; else the call must refuse it
     outcomes = {"ok": 0, "refused": 0}
     for _ in range(CALLS):
         planes, weights, biases, options, out = valid(rng)
@@ -117,13 +119,11 @@ def test_random_calls_raise_and_never_crash():
             o = _C.Options(*options)
             which = rng.randrange(3)
             if which == 0:
-                # A volume too large to allocate is no fault of the binding: ask for the workspace only when it is small.
-                bytes_ = _C.decode_grid_workspace(planes, weights, biases, o, False, False, False)
-                workspace = torch.empty(min(bytes_, 1 << 22), dtype=torch.uint8) if rng.random() < 0.95 else rng.choice(odd)
+                # A small workspace of one's own, and now and then one that is too small or no tensor at all.
+                _C.decode_grid_workspace(planes, weights, biases, o, False, False, False)
+                workspace = memory if rng.random() < 0.95 else rng.choice([*odd, memory[:1000]])
                 _C.decode_grid_cpu(planes, weights, biases, o, out, workspace)
             elif which == 1:
-                bytes_ = _C.decode_grid_workspace(planes, weights, biases, o, True, True, True)
-                workspace = torch.empty(min(bytes_, 1 << 22), dtype=torch.uint8)
                 gp = [torch.empty_like(p) for p in planes]
                 gd = [
                     *(torch.empty_like(w) for w in weights),
@@ -133,7 +133,7 @@ def test_random_calls_raise_and_never_crash():
                     gp = spoil(rng, gp, odd)
                 if rng.random() < 0.2:
                     gd = spoil(rng, gd, odd)
-                _C.decode_grid_backward_cpu(out, planes, weights, biases, o, gp, gd, workspace)
+                _C.decode_grid_backward_cpu(out, planes, weights, biases, o, gp, gd, memory)
             else:
                 _C.resample_plane(
                     rng.choice([rng.choice(odd), torch.randn(3, 4, 2)]),

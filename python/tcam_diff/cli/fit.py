@@ -58,7 +58,9 @@ def fit(
     artefact.save(out, result, meta)
     rate = f"{result.seconds:.0f} s" if result.seconds < 600 else f"{result.seconds / 60:.0f} min"
     state = f"stopped after {result.steps_done} steps" if result.stopped else f"{result.steps_done} steps"
-    console.print(f"{out}: {state} in {rate}, PSNR {result.psnr:.2f} dB on the check slices, noise off", highlight=False)
+    console.print(
+        f"{out}: {state} in {rate}, PSNR {result.psnr:.2f} dB on the check slices, noise off", highlight=False, soft_wrap=True
+    )
 
 
 def fit_volume(source: Volume, config: FitConfig, quiet: bool = False) -> tuple[FitResult, artefact.Metadata]:
@@ -71,6 +73,7 @@ def fit_volume(source: Volume, config: FitConfig, quiet: bool = False) -> tuple[
         f"C = {config.channels}, {' x '.join(map(str, texels))} texels; products in "
         f"{str(compute_dtype(config)).removeprefix('torch.')}",
         highlight=False,
+        soft_wrap=True,
     )
     with _bar(config.steps, quiet) as show, _stop_on_interrupt() as stop:
         result = fitter.run(show, stop)
