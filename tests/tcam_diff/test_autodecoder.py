@@ -121,9 +121,9 @@ def test_equal_seeds_give_equal_bits_and_others_do_not():
 
 
 def test_noise_makes_the_decoder_less_sensitive():
-    """Equation 7 acts as a penalty on the decoder's Jacobian (algorithm.md 6.2)."""
+    """Equation 7 acts as a penalty on the decoder's Jacobian (algorithm.md 6.2): the more noise, the less sensitivity."""
     changes = []
-    for noise in (0.0, 0.32):
+    for noise in (0.0, 0.32, 1.0):
         torch.manual_seed(0)
         result = Fitter(
             ellipsoids(), load_config("fast", [*SMALL, "steps=300", "noise_free_fraction=0", f"noise_std={noise}"])
@@ -132,7 +132,7 @@ def test_noise_makes_the_decoder_less_sensitive():
             clean = result.decoder(result.planes, (24, 24, 24))
             moved = result.decoder([p + 0.1 * torch.randn_like(p) for p in result.planes], (24, 24, 24))
         changes.append(float((moved - clean).square().mean().sqrt()))
-    assert changes[1] < 0.6 * changes[0]
+    assert changes[0] > changes[1] > changes[2]
 
 
 @pytest.mark.parametrize(("overrides", "voxels"), [(["region=volume"], 4096), (["region=box", "voxels_per_step=700"], 729)])

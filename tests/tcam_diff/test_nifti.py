@@ -116,8 +116,9 @@ def test_refuses_affines_and_spacings(tmp_path, good):
     refuse(patch(good, 84, struct.pack("<f", 0.0)), "spacings")
 
 
-def test_refuses_truncated_and_damaged_files(tmp_path, good):
-    whole = good.read_bytes()
+def test_refuses_truncated_and_damaged_files(tmp_path):
+    noise = np.random.default_rng(0).random((20, 20, 20), np.float32)
+    whole = save(tmp_path / "whole.nii", noise).read_bytes()
     (tmp_path / "cut.nii").write_bytes(whole[:-7])
     refuse(tmp_path / "cut.nii", "truncated")
     packed = gzip.compress(whole)
