@@ -83,7 +83,7 @@ def read_volume(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) ->
         raise UserError(f"{path}: the affine has NaN or infinite entries")
     if abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         raise UserError(f"{path}: the affine is singular: its axes do not span space")
-    with nib.openers.ImageOpener(path) as file:  # as stored: nibabel has put 1 where it found 0
+    with nib.openers.ImageOpener(str(path)) as file:  # as stored: nibabel has put 1 where it found 0
         zooms = np.asarray(type(header).from_fileobj(file, check=False)["pixdim"][1:4], float)
     if not np.isfinite(zooms).all() or (zooms <= 0).any():
         raise UserError(f"{path}: expected positive spacings, got pixdim {tuple(zooms.tolist())}")
