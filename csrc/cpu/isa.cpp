@@ -22,8 +22,9 @@ struct Candidate {
   bool (*runs)();
 };
 
+// Best first.
+// clang-format off
 const Candidate candidates[] = {
-    // best first
 #ifdef TCAM_EMULATED_ENGINE
     {{"emulated", emulated::engine}, always},
 #endif
@@ -34,6 +35,7 @@ const Candidate candidates[] = {
 #endif
     {{"portable", portable::engine}, always},
 };
+// clang-format on
 
 const InstructionSet& choose() {
 #ifdef TCAM_X86
