@@ -3,7 +3,7 @@
 //
 // A tile is up to 96 voxels (rows) by one layer's width (columns). Its activations live in
 // L1/L2 with a fixed row pitch; a layer is a product of the tile with a packed matrix by a
-// register block of TCAM_ROWS x 2 vectors; the epilogue adds nothing to memory traffic that
+// register block of 6 (12) rows x 2 vectors; the epilogue adds nothing to memory traffic that
 // the next layer would not read. Every sum runs in an order fixed by the problem alone:
 // over the contraction for a product, over voxels ascending for a gradient.
 #include "voxel_core.h"

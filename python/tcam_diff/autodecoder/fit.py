@@ -213,7 +213,7 @@ class Fitter:
         on_progress: Callable[[Progress], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> FitResult:
-        """All stages; stops early when ``should_stop`` says so. The result is the best state checked."""
+        """All steps; stops early when ``should_stop`` says so. The result is the best state checked."""
         start = time.monotonic()
         index, stopped, steps = 0, False, self.config.steps
         error: float | None = None
