@@ -197,6 +197,22 @@ def test_boxes_add_up_to_the_gradient_of_the_whole():
     assert problems.gradient_error(total, list(want)) < 1e-12
 
 
+def test_a_volume_of_several_slabs_is_the_sum_of_its_parts():
+    """Wide enough that backward walks five slabs of x; each part fits one."""
+    p = problems.make(channels=3, texels=(20, 9, 9), widths=(256, 2), size=(120, 64, 64), activation="silu")
+    p = p.to(torch.float32, requires_grad=True)
+    whole = p.call(tcam_ext.decode_grid)
+    grad = torch.randn_like(whole)
+    want = torch.autograd.grad(whole, p.tensors, grad)
+    total = [torch.zeros_like(t) for t in p.tensors]
+    for x in range(0, 120, 20):
+        part = p.call(tcam_ext.decode_grid, box=((x, x + 20), (0, 64), (0, 64)))
+        assert torch.equal(part, whole[:, :, x : x + 20])
+        for t, g in zip(total, torch.autograd.grad(part, p.tensors, grad[:, :, x : x + 20]), strict=True):
+            t += g
+    assert problems.gradient_error(total, [w.double() for w in want]) < 1e-4
+
+
 @pytest.mark.parametrize("size", [(40, 24, 32), (5, 1, 700), (1, 300, 9), (900, 2, 2)])
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_bits_do_not_depend_on_threads_tiles_or_runs(size, activation, threads):
