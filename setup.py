@@ -1,7 +1,8 @@
 """Builds tcam_ext._C with ninja: no torch at build time, CUDA where nvcc is found.
 
-Environment: TCAM_CUDA=auto|on|off, TORCH_CUDA_ARCH_LIST (torch's spelling, e.g. "8.0;9.0+PTX"), CXX, CXXFLAGS, LDFLAGS,
-CUDACXX, CUDA_HOME, CUDAHOSTCXX, MAX_JOBS, TCAM_COMPILE_COMMANDS=1 (writes compile_commands.json).
+Environment: TCAM_CUDA=auto|on|off, TORCH_CUDA_ARCH_LIST (torch's spelling, e.g. "8.0;9.0+PTX"), TCAM_CPU_SETS (e.g.
+"avx2": the instruction sets compiled beside the portable one; default all), CXX, CXXFLAGS, LDFLAGS, CUDACXX, CUDA_HOME,
+CUDAHOSTCXX, MAX_JOBS, TCAM_COMPILE_COMMANDS=1 (writes compile_commands.json).
 """
 
 import hashlib
@@ -35,6 +36,15 @@ DEFAULT_ARCHITECTURES = "8.0;9.0a;9.0-PTX"  # short to build; "-PTX" (ours) is P
 
 def say(text):
     print(f"tcam_ext: {text}", file=sys.stderr, flush=True)
+
+
+def instruction_sets():
+    """Those that TCAM_CPU_SETS names, and always the portable one."""
+    spelled = os.environ.get("TCAM_CPU_SETS", "").strip()
+    named = re.split(r"[;, ]+", spelled) if spelled else list(INSTRUCTION_SETS)
+    if unknown := set(named) - set(INSTRUCTION_SETS):
+        raise SystemExit(f"TCAM_CPU_SETS: unknown {', '.join(sorted(unknown))}; known here: {', '.join(INSTRUCTION_SETS)}")
+    return {name: how for name, how in INSTRUCTION_SETS.items() if name == "portable" or name in named}
 
 
 def find_nvcc():
@@ -123,7 +133,6 @@ class NinjaBuild(build_ext):
         nvcc = find_nvcc()
         includes = [f"-I{shlex.quote(p)}" for p in (pybind_include, sysconfig.get_paths()["include"])]
         flags = ["-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp -DNDEBUG -Wall -Wextra -Wno-psabi"]
-        flags += ["-DTCAM_X86=1"] if X86 else []
         flags += [os.environ.get("CXXFLAGS", "")]
         defines = [f"-DTCAM_VERSION='\"{self.distribution.get_version()}\"' -DTCAM_SOURCE_HASH='\"{source_hash()}\"'"]
         edges, objects = [], []
@@ -155,8 +164,9 @@ class NinjaBuild(build_ext):
             link += ["-lcudart_static -lrt -lpthread -ldl"]  # static: the wheel serves every torch, with or without CUDA
         compile_cpp(CSRC / "bindings.cpp", "bindings", includes + defines)
         compile_cpp(CSRC / "cpu" / "decode_grid.cpp", "decode_grid", [])
-        compile_cpp(CSRC / "cpu" / "isa.cpp", "isa", [])
-        for isa, (vector_bytes, isa_flags) in INSTRUCTION_SETS.items():
+        sets = instruction_sets()
+        compile_cpp(CSRC / "cpu" / "isa.cpp", "isa", [f"-DTCAM_HAS_{isa.upper()}=1" for isa in sets])
+        for isa, (vector_bytes, isa_flags) in sets.items():
             # -ffp-contract=fast fuses a*b + c; no other liberty with floating point is taken.
             extra = [
                 isa_flags,

@@ -1,4 +1,4 @@
-// Run-time choice of the instruction set.
+// Run-time choice of the instruction set, among those that the build compiled (TCAM_HAS_*).
 #include "isa.h"
 
 #include <stdlib.h>
@@ -8,13 +8,13 @@ namespace tcam {
 namespace {
 
 bool always() { return true; }
-#ifdef TCAM_X86
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-bool has_avx512() {
+#if defined(__x86_64__)
+[[maybe_unused]] bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+[[maybe_unused]] bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+[[maybe_unused]] bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 struct Candidate {
@@ -25,12 +25,16 @@ struct Candidate {
 // Best first.
 // clang-format off
 const Candidate candidates[] = {
-#ifdef TCAM_EMULATED_ENGINE
+#ifdef TCAM_HAS_EMULATED
     {{"emulated", emulated::engine}, always},
 #endif
-#ifdef TCAM_X86
+#ifdef TCAM_HAS_AVX512BF16
     {{"avx512bf16", avx512bf16::engine}, has_avx512bf16},
+#endif
+#ifdef TCAM_HAS_AVX512
     {{"avx512", avx512::engine}, has_avx512},
+#endif
+#ifdef TCAM_HAS_AVX2
     {{"avx2", avx2::engine}, has_avx2},
 #endif
     {{"portable", portable::engine}, always},
@@ -38,7 +42,7 @@ const Candidate candidates[] = {
 // clang-format on
 
 const InstructionSet& choose() {
-#ifdef TCAM_X86
+#if defined(__x86_64__)
   __builtin_cpu_init();
 #endif
   const char* wanted = getenv("TCAM_CPU_ISA");

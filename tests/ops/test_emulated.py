@@ -58,7 +58,7 @@ def kernels(tmp_path_factory):
         "-fPIC",
         "-fopenmp",
         "-Wno-psabi",
-        "-DTCAM_EMULATED_ENGINE=1",
+        "-DTCAM_HAS_EMULATED=1",
     ]
     builds = [
         [*common, "-c", str(CSRC / "cpu/decode_grid.cpp"), "-o", "decode_grid.o"],
