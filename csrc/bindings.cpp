@@ -12,6 +12,7 @@
 
 #include "cpu/decode_grid.h"
 #include "maths/activation.h"
+#include "maths/loss.h"
 #include "tensor.h"
 #ifdef TCAM_WITH_CUDA
 #include "cuda/launch.h"
@@ -23,9 +24,11 @@ namespace {
 #define TCAM_NAME(name) #name,
 const char* const activation_names[] = {TCAM_HIDDEN_ACTIVATIONS(TCAM_NAME)};
 const char* const output_activation_names[] = {TCAM_OUTPUT_ACTIVATIONS(TCAM_NAME)};
+const char* const loss_names[] = {TCAM_LOSSES(TCAM_NAME)};
 #undef TCAM_NAME
 constexpr int hidden_count = sizeof(activation_names) / sizeof(char*);
 constexpr int output_count = sizeof(output_activation_names) / sizeof(char*);
+constexpr int loss_count = sizeof(loss_names) / sizeof(char*);
 
 template <size_t n>
 py::tuple names(const char* const (&list)[n]) {
@@ -142,7 +145,7 @@ struct DecodeGrid {
 };
 
 void* workspace_of(const Tensor& t, int64_t bytes, DLDevice device) {
-  if (t.device.type != device.type || t.device.id != device.id || t.dtype != -1)
+  if (t.device.type != device.type || t.device.id != device.id || t.dtype != TCAM_U8)
     throw py::value_error("workspace: expected a uint8 tensor on the same device");
   if (t.count < bytes + 64) throw py::value_error("workspace: expected at least " + std::to_string(bytes + 64) + " bytes");
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data), end = begin + static_cast<uintptr_t>(t.count);
@@ -181,7 +184,39 @@ void decode_grid_cpu(const py::list& planes, const py::list& weights, const py::
                        scratch);
 }
 
-// grad_planes: 3 tensors or none; grad_decoder: weights then biases (None where there is no bias), or none.
+// Where gradients go: 3 planes or none; weights, then biases (None where there is no bias), or none. Says in `call.problem`
+// which are wanted. With `per_object`, those of the decoder have a leading axis B.
+struct Gradients {
+  std::vector<void*> planes, weights, biases;
+
+  Gradients(DecodeGrid& call, const py::list& to_planes, const py::list& to_decoder, bool per_object) {
+    const size_t layers = call.weights.size();
+    planes.assign(3, nullptr);
+    weights.assign(layers, nullptr);
+    biases.assign(layers, nullptr);
+    auto expect = [&](py::handle object, const std::string& name, Sizes shape, bool leading) {
+      if (leading) shape.insert(shape.begin(), call.problem.batch);
+      const Tensor t(object, name);
+      t.expect(name, shape, call.problem.dtype, call.device);
+      return t.data;
+    };
+    if (to_planes.size()) {
+      if (to_planes.size() != 3) throw py::value_error("grad_planes: expected 3 tensors or none");
+      for (size_t q = 0; q < 3; ++q) planes[q] = expect(to_planes[q], "grad_planes", call.planes[q].shape, false);
+    }
+    if (to_decoder.size()) {
+      if (to_decoder.size() != 2 * layers) throw py::value_error("grad_decoder: expected weights, then biases");
+      for (size_t l = 0; l < layers; ++l) {
+        weights[l] = expect(to_decoder[l], "grad_weights", call.weights[l].shape, per_object);
+        if (!to_decoder[layers + l].is_none())
+          biases[l] = expect(to_decoder[layers + l], "grad_biases", {call.weights[l].shape[0]}, per_object);
+      }
+    }
+    call.problem.grad_planes = to_planes.size() > 0;
+    call.problem.grad_decoder = to_decoder.size() > 0;
+  }
+};
+
 void decode_grid_backward_cpu(py::handle grad_volume, const py::list& planes, const py::list& weights, const py::list& biases,
                               const Options& o, const py::list& grad_planes, const py::list& grad_decoder,
                               py::handle workspace) {
@@ -189,35 +224,32 @@ void decode_grid_backward_cpu(py::handle grad_volume, const py::list& planes, co
   call.expect_cpu();
   const Tensor grad(grad_volume, "grad_volume"), ws(workspace, "workspace");
   grad.expect("grad_volume", call.out_shape(), o.out_dtype, call.device);
-  const size_t layers = call.weights.size();
-  std::vector<void*> to_planes(3, nullptr), to_weights(layers, nullptr), to_biases(layers, nullptr);
-  if (grad_planes.size()) {
-    if (grad_planes.size() != 3) throw py::value_error("grad_planes: expected 3 tensors or none");
-    for (size_t q = 0; q < 3; ++q) {
-      const Tensor t(grad_planes[q], "grad_planes");
-      t.expect("grad_planes", call.planes[q].shape, call.problem.dtype, call.device);
-      to_planes[q] = t.data;
-    }
-  }
-  if (grad_decoder.size()) {
-    if (grad_decoder.size() != 2 * layers) throw py::value_error("grad_decoder: expected weights, then biases");
-    for (size_t l = 0; l < layers; ++l) {
-      const Tensor t(grad_decoder[l], "grad_weights");
-      t.expect("grad_weights", call.weights[l].shape, call.problem.dtype, call.device);
-      to_weights[l] = t.data;
-      if (grad_decoder[layers + l].is_none()) continue;
-      const Tensor u(grad_decoder[layers + l], "grad_biases");
-      u.expect("grad_biases", {call.weights[l].shape[0]}, call.problem.dtype, call.device);
-      to_biases[l] = u.data;
-    }
-  }
+  const Gradients to(call, grad_planes, grad_decoder, false);
   if (call.empty) throw py::value_error("decode_grid_backward: nothing to do for an empty volume");
-  call.problem.grad_planes = grad_planes.size() > 0;
-  call.problem.grad_decoder = grad_decoder.size() > 0;
   void* scratch = workspace_of(ws, tcam_decode_grid_cpu_workspace(&call.problem, 1), call.device);
   py::gil_scoped_release release;
   tcam_decode_grid_backward_cpu(&call.problem, grad.data, call.plane_data.data(), call.weight_data.data(),
-                                call.bias_data.data(), to_planes.data(), to_weights.data(), to_biases.data(), scratch);
+                                call.bias_data.data(), to.planes.data(), to.weights.data(), to.biases.data(), scratch);
+}
+
+void decode_grid_loss_cpu(py::handle target, const py::list& planes, const py::list& weights, const py::list& biases,
+                          const Options& o, int loss, double beta, bool per_object, py::handle losses,
+                          const py::list& grad_planes, const py::list& grad_decoder, py::handle workspace) {
+  DecodeGrid call(planes, weights, biases, o);
+  call.expect_cpu();
+  const Tensor want(target, "target"), sums(losses, "losses"), ws(workspace, "workspace");
+  want.expect("target", call.out_shape(), want.dtype, call.device);
+  sums.expect("losses", {call.problem.batch}, TCAM_F64, call.device);
+  if (loss < 0 || loss >= loss_count) throw py::value_error("loss: out of range");
+  if (!(beta >= 0)) throw py::value_error("beta: expected a number >= 0");
+  const Gradients to(call, grad_planes, grad_decoder, per_object);
+  if (call.empty) throw py::value_error("decode_grid_loss: nothing to do for an empty volume");
+  const tcam_objective objective = {want.data, want.dtype, loss, beta, per_object};
+  const bool backward = call.problem.grad_planes || call.problem.grad_decoder;
+  void* scratch = workspace_of(ws, tcam_decode_grid_cpu_workspace(&call.problem, backward), call.device);
+  py::gil_scoped_release release;
+  tcam_decode_grid_loss_cpu(&call.problem, &objective, call.plane_data.data(), call.weight_data.data(), call.bias_data.data(),
+                            static_cast<double*>(sums.data), to.planes.data(), to.weights.data(), to.biases.data(), scratch);
 }
 
 // plane (m0, m1, C) to out (n0, n1, C), on the device that holds them.
@@ -280,6 +312,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = __VERSION__;
   m.attr("activations") = names(activation_names);
   m.attr("output_activations") = names(output_activation_names);
+  m.attr("losses") = names(loss_names);
   m.def("bind",
         [](py::object tensor, py::object parameter) { TensorApi::get().bind(std::move(tensor), std::move(parameter)); });
   m.def("cpu_isa", &tcam_cpu_isa);
@@ -302,5 +335,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("decode_grid_workspace", &decode_grid_workspace);
   m.def("decode_grid_cpu", &decode_grid_cpu);
   m.def("decode_grid_backward_cpu", &decode_grid_backward_cpu);
+  m.def("decode_grid_loss_cpu", &decode_grid_loss_cpu);
   m.def("resample_plane", &resample_plane);
 }

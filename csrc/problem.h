@@ -9,7 +9,7 @@ extern "C" {
 
 enum { TCAM_MAX_LAYERS = 6, TCAM_MAX_WIDTH = 256, TCAM_MAX_OUT = 16 };
 
-typedef enum { TCAM_F32 = 0, TCAM_F64 = 1, TCAM_F16 = 2, TCAM_BF16 = 3 } tcam_dtype;
+typedef enum { TCAM_F32 = 0, TCAM_F64 = 1, TCAM_F16 = 2, TCAM_BF16 = 3, TCAM_U8 = 4 } tcam_dtype;
 typedef enum { TCAM_PAD_BORDER = 0, TCAM_PAD_ZEROS = 1 } tcam_padding;
 
 // One decode_grid problem. Planes are (B,C,h,w), (B,C,w,d), (B,C,h,d), contiguous;
@@ -31,6 +31,15 @@ typedef struct {
   int32_t threads;
   int32_t tile;  // voxels a tile; 0 takes the default. Results do not depend on it.
 } tcam_decode_grid;
+
+// What decode_grid_loss compares the decoded volume with.
+typedef struct {
+  const void* target;    // (B, C_out, box), contiguous
+  int32_t target_dtype;  // any; TCAM_U8 means value/255
+  int32_t loss;          // index into the list of maths/loss.h
+  double beta;           // of smooth_l1
+  int32_t per_object;    // 1: gradients of weights and biases have a leading axis B
+} tcam_objective;
 
 #ifdef __cplusplus
 }

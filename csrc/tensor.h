@@ -85,7 +85,7 @@ class TensorApi {
 };
 
 inline const char* dtype_name(int dtype) {
-  static const char* names[] = {"float32", "float64", "float16", "bfloat16"};
+  static const char* names[] = {"float32", "float64", "float16", "bfloat16", "uint8"};
   return names[dtype];
 }
 
@@ -110,8 +110,8 @@ struct Tensor {
       case (2 << 8) | 64: dtype = TCAM_F64; break;
       case (2 << 8) | 16: dtype = TCAM_F16; break;
       case (4 << 8) | 16: dtype = TCAM_BF16; break;
-      case (1 << 8) | 8: dtype = -1; break;  // uint8: workspaces
-      default: throw py::type_error(name + ": expected a floating dtype");
+      case (1 << 8) | 8: dtype = TCAM_U8; break;
+      default: throw py::type_error(name + ": expected a floating dtype, or uint8");
     }
     shape.assign(t.shape, t.shape + t.ndim);
     int64_t step = 1;
@@ -126,9 +126,7 @@ struct Tensor {
 
   void expect(const std::string& name, const std::vector<int64_t>& want, int want_dtype, DLDevice want_device) const {
     if (shape != want) throw py::value_error(name + ": expected shape " + text(want) + ", got " + text(shape));
-    if (dtype != want_dtype)
-      throw py::type_error(name + ": expected " + dtype_name(want_dtype) + ", got " +
-                           (dtype < 0 ? "uint8" : dtype_name(dtype)));
+    if (dtype != want_dtype) throw py::type_error(name + ": expected " + dtype_name(want_dtype) + ", got " + dtype_name(dtype));
     if (device.type != want_device.type || device.id != want_device.id)
       throw py::value_error(name + ": expected all tensors on one device");
   }

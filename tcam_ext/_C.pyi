@@ -10,6 +10,7 @@ source_hash: str
 compiler: str
 activations: tuple[str, ...]
 output_activations: tuple[str, ...]
+losses: tuple[str, ...]
 
 class Options:
     def __init__(
@@ -55,6 +56,20 @@ def decode_grid_backward_cpu(
     weights: list[Tensor],
     biases: list[Tensor | None],
     options: Options,
+    grad_planes: list[Tensor],
+    grad_decoder: list[Tensor | None],
+    workspace: Tensor,
+) -> None: ...
+def decode_grid_loss_cpu(
+    target: Tensor,
+    planes: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    options: Options,
+    loss: int,
+    beta: float,
+    per_object: bool,
+    losses: Tensor,
     grad_planes: list[Tensor],
     grad_decoder: list[Tensor | None],
     workspace: Tensor,

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tcam_ext.activations import ACTIVATIONS, OUTPUT_ACTIVATIONS
+from tcam_ext.losses import LOSSES
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 PADDING_MODES = ("border", "zeros")
+TARGET_DTYPES = (*DTYPES, torch.uint8)
+REDUCTIONS = ("mean", "sum", "none_batch")
 MAX_LAYERS = 6
 MAX_WIDTH = 256
 MAX_OUT = 16
@@ -86,6 +90,67 @@ def decode_grid(
         _compute(compute_dtype, autocast, dtype),
         dtype if out_dtype is None else out_dtype,
     )
+
+
+class Objective(NamedTuple):
+    """What decode_grid_loss has beside the arguments of decode_grid."""
+
+    beta: float
+    voxels: int  # that a loss is the mean of, channels counted; 1 for a sum
+
+
+def decode_grid_loss(
+    planes: Any,
+    weights: Any,
+    biases: Any,
+    target: Any,
+    size: Any,
+    box: Any,
+    loss: Any,
+    beta: Any,
+    reduction: Any,
+    activation: Any,
+    output_activation: Any,
+    align_corners: Any,
+    padding_mode: Any,
+    compute_dtype: Any,
+) -> tuple[DecodeGrid, Objective]:
+    target = _tensor("target", target, 5, "(B, C_out, H, W, D)")
+    if size is None:
+        if box is not None:
+            raise ValueError("size: expected (H, W, D), the whole volume, where box is given; got None")
+        size = list(target.shape[2:])
+    call = decode_grid(
+        planes,
+        weights,
+        biases,
+        size,
+        box,
+        activation,
+        output_activation,
+        align_corners,
+        padding_mode,
+        compute_dtype,
+        None,
+    )
+    want = (call.planes[0].shape[0], call.weights[-1].shape[0], *(hi - lo for lo, hi in call.box))
+    if tuple(target.shape) != want:
+        part = "size" if box is None else "box"
+        raise ValueError(f"target: expected shape {want}, (B, C_out) and the voxels of {part}, got {tuple(target.shape)}")
+    if target.dtype not in TARGET_DTYPES:
+        raise TypeError(f"target: expected float32, float64, float16, bfloat16 or uint8 (value/255), got {target.dtype}")
+    if target.device != call.planes[0].device:
+        raise ValueError(f"target: expected device {call.planes[0].device} as planes have, got {target.device}")
+    if target.requires_grad:
+        raise ValueError("target: expected a tensor that requires no grad (there is no gradient to the target); detach it")
+    choice("loss", loss, LOSSES)
+    choice("reduction", reduction, REDUCTIONS)
+    if isinstance(beta, bool) or not isinstance(beta, (int, float, torch.SymFloat)):
+        raise TypeError(f"beta: expected a number, got {_type(beta)}")
+    if not 0 <= beta < math.inf:  # a SymFloat under torch.compile
+        raise ValueError(f"beta: expected a finite number >= 0, got {beta}")
+    count = math.prod(want[1:]) if reduction == "none_batch" else math.prod(want) if reduction == "mean" else 1
+    return call, Objective(cast(float, beta) * 1.0, count)
 
 
 def native_limits(call: DecodeGrid) -> None:

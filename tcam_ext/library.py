@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,18 +11,20 @@ from torch import Tensor
 from tcam_ext import _C
 
 _library = torch.library.Library("tcam_ext", "DEF")
-_OPTIONS = (
-    "SymInt[] size, SymInt[] box, str activation, str output_activation, bool align_corners, str padding_mode, "
-    "str compute, ScalarType out_dtype"
+_INPUTS = "Tensor[] planes, Tensor[] weights, Tensor?[] biases"
+_OPTIONS = (  # in the order of Call.__init__
+    "SymInt[] size, SymInt[] box, str activation, str output_activation, bool align_corners, str padding_mode, str compute"
 )
 _PT2 = (torch.Tag.pt2_compliant_tag,)
+_library.define(f"decode_grid({_INPUTS}, {_OPTIONS}, ScalarType out_dtype, *, int tile=0) -> Tensor", tags=_PT2)
 _library.define(
-    f"decode_grid(Tensor[] planes, Tensor[] weights, Tensor?[] biases, {_OPTIONS}, int tile=0) -> Tensor",
+    f"decode_grid_backward(Tensor grad_volume, {_INPUTS}, {_OPTIONS}, bool grad_planes, bool grad_decoder, *, int tile=0)"
+    " -> Tensor[]",
     tags=_PT2,
 )
 _library.define(
-    f"decode_grid_backward(Tensor grad_volume, Tensor[] planes, Tensor[] weights, Tensor?[] biases, {_OPTIONS}, "
-    "bool grad_planes, bool grad_decoder, int tile=0) -> Tensor[]",
+    f"decode_grid_loss(Tensor target, {_INPUTS}, {_OPTIONS}, str loss, float beta, bool per_object, bool grad_planes, "
+    "bool grad_decoder, *, int tile=0) -> Tensor[]",
     tags=_PT2,
 )
 _library.define("resample_plane(Tensor plane, SymInt[] size, bool align_corners, str padding_mode) -> Tensor", tags=_PT2)
@@ -29,37 +32,6 @@ _library.define("resample_plane(Tensor plane, SymInt[] size, bool align_corners,
 # The codes of csrc/problem.h.
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _PADDING = {"border": 0, "zeros": 1}
-
-
-def _options(
-    size: Sequence[int],
-    box: Sequence[int],
-    activation: str,
-    output_activation: str,
-    align_corners: bool,
-    padding_mode: str,
-    compute: str,
-    out_dtype: torch.dtype,
-    tile: int,
-) -> _C.Options:
-    storage = _storage(compute)
-    return _C.Options(
-        list(size),
-        list(box),
-        _C.activations.index(activation),
-        _C.output_activations.index(output_activation),
-        align_corners,
-        _PADDING[padding_mode],
-        3 if compute == "bfloat16" else _DTYPE[storage],
-        _DTYPE[out_dtype],
-        torch.get_num_threads(),
-        tile,
-    )
-
-
-def _storage(compute: str) -> torch.dtype:
-    """The dtype that the CPU kernel reads: half inputs are widened on entry."""
-    return torch.float64 if compute == "float64" else torch.float32
 
 
 class _Workspaces:
@@ -85,127 +57,155 @@ class _Workspaces:
 _workspaces = _Workspaces()
 
 
-def _dense(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t.detach().to(dtype).contiguous()
+def storage_dtype(compute: str) -> torch.dtype:
+    """The dtype that the CPU kernel reads and sums in: half inputs are widened on entry."""
+    return torch.float64 if compute == "float64" else torch.float32
 
 
-def _volume_shape(planes: Sequence[Tensor], weights: Sequence[Tensor], box: Sequence[int]) -> list[int]:
+def volume_shape(planes: Sequence[Tensor], weights: Sequence[Tensor], box: Sequence[int]) -> list[int]:
     return [planes[0].shape[0], weights[-1].shape[0], box[1] - box[0], box[3] - box[2], box[5] - box[4]]
 
 
-def _decode_grid_cpu(
-    planes: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    size: Sequence[int],
-    box: Sequence[int],
-    activation: str,
-    output_activation: str,
-    align_corners: bool,
-    padding_mode: str,
-    compute: str,
-    out_dtype: torch.dtype,
-    tile: int = 0,
-) -> Tensor:
-    dtype = _storage(compute)
-    p, w = [_dense(t, dtype) for t in planes], [_dense(t, dtype) for t in weights]
-    b = [None if t is None else _dense(t, dtype) for t in biases]
-    options = _options(size, box, activation, output_activation, align_corners, padding_mode, compute, out_dtype, tile)
-    volume = torch.empty(_volume_shape(planes, weights, box), dtype=out_dtype)
-    workspace = _workspaces.take(_C.decode_grid_workspace(p, w, b, options, False, False, False))
-    _C.decode_grid_cpu(p, w, b, options, volume, workspace)
+class _CpuCall:
+    """The tensors and options of an op as the CPU kernels take them."""
+
+    def __init__(
+        self,
+        planes: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        size: Sequence[int],
+        box: Sequence[int],
+        activation: str,
+        output_activation: str,
+        align_corners: bool,
+        padding_mode: str,
+        compute: str,
+        *,
+        out_dtype: torch.dtype,
+        tile: int,
+    ) -> None:
+        self.dtype = storage_dtype(compute)
+
+        def dense(t: Tensor) -> Tensor:
+            return t.detach().to(self.dtype).contiguous()
+
+        self.tensors = (
+            [dense(t) for t in planes],
+            [dense(t) for t in weights],
+            [None if t is None else dense(t) for t in biases],
+        )
+        self.options = _C.Options(
+            list(size),
+            list(box),
+            _C.activations.index(activation),
+            _C.output_activations.index(output_activation),
+            align_corners,
+            _PADDING[padding_mode],
+            _DTYPE[torch.bfloat16 if compute == "bfloat16" else self.dtype],
+            _DTYPE[out_dtype],
+            torch.get_num_threads(),
+            tile,
+        )
+
+    def workspace(self, backward: bool, grad_planes: bool, grad_decoder: bool) -> Tensor:
+        return _workspaces.take(_C.decode_grid_workspace(*self.tensors, self.options, backward, grad_planes, grad_decoder))
+
+
+# In what follows ``inputs`` are planes, weights, biases and the options of _OPTIONS.
+
+
+def _decode_grid_cpu(*inputs: Any, tile: int = 0) -> Tensor:
+    *inputs, out_dtype = inputs  # type: ignore[assignment]
+    call = _CpuCall(*inputs, out_dtype=out_dtype, tile=tile)
+    volume = torch.empty(volume_shape(inputs[0], inputs[1], inputs[4]), dtype=out_dtype)
+    workspace = call.workspace(False, False, False)
+    _C.decode_grid_cpu(*call.tensors, call.options, volume, workspace)
     _workspaces.give_back(workspace)
     return volume
 
 
-def _decode_grid_fake(
-    planes: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    size: Sequence[int],
-    box: Sequence[int],
-    activation: str,
-    output_activation: str,
-    align_corners: bool,
-    padding_mode: str,
-    compute: str,
-    out_dtype: torch.dtype,
-    tile: int = 0,
-) -> Tensor:
-    return planes[0].new_empty(_volume_shape(planes, weights, box), dtype=out_dtype)
+def _decode_grid_fake(*inputs: Any, tile: int = 0) -> Tensor:
+    planes, weights, box, out_dtype = inputs[0], inputs[1], inputs[4], inputs[-1]
+    volume: Tensor = planes[0].new_empty(volume_shape(planes, weights, box), dtype=out_dtype)
+    return volume
 
 
-def _empty_gradients(
-    planes: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    grad_planes: bool,
-    grad_decoder: bool,
-    dtype: torch.dtype | None,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
-    def like(t: Tensor) -> Tensor:
-        return torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
+class _Gradients:
+    """Fresh tensors for the gradients wanted: planes, then weights, then the biases there are."""
 
-    return (
-        [like(t) for t in planes] if grad_planes else [],
-        [like(t) for t in weights] if grad_decoder else [],
-        [None if t is None else like(t) for t in biases] if grad_decoder else [],
-    )
+    def __init__(
+        self, inputs: Sequence[Any], grad_planes: bool, grad_decoder: bool, dtype: torch.dtype, leading: Sequence[int] = ()
+    ) -> None:
+        planes, weights, biases = inputs[:3]
+
+        def like(t: Tensor, leading: Sequence[int] = ()) -> Tensor:
+            return t.new_empty([*leading, *t.shape], dtype=dtype)
+
+        self.planes = [like(t) for t in planes] if grad_planes else []
+        self.decoder: list[Tensor | None] = (
+            [None if t is None else like(t, leading) for t in (*weights, *biases)] if grad_decoder else []
+        )
+
+    def list(self) -> list[Tensor]:
+        return [*self.planes, *(t for t in self.decoder if t is not None)]
 
 
-def _decode_grid_backward_cpu(
-    grad_volume: Tensor,
-    planes: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    size: Sequence[int],
-    box: Sequence[int],
-    activation: str,
-    output_activation: str,
-    align_corners: bool,
-    padding_mode: str,
-    compute: str,
-    out_dtype: torch.dtype,
-    grad_planes: bool,
-    grad_decoder: bool,
-    tile: int = 0,
-) -> list[Tensor]:
-    """Gradients of planes (if wanted), then of weights and of the biases there are (if wanted)."""
-    dtype = _storage(compute)
-    p, w = [_dense(t, dtype) for t in planes], [_dense(t, dtype) for t in weights]
-    b = [None if t is None else _dense(t, dtype) for t in biases]
-    gp, gw, gb = _empty_gradients(planes, weights, biases, grad_planes, grad_decoder, dtype)
-    grads = [*gp, *gw, *(t for t in gb if t is not None)]
+def _decode_grid_backward_cpu(grad_volume: Tensor, *inputs: Any, tile: int = 0) -> list[Tensor]:
+    *inputs, grad_planes, grad_decoder = inputs  # type: ignore[assignment]
+    call = _CpuCall(*inputs, out_dtype=grad_volume.dtype, tile=tile)
+    grads = _Gradients(call.tensors, grad_planes, grad_decoder, call.dtype)
     if grad_volume.numel() == 0:
-        for t in grads:
+        for t in grads.list():
             t.zero_()
-    elif grads:
-        options = _options(size, box, activation, output_activation, align_corners, padding_mode, compute, out_dtype, tile)
-        workspace = _workspaces.take(_C.decode_grid_workspace(p, w, b, options, True, grad_planes, grad_decoder))
-        _C.decode_grid_backward_cpu(grad_volume.detach().contiguous(), p, w, b, options, gp, [*gw, *gb], workspace)
+    elif grads.list():
+        workspace = call.workspace(True, grad_planes, grad_decoder)
+        grad_volume = grad_volume.detach().contiguous()
+        _C.decode_grid_backward_cpu(grad_volume, *call.tensors, call.options, grads.planes, grads.decoder, workspace)
         _workspaces.give_back(workspace)
-    return [t.to(planes[0].dtype) for t in grads]
+    return [t.to(inputs[0][0].dtype) for t in grads.list()]
 
 
-def _decode_grid_backward_fake(
-    grad_volume: Tensor,
-    planes: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    size: Sequence[int],
-    box: Sequence[int],
-    activation: str,
-    output_activation: str,
-    align_corners: bool,
-    padding_mode: str,
-    compute: str,
-    out_dtype: torch.dtype,
-    grad_planes: bool,
-    grad_decoder: bool,
-    tile: int = 0,
-) -> list[Tensor]:
-    gp, gw, gb = _empty_gradients(planes, weights, biases, grad_planes, grad_decoder, None)
-    return [*gp, *gw, *(t for t in gb if t is not None)]
+def _decode_grid_backward_fake(grad_volume: Tensor, *inputs: Any, tile: int = 0) -> list[Tensor]:
+    grad_planes, grad_decoder = inputs[-2:]
+    return _Gradients(inputs, grad_planes, grad_decoder, inputs[0][0].dtype).list()
+
+
+def _decode_grid_loss_cpu(target: Tensor, *inputs: Any, tile: int = 0) -> list[Tensor]:
+    """Sums of the loss for each object, float64, then their gradients in float32 or float64, undivided."""
+    *inputs, loss, beta, per_object, grad_planes, grad_decoder = inputs  # type: ignore[assignment]
+    call = _CpuCall(*inputs, out_dtype=torch.float32, tile=tile)
+    batch = inputs[0][0].shape[0]
+    grads = _Gradients(call.tensors, grad_planes, grad_decoder, call.dtype, [batch] if per_object else [])
+    losses = torch.zeros(batch, dtype=torch.float64)
+    if target.numel() == 0:
+        for t in grads.list():
+            t.zero_()
+    else:
+        workspace = call.workspace(bool(grads.list()), grad_planes, grad_decoder)
+        _C.decode_grid_loss_cpu(
+            target.detach().contiguous(),
+            *call.tensors,
+            call.options,
+            _C.losses.index(loss),
+            beta,
+            per_object,
+            losses,
+            grads.planes,
+            grads.decoder,
+            workspace,
+        )
+        _workspaces.give_back(workspace)
+    return [losses, *grads.list()]
+
+
+def _decode_grid_loss_fake(target: Tensor, *inputs: Any, tile: int = 0) -> list[Tensor]:
+    planes, compute = inputs[0], inputs[9]
+    per_object, grad_planes, grad_decoder = inputs[-3:]
+    batch = planes[0].shape[0]
+    losses = planes[0].new_empty([batch], dtype=torch.float64)
+    grads = _Gradients(inputs, grad_planes, grad_decoder, storage_dtype(compute), [batch] if per_object else [])
+    return [losses, *grads.list()]
 
 
 def _resample_plane(plane: Tensor, size: Sequence[int], align_corners: bool, padding_mode: str) -> Tensor:
@@ -220,13 +220,16 @@ def _resample_plane_fake(plane: Tensor, size: Sequence[int], align_corners: bool
 
 _library.impl("decode_grid", _decode_grid_cpu, "CPU")
 _library.impl("decode_grid_backward", _decode_grid_backward_cpu, "CPU")
+_library.impl("decode_grid_loss", _decode_grid_loss_cpu, "CPU")
 _library.impl("resample_plane", _resample_plane, "CPU")
 _library.impl("resample_plane", _resample_plane, "CUDA")
 torch.library.register_fake("tcam_ext::decode_grid", _decode_grid_fake, lib=_library)
 torch.library.register_fake("tcam_ext::decode_grid_backward", _decode_grid_backward_fake, lib=_library)
+torch.library.register_fake("tcam_ext::decode_grid_loss", _decode_grid_loss_fake, lib=_library)
 torch.library.register_fake("tcam_ext::resample_plane", _resample_plane_fake, lib=_library)
 
 decode_grid = torch.ops.tcam_ext.decode_grid.default
 decode_grid_backward = torch.ops.tcam_ext.decode_grid_backward.default
+decode_grid_loss = torch.ops.tcam_ext.decode_grid_loss.default
 #: Bilinear resampling of a channels-last plane (m0, m1, C) to ``size`` voxels: the maps A, B, G of kernels by hand.
 resample_plane = torch.ops.tcam_ext.resample_plane.default

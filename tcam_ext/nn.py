@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tcam_ext import checks
 from tcam_ext.activations import ACTIVATIONS, MODULES, OUTPUT_ACTIVATIONS
-from tcam_ext.ops import decode_grid
+from tcam_ext.ops import decode_grid, decode_grid_loss
 
 
 class TriplaneDecoder(nn.Module):
@@ -67,21 +68,49 @@ class TriplaneDecoder(nn.Module):
         impl: str = "auto",
     ) -> Tensor:
         """Decode a grid of ``size`` voxels, or its ``box``: :func:`tcam_ext.decode_grid` with this MLP."""
-        layers = self.layers()
         return decode_grid(
+            planes, *self._mlp(), size, box=box, compute_dtype=compute_dtype, out_dtype=out_dtype, impl=impl, **self._options()
+        )
+
+    def loss(
+        self,
+        planes: Tensor | Sequence[Tensor],
+        target: Tensor,
+        size: Sequence[int] | None = None,
+        *,
+        box: Sequence[Sequence[int]] | None = None,
+        loss: str = "smooth_l1",
+        beta: float = 0.3,
+        reduction: str = "mean",
+        compute_dtype: torch.dtype | str | None = None,
+        impl: str = "auto",
+    ) -> Tensor:
+        """The loss of the decoded grid against ``target``, in one pass: :func:`tcam_ext.decode_grid_loss` with this MLP."""
+        return decode_grid_loss(
             planes,
-            [m.weight for m in layers],
-            [m.bias for m in layers],
+            *self._mlp(),
+            target,
             size,
             box=box,
-            activation=self.activation,
-            output_activation=self.output_activation,
-            align_corners=self.align_corners,
-            padding_mode=self.padding_mode,
+            loss=loss,
+            beta=beta,
+            reduction=reduction,
             compute_dtype=compute_dtype,
-            out_dtype=out_dtype,
             impl=impl,
+            **self._options(),
         )
+
+    def _mlp(self) -> tuple[list[Tensor], list[Tensor | None]]:
+        layers = self.layers()
+        return [m.weight for m in layers], [m.bias for m in layers]
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "activation": self.activation,
+            "output_activation": self.output_activation,
+            "align_corners": self.align_corners,
+            "padding_mode": self.padding_mode,
+        }
 
     def sequential(self) -> nn.Sequential:
         """The same MLP as an ``nn.Sequential`` over features ``(..., 3C)``, sharing the parameters."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tcam_ext import checks, reference
-from tcam_ext.autograd import DecodeGrid
+from tcam_ext.autograd import DecodeGrid, DecodeGridLoss
 
 IMPLS = ("auto", "native", "reference")
 
@@ -101,16 +102,117 @@ def decode_grid(
         out_dtype,
     )
     checks.native_limits(call)
+    options = _flat(call, activation, output_activation, align_corners, padding_mode)
+    volume: Tensor = DecodeGrid.apply(len(call.weights), options, call.out_dtype, *call.planes, *call.weights, *call.biases)
+    return volume
+
+
+def _flat(
+    call: checks.DecodeGrid, activation: str, output_activation: str, align_corners: bool, padding_mode: str
+) -> tuple[Any, ...]:
+    """The options of library.py."""
     (x0, x1), (y0, y1), (z0, z1) = call.box
-    options = (
-        list(call.size),
-        [x0, x1, y0, y1, z0, z1],
+    box = [x0, x1, y0, y1, z0, z1]
+    return list(call.size), box, activation, output_activation, align_corners, padding_mode, call.compute
+
+
+def decode_grid_loss(
+    planes: Tensor | Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    target: Tensor,
+    size: Sequence[int] | None = None,
+    *,
+    box: Sequence[Sequence[int]] | None = None,
+    loss: str = "smooth_l1",
+    beta: float = 0.3,
+    reduction: str = "mean",
+    activation: str = "relu",
+    output_activation: str = "none",
+    align_corners: bool = False,
+    padding_mode: str = "border",
+    compute_dtype: torch.dtype | str | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    r"""The mean loss of a decoded grid of voxels against a target, and in the same pass its gradients.
+
+    .. math::
+        \ell = \frac{1}{N} \sum_{b, c, x, y, z} l\big(\mathrm{volume}_{b,c}(x, y, z) - \mathrm{target}_{b,c}(x, y, z)\big)
+
+    with the volume of :func:`decode_grid` and a pointwise loss :math:`l` of the difference :math:`d`: ``smooth_l1``
+    (:math:`d^2/2\beta` where :math:`|d| < \beta`, else :math:`|d| - \beta/2`), ``l1`` (:math:`|d|`) or ``mse`` (:math:`d^2`).
+    The volume is never written, and nothing is computed twice: forward, loss and backward are one walk over the voxels, three
+    products a hidden layer instead of the four that :func:`decode_grid` and its backward take. ``loss.backward()`` only scales
+    the stored gradients. Where no input requires a gradient, or under ``torch.no_grad()``, only the loss is computed; a frozen
+    decoder's gradients are not.
+
+    Args:
+        planes, weights, biases, box, activation, output_activation, align_corners, padding_mode, compute_dtype, impl: see
+            :func:`decode_grid`.
+        target: ``(B, C_out, H, W, D)``, or the box's size in place of (H, W, D); float32, float64, float16, bfloat16, or uint8,
+            which stands for value/255. It gets no gradient.
+        size: ``(H, W, D)``, the whole volume. None: that of the target, if there is no box.
+        loss: "smooth_l1", "l1" or "mse".
+        beta: of smooth_l1, >= 0; TCAM-Diff uses 0.3. 0 gives l1.
+        reduction: "mean", "sum", or "none_batch": one mean an object, ``(B,)``.
+
+    Returns:
+        A scalar, or ``(B,)`` with ``reduction="none_batch"``: float64 for float64 planes, else float32. Differentiable once
+        with respect to planes, weights and biases. Losses are summed in float64, gradients in float32 or better and divided
+        by N last. The same bits for any number of threads.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError, RuntimeError: as :func:`decode_grid`; ValueError also where the target
+            requires a gradient.
+    """
+    checks.choice("impl", impl, IMPLS)
+    if impl == "reference":
+        return reference.decode_grid_loss(
+            planes,
+            weights,
+            biases,
+            target,
+            size,
+            box=box,
+            loss=loss,
+            beta=beta,
+            reduction=reduction,
+            activation=activation,
+            output_activation=output_activation,
+            align_corners=align_corners,
+            padding_mode=padding_mode,
+            compute_dtype=compute_dtype,
+        )
+    call, objective = checks.decode_grid_loss(
+        planes,
+        weights,
+        biases,
+        target,
+        size,
+        box,
+        loss,
+        beta,
+        reduction,
         activation,
         output_activation,
         align_corners,
         padding_mode,
-        call.compute,
-        call.out_dtype,
+        compute_dtype,
     )
-    volume: Tensor = DecodeGrid.apply(len(call.weights), options, *call.planes, *call.weights, *call.biases)
-    return volume
+    checks.native_limits(call)
+    options = _flat(call, activation, output_activation, align_corners, padding_mode)
+    recording = torch.is_grad_enabled()
+    grad_planes = recording and any(p.requires_grad for p in call.planes)
+    grad_decoder = recording and any(t is not None and t.requires_grad for t in (*call.weights, *call.biases))
+    found: Tensor = DecodeGridLoss.apply(
+        len(call.weights),
+        (*options, loss, objective.beta, reduction == "none_batch"),
+        objective.voxels,
+        grad_planes,
+        grad_decoder,
+        target,
+        *call.planes,
+        *call.weights,
+        *call.biases,
+    )
+    return found

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tcam_ext import checks
 from tcam_ext.activations import ACTIVATIONS, OUTPUT_ACTIVATIONS
+from tcam_ext.losses import LOSSES
 
 #: Texels below and above each voxel of an axis, and their weights.
 Taps = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -102,3 +103,56 @@ def decode_grid(
         h = F.linear(h, w.to(compute), None if b is None else b.to(compute))
     out = OUTPUT_ACTIVATIONS[output_activation](h.to(storage))
     return out.movedim(-1, 1).to(call.out_dtype).contiguous()
+
+
+def decode_grid_loss(
+    planes: Tensor | Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    target: Tensor,
+    size: Sequence[int] | None = None,
+    *,
+    box: Sequence[Sequence[int]] | None = None,
+    loss: str = "smooth_l1",
+    beta: float = 0.3,
+    reduction: str = "mean",
+    activation: str = "relu",
+    output_activation: str = "none",
+    align_corners: bool = False,
+    padding_mode: str = "border",
+    compute_dtype: torch.dtype | str | None = None,
+) -> Tensor:
+    """:func:`tcam_ext.decode_grid_loss` in plain PyTorch: the volume, the loss of each voxel, their mean."""
+    call, compared = checks.decode_grid_loss(
+        planes,
+        weights,
+        biases,
+        target,
+        size,
+        box,
+        loss,
+        beta,
+        reduction,
+        activation,
+        output_activation,
+        align_corners,
+        padding_mode,
+        compute_dtype,
+    )
+    dtype = torch.float64 if call.planes[0].dtype == torch.float64 else torch.float32
+    volume = decode_grid(
+        call.planes,
+        call.weights,
+        call.biases,
+        call.size,
+        box=call.box,
+        activation=activation,
+        output_activation=output_activation,
+        align_corners=align_corners,
+        padding_mode=padding_mode,
+        compute_dtype=compute_dtype,
+        out_dtype=dtype,
+    )
+    want = target.to(dtype) / 255 if target.dtype == torch.uint8 else target.to(dtype)
+    each = LOSSES[loss](volume, want, compared.beta)
+    return each.flatten(1).mean(1) if reduction == "none_batch" else getattr(each, reduction)()

@@ -67,7 +67,7 @@ struct Plan {
   char *projected[3], *grad_projected[3];
   char *bias_1, *a, *b, *g;
   std::vector<char*> scratch;
-  char *da, *db, *dg, *sums, *rows_xy, *rows_xz, *rows_yz, *bias_1_rows, *weight_parts;
+  char *da, *db, *dg, *sums, *rows_xy, *rows_xz, *rows_yz, *bias_1_rows, *weight_parts, *losses;
   long bytes;
 
   Plan(const tcam_decode_grid& problem, bool back, void* workspace)
@@ -132,6 +132,7 @@ struct Plan {
     a = ws.take(map_bytes(slab * n[1]));
     b = ws.take(map_bytes(n[1] * n[2]));
     g = ws.take(map_bytes(slab * n[2]));
+    losses = ws.take(blocks * static_cast<long>(sizeof(double)));
     const long each = std::max(core.scratch_bytes(decoder, backward), real.scratch_bytes(decoder, backward));
     for (int t = 0; t < threads; ++t) scratch.push_back(ws.take(each));
     if (backward) {
@@ -194,31 +195,34 @@ class Run {
                        w.last_stride());
   }
 
-  void forward(const void* const planes[3], void* volume) {
-    const long voxels = w.n[0] * w.n[1] * w.n[2], out = p.width[p.layers];
+  // With an objective (null: none) `volume` is its target, and losses (B) are written.
+  void forward(const void* const planes[3], void* volume, const tcam_objective* objective, double* losses) {
+    const int dtype = objective ? objective->target_dtype : p.out_dtype;
     for (long object = 0; object < p.batch; ++object) {
       project(object, planes);
+      zero(w.losses, loss_bytes());
       for (long i0 = 0; i0 < w.n[0]; i0 += w.slab) {
         const long ni = std::min(w.slab, w.n[0] - i0);
         const Maps maps = slab_maps(i0, ni);
-        const Volume v = {offset(volume, p.out_dtype, object * out * voxels), p.out_dtype, voxels, i0 * w.n[1] * w.n[2]};
+        const Volume v = slab_of(volume, dtype, object, i0);
         parallel_for(w.blocks, w.threads, [&](long task, int thread) {
-          w.core.forward(w.decoder, maps, block(task, ni), v, w.tile, w.scratch[thread]);
+          const Objective compare = block_objective(objective, task);
+          w.core.forward(w.decoder, maps, block(task, ni), v, objective ? &compare : nullptr, w.tile, w.scratch[thread]);
         });
       }
+      if (objective) losses[object] = total_loss();
     }
   }
 
-  void backward(const void* grad_volume, const void* const planes[3], void* const grad_planes[3], void* const* grad_weights,
-                void* const* grad_biases) {
-    const long voxels = w.n[0] * w.n[1] * w.n[2], out = p.width[p.layers];
-    if (p.grad_decoder) {
-      zero(w.sums, w.blocks * w.block_sums * w.core.real_bytes);
-      zero(w.weight_parts, 3 * texel_chunks * w.weight_part() * w.real.real_bytes);
-    }
-    zero(w.bias_1_rows, w.map_bytes(w.n[1]));
+  // `volume` is the gradient of the volume or, with an objective, its target.
+  void backward(const void* volume, const tcam_objective* objective, double* losses, const void* const planes[3],
+                void* const grad_planes[3], void* const* grad_weights, void* const* grad_biases) {
+    const int dtype = objective ? objective->target_dtype : p.out_dtype;
+    const bool per_object = objective && objective->per_object;
     for (long object = 0; object < p.batch; ++object) {
+      if (object == 0 || per_object) zero_decoder_gradients();
       project(object, planes);
+      zero(w.losses, loss_bytes());
       zero(w.db, w.map_bytes(w.n[1] * w.n[2]));
       zero(w.rows_xy, w.map_bytes(p.planes[0] * w.n[1]));
       zero(w.rows_xz, w.map_bytes(p.planes[0] * w.n[2]));
@@ -227,21 +231,24 @@ class Run {
         const Maps maps = slab_maps(i0, ni);
         zero(w.da, w.map_bytes(w.k_chunks * w.slab * w.n[1]));
         zero(w.dg, w.map_bytes(w.j_chunks * w.slab * w.n[2]));
-        const Volume v = {offset(const_cast<void*>(grad_volume), p.out_dtype, object * out * voxels), p.out_dtype, voxels,
-                          i0 * w.n[1] * w.n[2]};
+        const Volume v = slab_of(const_cast<void*>(volume), dtype, object, i0);
         parallel_for(w.blocks, w.threads, [&](long task, int thread) {
           const long kc = task % w.k_chunks, jc = task / w.k_chunks;
           const BlockGradients grads = {w.da + w.map_bytes(kc * w.slab * w.n[1]), w.db,
                                         w.dg + w.map_bytes(jc * w.slab * w.n[2]),
                                         p.grad_decoder ? w.sums + task * w.block_sums * w.core.real_bytes : nullptr};
-          w.core.backward(w.decoder, maps, block(task, ni), v, grads, w.tile, w.scratch[thread]);
+          const Objective compare = block_objective(objective, task);
+          w.core.backward(w.decoder, maps, block(task, ni), v, objective ? &compare : nullptr, grads, w.tile,
+                          w.scratch[thread]);
         });
         combine_slab(i0, ni);
       }
+      if (objective) losses[object] = total_loss();
       gradients_to_texels();
       unproject(object, planes, grad_planes);
+      if (p.grad_decoder && (per_object || object == p.batch - 1))
+        write_decoder_gradients(grad_weights, grad_biases, per_object ? object : 0);
     }
-    if (p.grad_decoder) write_decoder_gradients(grad_weights, grad_biases);
   }
 
  private:
@@ -255,9 +262,27 @@ class Run {
     parallel_for((bytes + piece - 1) / piece, w.threads,
                  [&](long t, int) { std::memset(p + t * piece, 0, std::min(piece, bytes - t * piece)); });
   }
-  static void* offset(void* base, int dtype, long elements) {
-    static const long size[] = {4, 8, 2, 2};
-    return static_cast<char*>(base) + elements * size[dtype];
+  void zero_decoder_gradients() {
+    if (p.grad_decoder) {
+      zero(w.sums, w.blocks * w.block_sums * w.core.real_bytes);
+      zero(w.weight_parts, 3 * texel_chunks * w.weight_part() * w.real.real_bytes);
+    }
+    zero(w.bias_1_rows, w.map_bytes(w.n[1]));
+  }
+  Volume slab_of(void* base, int dtype, long object, long i0) const {
+    static const long size[] = {4, 8, 2, 2, 1};
+    const long voxels = w.n[0] * w.n[1] * w.n[2];
+    return {static_cast<char*>(base) + object * p.width[p.layers] * voxels * size[dtype], dtype, voxels, i0 * w.n[1] * w.n[2]};
+  }
+  long loss_bytes() const { return w.blocks * static_cast<long>(sizeof(double)); }
+  Objective block_objective(const tcam_objective* o, long task) const {
+    if (!o) return {};
+    return {static_cast<Loss>(o->loss), o->beta, reinterpret_cast<double*>(w.losses) + task};
+  }
+  double total_loss() const {
+    double sum = 0;
+    for (long q = 0; q < w.blocks; ++q) sum += reinterpret_cast<const double*>(w.losses)[q];
+    return sum;
   }
   static void copy_bias(void* dst, const void* bias, long n, long padded) {
     std::memset(dst, 0, padded * sizeof(Real));
@@ -366,20 +391,22 @@ class Run {
     });
   }
 
-  void write_decoder_gradients(void* const* grad_weights, void* const* grad_biases) {
+  void write_decoder_gradients(void* const* grad_weights, void* const* grad_biases, long object) {
     const long c_padded = round_up(w.c, w.real.columns);
+    auto weight = [&](int l) { return static_cast<Real*>(grad_weights[l - 1]) + object * p.width[l] * p.width[l - 1]; };
+    auto bias = [&](int l) { return static_cast<Real*>(grad_biases[l - 1]) + object * p.width[l]; };
     for (long r = 0; r < w.n1; ++r) {
       for (int q = 0; q < 3; ++q)
         for (long x = 0; x < w.c; ++x) {
           Real sum = 0;
           for (long t = 0; t < texel_chunks; ++t)
             sum += reals(w.weight_parts)[(q * texel_chunks + t) * w.weight_part() + r * c_padded + x];
-          static_cast<Real*>(grad_weights[0])[r * 3 * w.c + q * w.c + x] = sum;
+          weight(1)[r * 3 * w.c + q * w.c + x] = sum;
         }
       if (grad_biases[0]) {
         Real sum = 0;
         for (long j = 0; j < w.n[1]; ++j) sum += reals(w.bias_1_rows)[j * w.stride + r];
-        static_cast<Real*>(grad_biases[0])[r] = sum;
+        bias(1)[r] = sum;
       }
     }
     for (int l = 2; l <= p.layers; ++l) {
@@ -389,17 +416,26 @@ class Run {
         for (long x = 0; x < in; ++x) {
           Real sum = 0;
           for (long q = 0; q < w.blocks; ++q) sum += sums[q * w.block_sums + w.decoder.grad_offset[l] + r * padded + x];
-          static_cast<Real*>(grad_weights[l - 1])[r * in + x] = sum;
+          weight(l)[r * in + x] = sum;
         }
         if (grad_biases[l - 1]) {
           Real sum = 0;
           for (long q = 0; q < w.blocks; ++q) sum += sums[q * w.block_sums + w.decoder.grad_bias_offset[l] + r];
-          static_cast<Real*>(grad_biases[l - 1])[r] = sum;
+          bias(l)[r] = sum;
         }
       });
     }
   }
 };
+
+// f(a value of the type of the maps and sums)
+template <class F>
+void with_real(const tcam_decode_grid& problem, F f) {
+  if (problem.dtype == TCAM_F64)
+    f(double());
+  else
+    f(float());
+}
 
 template <class Real>
 void run_resample(const Real* plane, long m0, long m1, long channels, long n0, long n1, bool align_corners, bool zeros,
@@ -430,20 +466,33 @@ int64_t tcam_decode_grid_cpu_workspace(const tcam_decode_grid* problem, int back
 void tcam_decode_grid_cpu(const tcam_decode_grid* problem, const void* const planes[3], const void* const* weights,
                           const void* const* biases, void* volume, void* workspace) {
   const tcam::Plan plan(*problem, false, workspace);
-  if (problem->dtype == TCAM_F64)
-    tcam::Run<double>(plan, weights, biases).forward(planes, volume);
-  else
-    tcam::Run<float>(plan, weights, biases).forward(planes, volume);
+  tcam::with_real(
+      *problem, [&](auto real) { tcam::Run<decltype(real)>(plan, weights, biases).forward(planes, volume, nullptr, nullptr); });
 }
 
 void tcam_decode_grid_backward_cpu(const tcam_decode_grid* problem, const void* grad_volume, const void* const planes[3],
                                    const void* const* weights, const void* const* biases, void* const grad_planes[3],
                                    void* const* grad_weights, void* const* grad_biases, void* workspace) {
   const tcam::Plan plan(*problem, true, workspace);
-  if (problem->dtype == TCAM_F64)
-    tcam::Run<double>(plan, weights, biases).backward(grad_volume, planes, grad_planes, grad_weights, grad_biases);
-  else
-    tcam::Run<float>(plan, weights, biases).backward(grad_volume, planes, grad_planes, grad_weights, grad_biases);
+  tcam::with_real(*problem, [&](auto real) {
+    tcam::Run<decltype(real)>(plan, weights, biases)
+        .backward(grad_volume, nullptr, nullptr, planes, grad_planes, grad_weights, grad_biases);
+  });
+}
+
+void tcam_decode_grid_loss_cpu(const tcam_decode_grid* problem, const tcam_objective* objective, const void* const planes[3],
+                               const void* const* weights, const void* const* biases, double* losses,
+                               void* const grad_planes[3], void* const* grad_weights, void* const* grad_biases,
+                               void* workspace) {
+  const bool gradients = problem->grad_planes || problem->grad_decoder;
+  const tcam::Plan plan(*problem, gradients, workspace);
+  tcam::with_real(*problem, [&](auto real) {
+    tcam::Run<decltype(real)> run(plan, weights, biases);
+    if (gradients)
+      run.backward(objective->target, objective, losses, planes, grad_planes, grad_weights, grad_biases);
+    else
+      run.forward(planes, const_cast<void*>(objective->target), objective, losses);
+  });
 }
 
 void tcam_resample_plane_cpu(const void* plane, int64_t m0, int64_t m1, int64_t channels, int64_t n0, int64_t n1,

@@ -20,6 +20,14 @@ void tcam_decode_grid_backward_cpu(const tcam_decode_grid* problem, const void* 
                                    const void* const* weights, const void* const* biases, void* const grad_planes[3],
                                    void* const* grad_weights, void* const* grad_biases, void* workspace);
 
+// losses (B) = sums of the pointwise loss over C_out and voxels, and in the same pass the gradients of each sum (or of their
+// total over B, see tcam_objective), undivided: the caller applies 1/N last. Gradients as above; the workspace is that of
+// backward where a gradient is wanted, of forward otherwise.
+void tcam_decode_grid_loss_cpu(const tcam_decode_grid* problem, const tcam_objective* objective, const void* const planes[3],
+                               const void* const* weights, const void* const* biases, double* losses,
+                               void* const grad_planes[3], void* const* grad_weights, void* const* grad_biases,
+                               void* workspace);
+
 // (m0, m1, n) planes resampled to (n0, n1, n): the box [lo, hi) of an n0 x n1 grid of voxels, channels last.
 void tcam_resample_plane_cpu(const void* plane, int64_t m0, int64_t m1, int64_t channels, int64_t n0, int64_t n1,
                              int align_corners, int padding, int dtype, int threads, void* out);

@@ -196,6 +196,7 @@ TCAM_INLINE Real read_voxel(const Volume& v, long index) {
     case TCAM_F32: return static_cast<Real>(static_cast<const float*>(v.data)[index]);
     case TCAM_F64: return static_cast<Real>(static_cast<const double*>(v.data)[index]);
     case TCAM_F16: return static_cast<Real>(half_bits_to_float(static_cast<const uint16_t*>(v.data)[index]));
+    case TCAM_U8: return static_cast<Real>(static_cast<const uint8_t*>(v.data)[index]) / 255;
     default: {
       const uint32_t u = static_cast<uint32_t>(static_cast<const uint16_t*>(v.data)[index]) << 16;
       float f;
@@ -361,22 +362,56 @@ TCAM_INLINE void last_layer(const Decoder& d, long rows, Scratch<N, pitch>& s) {
   }
 }
 
+// The loss of a tile's voxels in channel `o`, added to `sum`; z becomes the loss's gradient at z_L.
+template <class N>
+TCAM_INLINE void compare_tile(const Decoder& d, const Objective& objective, const Volume& target, const Walk& walk, int count,
+                              long o, typename N::Real* z, double& sum) {
+  typedef typename N::Real Real;
+  typedef typename N::Vec Vec;
+  typedef Maths<typename N::Arith> A;
+  typedef LossMaths<typename N::Arith> L;
+  Real want[max_tile], value[max_tile];
+  for (int t = 0; t < count; ++t) want[t] = read_voxel<Real>(target, o * target.channel_stride + target.offset + walk.out[t]);
+  for (int t = count; t < count + N::lanes && t < max_tile; ++t) want[t] = 0;
+  for (int t = 0; t < count; t += N::lanes) {
+    const Vec x = load<Vec>(z + t), difference = A::output(d.output_activation, x) - load<Vec>(want + t);
+    store(value + t, L::value(objective.loss, difference, objective.beta));
+    store(z + t, L::slope(objective.loss, difference, objective.beta) * A::output_slope(d.output_activation, x));
+  }
+  for (int t = 0; t < count; ++t) sum += static_cast<double>(value[t]);
+}
+
+// A block's sum has one order, channel by channel and voxel by voxel, whatever the tile.
+struct LossSums {
+  double channel[max_out] = {};
+  __attribute__((always_inline)) void add_to(const Objective* objective) const {
+    for (int o = 0; objective && o < max_out; ++o) *objective->sum += channel[o];
+  }
+};
+
 template <class N, long pitch>
-static void forward_block(const Decoder& d, const Maps& maps, const Block& block, const Volume& out, int tile, void* scratch) {
+static void forward_block(const Decoder& d, const Maps& maps, const Block& block, const Volume& volume,
+                          const Objective* objective, int tile, void* scratch) {
   typedef typename N::Real Real;
   typedef Maths<typename N::Arith> A;
   Scratch<N, pitch> s(d, false, scratch);
   Walk walk(maps, block);
+  LossSums losses;
   while (const int count = walk.next(tile)) {
     const long rows = round_up(count, register_rows);
     hidden_layers<N, pitch>(d, maps, walk, count, rows, s, false);
     if (d.layers > 1) last_layer<N, pitch>(d, rows, s);
     for (long o = 0; o < d.width[d.layers]; ++o) {
       Real* z = s.z + o * max_tile;
+      if (objective) {
+        compare_tile<N>(d, *objective, volume, walk, count, o, z, losses.channel[o]);
+        continue;
+      }
       for (int t = 0; t < count; t += N::lanes) store(z + t, A::output(d.output_activation, load<typename N::Vec>(z + t)));
-      for (int t = 0; t < count; ++t) write_voxel<Real>(out, o * out.channel_stride + out.offset + walk.out[t], z[t]);
+      for (int t = 0; t < count; ++t) write_voxel<Real>(volume, o * volume.channel_stride + volume.offset + walk.out[t], z[t]);
     }
   }
+  losses.add_to(objective);
 }
 
 // ---- backward --------------------------------------------------------------------------
@@ -396,8 +431,8 @@ TCAM_INLINE void add_row(typename N::Real* dst, const typename N::Real* src, lon
 }
 
 template <class N, long pitch>
-static void backward_block(const Decoder& d, const Maps& maps, const Block& block, const Volume& grad_out,
-                           const BlockGradients& grad, int tile, void* scratch) {
+static void backward_block(const Decoder& d, const Maps& maps, const Block& block, const Volume& volume,
+                           const Objective* objective, const BlockGradients& grad, int tile, void* scratch) {
   typedef typename N::Real Real;
   typedef typename N::Word Word;
   typedef typename N::Vec Vec;
@@ -408,18 +443,22 @@ static void backward_block(const Decoder& d, const Maps& maps, const Block& bloc
   const int last = d.layers;
   const long n_out = d.width[last];
   Walk walk(maps, block);
+  LossSums losses;
   while (const int count = walk.next(tile)) {
     const long rows = round_up(count, register_rows);
     const long voxel_words = (count + N::pack - 1) / N::pack;
     hidden_layers<N, pitch>(d, maps, walk, count, rows, s, true);
-    if (last > 1 && d.output_activation != OutputActivation::none) last_layer<N, pitch>(d, rows, s);
+    if (last > 1 && (objective || d.output_activation != OutputActivation::none)) last_layer<N, pitch>(d, rows, s);
 
     // delta_L = grad_output * output'(z_L), in place of z.
     for (long o = 0; o < n_out; ++o) {
       Real* z = s.z + o * max_tile;
+      if (objective) {
+        compare_tile<N>(d, *objective, volume, walk, count, o, z, losses.channel[o]);
+        continue;
+      }
       for (int t = 0; t < count; t += N::lanes) store(z + t, A::output_slope(d.output_activation, load<Vec>(z + t)));
-      for (int t = 0; t < count; ++t)
-        z[t] *= read_voxel<Real>(grad_out, o * grad_out.channel_stride + grad_out.offset + walk.out[t]);
+      for (int t = 0; t < count; ++t) z[t] *= read_voxel<Real>(volume, o * volume.channel_stride + volume.offset + walk.out[t]);
     }
 
     if (last == 1) {
@@ -490,6 +529,7 @@ static void backward_block(const Decoder& d, const Maps& maps, const Block& bloc
       add_row<N>(dg + walk.g[t], x, maps.stride);
     }
   }
+  losses.add_to(objective);
 }
 
 // ---- texels ----------------------------------------------------------------------------
@@ -625,19 +665,20 @@ static long scratch_bytes(const Decoder& d, bool backward) {
   return texels > voxels ? texels : voxels;
 }
 template <class N>
-static void forward(const Decoder& d, const Maps& m, const Block& b, const Volume& out, int tile, void* scratch) {
+static void forward(const Decoder& d, const Maps& m, const Block& b, const Volume& v, const Objective* objective, int tile,
+                    void* scratch) {
   if (narrow(d))
-    forward_block<N, 144>(d, m, b, out, tile, scratch);
+    forward_block<N, 144>(d, m, b, v, objective, tile, scratch);
   else
-    forward_block<N, 272>(d, m, b, out, tile, scratch);
+    forward_block<N, 272>(d, m, b, v, objective, tile, scratch);
 }
 template <class N>
-static void backward(const Decoder& d, const Maps& m, const Block& b, const Volume& grad_out, const BlockGradients& g, int tile,
-                     void* scratch) {
+static void backward(const Decoder& d, const Maps& m, const Block& b, const Volume& v, const Objective* objective,
+                     const BlockGradients& g, int tile, void* scratch) {
   if (narrow(d))
-    backward_block<N, 144>(d, m, b, grad_out, g, tile, scratch);
+    backward_block<N, 144>(d, m, b, v, objective, g, tile, scratch);
   else
-    backward_block<N, 272>(d, m, b, grad_out, g, tile, scratch);
+    backward_block<N, 272>(d, m, b, v, objective, g, tile, scratch);
 }
 
 template <class N>

@@ -3,6 +3,7 @@
 // double as the table says; widths are padded with zeros to a multiple of `columns`.
 #pragma once
 #include "../maths/activation.h"
+#include "../maths/loss.h"
 
 namespace tcam {
 
@@ -38,11 +39,18 @@ struct Block {
   long i0, i1, j0, j1, k0, k1;
 };
 
-// The volume (C_out, H, W, D) of one object, or its gradient. `offset` is the slab's first voxel.
+// The volume (C_out, H, W, D) of one object, its gradient, or a target. `offset` is the slab's first voxel.
 struct Volume {
   void* data;
   int dtype;
   long channel_stride, offset;
+};
+
+// Compare the decoded volume with a target instead of writing it, or instead of reading its gradient.
+struct Objective {
+  Loss loss;
+  double beta;
+  double* sum;  // of the block: the losses of its voxels are added
 };
 
 // What backward adds to. da (slab, W, stride) belongs to the block's range of k, dg (slab, D, stride)
@@ -62,9 +70,10 @@ struct Engine {
   void (*pack_rows)(const void* src, long rows, long n, void* dst, long dst_stride);
 
   long (*scratch_bytes)(const Decoder&, bool backward);
-  void (*forward)(const Decoder&, const Maps&, const Block&, const Volume& out, int tile, void* scratch);
-  void (*backward)(const Decoder&, const Maps&, const Block&, const Volume& grad_out, const BlockGradients&, int tile,
-                   void* scratch);
+  // With an objective (null: none), `volume` is the target; otherwise forward writes it, and backward reads the gradient in it.
+  void (*forward)(const Decoder&, const Maps&, const Block&, const Volume& volume, const Objective*, int tile, void* scratch);
+  void (*backward)(const Decoder&, const Maps&, const Block&, const Volume& volume, const Objective*, const BlockGradients&,
+                   int tile, void* scratch);
 
   // Per texel products, real arithmetic (pack == 1 engines only). plane is (C, texels).
   // out[s, :n] = W plane[:, s] for s in [s0, s1); weights packed C -> n.

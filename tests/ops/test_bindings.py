@@ -117,13 +117,13 @@ def test_random_calls_raise_and_never_crash():
         planes, weights, biases, options, out = arguments
         try:
             o = _C.Options(*options)
-            which = rng.randrange(3)
+            which = rng.randrange(4)
             if which == 0:
                 # A small workspace of one's own, and now and then one that is too small or no tensor at all.
                 _C.decode_grid_workspace(planes, weights, biases, o, False, False, False)
                 workspace = memory if rng.random() < 0.95 else rng.choice([*odd, memory[:1000]])
                 _C.decode_grid_cpu(planes, weights, biases, o, out, workspace)
-            elif which == 1:
+            elif which in (1, 2):
                 gp = [torch.empty_like(p) for p in planes]
                 gd = [
                     *(torch.empty_like(w) for w in weights),
@@ -133,7 +133,14 @@ def test_random_calls_raise_and_never_crash():
                     gp = spoil(rng, gp, odd)
                 if rng.random() < 0.2:
                     gd = spoil(rng, gd, odd)
-                _C.decode_grid_backward_cpu(out, planes, weights, biases, o, gp, gd, memory)
+                if which == 1:
+                    _C.decode_grid_backward_cpu(out, planes, weights, biases, o, gp, gd, memory)
+                else:
+                    target = rng.choice([out, torch.zeros_like(out, dtype=torch.uint8), rng.choice(odd)])
+                    extra = [rng.randint(0, 2), 0.3, rng.random() < 0.3, torch.empty(1, dtype=torch.float64)]
+                    if rng.random() < 0.2:
+                        extra = spoil(rng, extra, odd)
+                    _C.decode_grid_loss_cpu(target, planes, weights, biases, o, *extra, gp, gd, memory)
             else:
                 _C.resample_plane(
                     rng.choice([rng.choice(odd), torch.randn(3, 4, 2)]),

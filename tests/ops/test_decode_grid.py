@@ -23,7 +23,7 @@ ISAS = [isa for isa in ("portable", "avx2", "avx512", "avx512bf16")]
 OPERATING_POINT = dict(channels=42, texels=(16, 16, 16), widths=(128, 128, 128, 128, 1), size=(11, 13, 17))
 
 
-def flat_options(problem, dtype=torch.float64, compute="float64"):
+def flat_options(problem, compute="float64"):
     o = {
         "activation": "relu",
         "output_activation": "none",
@@ -33,7 +33,7 @@ def flat_options(problem, dtype=torch.float64, compute="float64"):
     }
     box = [x for n in problem.size for x in (0, n)]
     return (
-        list(problem.size), box, o["activation"], o["output_activation"], o["align_corners"], o["padding_mode"], compute, dtype,
+        list(problem.size), box, o["activation"], o["output_activation"], o["align_corners"], o["padding_mode"], compute,
     )  # fmt: skip
 
 
@@ -217,15 +217,15 @@ def test_a_volume_of_several_slabs_is_the_sum_of_its_parts():
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_bits_do_not_depend_on_threads_tiles_or_runs(size, activation, threads):
     p = problems.make(channels=6, widths=(40, 33, 2), size=size, activation=activation, batch=2).to(torch.float32)
-    options = flat_options(p, torch.float32, "float32")
+    options = flat_options(p, "float32")
     grad = torch.randn(2, 2, *size)
 
     def run(count, tile):
         threads(count)
-        forward = library.decode_grid(p.planes, p.weights, p.biases, *options, tile)
+        forward = library.decode_grid(p.planes, p.weights, p.biases, *options, torch.float32, tile=tile)
         return [
             forward,
-            *library.decode_grid_backward(grad, p.planes, p.weights, p.biases, *options, True, True, tile),
+            *library.decode_grid_backward(grad, p.planes, p.weights, p.biases, *options, True, True, tile=tile),
         ]
 
     want = run(1, 0)
@@ -294,8 +294,8 @@ def test_stacked_planes_and_strided_tensors():
 @pytest.mark.parametrize("bias", [True, False])
 def test_opcheck(widths, bias):
     p = problems.make(widths=widths, bias=bias).to(torch.float32)
-    options = flat_options(p, torch.float32, "float32")
-    torch.library.opcheck(library.decode_grid, (p.planes, p.weights, p.biases, *options))
+    options = flat_options(p, "float32")
+    torch.library.opcheck(library.decode_grid, (p.planes, p.weights, p.biases, *options, torch.float32))
     grad = torch.randn(1, widths[-1], *p.size)
     for wanted in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(library.decode_grid_backward, (grad, p.planes, p.weights, p.biases, *options, *wanted))
