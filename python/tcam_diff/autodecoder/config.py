@@ -50,7 +50,7 @@ class FitConfig(BaseModel):
     plane_init_std: Annotated[float, Field(gt=0)] = 1e-3
     grad_clip: Annotated[float, Field(gt=0, description="norm; planes and decoder separately")] = 1.0
 
-    loss: Literal["smooth_l1", "l1", "l2"] = "smooth_l1"
+    loss: Literal["smooth_l1", "l1", "mse"] = "smooth_l1"
     beta: Annotated[float, Field(gt=0, description="of smooth_l1")] = 0.3
     tv_weight: Annotated[float, Field(ge=0)] = 1e-3
     noise_std: Annotated[float, Field(ge=0, description="C of equation 7")] = 0.32

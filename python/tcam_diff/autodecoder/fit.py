@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import tcam_ext
 from tcam_diff.autodecoder.config import FitConfig
 from tcam_diff.autodecoder.planes import init_planes, rms_norm, texel_noise, total_variation
+from tcam_diff.evaluation.metrics import psnr_of_mse
 from tcam_ext import _C
 from tcam_ext.reference import linear_taps, sample_plane
 
@@ -28,7 +28,7 @@ class Progress:
     step: int
     steps: int
     loss: float
-    psnr: float  # of the voxels of recent steps, noise included
+    psnr: float  # at the last check, without noise; NaN before the first
     seconds: float
 
 
@@ -109,31 +109,32 @@ class Fitter:
 
     # ---- one step ----------------------------------------------------------------------
 
-    def step(self, index: int) -> tuple[float, float]:
-        """One update; returns the loss and the mean squared error of the voxels it read."""
+    def step(self, index: int) -> float:
+        """One update; returns the loss."""
         c = self.config
         self._set_learning_rate(index)
         planes = [rms_norm(p) for p in self.planes]
         loss = c.tv_weight * total_variation(planes) if c.tv_weight else self.planes[0].new_zeros(())
         if c.noise_std and index < c.steps * (1 - c.noise_free_fraction):
             planes = texel_noise(planes, c.noise_std, self.size, self.generators["noise"])
+        size: Sequence[int] = self.size
         if c.region == "lattice" and c.stride > 1:
-            got, want = self._lattice(planes)
+            planes, want = self._lattice(planes)
+            box, size = None, want.shape[2:]
         else:
             box = self._box()
             (x0, x1), (y0, y1), (z0, z1) = box
             want = self.target[:, :, x0:x1, y0:y1, z0:z1]
-            got = self.decoder(planes, self.size, box=box, compute_dtype=self.compute)
-        loss = loss + self._data_loss(got, want)
+        loss = loss + self.decoder.loss(planes, want, size, box=box, loss=c.loss, beta=c.beta, compute_dtype=self.compute)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.planes, c.grad_clip)
         torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), c.grad_clip)
         self.optimiser.step()
-        return float(loss.detach()), float(F.mse_loss(got.detach(), want))
+        return float(loss.detach())
 
-    def _lattice(self, planes: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Decoded and wanted values of the voxels start + stride * (i, j, k).
+    def _lattice(self, planes: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Planes that decode to the voxels start + stride * (i, j, k), and the values wanted there.
 
         A lattice is a dense grid of its own: planes sampled at its rows and columns have one texel per voxel, so decoding
         them at their own resolution interpolates nothing more. Every texel gets a gradient from all over the volume.
@@ -145,13 +146,7 @@ class Fitter:
         start = [o % n for o, n in zip(self.starts.pop(), self.size, strict=True)]
         x, y, z = ((a[o::s], b[o::s], c[o::s], d[o::s]) for o, (a, b, c, d) in zip(start, self.taps, strict=True))
         sampled = [sample_plane(planes[0], x, y), sample_plane(planes[1], y, z), sample_plane(planes[2], x, z)]
-        want = self.target[:, :, start[0] :: s, start[1] :: s, start[2] :: s]
-        return self.decoder(sampled, want.shape[2:], compute_dtype=self.compute), want
-
-    def _data_loss(self, got: Tensor, want: Tensor) -> Tensor:
-        if self.config.loss == "smooth_l1":
-            return F.smooth_l1_loss(got, want, beta=self.config.beta)
-        return F.l1_loss(got, want) if self.config.loss == "l1" else F.mse_loss(got, want)
+        return sampled, self.target[:, :, start[0] :: s, start[1] :: s, start[2] :: s]
 
     def _set_learning_rate(self, index: int) -> None:
         c = self.config
@@ -204,7 +199,7 @@ class Fitter:
             got = self.decoder(planes, self.size, box=box, compute_dtype=self.compute).clamp(0, 1)
             squared += float((got - want).square().sum())
             voxels += want.numel()
-        return psnr(squared / voxels)
+        return psnr_of_mse(squared / voxels)
 
     # ---- the loop ----------------------------------------------------------------------
 
@@ -216,19 +211,18 @@ class Fitter:
         """All steps; stops early when ``should_stop`` says so. The result is the best state checked."""
         start = time.monotonic()
         index, stopped, steps = 0, False, self.config.steps
-        error: float | None = None
         best, best_psnr = self._state(), -math.inf
         every = max(1, steps // 20)
         history = []
+        checked = math.nan
         while index < steps:
             if should_stop is not None and should_stop():
                 stopped = True
                 break
-            loss, squared = self.step(index)
-            error = squared if error is None else 0.95 * error + 0.05 * squared
+            loss = self.step(index)
             index += 1
             if on_progress is not None:
-                on_progress(Progress(index, steps, loss, psnr(error), time.monotonic() - start))
+                on_progress(Progress(index, steps, loss, checked, time.monotonic() - start))
             if index % every == 0 and index < steps:
                 checked = self.check_psnr()
                 history.append({"step": index, "loss": loss, "psnr": checked, "seconds": time.monotonic() - start})
@@ -252,8 +246,3 @@ class Fitter:
 
     def _state(self) -> tuple[list[Tensor], dict[str, Tensor]]:
         return [p.detach().clone() for p in self.planes], {k: v.clone() for k, v in self.decoder.state_dict().items()}
-
-
-def psnr(mse: float) -> float:
-    """Peak signal-to-noise ratio in dB of values in [0, 1]."""
-    return math.inf if mse == 0 else -10 * math.log10(mse)

@@ -105,7 +105,7 @@ def _bar(steps: int, quiet: bool) -> Iterator[Callable[[FitProgress], None]]:
         last = [time.monotonic()]
 
         def show(p: FitProgress) -> None:
-            psnr = "-" if math.isinf(p.psnr) else f"{p.psnr:.2f}"
+            psnr = "-" if not math.isfinite(p.psnr) else f"{p.psnr:.2f}"
             progress.update(task, completed=p.step, loss=f"{p.loss:.5f}", psnr=psnr)
             if not quiet and not console.is_terminal and (time.monotonic() - last[0] > 20 or p.step == p.steps):
                 last[0] = time.monotonic()  # a log file gets a line now and then

@@ -17,8 +17,12 @@ def mse(a: Tensor, b: Tensor) -> float:
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of volumes in [0, 1]."""
+    return psnr_of_mse(mse(a, b))
+
+
+def psnr_of_mse(error: float) -> float:
     """10 log10(1 / MSE) in dB, for a data range of 1."""
-    error = mse(a, b)
     return math.inf if error == 0 else -10 * math.log10(error)
 
 
