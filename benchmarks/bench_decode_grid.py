@@ -1,7 +1,7 @@
 """decode_grid against its rivals, on the same inputs, in one run.
 
     python benchmarks/bench_decode_grid.py                 64^3, 96^3, 128^3, three decoders
-    python benchmarks/bench_decode_grid.py --large         256^3, 512^3 forward, 512^3 forward+backward
+    python benchmarks/bench_decode_grid.py --large         256^3, 512^3 forward, 512^3 with gradients
     python benchmarks/bench_decode_grid.py --scaling       time over size and width, with log-log fits
 
 TCAM_CPU_ISA=avx2 (avx512, portable) restricts the kernels. --json FILE keeps the figures for make_tables.py.
@@ -39,6 +39,8 @@ DECODERS = {
     "nfd": Decoder("NFD-like", 32, (128, 128, 1), "relu"),
     "eg3d": Decoder("EG3D-like", 32, (64, 4), "softplus"),
 }
+#: What is timed, and how many products of every hidden layer ours takes for it: backward recomputes, loss+gradients does not.
+PRODUCTS = {"forward": 1, "forward+backward": 4, "loss+gradients": 3}
 PLANE = 64
 CHUNK = 8  # slices of x that the naive decode takes at a time
 
@@ -95,43 +97,50 @@ class Case:
         h = maps[0].unsqueeze(2) + (maps[1].unsqueeze(0) + maps[2].unsqueeze(1)) + self.biases[0]
         return self.mlp(h.view(-1, h.shape[-1]), 1, torch.float32)
 
-    def chunked(self, chunk: Callable[[int], Tensor], backward: bool) -> list[Tensor]:
-        """All chunks; with backward, each chunk's graph is freed before the next one is built."""
-        out = torch.empty(self.size**3, self.decoder.widths[-1])
-        grads = [torch.zeros_like(t) for t in self.inputs] if backward else []
+    def chunked(self, chunk: Callable[[int], Tensor], what: str) -> list[Tensor]:
+        """All chunks; each chunk's graph is freed before the next one is built."""
         step = self.size**2
-        with torch.set_grad_enabled(backward):
+        out = torch.empty(self.size**3, self.decoder.widths[-1]) if what != "loss+gradients" else torch.zeros(())
+        grads = [torch.zeros_like(t) for t in self.inputs] if what != "forward" else []
+        with torch.set_grad_enabled(what != "forward"):
             for x0 in range(0, self.size, CHUNK):
                 part = chunk(x0)
                 at = slice(x0 * step, x0 * step + part.shape[0])
-                out[at] = part.detach()
-                if backward:
-                    for g, t in zip(grads, torch.autograd.grad(part, self.inputs, self.grad_rows[at]), strict=True):
-                        g += t
+                if what == "loss+gradients":
+                    value = F.smooth_l1_loss(part, self.other_rows[at], beta=0.3, reduction="sum") / self.other.numel()
+                    out += value.detach()
+                    found = torch.autograd.grad(value, self.inputs)
+                else:
+                    out[at] = part.detach()
+                    found = torch.autograd.grad(part, self.inputs, self.other_rows[at]) if grads else ()
+                for g, t in zip(grads, found, strict=True):
+                    g += t
         return [out, *grads]
 
-    def ours(self, compute: torch.dtype, backward: bool) -> list[Tensor]:
-        with torch.set_grad_enabled(backward):
-            out = tcam_ext.decode_grid(
-                self.planes, self.weights, self.biases, (self.size,) * 3, activation=self.decoder.activation,
-                output_activation="sigmoid", compute_dtype=compute,
-            )  # fmt: skip
-            return [out.detach(), *(torch.autograd.grad(out, self.inputs, self.grad) if backward else ())]
+    def ours(self, compute: torch.dtype, what: str) -> list[Tensor]:
+        mlp = (self.planes, self.weights, self.biases)
+        options = {"activation": self.decoder.activation, "output_activation": "sigmoid", "compute_dtype": compute}
+        if what == "loss+gradients":
+            loss = tcam_ext.decode_grid_loss(*mlp, self.other, **options)
+            return [loss.detach(), *torch.autograd.grad(loss, self.inputs)]
+        with torch.set_grad_enabled(what != "forward"):
+            out = tcam_ext.decode_grid(*mlp, (self.size,) * 3, **options)
+            return [out.detach(), *(torch.autograd.grad(out, self.inputs, self.other) if what != "forward" else ())]
 
-    def rivals(self, backward: bool, names: list[str]) -> dict[str, Callable[[], list[Tensor]]]:
-        if backward:
-            self.grad = torch.randn(1, self.decoder.widths[-1], *(self.size,) * 3)
-            self.grad_rows = self.grad.view(self.decoder.widths[-1], -1).t().contiguous()
+    def rivals(self, what: str, names: list[str]) -> dict[str, Callable[[], list[Tensor]]]:
+        if what != "forward":  # grad_output, or the target
+            self.other = torch.rand(1, self.decoder.widths[-1], *(self.size,) * 3)
+            self.other_rows = self.other.view(self.decoder.widths[-1], -1).t().contiguous()
         if "naive compiled" in names and self.compiled is None:
             torch._dynamo.reset()
             self.compiled = torch.compile(self.naive_chunk, fullgraph=True)
         everyone: dict[str, Callable[[], list[Tensor]]] = {
-            "naive float32": lambda: self.chunked(lambda x: self.naive_chunk(x, torch.float32), backward),
-            "naive compiled": lambda: self.chunked(lambda x: self.compiled(x, torch.float32), backward),  # type: ignore[misc]
-            "naive bfloat16 MLP": lambda: self.chunked(lambda x: self.naive_chunk(x, torch.bfloat16), backward),
-            "factored PyTorch float32": lambda: self.chunked(self.factored_chunk, backward),
-            "ours float32": lambda: self.ours(torch.float32, backward),
-            "ours bfloat16": lambda: self.ours(torch.bfloat16, backward),
+            "naive float32": lambda: self.chunked(lambda x: self.naive_chunk(x, torch.float32), what),
+            "naive compiled": lambda: self.chunked(lambda x: self.compiled(x, torch.float32), what),  # type: ignore[misc]
+            "naive bfloat16 MLP": lambda: self.chunked(lambda x: self.naive_chunk(x, torch.bfloat16), what),
+            "factored PyTorch float32": lambda: self.chunked(self.factored_chunk, what),
+            "ours float32": lambda: self.ours(torch.float32, what),
+            "ours bfloat16": lambda: self.ours(torch.bfloat16, what),
         }
         return {n: everyone[n] for n in names}
 
@@ -146,10 +155,10 @@ RIVALS = [
 ]
 
 
-def finish(r: harness.Row, case: Case, backward: bool, peak: dict[str, float]) -> harness.Row:
-    """The products of the hidden layers: one pass forward, three more backward (recomputed, delta, weights)."""
+def finish(r: harness.Row, case: Case, peak: dict[str, float]) -> harness.Row:
+    """The rate of the products of the hidden layers alone."""
     if case.hidden_flop:
-        r.gflops = case.hidden_flop * (4 if backward else 1) / r.seconds / 1e9
+        r.gflops = case.hidden_flop * PRODUCTS[r.what] / r.seconds / 1e9
         if r.rival.startswith("ours"):
             kind = "bfloat16" if r.rival == "ours bfloat16" and peak["bfloat16"] else "float32"
             r.of_peak = r.gflops / peak[kind]
@@ -161,13 +170,12 @@ def compare(cases: list[str], sizes: list[int], names: list[str], repeats: int, 
     for key in cases:
         for size in sizes:
             case = Case(DECODERS[key], size)
-            for backward in (False, True):
-                runs = case.rivals(backward, names)
-                what = "forward+backward" if backward else "forward"
+            for what in PRODUCTS:
+                runs = case.rivals(what, names)
                 times = harness.interleave(runs, repeats)
                 base = statistics.median(times["naive float32"]) if "naive float32" in times else None
                 for name, t in times.items():
-                    r = finish(harness.row(case.decoder.name, size, what, name, t), case, backward, peak)
+                    r = finish(harness.row(case.decoder.name, size, what, name, t), case, peak)
                     r.ratio = base / r.seconds if base else None
                     r.memory_mb = round(harness.peak_memory(runs[name]), 1)
                     rows.append(r)
@@ -178,18 +186,15 @@ def compare(cases: list[str], sizes: list[int], names: list[str], repeats: int, 
 def large(peak: dict[str, float]) -> list[harness.Row]:
     rows = []
     small = Case(DECODERS["tcam"], 96)
-    naive = {
-        b: statistics.median(harness.measure(small.rivals(b, ["naive float32"])["naive float32"], 3)) for b in (False, True)
-    }
-    for size, backward in ((256, False), (512, False), (512, True)):
+    naive = {w: statistics.median(harness.measure(small.rivals(w, ["naive float32"])["naive float32"], 3)) for w in PRODUCTS}
+    for size, what in ((256, "forward"), *((512, w) for w in PRODUCTS)):
         case = Case(DECODERS["tcam"], size)
-        what = "forward+backward" if backward else "forward"
-        scaled = naive[backward] * (size / 96) ** 3
+        scaled = naive[what] * (size / 96) ** 3
         rows.append(harness.row(case.decoder.name, size, what, "naive float32", [scaled]))
         rows[-1].extrapolated, rows[-1].ratio = True, 1.0
         print(harness.line(rows[-1]), flush=True)
         for name in ("ours float32", "ours bfloat16") if peak["bfloat16"] else ("ours float32",):
-            run = case.rivals(backward, [name])[name]
+            run = case.rivals(what, [name])[name]
             kept: list[Any] = []
 
             def once(run: Callable[[], Any] = run, kept: list[Any] = kept) -> Any:
@@ -199,7 +204,7 @@ def large(peak: dict[str, float]) -> list[harness.Row]:
                 return out
 
             memory = harness.peak_memory(once)
-            r = finish(harness.row(case.decoder.name, size, what, name, kept), case, backward, peak)
+            r = finish(harness.row(case.decoder.name, size, what, name, kept), case, peak)
             r.ratio, r.memory_mb = scaled / r.seconds, round(memory, 1)
             rows.append(r)
             print(harness.line(r), flush=True)
@@ -216,17 +221,15 @@ def slope(x: list[float], y: list[float]) -> float:
 def scaling(repeats: int, peak: dict[str, float]) -> tuple[list[harness.Row], dict[str, float]]:
     rows, fits = [], {}
     sizes, widths = (32, 48, 64, 96, 128, 192), (32, 64, 96, 128, 192, 256)
-    for backward in (False, True):
-        what = "forward+backward" if backward else "forward"
+    for what in PRODUCTS:
         seconds = []
         for size in sizes:
             case = Case(DECODERS["tcam"], size)
-            run = case.rivals(backward, ["ours float32"])["ours float32"]
+            run = case.rivals(what, ["ours float32"])["ours float32"]
             rows.append(
                 finish(
                     harness.row("size", size, what, "ours float32", harness.measure(run, repeats, 60)),
                     case,
-                    backward,
                     peak,
                 )
             )
@@ -236,12 +239,11 @@ def scaling(repeats: int, peak: dict[str, float]) -> tuple[list[harness.Row], di
         seconds = []
         for width in widths:
             case = Case(Decoder(f"width {width}", 42, (width,) * 4 + (1,), "relu"), 64)
-            run = case.rivals(backward, ["ours float32"])["ours float32"]
+            run = case.rivals(what, ["ours float32"])["ours float32"]
             rows.append(
                 finish(
                     harness.row(f"width {width}", 64, what, "ours float32", harness.measure(run, repeats, 60)),
                     case,
-                    backward,
                     peak,
                 )
             )
@@ -279,7 +281,7 @@ def main() -> None:
     else:
         rows = compare(a.cases, a.sizes, a.rivals, a.repeats, peak)
     if a.json:
-        harness.write_json(a.json, rows, fma_peak_gflops=peak, fits=fits, load_before=environment["load_before"])
+        harness.write_json(a.json, rows, fma_peak_gflops=peak, fits=fits)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import json
 import os
@@ -12,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,10 @@ import tcam_ext
 from tcam_ext import _C, library
 
 
+@functools.cache
 def environment() -> dict[str, Any]:
+    """As it was at the first call, which is before anything is measured."""
+
     def run(*command: str) -> str:
         done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
         return done.stdout.strip()
@@ -142,7 +146,8 @@ def line(r: Row) -> str:
     )
 
 
-def write_json(path: Path, rows: list[Row], **more: Any) -> None:
+def write_json(path: Path, rows: Sequence[Row | dict[str, Any]], **more: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(), **more, "rows": [asdict(r) for r in rows]}, indent=1) + "\n")
+    found = [asdict(r) if isinstance(r, Row) else r for r in rows]
+    path.write_text(json.dumps({"environment": environment(), **more, "rows": found}, indent=1) + "\n")
     print(f"wrote {path}")

@@ -22,12 +22,34 @@ def number(value: float | None, digits: int = 1) -> str:
     return "" if value is None or value != value else f"{value:.{digits}f}"
 
 
-def table(found: dict[str, Any]) -> str:
+def circumstances(found: dict[str, Any]) -> str:
     e = found["environment"]
-    peaks = ", ".join(f"{k} {v:.0f} GFLOP/s" for k, v in found["fma_peak_gflops"].items() if v)
-    lines = [
+    peaks = ", ".join(f"{k} {v:.0f} GFLOP/s" for k, v in found.get("fma_peak_gflops", {}).items() if v)
+    return (
         f"`{e['command']}`, commit {e['commit']}, {e['date']}: {e['cpu']}, {e['threads']} threads, {e['isa']} kernels, "
-        f"torch {e['torch']}, Python {e['python']}; FMA peak {peaks}; load before {found['load_before']}.",
+        f"torch {e['torch']}, Python {e['python']}{'; FMA peak ' + peaks if peaks else ''}; load before {e['load_before']}."
+    )
+
+
+def fits_table(found: dict[str, Any]) -> str:
+    lines = [
+        circumstances(found),
+        "",
+        "| fit | changes to the preset | steps | s | PSNR dB | SSIM | PSNR dB with noise C = 0.32 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in found["rows"]:
+        changes = f"`{r['changes']}`" if r["changes"] else ""
+        lines.append(
+            f"| {r['fit']} | {changes} | {r['steps']} | {r['seconds']:.0f} | {r['psnr']:.2f} | {r['ssim']:.4f} | "
+            f"{r['psnr_noisy']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def decode_table(found: dict[str, Any]) -> str:
+    lines = [
+        circumstances(found),
         "",
         "| case | size | what | rival | median s | spread | Mvoxel/s | ratio to naive | peak MB | of FMA peak |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -53,6 +75,7 @@ def main() -> None:
 
     def fill(match: re.Match[str]) -> str:
         path = ROOT / "benchmarks" / "results" / f"{match[1]}.json"
+        table = fits_table if match[1].startswith("fit_") else decode_table
         return f"<!-- table {match[1]} -->\n{table(json.loads(path.read_text()))}\n<!-- end -->"
 
     filled = re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", fill, page, flags=re.S)
