@@ -138,23 +138,50 @@ struct DecodeGrid {
     const tcam_decode_grid& p = problem;
     return {p.batch, p.width[p.layers], p.hi[0] - p.lo[0], p.hi[1] - p.lo[1], p.hi[2] - p.lo[2]};
   }
-
-  void expect_cpu() const {
-    if (device.type != device_cpu) throw py::value_error("decode_grid: expected CPU tensors");
-  }
 };
+
+// cpu() or cuda(device, stream), which returns a status, as the device asks; without the GIL.
+template <class Cpu, class Cuda>
+void run_on(DLDevice device, Cpu cpu, Cuda cuda) {
+  if (device.type == device_cpu) {
+    py::gil_scoped_release release;
+    return cpu();
+  }
+#ifdef TCAM_WITH_CUDA
+  void* stream = TensorApi::get().stream(device);
+  int status;
+  {
+    py::gil_scoped_release release;
+    status = cuda(device.id, stream);
+  }
+  if (status) throw std::runtime_error(std::string("tcam_ext: CUDA: ") + tcam_cuda_error(status));
+#else
+  (void)cuda;
+  throw std::runtime_error("tcam_ext was built without CUDA; install it where nvcc is found, or use impl=\"reference\"");
+#endif
+}
+
+int64_t workspace_bytes(const DecodeGrid& call, bool backward) {
+#ifdef TCAM_WITH_CUDA
+  if (call.device.type == device_cuda) return tcam_decode_grid_cuda_workspace(&call.problem, backward);
+#endif
+  return tcam_decode_grid_cpu_workspace(&call.problem, backward);
+}
+
+constexpr uintptr_t workspace_alignment = 256;
 
 void* workspace_of(const Tensor& t, int64_t bytes, DLDevice device) {
   if (t.device.type != device.type || t.device.id != device.id || t.dtype != TCAM_U8)
     throw py::value_error("workspace: expected a uint8 tensor on the same device");
-  if (t.count < bytes + 64) throw py::value_error("workspace: expected at least " + std::to_string(bytes + 64) + " bytes");
+  bytes += workspace_alignment;
+  if (t.count < bytes) throw py::value_error("workspace: expected at least " + std::to_string(bytes) + " bytes");
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data), end = begin + static_cast<uintptr_t>(t.count);
 #ifdef __linux__  // huge pages: fewer faults on fresh memory, fewer TLB misses in the tiles
   constexpr uintptr_t huge = uintptr_t(2) << 20;
   const uintptr_t first = (begin + huge - 1) & ~(huge - 1), last = end & ~(huge - 1);
   if (device.type == device_cpu && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
-  return reinterpret_cast<void*>((begin + 63) & ~uintptr_t(63));
+  return reinterpret_cast<void*>((begin + workspace_alignment - 1) & ~(workspace_alignment - 1));
 }
 
 Options options(const Sizes& size, const Sizes& box, int activation, int output_activation, bool align_corners, int padding,
@@ -165,23 +192,29 @@ Options options(const Sizes& size, const Sizes& box, int activation, int output_
 int64_t decode_grid_workspace(const py::list& planes, const py::list& weights, const py::list& biases, const Options& o,
                               bool backward, bool grad_planes, bool grad_decoder) {
   DecodeGrid call(planes, weights, biases, o);
-  if (call.empty) return 64;
+  if (call.empty) return workspace_alignment;
   call.problem.grad_planes = grad_planes;
   call.problem.grad_decoder = grad_decoder;
-  return tcam_decode_grid_cpu_workspace(&call.problem, backward) + 64;
+  return workspace_bytes(call, backward) + workspace_alignment;
 }
 
-void decode_grid_cpu(const py::list& planes, const py::list& weights, const py::list& biases, const Options& o,
-                     py::handle volume, py::handle workspace) {
+#ifdef TCAM_WITH_CUDA
+#define TCAM_ON_CUDA(call) [&](int device, void* stream) { return call; }
+#else
+#define TCAM_ON_CUDA(call) 0
+#endif
+
+void decode_grid(const py::list& planes, const py::list& weights, const py::list& biases, const Options& o, py::handle volume,
+                 py::handle workspace) {
   const DecodeGrid call(planes, weights, biases, o);
-  call.expect_cpu();
   const Tensor out(volume, "volume"), ws(workspace, "workspace");
   out.expect("volume", call.out_shape(), o.out_dtype, call.device);
   if (call.empty) return;
-  void* scratch = workspace_of(ws, tcam_decode_grid_cpu_workspace(&call.problem, 0), call.device);
-  py::gil_scoped_release release;
-  tcam_decode_grid_cpu(&call.problem, call.plane_data.data(), call.weight_data.data(), call.bias_data.data(), out.data,
-                       scratch);
+  void* scratch = workspace_of(ws, workspace_bytes(call, false), call.device);
+  const void *const *p = call.plane_data.data(), *const *w = call.weight_data.data(), *const *b = call.bias_data.data();
+  run_on(
+      call.device, [&] { tcam_decode_grid_cpu(&call.problem, p, w, b, out.data, scratch); },
+      TCAM_ON_CUDA(tcam_decode_grid_cuda(&call.problem, p, w, b, out.data, scratch, device, stream)));
 }
 
 // Where gradients go: 3 planes or none; weights, then biases (None where there is no bias), or none. Says in `call.problem`
@@ -217,26 +250,25 @@ struct Gradients {
   }
 };
 
-void decode_grid_backward_cpu(py::handle grad_volume, const py::list& planes, const py::list& weights, const py::list& biases,
-                              const Options& o, const py::list& grad_planes, const py::list& grad_decoder,
-                              py::handle workspace) {
+void decode_grid_backward(py::handle grad_volume, const py::list& planes, const py::list& weights, const py::list& biases,
+                          const Options& o, const py::list& grad_planes, const py::list& grad_decoder, py::handle workspace) {
   DecodeGrid call(planes, weights, biases, o);
-  call.expect_cpu();
   const Tensor grad(grad_volume, "grad_volume"), ws(workspace, "workspace");
   grad.expect("grad_volume", call.out_shape(), o.out_dtype, call.device);
   const Gradients to(call, grad_planes, grad_decoder, false);
   if (call.empty) throw py::value_error("decode_grid_backward: nothing to do for an empty volume");
-  void* scratch = workspace_of(ws, tcam_decode_grid_cpu_workspace(&call.problem, 1), call.device);
-  py::gil_scoped_release release;
-  tcam_decode_grid_backward_cpu(&call.problem, grad.data, call.plane_data.data(), call.weight_data.data(),
-                                call.bias_data.data(), to.planes.data(), to.weights.data(), to.biases.data(), scratch);
+  void* scratch = workspace_of(ws, workspace_bytes(call, true), call.device);
+  const void *const *p = call.plane_data.data(), *const *w = call.weight_data.data(), *const *b = call.bias_data.data();
+  void *const *gp = to.planes.data(), *const *gw = to.weights.data(), *const *gb = to.biases.data();
+  run_on(
+      call.device, [&] { tcam_decode_grid_backward_cpu(&call.problem, grad.data, p, w, b, gp, gw, gb, scratch); },
+      TCAM_ON_CUDA(tcam_decode_grid_backward_cuda(&call.problem, grad.data, p, w, b, gp, gw, gb, scratch, device, stream)));
 }
 
-void decode_grid_loss_cpu(py::handle target, const py::list& planes, const py::list& weights, const py::list& biases,
-                          const Options& o, int loss, double beta, bool per_object, py::handle losses,
-                          const py::list& grad_planes, const py::list& grad_decoder, py::handle workspace) {
+void decode_grid_loss(py::handle target, const py::list& planes, const py::list& weights, const py::list& biases,
+                      const Options& o, int loss, double beta, bool per_object, py::handle losses, const py::list& grad_planes,
+                      const py::list& grad_decoder, py::handle workspace) {
   DecodeGrid call(planes, weights, biases, o);
-  call.expect_cpu();
   const Tensor want(target, "target"), sums(losses, "losses"), ws(workspace, "workspace");
   want.expect("target", call.out_shape(), want.dtype, call.device);
   sums.expect("losses", {call.problem.batch}, TCAM_F64, call.device);
@@ -246,10 +278,14 @@ void decode_grid_loss_cpu(py::handle target, const py::list& planes, const py::l
   if (call.empty) throw py::value_error("decode_grid_loss: nothing to do for an empty volume");
   const tcam_objective objective = {want.data, want.dtype, loss, beta, per_object};
   const bool backward = call.problem.grad_planes || call.problem.grad_decoder;
-  void* scratch = workspace_of(ws, tcam_decode_grid_cpu_workspace(&call.problem, backward), call.device);
-  py::gil_scoped_release release;
-  tcam_decode_grid_loss_cpu(&call.problem, &objective, call.plane_data.data(), call.weight_data.data(), call.bias_data.data(),
-                            static_cast<double*>(sums.data), to.planes.data(), to.weights.data(), to.biases.data(), scratch);
+  void* scratch = workspace_of(ws, workspace_bytes(call, backward), call.device);
+  double* to_sums = static_cast<double*>(sums.data);
+  const void *const *p = call.plane_data.data(), *const *w = call.weight_data.data(), *const *b = call.bias_data.data();
+  void *const *gp = to.planes.data(), *const *gw = to.weights.data(), *const *gb = to.biases.data();
+  run_on(
+      call.device, [&] { tcam_decode_grid_loss_cpu(&call.problem, &objective, p, w, b, to_sums, gp, gw, gb, scratch); },
+      TCAM_ON_CUDA(
+          tcam_decode_grid_loss_cuda(&call.problem, &objective, p, w, b, to_sums, gp, gw, gb, scratch, device, stream)));
 }
 
 // plane (m0, m1, C) to out (n0, n1, C), on the device that holds them.
@@ -264,24 +300,14 @@ void resample_plane(py::handle plane, py::handle out, bool align_corners, int pa
   if (p.count == 0) throw py::value_error("plane: is empty");
   if (padding != TCAM_PAD_BORDER && padding != TCAM_PAD_ZEROS) throw py::value_error("padding: out of range");
   const int64_t c = p.shape[2];
-  if (p.device.type == device_cpu) {
-    py::gil_scoped_release release;
-    tcam_resample_plane_cpu(p.data, p.shape[0], p.shape[1], c, v.shape[0], v.shape[1], align_corners, padding, p.dtype, threads,
-                            v.data);
-    return;
-  }
-#ifdef TCAM_WITH_CUDA
-  void* stream = TensorApi::get().stream(p.device);
-  int status;
-  {
-    py::gil_scoped_release release;
-    status = tcam_resample_plane_cuda(p.data, p.shape[0], p.shape[1], c, v.shape[0], v.shape[1], align_corners, padding,
-                                      p.dtype, v.data, p.device.id, stream);
-  }
-  if (status) throw std::runtime_error(std::string("tcam_ext: CUDA: ") + tcam_cuda_error(status));
-#else
-  throw std::runtime_error("tcam_ext was built without CUDA; install it where nvcc is found, or use impl=\"reference\"");
-#endif
+  run_on(
+      p.device,
+      [&] {
+        tcam_resample_plane_cpu(p.data, p.shape[0], p.shape[1], c, v.shape[0], v.shape[1], align_corners, padding, p.dtype,
+                                threads, v.data);
+      },
+      TCAM_ON_CUDA(tcam_resample_plane_cuda(p.data, p.shape[0], p.shape[1], c, v.shape[0], v.shape[1], align_corners, padding,
+                                            p.dtype, v.data, device, stream)));
 }
 
 py::dict cuda_info() {
@@ -327,14 +353,19 @@ PYBIND11_MODULE(_C, m) {
         return tcam_cpu_peak_flops(kind, seconds, threads);
       },
       py::arg("kind"), py::arg("seconds"), py::arg("threads"));
+#ifdef TCAM_WITH_CUDA
+  m.attr("has_cuda") = true;
+#else
+  m.attr("has_cuda") = false;
+#endif
   m.def("cuda_info", &cuda_info);
   py::class_<Options>(m, "Options")
       .def(py::init(&options), py::arg("size"), py::arg("box"), py::arg("activation"), py::arg("output_activation"),
            py::arg("align_corners"), py::arg("padding"), py::arg("compute"), py::arg("out_dtype"), py::arg("threads"),
            py::arg("tile") = 0);
   m.def("decode_grid_workspace", &decode_grid_workspace);
-  m.def("decode_grid_cpu", &decode_grid_cpu);
-  m.def("decode_grid_backward_cpu", &decode_grid_backward_cpu);
-  m.def("decode_grid_loss_cpu", &decode_grid_loss_cpu);
+  m.def("decode_grid", &decode_grid);
+  m.def("decode_grid_backward", &decode_grid_backward);
+  m.def("decode_grid_loss", &decode_grid_loss);
   m.def("resample_plane", &resample_plane);
 }

@@ -32,6 +32,9 @@ def cpu_isa() -> str: ...
 def cpu_has_bf16() -> bool: ...
 def cpu_forked() -> bool: ...
 def cpu_peak_flops(kind: int, seconds: float, threads: int) -> float: ...
+
+has_cuda: bool
+
 def cuda_info() -> dict[str, Any]: ...
 def decode_grid_workspace(
     planes: list[Tensor],
@@ -42,7 +45,7 @@ def decode_grid_workspace(
     grad_planes: bool,
     grad_decoder: bool,
 ) -> int: ...
-def decode_grid_cpu(
+def decode_grid(
     planes: list[Tensor],
     weights: list[Tensor],
     biases: list[Tensor | None],
@@ -50,7 +53,7 @@ def decode_grid_cpu(
     volume: Tensor,
     workspace: Tensor,
 ) -> None: ...
-def decode_grid_backward_cpu(
+def decode_grid_backward(
     grad_volume: Tensor,
     planes: list[Tensor],
     weights: list[Tensor],
@@ -60,7 +63,7 @@ def decode_grid_backward_cpu(
     grad_decoder: list[Tensor | None],
     workspace: Tensor,
 ) -> None: ...
-def decode_grid_loss_cpu(
+def decode_grid_loss(
     target: Tensor,
     planes: list[Tensor],
     weights: list[Tensor],

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tcam_ext import _C
 from tcam_ext.activations import ACTIVATIONS, OUTPUT_ACTIVATIONS
 from tcam_ext.losses import LOSSES
 
@@ -87,7 +88,7 @@ def decode_grid(
         checked_biases,
         checked_size,
         checked_box,
-        _compute(compute_dtype, autocast, dtype),
+        _compute(compute_dtype, autocast, dtype, device),
         dtype if out_dtype is None else out_dtype,
     )
 
@@ -168,10 +169,12 @@ def native_limits(call: DecodeGrid) -> None:
             what = "output channels" if i == last else "wide"
             raise ValueError(f"weights[{i}]: the native kernel takes layers up to {most} {what}, got {w.shape[0]}; {advice}")
     device = call.planes[0].device
-    if device.type not in ("cpu", "meta"):
+    if device.type == "cuda" and not _C.has_cuda:
         raise NotImplementedError(
-            f'decode_grid: no native kernel for {device.type} tensors in this version; use impl="reference", or CPU tensors'
+            'tcam_ext was built without CUDA: install it where nvcc is found, or use impl="reference", or CPU tensors'
         )
+    if device.type not in ("cpu", "cuda", "meta"):
+        raise NotImplementedError(f'no native kernel for {device.type} tensors; use impl="reference", or CPU or CUDA tensors')
 
 
 def choice(name: str, value: Any, allowed: Any) -> None:
@@ -277,9 +280,11 @@ def _box(box: Any, size: tuple[int, int, int]) -> Box:
     return checked[0], checked[1], checked[2]
 
 
-def _compute(compute_dtype: Any, autocast: torch.dtype | None, dtype: torch.dtype) -> str:
+def _compute(compute_dtype: Any, autocast: torch.dtype | None, dtype: torch.dtype, device: torch.device) -> str:
     if compute_dtype is None:
         compute_dtype = dtype if autocast is None else autocast
+        if compute_dtype == torch.float32 and device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32":
+            compute_dtype = "tf32"  # allow_tf32 is not read: it raises once a user has set the flag above
     if compute_dtype == "tf32":
         return "tf32"
     for known in DTYPES:

@@ -1,4 +1,4 @@
-"""torch.library: schemas, CPU implementations and fakes of the ops. Autograd lives in autograd.py, outside the ops."""
+"""torch.library: schemas, implementations (one for CPU and CUDA) and fakes of the ops. Autograd is autograd.py."""
 
 from __future__ import annotations
 
@@ -35,14 +35,18 @@ _PADDING = {"border": 0, "zeros": 1}
 
 
 class _Workspaces:
-    """Keeps the last CPU workspace up to a size, so that a training loop does not fault the same pages in at every step."""
+    """Keeps the last CPU workspace up to a size, so that a training loop does not fault the same pages in at every step.
+
+    On CUDA torch's allocator does that."""
 
     KEEP = 64 << 20  # bytes
 
     def __init__(self) -> None:
         self._kept: list[Tensor] = []
 
-    def take(self, size: int) -> Tensor:
+    def take(self, size: int, device: torch.device) -> Tensor:
+        if device.type != "cpu":
+            return torch.empty(size, dtype=torch.uint8, device=device)
         try:
             kept = self._kept.pop()  # atomic: two threads never get the same memory
         except IndexError:
@@ -50,7 +54,7 @@ class _Workspaces:
         return kept if kept.numel() >= size else torch.empty(size, dtype=torch.uint8)
 
     def give_back(self, workspace: Tensor) -> None:
-        if workspace.numel() <= self.KEEP and not self._kept:
+        if workspace.device.type == "cpu" and workspace.numel() <= self.KEEP and not self._kept:
             self._kept.append(workspace)
 
 
@@ -58,7 +62,7 @@ _workspaces = _Workspaces()
 
 
 def storage_dtype(compute: str) -> torch.dtype:
-    """The dtype that the CPU kernel reads and sums in: half inputs are widened on entry."""
+    """The dtype that the kernels read and sum in: half inputs are widened on entry."""
     return torch.float64 if compute == "float64" else torch.float32
 
 
@@ -66,8 +70,8 @@ def volume_shape(planes: Sequence[Tensor], weights: Sequence[Tensor], box: Seque
     return [planes[0].shape[0], weights[-1].shape[0], box[1] - box[0], box[3] - box[2], box[5] - box[4]]
 
 
-class _CpuCall:
-    """The tensors and options of an op as the CPU kernels take them."""
+class _Call:
+    """The tensors and options of an op as the kernels take them."""
 
     def __init__(
         self,
@@ -109,18 +113,19 @@ class _CpuCall:
         )
 
     def workspace(self, backward: bool, grad_planes: bool, grad_decoder: bool) -> Tensor:
-        return _workspaces.take(_C.decode_grid_workspace(*self.tensors, self.options, backward, grad_planes, grad_decoder))
+        size = _C.decode_grid_workspace(*self.tensors, self.options, backward, grad_planes, grad_decoder)
+        return _workspaces.take(size, self.tensors[0][0].device)
 
 
 # In what follows ``inputs`` are planes, weights, biases and the options of _OPTIONS.
 
 
-def _decode_grid_cpu(*inputs: Any, tile: int = 0) -> Tensor:
+def _decode_grid(*inputs: Any, tile: int = 0) -> Tensor:
     *inputs, out_dtype = inputs  # type: ignore[assignment]
-    call = _CpuCall(*inputs, out_dtype=out_dtype, tile=tile)
-    volume = torch.empty(volume_shape(inputs[0], inputs[1], inputs[4]), dtype=out_dtype)
+    call = _Call(*inputs, out_dtype=out_dtype, tile=tile)
+    volume = _decode_grid_fake(*inputs, out_dtype)
     workspace = call.workspace(False, False, False)
-    _C.decode_grid_cpu(*call.tensors, call.options, volume, workspace)
+    _C.decode_grid(*call.tensors, call.options, volume, workspace)
     _workspaces.give_back(workspace)
     return volume
 
@@ -151,9 +156,9 @@ class _Gradients:
         return [*self.planes, *(t for t in self.decoder if t is not None)]
 
 
-def _decode_grid_backward_cpu(grad_volume: Tensor, *inputs: Any, tile: int = 0) -> list[Tensor]:
+def _decode_grid_backward(grad_volume: Tensor, *inputs: Any, tile: int = 0) -> list[Tensor]:
     *inputs, grad_planes, grad_decoder = inputs  # type: ignore[assignment]
-    call = _CpuCall(*inputs, out_dtype=grad_volume.dtype, tile=tile)
+    call = _Call(*inputs, out_dtype=grad_volume.dtype, tile=tile)
     grads = _Gradients(call.tensors, grad_planes, grad_decoder, call.dtype)
     if grad_volume.numel() == 0:
         for t in grads.list():
@@ -161,7 +166,7 @@ def _decode_grid_backward_cpu(grad_volume: Tensor, *inputs: Any, tile: int = 0) 
     elif grads.list():
         workspace = call.workspace(True, grad_planes, grad_decoder)
         grad_volume = grad_volume.detach().contiguous()
-        _C.decode_grid_backward_cpu(grad_volume, *call.tensors, call.options, grads.planes, grads.decoder, workspace)
+        _C.decode_grid_backward(grad_volume, *call.tensors, call.options, grads.planes, grads.decoder, workspace)
         _workspaces.give_back(workspace)
     return [t.to(inputs[0][0].dtype) for t in grads.list()]
 
@@ -171,19 +176,19 @@ def _decode_grid_backward_fake(grad_volume: Tensor, *inputs: Any, tile: int = 0)
     return _Gradients(inputs, grad_planes, grad_decoder, inputs[0][0].dtype).list()
 
 
-def _decode_grid_loss_cpu(target: Tensor, *inputs: Any, tile: int = 0) -> list[Tensor]:
+def _decode_grid_loss(target: Tensor, *inputs: Any, tile: int = 0) -> list[Tensor]:
     """Sums of the loss for each object, float64, then their gradients in float32 or float64, undivided."""
     *inputs, loss, beta, per_object, grad_planes, grad_decoder = inputs  # type: ignore[assignment]
-    call = _CpuCall(*inputs, out_dtype=torch.float32, tile=tile)
+    call = _Call(*inputs, out_dtype=torch.float32, tile=tile)
     batch = inputs[0][0].shape[0]
     grads = _Gradients(call.tensors, grad_planes, grad_decoder, call.dtype, [batch] if per_object else [])
-    losses = torch.zeros(batch, dtype=torch.float64)
+    losses = torch.zeros(batch, dtype=torch.float64, device=target.device)
     if target.numel() == 0:
         for t in grads.list():
             t.zero_()
     else:
         workspace = call.workspace(bool(grads.list()), grad_planes, grad_decoder)
-        _C.decode_grid_loss_cpu(
+        _C.decode_grid_loss(
             target.detach().contiguous(),
             *call.tensors,
             call.options,
@@ -218,15 +223,15 @@ def _resample_plane_fake(plane: Tensor, size: Sequence[int], align_corners: bool
     return plane.new_empty([size[0], size[1], plane.shape[2]])
 
 
-_library.impl("decode_grid", _decode_grid_cpu, "CPU")
-_library.impl("decode_grid_backward", _decode_grid_backward_cpu, "CPU")
-_library.impl("decode_grid_loss", _decode_grid_loss_cpu, "CPU")
-_library.impl("resample_plane", _resample_plane, "CPU")
-_library.impl("resample_plane", _resample_plane, "CUDA")
-torch.library.register_fake("tcam_ext::decode_grid", _decode_grid_fake, lib=_library)
-torch.library.register_fake("tcam_ext::decode_grid_backward", _decode_grid_backward_fake, lib=_library)
-torch.library.register_fake("tcam_ext::decode_grid_loss", _decode_grid_loss_fake, lib=_library)
-torch.library.register_fake("tcam_ext::resample_plane", _resample_plane_fake, lib=_library)
+for _name, _implementation, _fake in (
+    ("decode_grid", _decode_grid, _decode_grid_fake),
+    ("decode_grid_backward", _decode_grid_backward, _decode_grid_backward_fake),
+    ("decode_grid_loss", _decode_grid_loss, _decode_grid_loss_fake),
+    ("resample_plane", _resample_plane, _resample_plane_fake),
+):
+    for _device in ("CPU", "CUDA"):
+        _library.impl(_name, _implementation, _device)
+    torch.library.register_fake(f"tcam_ext::{_name}", _fake, lib=_library)
 
 decode_grid = torch.ops.tcam_ext.decode_grid.default
 decode_grid_backward = torch.ops.tcam_ext.decode_grid_backward.default

@@ -16,6 +16,7 @@
 #include <cstring>
 #include <vector>
 
+#include "../carver.h"
 #include "../maths/bilinear.h"
 #include "isa.h"
 #include "parallel.h"
@@ -26,22 +27,6 @@ namespace {
 constexpr long max_parts_bytes = 32l << 20;           // of a slab's maps and gradient parts
 constexpr long texel_chunks = 16;                     // per plane in unproject: fixed, so that sums have one order
 constexpr int forward_tile = 48, backward_tile = 96;  // measured: docs/performance.md
-
-// Takes aligned pieces from one allocation; with a null base it only measures.
-class Carver {
- public:
-  explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
-  char* take(long bytes) {
-    char* p = base_ ? base_ + used_ : nullptr;
-    used_ += round_up(bytes, 64);
-    return p;
-  }
-  long used() const { return used_; }
-
- private:
-  char* base_;
-  long used_ = 0;
-};
 
 struct Range {
   long lo, hi;

@@ -7,6 +7,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "../maths/half.h"
+
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -169,13 +171,9 @@ struct BF16 {
   using Arith = MathsF;
   static constexpr int pack = 2, lanes = MathsF::lanes;
 
-  TCAM_INLINE uint32_t round(float x) {  // to nearest even; NaN stays NaN
-    uint32_t u;
-    memcpy(&u, &x, 4);
-    if (x != x) return (u >> 16) | 0x40;
-    return (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  TCAM_INLINE Word make(const Real* v, int n) {
+    return Bits::to_bfloat(v[0]) | (n > 1 ? static_cast<uint32_t>(Bits::to_bfloat(v[1])) << 16 : 0);
   }
-  TCAM_INLINE Word make(const Real* v, int n) { return round(v[0]) | (n > 1 ? round(v[1]) << 16 : 0); }
   TCAM_INLINE WordVec broadcast(const Word* p) { return *p - WordVec{}; }
   TCAM_INLINE Vec get(const Word* row, long column) {
     const HalfU h = load<HalfU>(reinterpret_cast<const uint16_t*>(row) + column);

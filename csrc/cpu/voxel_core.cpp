@@ -8,7 +8,7 @@
 // over the contraction for a product, over voxels ascending for a gradient.
 #include "voxel_core.h"
 
-#include "../problem.h"
+#include "../maths/half.h"
 #include "simd.h"
 
 namespace tcam {
@@ -134,76 +134,6 @@ static void pack_rows(const void* source, long rows, long n, void* dst, long dst
         if (w * N::pack + p < n) pair[p] = src[r * n + w * N::pack + p];
       out[r * dst_stride + w] = N::make(pair, N::pack);
     }
-}
-
-// ---- a volume's element types ----------------------------------------------------------
-
-TCAM_INLINE float half_bits_to_float(uint16_t h) {
-  const uint32_t sign = (h & 0x8000u) << 16, e = (h >> 10) & 31, m = h & 1023;
-  uint32_t u;
-  if (e == 31) {
-    u = sign | 0x7f800000u | (m << 13);
-  } else if (e) {
-    u = sign | ((e + 112) << 23) | (m << 13);
-  } else {
-    const float f = static_cast<float>(m) * 5.9604644775390625e-8f;  // 2^-24
-    memcpy(&u, &f, 4);
-    u |= sign;
-  }
-  float f;
-  memcpy(&f, &u, 4);
-  return f;
-}
-
-TCAM_INLINE uint16_t float_to_half_bits(float x) {  // to nearest even
-  uint32_t u;
-  memcpy(&u, &x, 4);
-  const uint16_t sign = static_cast<uint16_t>((u >> 16) & 0x8000u);
-  u &= 0x7fffffffu;
-  if (u > 0x7f800000u) return sign | 0x7e00;
-  if (u >= 0x477ff000u) return sign | 0x7c00;
-  if (u < 0x38800000u) {  // subnormal: count in units of 2^-24; the sum rounds to even
-    float f;
-    memcpy(&f, &u, 4);
-    f += 0.5f;
-    memcpy(&u, &f, 4);
-    return sign | static_cast<uint16_t>(u - 0x3f000000u);
-  }
-  u += 0xfff + ((u >> 13) & 1);
-  return sign | static_cast<uint16_t>((u - 0x38000000u) >> 13);
-}
-
-TCAM_INLINE uint16_t float_to_bfloat_bits(float x) {
-  uint32_t u;
-  memcpy(&u, &x, 4);
-  if (x != x) return static_cast<uint16_t>((u >> 16) | 0x40);
-  return static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-}
-
-template <class Real>
-TCAM_INLINE void write_voxel(const Volume& v, long index, Real x) {
-  switch (v.dtype) {
-    case TCAM_F32: static_cast<float*>(v.data)[index] = static_cast<float>(x); break;
-    case TCAM_F64: static_cast<double*>(v.data)[index] = static_cast<double>(x); break;
-    case TCAM_F16: static_cast<uint16_t*>(v.data)[index] = float_to_half_bits(static_cast<float>(x)); break;
-    case TCAM_BF16: static_cast<uint16_t*>(v.data)[index] = float_to_bfloat_bits(static_cast<float>(x)); break;
-  }
-}
-
-template <class Real>
-TCAM_INLINE Real read_voxel(const Volume& v, long index) {
-  switch (v.dtype) {
-    case TCAM_F32: return static_cast<Real>(static_cast<const float*>(v.data)[index]);
-    case TCAM_F64: return static_cast<Real>(static_cast<const double*>(v.data)[index]);
-    case TCAM_F16: return static_cast<Real>(half_bits_to_float(static_cast<const uint16_t*>(v.data)[index]));
-    case TCAM_U8: return static_cast<Real>(static_cast<const uint8_t*>(v.data)[index]) / 255;
-    default: {
-      const uint32_t u = static_cast<uint32_t>(static_cast<const uint16_t*>(v.data)[index]) << 16;
-      float f;
-      memcpy(&f, &u, 4);
-      return static_cast<Real>(f);
-    }
-  }
 }
 
 // ---- the walk over voxels --------------------------------------------------------------
@@ -371,7 +301,8 @@ TCAM_INLINE void compare_tile(const Decoder& d, const Objective& objective, cons
   typedef Maths<typename N::Arith> A;
   typedef LossMaths<typename N::Arith> L;
   Real want[max_tile], value[max_tile];
-  for (int t = 0; t < count; ++t) want[t] = read_voxel<Real>(target, o * target.channel_stride + target.offset + walk.out[t]);
+  for (int t = 0; t < count; ++t)
+    want[t] = Elements<Real>::read(target.data, target.dtype, o * target.channel_stride + target.offset + walk.out[t]);
   for (int t = count; t < count + N::lanes && t < max_tile; ++t) want[t] = 0;
   for (int t = 0; t < count; t += N::lanes) {
     const Vec x = load<Vec>(z + t), difference = A::output(d.output_activation, x) - load<Vec>(want + t);
@@ -408,7 +339,8 @@ static void forward_block(const Decoder& d, const Maps& maps, const Block& block
         continue;
       }
       for (int t = 0; t < count; t += N::lanes) store(z + t, A::output(d.output_activation, load<typename N::Vec>(z + t)));
-      for (int t = 0; t < count; ++t) write_voxel<Real>(volume, o * volume.channel_stride + volume.offset + walk.out[t], z[t]);
+      for (int t = 0; t < count; ++t)
+        Elements<Real>::write(volume.data, volume.dtype, o * volume.channel_stride + volume.offset + walk.out[t], z[t]);
     }
   }
   losses.add_to(objective);
@@ -458,7 +390,8 @@ static void backward_block(const Decoder& d, const Maps& maps, const Block& bloc
         continue;
       }
       for (int t = 0; t < count; t += N::lanes) store(z + t, A::output_slope(d.output_activation, load<Vec>(z + t)));
-      for (int t = 0; t < count; ++t) z[t] *= read_voxel<Real>(volume, o * volume.channel_stride + volume.offset + walk.out[t]);
+      for (int t = 0; t < count; ++t)
+        z[t] *= Elements<Real>::read(volume.data, volume.dtype, o * volume.channel_stride + volume.offset + walk.out[t]);
     }
 
     if (last == 1) {

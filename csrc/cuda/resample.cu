@@ -1,33 +1,11 @@
 // Resampling of a channels-last plane to a grid of voxels: the maps A, B, G of decode_grid.
-#include <cuda_runtime.h>
-
 #include "../maths/bilinear.h"
 #include "../problem.h"
+#include "device.h"
 #include "launch.h"
 
 namespace tcam {
 namespace {
-
-// Sets the device for one launch and puts the caller's back.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    status_ = cudaGetDevice(&before_);
-    if (status_ == cudaSuccess && before_ != device) {
-      status_ = cudaSetDevice(device);
-      changed_ = status_ == cudaSuccess;
-    }
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  cudaError_t status() const { return status_; }
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-  cudaError_t status_;
-};
 
 // plane (m0, m1, channels) and out (n0, n1, channels), row-major, distinct. A block owns one
 // voxel (i, j) at a time (grid-stride over n0*n1), its threads the channels: reads of the four
@@ -51,15 +29,13 @@ __global__ void resample_plane_kernel(const Real* __restrict__ plane, int m0, in
 }
 
 template <class Real>
-cudaError_t launch(const void* plane, int64_t m0, int64_t m1, int64_t channels, int64_t n0, int64_t n1, bool align_corners,
-                   bool zeros, void* out, cudaStream_t stream) {
+cudaError_t resample(const void* plane, int64_t m0, int64_t m1, int64_t channels, int64_t n0, int64_t n1, bool align_corners,
+                     bool zeros, void* out, cudaStream_t stream) {
   const int threads = channels >= 128 ? 128 : channels > 32 ? 64 : 32;
   const int64_t voxels = n0 * n1;
   const unsigned blocks = static_cast<unsigned>(voxels < 65536 ? voxels : 65536);
-  resample_plane_kernel<Real><<<blocks, threads, 0, stream>>>(static_cast<const Real*>(plane), static_cast<int>(m0),
-                                                              static_cast<int>(m1), static_cast<int>(channels), n0, n1,
-                                                              align_corners, zeros, static_cast<Real*>(out));
-  return cudaGetLastError();
+  return launch(resample_plane_kernel<Real>, blocks, threads, 0, stream, static_cast<const Real*>(plane), static_cast<int>(m0),
+                static_cast<int>(m1), static_cast<int>(channels), n0, n1, align_corners, zeros, static_cast<Real*>(out));
 }
 
 }  // namespace
@@ -71,8 +47,8 @@ extern "C" int tcam_resample_plane_cuda(const void* plane, int64_t m0, int64_t m
   if (guard.status() != cudaSuccess) return guard.status();
   const bool zeros = padding == TCAM_PAD_ZEROS;
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
-  return dtype == TCAM_F64 ? tcam::launch<double>(plane, m0, m1, channels, n0, n1, align_corners, zeros, out, s)
-                           : tcam::launch<float>(plane, m0, m1, channels, n0, n1, align_corners, zeros, out, s);
+  return dtype == TCAM_F64 ? tcam::resample<double>(plane, m0, m1, channels, n0, n1, align_corners, zeros, out, s)
+                           : tcam::resample<float>(plane, m0, m1, channels, n0, n1, align_corners, zeros, out, s);
 }
 
 extern "C" int tcam_cuda_info(int* runtime, int* driver, int* devices) {

@@ -23,7 +23,7 @@ constexpr double leaky_slope = 0.01;       // torch.nn.functional.leaky_relu's d
 constexpr double softplus_threshold = 20;  // torch.nn.functional.softplus's default
 
 // relu and leaky_relu keep the sign of their argument: the slope follows from the value.
-constexpr bool slope_from_value(Activation a) { return a == Activation::relu || a == Activation::leaky_relu; }
+TCAM_MATHS constexpr bool slope_from_value(Activation a) { return a == Activation::relu || a == Activation::leaky_relu; }
 
 template <class M>
 struct Maths {

@@ -122,7 +122,7 @@ def test_random_calls_raise_and_never_crash():
                 # A small workspace of one's own, and now and then one that is too small or no tensor at all.
                 _C.decode_grid_workspace(planes, weights, biases, o, False, False, False)
                 workspace = memory if rng.random() < 0.95 else rng.choice([*odd, memory[:1000]])
-                _C.decode_grid_cpu(planes, weights, biases, o, out, workspace)
+                _C.decode_grid(planes, weights, biases, o, out, workspace)
             elif which in (1, 2):
                 gp = [torch.empty_like(p) for p in planes]
                 gd = [
@@ -134,13 +134,13 @@ def test_random_calls_raise_and_never_crash():
                 if rng.random() < 0.2:
                     gd = spoil(rng, gd, odd)
                 if which == 1:
-                    _C.decode_grid_backward_cpu(out, planes, weights, biases, o, gp, gd, memory)
+                    _C.decode_grid_backward(out, planes, weights, biases, o, gp, gd, memory)
                 else:
                     target = rng.choice([out, torch.zeros_like(out, dtype=torch.uint8), rng.choice(odd)])
                     extra = [rng.randint(0, 2), 0.3, rng.random() < 0.3, torch.empty(1, dtype=torch.float64)]
                     if rng.random() < 0.2:
                         extra = spoil(rng, extra, odd)
-                    _C.decode_grid_loss_cpu(target, planes, weights, biases, o, *extra, gp, gd, memory)
+                    _C.decode_grid_loss(target, planes, weights, biases, o, *extra, gp, gd, memory)
             else:
                 _C.resample_plane(
                     rng.choice([rng.choice(odd), torch.randn(3, 4, 2)]),

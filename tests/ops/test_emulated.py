@@ -11,9 +11,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import problems
 import pytest
+import raw
 import torch
 
 from tcam_ext import _C
@@ -21,30 +21,6 @@ from tcam_ext import _C
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 CXX = os.environ.get("CXX") or shutil.which("c++")
 pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
-
-
-class DecodeGrid(ctypes.Structure):  # tcam_decode_grid of problem.h
-    _fields_ = [
-        ("batch", ctypes.c_int64),
-        ("channels", ctypes.c_int64),
-        ("planes", ctypes.c_int64 * 3),
-        ("size", ctypes.c_int64 * 3),
-        ("lo", ctypes.c_int64 * 3),
-        ("hi", ctypes.c_int64 * 3),
-        ("width", ctypes.c_int64 * 7),
-        ("layers", ctypes.c_int32),
-        ("activation", ctypes.c_int32),
-        ("output_activation", ctypes.c_int32),
-        ("align_corners", ctypes.c_int32),
-        ("padding", ctypes.c_int32),
-        ("dtype", ctypes.c_int32),
-        ("compute", ctypes.c_int32),
-        ("out_dtype", ctypes.c_int32),
-        ("grad_planes", ctypes.c_int32),
-        ("grad_decoder", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-        ("tile", ctypes.c_int32),
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -83,74 +59,11 @@ def kernels(tmp_path_factory):
     subprocess.run(builds[-1], cwd=folder, check=True)
     library = ctypes.CDLL(str(folder / "kernels.so"))
     library.tcam_cpu_isa.restype = ctypes.c_char_p
-    library.tcam_decode_grid_cpu_workspace.restype = ctypes.c_int64
     before = os.environ.pop("TCAM_CPU_ISA", None)  # the choice is made at the first call
     assert library.tcam_cpu_isa() == b"emulated"
     if before:
         os.environ["TCAM_CPU_ISA"] = before
-    return library
-
-
-def run(library, p, compute, grad=None, threads=2, tile=0):
-    """Forward, or with ``grad`` backward, through the C functions. Returns the volume, or the list of gradients."""
-    t32 = p.to(torch.float32)
-    o = {
-        "activation": "relu",
-        "output_activation": "none",
-        "align_corners": False,
-        "padding_mode": "border",
-        **p.options,
-    }
-    c, h, w = p.planes[0].shape[1:]
-    widths = [3 * c, *(m.shape[0] for m in p.weights)]
-    problem = DecodeGrid(
-        p.planes[0].shape[0],
-        c,
-        (h, w, p.planes[1].shape[3]),
-        p.size,
-        (0, 0, 0),
-        p.size,
-        (*widths, *[0] * (7 - len(widths))),
-        len(p.weights),
-        _C.activations.index(o["activation"]),
-        _C.output_activations.index(o["output_activation"]),
-        o["align_corners"],
-        ["border", "zeros"].index(o["padding_mode"]),
-        0,
-        compute,
-        0,
-        1,
-        1,
-        threads,
-        tile,
-    )
-
-    def pointers(tensors):
-        return (ctypes.c_void_p * len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
-
-    size = library.tcam_decode_grid_cpu_workspace(ctypes.byref(problem), grad is not None)
-    raw = np.full(size + 64, 0xFF, np.uint8)  # NaN wherever a kernel reads what it did not write
-    workspace = ctypes.c_void_p((raw.ctypes.data + 63) // 64 * 64)
-    inputs = (pointers(t32.planes), pointers(t32.weights), pointers(t32.biases))
-    if grad is None:
-        out = torch.full((p.planes[0].shape[0], widths[-1], *p.size), float("nan"))
-        library.tcam_decode_grid_cpu(ctypes.byref(problem), *inputs, ctypes.c_void_p(out.data_ptr()), workspace)
-        return out
-    grads = [torch.full_like(t, float("nan")) for t in t32.tensors]
-    found = iter(grads)
-    gp, gw = [next(found) for _ in p.planes], [next(found) for _ in p.weights]
-    gb = [None if b is None else next(found) for b in p.biases]
-    grad = grad.float().contiguous()
-    library.tcam_decode_grid_backward_cpu(
-        ctypes.byref(problem),
-        ctypes.c_void_p(grad.data_ptr()),
-        *inputs,
-        pointers(gp),
-        pointers(gw),
-        pointers(gb),
-        workspace,
-    )
-    return grads
+    return raw.Kernels(library, "cpu")
 
 
 SHAPES = [
@@ -167,14 +80,14 @@ SHAPES = [
 @pytest.mark.parametrize(("name", "compute"), [("float32", 0), ("bfloat16", 3)])
 def test_values_and_gradients(kernels, shape, activation, name, compute):
     p = problems.make(**shape, activation=activation, output_activation="sigmoid")
-    exact = p.to(torch.float64, requires_grad=True)
+    p32, exact = p.to(torch.float32), p.to(torch.float64, requires_grad=True)
     rounding = problems.round_bfloat16 if name == "bfloat16" else None
     out, trusted = problems.masked_reference(exact, rounding, margin=1e-5)
     full = p.call(problems.reference.decode_grid)
-    assert problems.relative(run(kernels, p, compute), full) < problems.FORWARD_LIMIT[name]
+    assert problems.relative(kernels.forward(p32, compute), full) < problems.FORWARD_LIMIT[name]
     grad = torch.randn_like(out) * trusted
     want = torch.autograd.grad(out, exact.tensors, grad)
-    assert problems.gradient_error(run(kernels, p, compute, grad), list(want)) < problems.GRADIENT_LIMIT[name]
+    assert problems.gradient_error(kernels.backward(p32, grad.float(), compute), list(want)) < problems.GRADIENT_LIMIT[name]
 
 
 def test_bfloat16_gradients_are_as_good_as_torchs_own(kernels, capsys):
@@ -188,25 +101,26 @@ def test_bfloat16_gradients_are_as_good_as_torchs_own(kernels, capsys):
     theirs = p.to(torch.float32, requires_grad=True)
     autocast = theirs.call(problems.reference.decode_grid, compute_dtype=torch.bfloat16)
     torch_error = problems.gradient_error(list(torch.autograd.grad(autocast, theirs.tensors, grad.float())), list(want))
-    our_error = problems.gradient_error(run(kernels, p, 3, grad), list(want))
+    our_error = problems.gradient_error(kernels.backward(p.to(torch.float32), grad.float(), 3), list(want))
     with capsys.disabled():
         print(f"\n[bfloat16 relu gradients, unmasked: ours {our_error:.3f}, torch {torch_error:.3f}]", end="")
     assert our_error < 1.2 * torch_error
 
 
 def test_bits_do_not_depend_on_threads_or_tiles(kernels):
-    p = problems.make(channels=6, widths=(40, 33, 2), size=(20, 30, 26))
+    p = problems.make(channels=6, widths=(40, 33, 2), size=(20, 30, 26)).to(torch.float32)
     grad = torch.randn(1, 2, 20, 30, 26)
-    forward, backward = run(kernels, p, 3, threads=1), run(kernels, p, 3, grad, threads=1)
+    forward, backward = kernels.forward(p, 3, threads=1), kernels.backward(p, grad, 3, threads=1)
     for threads, tile in ((2, 0), (3, 12), (2, 60)):
-        assert torch.equal(run(kernels, p, 3, threads=threads, tile=tile), forward)
-        assert all(torch.equal(a, b) for a, b in zip(run(kernels, p, 3, grad, threads, tile), backward, strict=True))
+        assert torch.equal(kernels.forward(p, 3, threads=threads, tile=tile), forward)
+        assert all(
+            torch.equal(a, b) for a, b in zip(kernels.backward(p, grad, 3, threads=threads, tile=tile), backward, strict=True)
+        )
 
 
 def test_a_wheel_kernel_agrees(kernels):
     """float32 in the 512-bit register tile and in the installed module differ by rounding alone."""
     import tcam_ext
 
-    p = problems.make(**SHAPES[0])
-    got = p.to(torch.float32).call(tcam_ext.decode_grid)
-    assert problems.relative(got, run(kernels, p, 0).double()) < 1e-6
+    p = problems.make(**SHAPES[0]).to(torch.float32)
+    assert problems.relative(p.call(tcam_ext.decode_grid), kernels.forward(p).double()) < 1e-6

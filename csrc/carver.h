@@ -1,0 +1,24 @@
+// Takes aligned pieces from one allocation that the caller made; with a null base it only measures.
+#pragma once
+#include <stdint.h>
+
+namespace tcam {
+
+class Carver {
+ public:
+  static constexpr int64_t alignment = 256;
+
+  explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
+  char* take(int64_t bytes) {
+    char* p = base_ ? base_ + used_ : nullptr;
+    used_ += (bytes + alignment - 1) / alignment * alignment;
+    return p;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+}  // namespace tcam

@@ -1,0 +1,92 @@
+// What every kernel file needs beside CUDA itself: launching, shared memory, the arithmetic of a thread. The emulator of
+// tests/simt supplies its own <cuda_runtime.h>, so that the same files run on a CPU under the sanitizers.
+#pragma once
+#include <cuda_runtime.h>
+#include <math.h>
+#include <stdint.h>
+
+#include "../maths/activation.h"
+
+#define TCAM_DEVICE __device__ __forceinline__
+
+namespace tcam {
+
+// kernel(arguments...) on `stream`. The status is that of the launch alone.
+template <class... P, class... A>
+cudaError_t launch(void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared_bytes, cudaStream_t stream,
+                   A... arguments) {
+#if defined(TCAM_SIMT)
+  (void)stream;
+  simt::launch({grid.x, grid.y, grid.z}, {threads, 1, 1}, shared_bytes, [=] { kernel(static_cast<P>(arguments)...); });
+  return cudaSuccess;
+#else
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
+#endif
+}
+
+// Hands out the block's dynamic shared memory; every thread takes the same arrays in the same order.
+class Shared {
+ public:
+#if defined(TCAM_SIMT)
+  template <class T>
+  T* take(int count) {
+    return static_cast<T*>(simt::machine->take_shared(count * sizeof(T)));
+  }
+#else
+  TCAM_DEVICE Shared() {
+    extern __shared__ __align__(128) char memory[];
+    at_ = memory;
+  }
+  template <class T>
+  TCAM_DEVICE T* take(int count) {
+    T* p = reinterpret_cast<T*>(at_);
+    at_ += (count * sizeof(T) + 15) & ~size_t(15);
+    return p;
+  }
+
+ private:
+  char* at_;
+#endif
+};
+
+// Sets the device for a call and puts the caller's back.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    status_ = cudaGetDevice(&before_);
+    if (status_ == cudaSuccess && before_ != device) {
+      status_ = cudaSetDevice(device);
+      changed_ = status_ == cudaSuccess;
+    }
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  cudaError_t status() const { return status_; }
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+  cudaError_t status_;
+};
+
+// One thread's arithmetic for maths/activation.h and maths/loss.h.
+template <class Real>
+struct Scalar {
+  using V = Real;
+  TCAM_MATHS V splat(double x) { return static_cast<Real>(x); }
+  TCAM_MATHS V select(bool mask, V a, V b) { return mask ? a : b; }
+  TCAM_MATHS float exp(float x) { return ::expf(x); }
+  TCAM_MATHS float log1p(float x) { return ::log1pf(x); }
+  TCAM_MATHS float tanh(float x) { return ::tanhf(x); }
+  TCAM_MATHS double exp(double x) { return ::exp(x); }
+  TCAM_MATHS double log1p(double x) { return ::log1p(x); }
+  TCAM_MATHS double tanh(double x) { return ::tanh(x); }
+};
+
+}  // namespace tcam

@@ -1,0 +1,170 @@
+"""The CUDA kernels on the emulator of tests/simt: the same sources, compiled for this machine, every thread a fiber."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import problems
+import pytest
+import raw
+import torch
+
+from tcam_ext import reference
+from tcam_ext.losses import LOSSES
+
+ROOT = Path(__file__).resolve().parents[2]
+CXX = os.environ.get("CXX") or shutil.which("c++")
+pytestmark = [
+    pytest.mark.skipif(CXX is None, reason="no C++ compiler"),
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulator's fibers are written for x86-64"),
+]
+SOURCES = ("decode_grid", "resample")
+
+
+def build(folder: Path, *flags: str) -> Path:
+    """The CUDA sources as a shared library for this machine."""
+    common = [*CXX.split(), "-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *flags]
+    common += [f"-I{ROOT / 'tests' / 'simt'}", "-x", "c++"]
+    running = [
+        subprocess.Popen([*common, "-c", str(ROOT / "csrc" / "cuda" / f"{s}.cu"), "-o", f"{s}.o"], cwd=folder) for s in SOURCES
+    ]
+    running.append(subprocess.Popen([*common, "-c", str(ROOT / "tests" / "simt" / "main.cpp"), "-o", "main.o"], cwd=folder))
+    assert all(p.wait() == 0 for p in running)
+    objects = [f"{s}.o" for s in (*SOURCES, "main")]
+    subprocess.run([*CXX.split(), *flags, "-shared", *objects, "-o", "simt.so", "-lpthread"], cwd=folder, check=True)
+    return folder / "simt.so"
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    flags = os.environ.get("TCAM_SIMT_FLAGS", "").split()
+    library = ctypes.CDLL(str(build(tmp_path_factory.mktemp("simt"), *flags)))
+    return raw.Kernels(library, "cuda", (0, None))
+
+
+@pytest.fixture(params=["in order", "reversed, greedy warps", "shuffled"])
+def schedule(request, kernels):
+    """Another order of threads and blocks must not change a result."""
+    order = ["in order", "reversed, greedy warps", "shuffled"].index(request.param)
+    kernels.library.simt_schedule(order, order == 1, 7, 2)
+    yield
+    kernels.library.simt_schedule(0, 0, 1, 2)
+
+
+SHAPES = [
+    dict(channels=5, texels=(4, 5, 6), widths=(37, 21, 3), size=(8, 9, 5), bias=False),
+    dict(channels=3, texels=(3, 4, 5), widths=(9, 2), size=(5, 7, 9), align_corners=True, batch=2),
+    dict(channels=4, texels=(4, 5, 6), widths=(5,), size=(8, 7, 5), padding_mode="zeros"),
+    dict(channels=2, texels=(9, 3, 7), widths=(70, 130, 18), size=(3, 11, 8), padding_mode="zeros"),
+    dict(channels=2, texels=(1, 1, 1), widths=(8, 8, 8, 8, 1), size=(7, 6, 5)),
+]
+IDS = [str(s["widths"]) for s in SHAPES]
+
+
+def gradients(volume, tensors, grad):
+    return list(torch.autograd.grad(volume, tensors, grad))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=IDS)
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu", "softplus", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_values_and_gradients(kernels, shape, activation, dtype):
+    p = problems.make(**shape, activation=activation, output_activation="sigmoid")
+    name = str(dtype).removeprefix("torch.")
+    mine, exact = p.to(dtype), p.to(torch.float64, requires_grad=True)
+    out, trusted = problems.masked_reference(exact)
+    assert problems.relative(kernels.forward(mine), out) < problems.FORWARD_LIMIT[name]
+    grad = torch.randn_like(out) * trusted
+    want = gradients(out, exact.tensors, grad)
+    for tile in (0, 40):  # several regions
+        got = kernels.backward(mine, grad.to(dtype), tile=tile)
+        assert problems.gradient_error(got, want) < problems.GRADIENT_LIMIT[name]
+
+
+def test_schedules(kernels, schedule):
+    p = problems.make(**SHAPES[0]).to(torch.float32)
+    grad = torch.randn(1, 3, 8, 9, 5)
+    kernels.library.simt_schedule(0, 0, 1, 1)
+    want = [kernels.forward(p), *kernels.backward(p, grad, tile=60)]
+    got = [kernels.forward(p), *kernels.backward(p, grad, tile=60)]
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("tile", [1, 7, 35, 100])
+def test_a_region_does_not_change_a_voxel(kernels, tile):
+    p = problems.make(**SHAPES[1]).to(torch.float32)
+    assert torch.equal(kernels.forward(p, tile=tile), kernels.forward(p))
+
+
+def test_a_box_is_the_same_part_of_the_whole_bit_for_bit(kernels):
+    for shape in SHAPES:
+        p = problems.make(**shape).to(torch.float32)
+        box = [(n // 3, n - 1) for n in p.size]
+        (x0, x1), (y0, y1), (z0, z1) = box
+        assert torch.equal(kernels.forward(p, box=box), kernels.forward(p)[:, :, x0:x1, y0:y1, z0:z1])
+
+
+def test_boxes_add_up_to_the_gradient_of_the_whole(kernels):
+    p = problems.make(**SHAPES[0]).to(torch.float64)
+    grad = torch.randn(1, 3, 8, 9, 5, dtype=torch.float64)
+    total = None
+    for x in ((0, 3), (3, 8)):
+        part = kernels.backward(p, grad[:, :, x[0] : x[1]], box=(x, (0, 9), (0, 5)))
+        total = part if total is None else [a + b for a, b in zip(total, part, strict=True)]
+    assert problems.gradient_error(total, kernels.backward(p, grad)) < 1e-12
+
+
+@pytest.mark.parametrize("per_object", [False, True])
+@pytest.mark.parametrize("loss", sorted(LOSSES))
+@pytest.mark.parametrize("target_dtype", [torch.float32, torch.uint8, torch.float16])
+def test_losses(kernels, loss, per_object, target_dtype):
+    p = problems.make(**SHAPES[1], output_activation="clamp", activation="silu")
+    exact = p.to(torch.float64, requires_grad=True)
+    target = (torch.rand(2, 2, 5, 7, 9) * 255).to(target_dtype) if target_dtype == torch.uint8 else torch.rand(2, 2, 5, 7, 9)
+    target = target.to(target_dtype)
+    want_target = target.double() / (255 if target_dtype == torch.uint8 else 1)
+    each = LOSSES[loss](exact.call(reference.decode_grid), want_target, 0.3).flatten(1).sum(1)
+    losses, *got = kernels.loss(p, target, loss, per_object=per_object, tile=50)
+    torch.testing.assert_close(losses, each.detach(), rtol=1e-12, atol=0)
+    planes = gradients(each.sum(), exact.planes, None)
+    decoder = exact.tensors[3:]
+    if per_object:
+        rows = [torch.autograd.grad(e, decoder, retain_graph=True) for e in exact_sums(exact, want_target, loss)]
+        want = [torch.stack(r) for r in zip(*rows, strict=True)]
+    else:
+        want = gradients(exact_sums(exact, want_target, loss).sum(), decoder, None)
+    assert problems.gradient_error(got, [*planes, *want]) < 1e-11
+    alone = kernels.loss(p, target, loss, grads=(False, False))
+    torch.testing.assert_close(alone[0], losses, rtol=1e-13, atol=0)
+    for grads in ((True, False), (False, True)):
+        chosen = got[:3] if grads[0] else got[3:]
+        some = kernels.loss(p, target, loss, per_object=per_object, tile=50, grads=grads)[1:]
+        assert all(torch.equal(a, b) for a, b in zip(some, chosen, strict=True))
+
+
+def exact_sums(p, target, loss):
+    return LOSSES[loss](p.call(reference.decode_grid), target, 0.3).flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_output_dtypes(kernels, out_dtype):
+    p = problems.make(**SHAPES[0]).to(torch.float32)
+    got = kernels.forward(p, out_dtype=out_dtype)
+    assert torch.equal(got, kernels.forward(p).to(out_dtype))
+    grad = torch.randn(1, 3, 8, 9, 5).to(out_dtype)
+    want = kernels.backward(p, grad.float())
+    assert all(torch.equal(a, b) for a, b in zip(kernels.backward(p, grad), want, strict=True))
+
+
+def test_a_batch_is_independent_objects(kernels):
+    p = problems.make(**SHAPES[1]).to(torch.float32)
+    whole = kernels.forward(p)
+    for i in range(2):
+        one = replace(p, planes=[q[i : i + 1].contiguous() for q in p.planes])
+        assert torch.equal(kernels.forward(one)[0], whole[i])

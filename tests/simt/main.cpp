@@ -1,0 +1,7 @@
+// The one source that holds the emulator's fiber switch, and its switchboard for tests.
+#define SIMT_MAIN
+#include "cuda_runtime.h"
+
+extern "C" void simt_schedule(int order, int greedy, unsigned seed, int os_threads) {
+  simt::schedule = {static_cast<simt::Order>(order), greedy != 0, seed, os_threads};
+}

@@ -1,0 +1,460 @@
+// A small SIMT machine on the CPU: every CUDA thread is a fiber, a block runs on one OS thread.
+//
+// It exists to find wrong kernels, so it is strict where a GPU is silent: shared memory starts as
+// NaNs and each array has its own heap block (AddressSanitizer sees its ends), a barrier or warp
+// function that some threads miss ends the program with the place named, and the order in which
+// threads run is a parameter (schedule()). Under ThreadSanitizer fibers are separate threads whose
+// only ordering is that of the barriers, which makes it a race detector between barriers.
+//
+// cuda_runtime.h beside this file gives it CUDA's names.
+#pragma once
+#include <pthread.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+#if defined(__SANITIZE_THREAD__)
+extern "C" {
+void* __tsan_get_current_fiber(void);
+void* __tsan_create_fiber(unsigned);
+void __tsan_destroy_fiber(void*);
+void __tsan_switch_to_fiber(void*, unsigned);
+void __tsan_acquire(void*);
+void __tsan_release(void*);
+void AnnotateIgnoreReadsBegin(const char*, int);
+void AnnotateIgnoreReadsEnd(const char*, int);
+void AnnotateIgnoreWritesBegin(const char*, int);
+void AnnotateIgnoreWritesEnd(const char*, int);
+}
+#endif
+
+namespace simt {
+
+// ---- what the sanitizers must know -------------------------------------------------------
+
+#if defined(__SANITIZE_THREAD__)
+struct Unwatched {  // the machine's own bookkeeping is not the kernel's memory traffic
+  Unwatched() {
+    AnnotateIgnoreReadsBegin("", 0);
+    AnnotateIgnoreWritesBegin("", 0);
+  }
+  ~Unwatched() {
+    AnnotateIgnoreWritesEnd("", 0);
+    AnnotateIgnoreReadsEnd("", 0);
+  }
+};
+inline void release(void* p) { __tsan_release(p); }
+inline void acquire(void* p) { __tsan_acquire(p); }
+#else
+struct Unwatched {
+  ~Unwatched() {}
+};
+inline void release(void*) {}
+inline void acquire(void*) {}
+#endif
+
+// ---- fibers ------------------------------------------------------------------------------
+
+struct Index {
+  unsigned x, y, z;
+};
+
+enum class State : uint8_t { running, in_warp_function, at_barrier, done };
+
+struct Fiber {
+  Index index{};
+  int linear = 0, lane = 0;
+  State state = State::done;
+  int function = 0;   // which warp function it waits in
+  uint32_t mask = 0;  // and with which lanes
+  int barriers = 0;
+  uint32_t in[8], out[8];  // operands and results of warp functions
+  void* stack_pointer = nullptr;
+  char* stack = nullptr;
+  size_t stack_bytes = 0;
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake_stack = nullptr;
+#endif
+#if defined(__SANITIZE_THREAD__)
+  void* tsan = nullptr;
+#endif
+};
+
+// Saves the callee's registers on its stack, and continues where `to` was saved.
+extern "C" void simt_switch(void** save, void* to);
+#if defined(SIMT_MAIN)
+#if defined(__x86_64__)
+asm(R"(.text
+.globl simt_switch
+.type simt_switch,@function
+simt_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp,(%rdi)
+  movq %rsi,%rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size simt_switch,.-simt_switch
+)");
+constexpr int saved_registers = 6;
+#else
+#error "simt.h: the fiber switch is written for x86-64"
+#endif
+#endif
+
+// ---- one block -----------------------------------------------------------------------------
+
+enum class Order { forward, reverse, shuffled };  // of the threads of a block, and of the blocks
+
+struct Schedule {
+  Order order = Order::forward;
+  bool greedy = false;  // a warp runs as far ahead of the others as it can
+  unsigned seed = 1;
+  int os_threads = 1;
+};
+inline Schedule schedule;
+
+class Machine;
+inline thread_local Machine* machine = nullptr;
+[[noreturn]] inline void die(const char* what);
+
+class Machine {
+ public:
+  Index grid{}, block{}, block_index{};
+  size_t shared_limit = 0;
+  const std::function<void()>* body = nullptr;
+  Fiber* current = nullptr;
+
+  void run_block() {
+    Unwatched u;
+    start();
+    for (position_ = 0;;) {
+      const int next = first_runnable();
+      if (next < 0) break;
+      position_ = next;
+      switch_to(host_, *fibers_[order_[next]], false);
+    }
+    for (int i = 1; i < count_ && !alive_; ++i)
+      if (fibers_[i]->barriers != fibers_[0]->barriers) {
+        current = fibers_[i].get();
+        die("__syncthreads reached by some threads of the block only");
+      }
+    if (alive_) die("deadlock: threads wait for others that cannot come (divergent barrier or warp function)");
+    acquire(this);
+  }
+
+  void barrier() {
+    Unwatched u;
+    Fiber& me = *current;
+    ++me.barriers;
+    release(this);
+    if (++waiting_ == alive_) {
+      open_barrier();
+    } else {
+      me.state = State::at_barrier;
+      yield();
+    }
+    acquire(this);
+  }
+
+  // The last lane of `mask` to arrive runs finish(first thread of the warp) for all of them.
+  template <class F>
+  void warp_function(int function, uint32_t mask, F&& finish) {
+    Unwatched u;
+    Fiber& me = *current;
+    const int warp = me.linear & ~31;
+    if (!(mask >> me.lane & 1)) die("a lane calls a warp function with a mask that leaves it out");
+    me.function = function;
+    me.mask = mask;
+    me.state = State::in_warp_function;
+    release(&fibers_[warp]->function);
+    if (all_there(warp, function, mask)) {
+      finish(warp);
+      for (int l = 0; l < 32; ++l)
+        if (mask >> l & 1) fibers_[warp + l]->state = State::running;
+    } else {
+      yield();
+    }
+    acquire(&fibers_[warp]->function);
+  }
+
+  Fiber& fiber(int linear) { return *fibers_[linear]; }
+
+  // The next array of shared memory. Every thread takes the same arrays in the same order.
+  void* take_shared(size_t bytes) {
+    Unwatched u;
+    const size_t k = taken_[current->linear]++;
+    if (k == shared_.size()) {
+      shared_used_ += (bytes + 15) & ~size_t(15);
+      if (shared_used_ > shared_limit) die("more shared memory taken than the launch asked for");
+      shared_.emplace_back(static_cast<char*>(aligned_alloc(128, (bytes + 127) & ~size_t(127))), &free);
+      shared_bytes_.push_back(bytes);
+      memset(shared_.back().get(), 0xff, bytes);  // NaNs
+#if defined(__SANITIZE_ADDRESS__)
+      __asan_poison_memory_region(shared_.back().get() + bytes, ((bytes + 127) & ~size_t(127)) - bytes);
+#endif
+    } else if (shared_bytes_[k] != bytes) {
+      die("threads disagree on the layout of shared memory");
+    }
+    return shared_[k].get();
+  }
+
+  static void entry() {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
+#endif
+    acquire(machine->current);
+    (*machine->body)();
+    release(machine);
+    {
+      Unwatched u;
+      Machine& m = *machine;
+      m.current->state = State::done;
+      if (--m.alive_ && m.waiting_ == m.alive_) m.open_barrier();
+    }
+    machine->leave();
+    abort();
+  }
+
+ private:
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  std::vector<int> order_, rank_;
+  std::vector<size_t> taken_, shared_bytes_;
+  std::vector<std::unique_ptr<char, void (*)(void*)>> shared_;
+  size_t shared_used_ = 0;
+  int count_ = 0, alive_ = 0, waiting_ = 0, position_ = 0;
+  Fiber host_;
+  std::mt19937 random_{1};
+
+  void start() {
+    count_ = static_cast<int>(block.x * block.y * block.z);
+    alive_ = count_;
+    waiting_ = 0;
+    for (size_t k = 0; k < shared_.size(); ++k) {
+#if defined(__SANITIZE_ADDRESS__)
+      __asan_unpoison_memory_region(shared_[k].get(), (shared_bytes_[k] + 127) & ~size_t(127));
+#endif
+    }
+    shared_.clear();
+    shared_bytes_.clear();
+    shared_used_ = 0;
+    taken_.assign(count_, 0);
+    while (static_cast<int>(fibers_.size()) < count_) fibers_.emplace_back(new Fiber);
+    order_.resize(count_);
+    rank_.resize(count_);
+    for (int i = 0; i < count_; ++i) order_[i] = schedule.order == Order::reverse ? count_ - 1 - i : i;
+    random_.seed(schedule.seed + block_index.x);
+    if (schedule.order == Order::shuffled) std::shuffle(order_.begin(), order_.end(), random_);
+    for (int i = 0; i < count_; ++i) rank_[order_[i]] = i;
+#if defined(__SANITIZE_THREAD__)
+    host_.tsan = __tsan_get_current_fiber();
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+    pthread_attr_t attributes;
+    void* at;
+    pthread_getattr_np(pthread_self(), &attributes);
+    pthread_attr_getstack(&attributes, &at, &host_.stack_bytes);
+    pthread_attr_destroy(&attributes);
+    host_.stack = static_cast<char*>(at);
+#endif
+    for (int i = 0; i < count_; ++i) {
+      Fiber& f = *fibers_[i];
+      const unsigned n = static_cast<unsigned>(i);
+      f.index = {n % block.x, n / block.x % block.y, n / (block.x * block.y)};
+      f.linear = i;
+      f.lane = i & 31;
+      f.state = State::running;
+      f.barriers = 0;
+      make(f);
+#if defined(__SANITIZE_THREAD__)
+      __tsan_release(&f);
+#endif
+    }
+  }
+
+  void make(Fiber& f) {
+    if (!f.stack) {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+      f.stack_bytes = 256 << 10;
+#else
+      f.stack_bytes = 64 << 10;
+#endif
+      constexpr size_t guard = 4096;
+      void* p =
+          mmap(nullptr, f.stack_bytes + guard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (p == MAP_FAILED) die("no memory for a stack");
+      mprotect(p, guard, PROT_NONE);
+      f.stack = static_cast<char*>(p) + guard;
+    }
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(f.stack, f.stack_bytes);
+#endif
+    auto* top = reinterpret_cast<uint64_t*>(f.stack + f.stack_bytes);
+    *--top = 0;
+    *--top = reinterpret_cast<uint64_t>(&Machine::entry);
+    for (int i = 0; i < 6; ++i) *--top = 0;  // the registers that simt_switch restores
+    f.stack_pointer = top;
+#if defined(__SANITIZE_THREAD__)
+    if (f.tsan) __tsan_destroy_fiber(f.tsan);
+    f.tsan = __tsan_create_fiber(0);
+#endif
+  }
+
+  void switch_to(Fiber& from, Fiber& to, bool leaving) {
+    current = &to;
+    (void)leaving;
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(leaving ? nullptr : &from.fake_stack, to.stack, to.stack_bytes);
+#endif
+#if defined(__SANITIZE_THREAD__)
+    __tsan_switch_to_fiber(to.tsan, 1 /* orders nothing */);
+#endif
+    simt_switch(&from.stack_pointer, to.stack_pointer);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
+#endif
+  }
+
+  __attribute__((noinline, no_sanitize("thread"))) void leave() {  // a thread that has ended
+    Fiber& me = *current;
+    current = &host_;
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(nullptr, host_.stack, host_.stack_bytes);
+#endif
+#if defined(__SANITIZE_THREAD__)
+    __tsan_switch_to_fiber(host_.tsan, 1);
+#endif
+    simt_switch(&me.stack_pointer, host_.stack_pointer);
+  }
+
+  int first_runnable() {
+    for (int i = 0; i < count_; ++i) {
+      const int at = (position_ + i) % count_;
+      if (fibers_[order_[at]]->state == State::running) return at;
+    }
+    return -1;
+  }
+
+  // Continue with another thread that can run, or with the host when none can.
+  void yield() {
+    Fiber& me = *current;
+    if (schedule.greedy) {
+      const int warp = me.linear & ~31;
+      for (int i = warp; i < std::min(warp + 32, count_); ++i)
+        if (fibers_[i]->state == State::running && i != me.linear) {
+          position_ = rank_[i];
+          return switch_to(me, *fibers_[i], false);
+        }
+    }
+    for (int i = 1; i <= count_; ++i) {
+      const int at = (position_ + i) % count_;
+      Fiber& f = *fibers_[order_[at]];
+      if (f.state != State::running) continue;
+      if (&f == &me) return;
+      position_ = at;
+      return switch_to(me, f, false);
+    }
+    switch_to(me, host_, false);
+  }
+
+  void open_barrier() {
+    waiting_ = 0;
+    for (int i = 0; i < count_; ++i)
+      if (fibers_[i]->state == State::at_barrier) fibers_[i]->state = State::running;
+  }
+
+  bool all_there(int warp, int function, uint32_t mask) {
+    for (int l = 0; l < 32; ++l) {
+      if (!(mask >> l & 1)) continue;
+      if (warp + l >= count_ || fibers_[warp + l]->state == State::done)
+        die("warp function: a lane of the mask has left the kernel");
+      const Fiber& f = *fibers_[warp + l];
+      if (f.state != State::in_warp_function || f.function != function || f.mask != mask) return false;
+    }
+    return true;
+  }
+};
+
+inline void die(const char* what) {
+  fprintf(stderr, "simt: %s", what);
+  if (machine && machine->current) {
+    const Index b = machine->block_index, t = machine->current->index;
+    fprintf(stderr, " [block %u,%u,%u thread %u,%u,%u]", b.x, b.y, b.z, t.x, t.y, t.z);
+  }
+  fprintf(stderr, "\n");
+  fflush(stderr);
+  _Exit(86);
+}
+
+// Runs `body` once for every thread of the grid.
+inline void launch(Index grid, Index block, size_t shared_bytes, const std::function<void()>& body) {
+  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
+  std::atomic<uint64_t> next{0};
+  static std::vector<std::unique_ptr<Machine>> machines;  // kept: their fibers' stacks are costly to make
+  const int workers = std::max(schedule.os_threads, 1);
+  while (static_cast<int>(machines.size()) < workers) machines.emplace_back(new Machine);
+  auto work = [&](int worker) {
+    Unwatched u;
+    Machine& own = *machines[worker];
+    machine = &own;
+    own.grid = grid;
+    own.block = block;
+    own.shared_limit = shared_bytes;
+    own.body = &body;
+    for (uint64_t n; (n = next++) < blocks;) {
+      const uint64_t b = schedule.order == Order::forward ? n : blocks - 1 - n;
+      own.block_index = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / (uint64_t(grid.x) * grid.y))};
+      own.run_block();
+    }
+    machine = nullptr;
+  };
+  if (workers == 1) return work(0);
+  std::vector<std::thread> threads;
+  for (int i = 0; i < workers; ++i) threads.emplace_back(work, i);
+  for (std::thread& t : threads) t.join();
+}
+
+template <class T, class Source>
+T shuffle(int function, uint32_t mask, T value, Source source) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "");
+  Fiber& me = *machine->current;
+  memcpy(me.in, &value, sizeof value);
+  me.in[2] = static_cast<uint32_t>(source(me.lane));
+  machine->warp_function(function, mask, [&](int warp) {
+    for (int l = 0; l < 32; ++l) {
+      if (!(mask >> l & 1)) continue;
+      Fiber& to = machine->fiber(warp + l);
+      const uint32_t from = to.in[2] & 31;
+      if (!(mask >> from & 1)) die("shuffle from a lane outside the mask");
+      memcpy(to.out, machine->fiber(warp + static_cast<int>(from)).in, 8);
+    }
+  });
+  T result;
+  memcpy(&result, me.out, sizeof result);
+  return result;
+}
+
+}  // namespace simt
