@@ -36,7 +36,7 @@ def environment() -> dict[str, Any]:
     cpu = {key.strip(): value.strip() for key, value in reversed(facts)}
     name = f"{cpu.get('model name', 'unknown')} (family {cpu.get('cpu family')}, model {cpu.get('model')})"
     return {
-        "command": " ".join(["python", *map(shlex.quote, (os.path.relpath(sys.argv[0]), *sys.argv[1:]))]),
+        "command": " ".join(["python", *map(shlex.quote, (os.path.relpath(sys.argv[0]), *_arguments()))]),
         "commit": run("git", "rev-parse", "--short", "HEAD")
         + ("+changes" if run("git", "status", "--porcelain", "..") else ""),
         "date": time.strftime("%Y-%m-%d"),
@@ -49,6 +49,15 @@ def environment() -> dict[str, Any]:
         "tcam_ext": tcam_ext.__version__,
         "load_before": round(os.getloadavg()[0], 2),
     }
+
+
+def _arguments() -> list[str]:
+    """Those of the command line that matter to a figure: not where it is written."""
+    found = list(sys.argv[1:])
+    if "--json" in found:
+        at = found.index("--json")
+        del found[at : at + 2]
+    return found
 
 
 def fma_peak() -> dict[str, float]:
