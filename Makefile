@@ -5,9 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := train,dev
 
-.PHONY: help demo test build lint format clean bench
+.PHONY: help demo test test-all build lint format clean bench
 help:
-	@sed -n 's/^# //p' Makefile; echo "make lint | format | build | bench | clean"
+	@sed -n 's/^# //p' Makefile; echo "make test-all | lint | format | build | bench | clean"
 
 # The packages, installed once; the kernels, again when a source changed.
 $(VENV)/.packages: pyproject.toml
@@ -27,6 +27,9 @@ demo: build
 
 test: build
 	$(BIN)/python -m pytest
+
+test-all: build
+	$(BIN)/python -m pytest -m "exhaustive or not exhaustive"
 
 lint: build
 	$(BIN)/ruff check .

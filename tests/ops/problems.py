@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,6 +15,8 @@ from tcam_ext.activations import ACTIVATIONS, OUTPUT_ACTIVATIONS
 
 FORWARD_LIMIT = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 1e-2}
 GRADIENT_LIMIT = {"float64": 1e-11, "float32": 1e-4, "bfloat16": 1e-2}
+#: Backends that the property tests run on: @pytest.mark.parametrize("device", problems.DEVICES).
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 PIECEWISE_LINEAR = ("relu", "leaky_relu")
 
 
@@ -29,9 +32,9 @@ class Problem:
     def tensors(self) -> list[Tensor]:
         return [*self.planes, *self.weights, *(b for b in self.biases if b is not None)]
 
-    def to(self, dtype: torch.dtype, requires_grad: bool = False) -> Problem:
+    def to(self, dtype: torch.dtype, requires_grad: bool = False, device: str = "cpu") -> Problem:
         def copy(t: Tensor) -> Tensor:
-            return t.detach().to(dtype, copy=True).requires_grad_(requires_grad)
+            return t.detach().to(device, dtype, copy=True).requires_grad_(requires_grad)
 
         return replace(
             self,
@@ -89,14 +92,16 @@ def problems(draw: Any, **fixed: Any) -> Problem:
 
 
 def relative(got: Tensor, want: Tensor) -> float:
-    return float((got.detach().double() - want.detach()).norm() / want.detach().norm().clamp_min(1e-30))
+    return float((got.detach().cpu().double() - want.detach()).norm() / want.detach().norm().clamp_min(1e-30))
 
 
 def gradient_error(got: list[Tensor], want: list[Tensor]) -> float:
     """The largest relative error of a gradient. A tensor whose gradient cancels to less than a thousandth of the largest
     one is held to that thousandth: no sum of rounded terms can do better."""
     floor = 1e-3 * max(float(w.norm()) for w in want)
-    return max(float((g.double() - w).norm()) / max(float(w.norm()), floor, 1e-30) for g, w in zip(got, want, strict=True))
+    return max(
+        float((g.cpu().double() - w).norm()) / max(float(w.norm()), floor, 1e-30) for g, w in zip(got, want, strict=True)
+    )
 
 
 def round_bfloat16(t: Tensor) -> Tensor:

@@ -60,53 +60,60 @@ def test_reference_samples_as_grid_sample_does(align_corners, padding_mode):
     torch.testing.assert_close(p.call(reference.decode_grid), torch.cat(want, 1), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("device", problems.DEVICES)
 @settings(max_examples=150)
 @given(p=problems.problems(), dtype=st.sampled_from([torch.float64, torch.float32]))
-def test_equals_the_float64_reference(p, dtype):
+def test_equals_the_float64_reference(device, p, dtype):
     name = str(dtype).removeprefix("torch.")
-    got = p.to(dtype).call(tcam_ext.decode_grid)
+    got = p.to(dtype, device=device).call(tcam_ext.decode_grid)
     want = p.call(reference.decode_grid)
     assert got.shape == want.shape
     assert got.dtype == dtype
     assert problems.relative(got, want) < problems.FORWARD_LIMIT[name]
 
 
+@pytest.mark.parametrize("device", problems.DEVICES)
 @settings(max_examples=150)
 @given(p=problems.problems(), dtype=st.sampled_from([torch.float64, torch.float32]))
-def test_gradients_equal_the_float64_reference(p, dtype):
+def test_gradients_equal_the_float64_reference(device, p, dtype):
     name = str(dtype).removeprefix("torch.")
-    exact, mine = p.to(torch.float64, requires_grad=True), p.to(dtype, requires_grad=True)
+    exact, mine = p.to(torch.float64, requires_grad=True), p.to(dtype, requires_grad=True, device=device)
     out, trusted = problems.masked_reference(exact)
     grad = torch.randn_like(out) * trusted
     want = torch.autograd.grad(out, exact.tensors, grad)
-    got = torch.autograd.grad(mine.call(tcam_ext.decode_grid), mine.tensors, grad.to(dtype))
+    got = torch.autograd.grad(mine.call(tcam_ext.decode_grid), mine.tensors, grad.to(device, dtype))
     assert problems.gradient_error(list(got), list(want)) < problems.GRADIENT_LIMIT[name]
 
 
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 @pytest.mark.parametrize("widths", [(128, 128, 128, 128, 1), (256, 200, 16), (256, 256, 256, 256, 256, 3), (131, 17, 1)])
-def test_wide_decoders(activation, widths):
+@pytest.mark.parametrize("device", problems.DEVICES)
+def test_wide_decoders(device, activation, widths):
     """The operating point, the widest decoder, and widths that no vector divides."""
     p = problems.make(channels=42, texels=(8, 9, 10), widths=widths, size=(7, 11, 13), activation=activation)
-    exact, mine = p.to(torch.float64, requires_grad=True), p.to(torch.float32, requires_grad=True)
+    exact, mine = p.to(torch.float64, requires_grad=True), p.to(torch.float32, requires_grad=True, device=device)
     out, trusted = problems.masked_reference(exact)
     grad = torch.randn_like(out) * trusted
     got = mine.call(tcam_ext.decode_grid)
     assert problems.relative(got, out) < 1e-5
     want = torch.autograd.grad(out, exact.tensors, grad)
-    assert problems.gradient_error(list(torch.autograd.grad(got, mine.tensors, grad.float())), list(want)) < 1e-4
+    assert problems.gradient_error(list(torch.autograd.grad(got, mine.tensors, grad.float().to(device))), list(want)) < 1e-4
 
 
-def test_most_channels():
+@pytest.mark.parametrize("device", problems.DEVICES)
+def test_most_channels(device):
     p = problems.make(channels=256, texels=(4, 5, 6), widths=(256, 2), size=(7, 8, 9))
-    assert problems.relative(p.to(torch.float32).call(tcam_ext.decode_grid), p.call(reference.decode_grid)) < 1e-5
+    assert (
+        problems.relative(p.to(torch.float32, device=device).call(tcam_ext.decode_grid), p.call(reference.decode_grid)) < 1e-5
+    )
 
 
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 @pytest.mark.parametrize("output_activation", sorted(OUTPUT_ACTIVATIONS))
-def test_gradcheck(activation, output_activation):
+@pytest.mark.parametrize("device", problems.DEVICES)
+def test_gradcheck(device, activation, output_activation):
     p = problems.make(channels=2, texels=(3, 2, 4), widths=(5, 4, 2), size=(3, 4, 3), activation=activation,
-                      output_activation=output_activation).to(torch.float64, requires_grad=True)  # fmt: skip
+                      output_activation=output_activation).to(torch.float64, True, device)  # fmt: skip
 
     def f(*t):
         return replace(p, planes=list(t[:3]), weights=list(t[3:6]), biases=list(t[6:])).call(tcam_ext.decode_grid)
@@ -115,9 +122,10 @@ def test_gradcheck(activation, output_activation):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_tensors(dtype):
+@pytest.mark.parametrize("device", problems.DEVICES)
+def test_half_tensors(device, dtype):
     """Half inputs are widened: the error is that of rounding the inputs and the output."""
-    p = problems.make(**OPERATING_POINT).to(dtype, requires_grad=True)
+    p = problems.make(**OPERATING_POINT).to(dtype, requires_grad=True, device=device)
     got = p.call(tcam_ext.decode_grid)
     assert got.dtype == dtype
     want = p.to(torch.float64).call(reference.decode_grid)
@@ -145,13 +153,13 @@ def test_float16_output_overflows_and_underflows_as_torch_does():
 
 @pytest.mark.parametrize("compute", [torch.float64, torch.float32, torch.float16, torch.bfloat16, "tf32"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_compute_dtype(compute, dtype):
+@pytest.mark.parametrize("device", problems.DEVICES)
+def test_compute_dtype(device, compute, dtype):
     p = problems.make(**OPERATING_POINT)
-    got = p.to(dtype).call(tcam_ext.decode_grid, compute_dtype=compute)
+    got = p.to(dtype, device=device).call(tcam_ext.decode_grid, compute_dtype=compute)
     assert got.dtype == dtype
-    assert problems.relative(got, p.call(reference.decode_grid)) < (
-        1e-5 if compute in (torch.float64, torch.float32, "tf32") else 1e-2
-    )
+    limit = {torch.float64: 1e-5, torch.float32: 1e-5, "tf32": 1e-5 if device == "cpu" else 1e-3}.get(compute, 1e-2)
+    assert problems.relative(got, p.call(reference.decode_grid)) < limit
 
 
 def test_nan_and_infinity_reach_the_output():
@@ -166,10 +174,11 @@ def test_nan_and_infinity_reach_the_output():
 # ---- invariances -----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("device", problems.DEVICES)
 @settings(max_examples=60)
 @given(p=problems.problems(), data=st.data())
-def test_a_box_is_the_same_part_of_the_whole_bit_for_bit(p, data):
-    p = p.to(torch.float32)
+def test_a_box_is_the_same_part_of_the_whole_bit_for_bit(device, p, data):
+    p = p.to(torch.float32, device=device)
     box = []
     for n in p.size:
         lo = data.draw(st.integers(0, n - 1))
@@ -179,10 +188,11 @@ def test_a_box_is_the_same_part_of_the_whole_bit_for_bit(p, data):
     assert torch.equal(p.call(tcam_ext.decode_grid, box=box), whole[:, :, x0:x1, y0:y1, z0:z1])
 
 
-def test_boxes_add_up_to_the_gradient_of_the_whole():
+@pytest.mark.parametrize("device", problems.DEVICES)
+def test_boxes_add_up_to_the_gradient_of_the_whole(device):
     """Linearity of backward in the volume: the gradients of disjoint boxes sum to that of the whole."""
-    p = problems.make(size=(12, 10, 9)).to(torch.float64, requires_grad=True)
-    grad = torch.randn(1, 2, 12, 10, 9, dtype=torch.float64)
+    p = problems.make(size=(12, 10, 9)).to(torch.float64, True, device)
+    grad = torch.randn(1, 2, 12, 10, 9, dtype=torch.float64, device=device)
     want = torch.autograd.grad(p.call(tcam_ext.decode_grid), p.tensors, grad)
     total = [torch.zeros_like(t) for t in p.tensors]
     for x in ((0, 5), (5, 12)):
@@ -194,7 +204,7 @@ def test_boxes_add_up_to_the_gradient_of_the_whole():
                 strict=True,
             ):
                 t += g
-    assert problems.gradient_error(total, list(want)) < 1e-12
+    assert problems.gradient_error(total, [w.cpu() for w in want]) < 1e-12
 
 
 def test_a_volume_of_several_slabs_is_the_sum_of_its_parts():
@@ -234,17 +244,19 @@ def test_bits_do_not_depend_on_threads_tiles_or_runs(size, activation, threads):
             assert torch.equal(got, first), (count, tile)
 
 
-def test_batch_is_independent_objects():
-    p = problems.make(batch=3).to(torch.float32)
+@pytest.mark.parametrize("device", problems.DEVICES)
+def test_batch_is_independent_objects(device):
+    p = problems.make(batch=3).to(torch.float32, device=device)
     whole = p.call(tcam_ext.decode_grid)
     for i in range(3):
         one = replace(p, planes=[q[i : i + 1] for q in p.planes]).call(tcam_ext.decode_grid)
         assert torch.equal(one[0], whole[i])
 
 
-def test_one_layer_is_linear_and_its_gradient_is_the_adjoint():
+@pytest.mark.parametrize("device", problems.DEVICES)
+def test_one_layer_is_linear_and_its_gradient_is_the_adjoint(device):
     """With a single layer and no bias the decode is linear in the planes: <A x, y> = <x, A^T y>."""
-    p = problems.make(widths=(3,), bias=False, size=(9, 8, 7)).to(torch.float64, requires_grad=True)
+    p = problems.make(widths=(3,), bias=False, size=(9, 8, 7)).to(torch.float64, True, device)
     q = replace(p, planes=[torch.randn_like(t) for t in p.planes])
     both = replace(p, planes=[2 * a - 3 * b for a, b in zip(p.planes, q.planes, strict=True)])
     ax, aq = p.call(tcam_ext.decode_grid), q.call(tcam_ext.decode_grid)
@@ -262,9 +274,10 @@ def test_a_constant_volume_when_planes_and_volume_have_one_cell():
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_axes_are_in_order(axis):
+@pytest.mark.parametrize("device", problems.DEVICES)
+def test_axes_are_in_order(device, axis):
     """Flipping the planes along a coordinate flips the volume along it: no axis is swapped."""
-    p = problems.make(texels=(5, 6, 7), size=(8, 9, 10))
+    p = problems.make(texels=(5, 6, 7), size=(8, 9, 10)).to(torch.float64, device=device)
     owners = {0: ((0, 2), (2, 2)), 1: ((0, 3), (1, 2)), 2: ((1, 3), (2, 3))}[axis]  # (plane, its dimension)
     flipped = list(p.planes)
     for plane, dim in owners:
@@ -292,20 +305,22 @@ def test_stacked_planes_and_strided_tensors():
 
 @pytest.mark.parametrize("widths", [(1,), (9, 3)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_opcheck(widths, bias):
-    p = problems.make(widths=widths, bias=bias).to(torch.float32)
+@pytest.mark.parametrize("device", problems.DEVICES)
+def test_opcheck(device, widths, bias):
+    p = problems.make(widths=widths, bias=bias).to(torch.float32, device=device)
     options = flat_options(p, "float32")
     torch.library.opcheck(library.decode_grid, (p.planes, p.weights, p.biases, *options, torch.float32))
-    grad = torch.randn(1, widths[-1], *p.size)
+    grad = torch.randn(1, widths[-1], *p.size, device=device)
     for wanted in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(library.decode_grid_backward, (grad, p.planes, p.weights, p.biases, *options, *wanted))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_without_graph_breaks(dynamic):
+@pytest.mark.parametrize("device", problems.DEVICES)
+def test_compiles_without_graph_breaks(device, dynamic):
     torch._dynamo.reset()
-    p = problems.make().to(torch.float32, requires_grad=True)
+    p = problems.make().to(torch.float32, True, device)
 
     def f(planes, weights, biases):
         return tcam_ext.decode_grid([2 * q for q in planes], weights, biases, p.size, activation="silu").square().sum()

@@ -37,6 +37,7 @@ def gradients(value, tensors, weight=None):
     return list(torch.autograd.grad(value, tensors, torch.ones_like(value) if weight is None else weight))
 
 
+@pytest.mark.parametrize("device", problems.DEVICES)
 @settings(max_examples=100)
 @given(
     p=problems.problems(),
@@ -45,8 +46,8 @@ def gradients(value, tensors, weight=None):
     beta=st.sampled_from([0.0, 0.05, 0.3, 2.0]),
     target=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8]),
 )
-def test_equals_the_float64_reference(p, loss, reduction, beta, target):
-    p, want_volume = p.to(torch.float64, requires_grad=True), random_target(p, target)
+def test_equals_the_float64_reference(device, p, loss, reduction, beta, target):
+    p, want_volume = p.to(torch.float64, True, device), random_target(p, target).to(device)
     options = dict(loss=loss, reduction=reduction, beta=beta)
     got = one_pass(p, want_volume, **options)
     want = one_pass(p, want_volume, reference.decode_grid_loss, **options)
@@ -59,16 +60,17 @@ def test_equals_the_float64_reference(p, loss, reduction, beta, target):
 @pytest.mark.parametrize("activation", ["silu", "relu"])
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("loss", sorted(LOSSES))
-def test_equals_decode_then_loss_then_backward(activation, compute, loss):
+@pytest.mark.parametrize("device", problems.DEVICES)
+def test_equals_decode_then_loss_then_backward(device, activation, compute, loss):
     """The two roads run the same products: no mask can flip between them, whatever the activation and the precision."""
     p = problems.make(channels=42, texels=(9, 8, 7), widths=(128, 96, 2), size=(9, 12, 11), activation=activation, batch=2)
-    p = p.to(torch.float32, requires_grad=True)
-    target = random_target(p, torch.float32)
+    p = p.to(torch.float32, True, device)
+    target = random_target(p, torch.float32).to(device)
     volume = p.call(tcam_ext.decode_grid, compute_dtype=compute)
     want = LOSSES[loss](volume, target, 0.3).mean()
     got = one_pass(p, target, loss=loss, compute_dtype=compute)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
-    expected = [g.double() for g in gradients(want, p.tensors)]
+    expected = [g.cpu().double() for g in gradients(want, p.tensors)]
     assert problems.gradient_error(gradients(got, p.tensors), expected) < problems.GRADIENT_LIMIT["float32"]
 
 
@@ -156,17 +158,18 @@ def test_only_wanted_gradients_are_computed(monkeypatch):
     assert asked == [(True, False), (False, False)]
 
 
-def test_a_mean_in_float16_does_not_underflow():
+@pytest.mark.parametrize("device", problems.DEVICES)
+def test_a_mean_in_float16_does_not_underflow(device):
     """The gradient of one voxel is below float16's smallest number once divided by N; the sum is not."""
     p = problems.make(channels=4, texels=(3, 3, 3), widths=(16, 1), size=(96, 96, 96), output_activation="sigmoid")
-    half = p.to(torch.float16, requires_grad=True)
-    wide = half.to(torch.float32, requires_grad=True)
-    target = random_target(p, torch.uint8)
+    half = p.to(torch.float16, True, device)
+    wide = half.to(torch.float32, True, device)
+    target = random_target(p, torch.uint8).to(device)
     loss = one_pass(half, target, compute_dtype=torch.float32)
     assert loss.dtype == torch.float32
     scaled = gradients(loss * 2.0**10, half.tensors)  # as a GradScaler does
     assert all(g.dtype == torch.float16 for g in scaled)
-    want = [g.double() * 2.0**10 for g in gradients(one_pass(wide, target), wide.tensors)]
+    want = [g.cpu().double() * 2.0**10 for g in gradients(one_pass(wide, target), wide.tensors)]
     assert problems.gradient_error(scaled, want) < 1e-3
 
 
@@ -188,12 +191,13 @@ def test_gradcheck(loss, reduction):
 
 
 @pytest.mark.parametrize("per_object", [False, True])
-def test_opcheck(per_object):
-    p = problems.make(batch=2).to(torch.float32)
+@pytest.mark.parametrize("device", problems.DEVICES)
+def test_opcheck(device, per_object):
+    p = problems.make(batch=2).to(torch.float32, device=device)
     box = [x for n in p.size for x in (0, n)]
     options = (list(p.size), box, "relu", "none", False, "border", "float32", "l1", 0.3, per_object)
     for wanted in ((True, True), (True, False), (False, True), (False, False)):
-        arguments = (random_target(p, torch.uint8), p.planes, p.weights, p.biases, *options, *wanted)
+        arguments = (random_target(p, torch.uint8).to(device), p.planes, p.weights, p.biases, *options, *wanted)
         torch.library.opcheck(library.decode_grid_loss, arguments)
 
 

@@ -4,48 +4,24 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
-import shutil
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import problems
 import pytest
 import raw
+import simt
 import torch
 
 from tcam_ext import reference
 from tcam_ext.losses import LOSSES
 
-ROOT = Path(__file__).resolve().parents[2]
-CXX = os.environ.get("CXX") or shutil.which("c++")
-pytestmark = [
-    pytest.mark.skipif(CXX is None, reason="no C++ compiler"),
-    pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulator's fibers are written for x86-64"),
-]
-SOURCES = ("decode_grid", "resample")
-
-
-def build(folder: Path, *flags: str) -> Path:
-    """The CUDA sources as a shared library for this machine."""
-    common = [*CXX.split(), "-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *flags]
-    common += [f"-I{ROOT / 'tests' / 'simt'}", "-x", "c++"]
-    running = [
-        subprocess.Popen([*common, "-c", str(ROOT / "csrc" / "cuda" / f"{s}.cu"), "-o", f"{s}.o"], cwd=folder) for s in SOURCES
-    ]
-    running.append(subprocess.Popen([*common, "-c", str(ROOT / "tests" / "simt" / "main.cpp"), "-o", "main.o"], cwd=folder))
-    assert all(p.wait() == 0 for p in running)
-    objects = [f"{s}.o" for s in (*SOURCES, "main")]
-    subprocess.run([*CXX.split(), *flags, "-shared", *objects, "-o", "simt.so", "-lpthread"], cwd=folder, check=True)
-    return folder / "simt.so"
+pytestmark = simt.skip_where_it_cannot_run
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    flags = os.environ.get("TCAM_SIMT_FLAGS", "").split()
-    library = ctypes.CDLL(str(build(tmp_path_factory.mktemp("simt"), *flags)))
-    return raw.Kernels(library, "cuda", (0, None))
+    built = os.environ.get("TCAM_SIMT_LIBRARY") or simt.build(tmp_path_factory.mktemp("simt"))
+    return raw.Kernels(ctypes.CDLL(str(built)), "cuda", (0, None))
 
 
 @pytest.fixture(params=["in order", "reversed, greedy warps", "shuffled"])
@@ -73,7 +49,7 @@ def gradients(volume, tensors, grad):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu", "softplus", "tanh"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_values_and_gradients(kernels, shape, activation, dtype):
     p = problems.make(**shape, activation=activation, output_activation="sigmoid")
     name = str(dtype).removeprefix("torch.")

@@ -1,0 +1,113 @@
+"""What only a GPU can show: streams, graphs, determinism, memory. The property tests run there too (problems.DEVICES)."""
+
+from __future__ import annotations
+
+import problems
+import pytest
+import torch
+
+import tcam_ext
+
+pytestmark = pytest.mark.gpu
+OPERATING_POINT = dict(channels=42, texels=(64, 64, 64), widths=(128, 128, 128, 128, 1), size=(64, 64, 64))
+
+
+@pytest.fixture
+def p():
+    return problems.make(**OPERATING_POINT, output_activation="sigmoid").to(torch.float32, True, "cuda")
+
+
+def gradients(p, **options):
+    volume = p.call(tcam_ext.decode_grid, **options)
+    return [volume.detach(), *torch.autograd.grad(volume.square().mean(), p.tensors)]
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16, torch.float16, "tf32"])
+def test_two_runs_give_the_same_bits(p, compute):
+    first, second = gradients(p, compute_dtype=compute), gradients(p, compute_dtype=compute)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_agrees_with_the_cpu(p):
+    here = p.to(torch.float32, True)
+    want = [t.double() for t in gradients(here)]
+    assert problems.relative(gradients(p)[0], want[0]) < 1e-5
+    assert problems.gradient_error(gradients(p)[1:], want[1:]) < 1e-3  # a few relu masks flip
+
+
+def test_runs_on_the_current_stream(p):
+    want = gradients(p)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)  # so that a kernel on another stream would be early
+        late = p.to(torch.float32, True, "cuda")
+        for t in late.tensors:
+            t.data.mul_(1.0)
+        got = gradients(late)
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_never_synchronises(p):
+    gradients(p)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradients(p)
+        tcam_ext.decode_grid_loss(p.planes, p.weights, p.biases, torch.rand(1, 1, 64, 64, 64, device="cuda")).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_graph_replays_forward_and_backward(p):
+    want = gradients(p)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        gradients(p)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = gradients(p)
+    for t in found:
+        t.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+def test_memory_stays_bounded(p):
+    """Above inputs and outputs, whatever the volume: no voxels x width."""
+    big = problems.make(**{**OPERATING_POINT, "size": (256, 256, 256)}).to(torch.float32, True, "cuda")
+    torch.cuda.synchronize()
+    for backward, limit in ((False, 0.9e9), (True, 2e9)):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        volume = big.call(tcam_ext.decode_grid)
+        if backward:
+            torch.autograd.grad(volume, big.tensors, torch.ones_like(volume))
+        assert torch.cuda.max_memory_allocated() - before - volume.nbytes * (2 if backward else 1) < limit
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_other_devices_than_the_current_one(p):
+    other = p.to(torch.float32, True, "cuda:1")
+    got = gradients(other)
+    assert torch.cuda.current_device() == 0
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, gradients(p), strict=True))
+
+
+def test_tf32_follows_torchs_flag(p):
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert torch.equal(p.call(tcam_ext.decode_grid), p.call(tcam_ext.decode_grid, compute_dtype="tf32"))
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        assert torch.equal(p.call(tcam_ext.decode_grid), p.call(tcam_ext.decode_grid, compute_dtype=torch.float32))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_mixed_devices_are_refused(p):
+    with pytest.raises(ValueError, match=r"weights\[0\].*cuda.*cpu"):
+        tcam_ext.decode_grid(p.planes, [w.cpu() for w in p.weights], p.biases, p.size)

@@ -1,0 +1,110 @@
+"""The emulator's own proof: sanitizers find nothing in the kernels, and planted faults are found."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import simt
+
+pytestmark = [*simt.skip_where_it_cannot_run, pytest.mark.exhaustive, pytest.mark.timeout(1800)]
+
+
+def run_tests(library: Path, selected: str, preload: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """tests/ops/test_simt.py against a library, in a process of its own."""
+    env = {**os.environ, "TCAM_SIMT_LIBRARY": str(library), "LD_PRELOAD": preload, **environment}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", selected, "tests/ops/test_simt.py"]
+    return subprocess.run(command, env=env, cwd=simt.ROOT, capture_output=True, text=True)
+
+
+def runtime(name: str) -> str:
+    assert simt.CXX is not None
+    found = subprocess.run([*simt.CXX.split(), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(found):
+        pytest.skip(f"no {name}")
+    return found
+
+
+def test_address_and_undefined_behaviour(tmp_path):
+    preload = f"{runtime('libasan.so')} {runtime('libubsan.so')}"
+    flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+    selected = "(values and float64 and silu) or box or (losses and mse) or dtypes"
+    done = run_tests(simt.build(tmp_path, *flags), selected, preload, ASAN_OPTIONS="detect_leaks=0")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+DRIVER = """
+import sys
+sys.path.insert(0, {tests!r})
+import ctypes, problems, raw, torch
+kernels = raw.Kernels(ctypes.CDLL({library!r}), "cuda", (0, None))
+p = problems.make(channels=2, texels=(2, 3, 2), widths=(18, 17, 2), size=(2, 3, 7)).to(torch.float32)
+for order in (0, 1, 2):
+    kernels.library.simt_schedule(order, order == 1, 5, 1)
+    kernels.forward(p)
+    kernels.loss(p, torch.rand(1, 2, 2, 3, 7), "mse")
+print("finished")
+"""
+
+
+def races(tmp_path: Path, csrc: Path = simt.ROOT / "csrc") -> tuple[int, str]:
+    """Data races between the barriers that ThreadSanitizer sees in a small forward, loss and backward."""
+    library = simt.build(tmp_path, "-O1", "-g", "-fsanitize=thread", csrc=csrc)
+    script = DRIVER.format(tests=str(simt.ROOT / "tests" / "ops"), library=str(library))
+    env = {**os.environ, "LD_PRELOAD": runtime("libtsan.so"), "TSAN_OPTIONS": "exitcode=0", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    return done.stderr.count("WARNING: ThreadSanitizer: data race"), done.stdout + done.stderr
+
+
+def test_no_races_between_barriers(tmp_path):
+    found, log = races(tmp_path)
+    assert "finished" in log
+    assert found == 0, log
+
+
+def mutated(tmp_path: Path, file: str, old: str, new: str) -> Path:
+    """A copy of csrc with one fault."""
+    csrc = tmp_path / "csrc"
+    shutil.copytree(simt.ROOT / "csrc", csrc)
+    path = csrc / "cuda" / file
+    text = path.read_text()
+    assert old in text, f"{file} has no {old!r}: the fault must be planted elsewhere"
+    path.write_text(text.replace(old, new, 1))
+    return csrc
+
+
+def test_a_missing_barrier_is_a_race(tmp_path):
+    csrc = mutated(tmp_path, "gemm.h", "    __syncthreads();\n", "")
+    found, log = races(tmp_path, csrc)
+    assert found > 0 or "finished" not in log
+
+
+BARRIER = "__syncthreads();\n"
+FAULTS = {
+    "no barrier after the load": ("gemm.h", BARRIER + "#pragma unroll\n    for (int q", "\n#pragma unroll\n    for (int q"),
+    "no barrier after the products": ("gemm.h", "    }\n    __syncthreads();\n  }", "    }\n  }"),
+    "the last row tile is missing": ("gemm.h", "(m + rows - 1) / rows", "m > rows ? m / rows : 1"),
+    "a depth beyond the end": ("gemm.h", "k0 + q < end ? a(", "k0 + q <= end ? a("),
+    "weights of the taps swapped": ("decode_grid.cu", "t.w_lo * (u.w_lo", "t.w_lo * (u.w_hi"),
+    "texels above forgotten": ("decode_grid.cu", "end = first_tap(taps, count, r + 1)", "end = first_tap(taps, count, r)"),
+    "a region's sum replaces the one before": (
+        "decode_grid.cu",
+        "map_pitch + y) * n + c] += sum",
+        "map_pitch + y) * n + c] = sum",
+    ),
+    "half of the lanes forgotten": ("decode_grid.cu", "int other = 16;", "int other = 8;"),
+    "partial sums replaced": ("decode_grid.cu", "columns + c] += sum;", "columns + c] = sum;"),
+    "a map not cleared": ("decode_grid.cu", "clear(db_,", "if (false) clear(db_,"),
+    "no barrier before the tree": ("decode_grid.cu", "[threadIdx.x] = sum;\n  " + BARRIER, "[threadIdx.x] = sum;\n"),
+}
+
+
+@pytest.mark.parametrize("fault", sorted(FAULTS))
+def test_a_planted_fault_is_found(fault, tmp_path):
+    library = simt.build(tmp_path, csrc=mutated(tmp_path, *FAULTS[fault]))
+    done = run_tests(library, "(values and relu and float64) or losses")
+    assert done.returncode != 0, f"{fault}: not found"
