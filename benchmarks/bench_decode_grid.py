@@ -3,6 +3,7 @@
     python benchmarks/bench_decode_grid.py                 64^3, 96^3, 128^3, three decoders
     python benchmarks/bench_decode_grid.py --large         256^3, 512^3 forward, 512^3 with gradients
     python benchmarks/bench_decode_grid.py --scaling       time over size and width, with log-log fits
+    python benchmarks/bench_decode_grid.py --device cuda --cases tcam --sizes 128 256 512
 
 TCAM_CPU_ISA=avx2 (avx512, portable) restricts the kernels. --json FILE keeps the figures for make_tables.py.
 """
@@ -21,6 +22,7 @@ import harness
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import tcam_ext
 from tcam_ext.reference import linear_taps, sample_plane
@@ -42,21 +44,24 @@ DECODERS = {
 #: What is timed, and how many products of every hidden layer ours takes for it: backward recomputes, loss+gradients does not.
 PRODUCTS = {"forward": 1, "forward+backward": 4, "loss+gradients": 3}
 PLANE = 64
-CHUNK = 8  # slices of x that the naive decode takes at a time
+CHUNK_VOXELS = {"cpu": 8 * 128**2, "cuda": 2**21}  # that the naive decode takes at a time, in whole slices of x
 
 
 class Case:
-    def __init__(self, decoder: Decoder, size: int) -> None:
+    def __init__(self, decoder: Decoder, size: int, device: str = "cpu") -> None:
         torch.manual_seed(0)
-        self.decoder, self.size = decoder, size
+        self.decoder, self.size, self.device = decoder, size, device
+        self.chunk = max(1, min(8 if device == "cpu" else size, CHUNK_VOXELS[device] // size**2))
         n = (3 * decoder.channels, *decoder.widths)
-        self.planes = [torch.randn(1, decoder.channels, PLANE, PLANE).requires_grad_() for _ in range(3)]
-        self.weights = [(torch.randn(n[i + 1], n[i]) * (2 / n[i]) ** 0.5).requires_grad_() for i in range(len(n) - 1)]
-        self.biases = [(0.1 * torch.randn(m)).requires_grad_() for m in n[1:]]
+        planes = [torch.randn(1, decoder.channels, PLANE, PLANE) for _ in range(3)]
+        weights = [torch.randn(n[i + 1], n[i]) * (2 / n[i]) ** 0.5 for i in range(len(n) - 1)]
+        biases = [0.1 * torch.randn(m) for m in n[1:]]
+        self.planes, self.weights, self.biases = (
+            [t.to(device).requires_grad_() for t in tensors] for tensors in (planes, weights, biases)
+        )
         self.inputs = [*self.planes, *self.weights, *self.biases]
         self.act = tcam_ext.activations.ACTIVATIONS[decoder.activation]
-        self.coordinates = (torch.arange(size) + 0.5) / size * 2 - 1
-        self.compiled: Callable[..., Tensor] | None = None
+        self.coordinates = (torch.arange(size, device=device) + 0.5) / size * 2 - 1
 
     @property
     def hidden_flop(self) -> float:
@@ -75,7 +80,7 @@ class Case:
 
     def naive_chunk(self, x0: int, dtype: torch.dtype) -> Tensor:
         u = self.coordinates
-        x, y, z = torch.meshgrid(u[x0 : x0 + CHUNK], u, u, indexing="ij")
+        x, y, z = torch.meshgrid(u[x0 : x0 + self.chunk], u, u, indexing="ij")
         features = []
         for plane, (rows, columns) in zip(self.planes, ((x, y), (y, z), (x, z)), strict=True):
             grid = torch.stack((columns, rows), -1).view(1, 1, -1, 2)
@@ -84,7 +89,7 @@ class Case:
 
     def factored_chunk(self, x0: int) -> Tensor:
         taps = [linear_taps(lo, hi, self.size, PLANE, False, "border")
-                for lo, hi in ((x0, min(x0 + CHUNK, self.size)), (0, self.size), (0, self.size))]  # fmt: skip
+                for lo, hi in ((x0, min(x0 + self.chunk, self.size)), (0, self.size), (0, self.size))]  # fmt: skip
         maps = []
         for plane, w, (a, b) in zip(
             self.planes,
@@ -97,13 +102,23 @@ class Case:
         h = maps[0].unsqueeze(2) + (maps[1].unsqueeze(0) + maps[2].unsqueeze(1)) + self.biases[0]
         return self.mlp(h.view(-1, h.shape[-1]), 1, torch.float32)
 
+    def autocast_chunk(self, x0: int) -> Tensor:
+        """As a user of torch would: the naive decode under autocast."""
+        with torch.autocast(self.device, dtype=torch.bfloat16):
+            return self.naive_chunk(x0, torch.float32)
+
+    def checkpointed_chunk(self, x0: int) -> Tensor:
+        found: Tensor = checkpoint(self.naive_chunk, x0, torch.float32, use_reentrant=False)
+        return found
+
     def chunked(self, chunk: Callable[[int], Tensor], what: str) -> list[Tensor]:
         """All chunks; each chunk's graph is freed before the next one is built."""
         step = self.size**2
-        out = torch.empty(self.size**3, self.decoder.widths[-1]) if what != "loss+gradients" else torch.zeros(())
+        shape = (self.size**3, self.decoder.widths[-1]) if what != "loss+gradients" else ()
+        out = torch.zeros(shape, device=self.device)
         grads = [torch.zeros_like(t) for t in self.inputs] if what != "forward" else []
         with torch.set_grad_enabled(what != "forward"):
-            for x0 in range(0, self.size, CHUNK):
+            for x0 in range(0, self.size, self.chunk):
                 part = chunk(x0)
                 at = slice(x0 * step, x0 * step + part.shape[0])
                 if what == "loss+gradients":
@@ -117,7 +132,7 @@ class Case:
                     g += t
         return [out, *grads]
 
-    def ours(self, compute: torch.dtype, what: str) -> list[Tensor]:
+    def ours(self, compute: torch.dtype | str, what: str) -> list[Tensor]:
         mlp = (self.planes, self.weights, self.biases)
         options = {"activation": self.decoder.activation, "output_activation": "sigmoid", "compute_dtype": compute}
         if what == "loss+gradients":
@@ -129,30 +144,55 @@ class Case:
 
     def rivals(self, what: str, names: list[str]) -> dict[str, Callable[[], list[Tensor]]]:
         if what != "forward":  # grad_output, or the target
-            self.other = torch.rand(1, self.decoder.widths[-1], *(self.size,) * 3)
+            self.other = torch.rand(1, self.decoder.widths[-1], *(self.size,) * 3, device=self.device)
             self.other_rows = self.other.view(self.decoder.widths[-1], -1).t().contiguous()
-        if "naive compiled" in names and self.compiled is None:
-            torch._dynamo.reset()
-            self.compiled = torch.compile(self.naive_chunk, fullgraph=True)
-        everyone: dict[str, Callable[[], list[Tensor]]] = {
-            "naive float32": lambda: self.chunked(lambda x: self.naive_chunk(x, torch.float32), what),
-            "naive compiled": lambda: self.chunked(lambda x: self.compiled(x, torch.float32), what),  # type: ignore[misc]
-            "naive bfloat16 MLP": lambda: self.chunked(lambda x: self.naive_chunk(x, torch.bfloat16), what),
-            "factored PyTorch float32": lambda: self.chunked(self.factored_chunk, what),
-            "ours float32": lambda: self.ours(torch.float32, what),
-            "ours bfloat16": lambda: self.ours(torch.bfloat16, what),
+        torch._dynamo.reset()
+
+        def compiled(chunk: Callable[..., Tensor], *more: Any) -> Callable[[], list[Tensor]]:
+            fast = torch.compile(chunk, fullgraph=True)
+            return lambda: self.chunked(lambda x: fast(x, *more), what)
+
+        def naive(dtype: torch.dtype) -> Callable[[], list[Tensor]]:
+            return lambda: self.chunked(lambda x: self.naive_chunk(x, dtype), what)
+
+        everyone: dict[str, Callable[[], Callable[[], list[Tensor]]]] = {
+            "naive float32": lambda: naive(torch.float32),
+            "naive compiled": lambda: compiled(self.naive_chunk, torch.float32),
+            "naive bfloat16 MLP": lambda: naive(torch.bfloat16),
+            "naive bfloat16 autocast": lambda: lambda: self.chunked(self.autocast_chunk, what),
+            "naive bfloat16 compiled": lambda: compiled(self.autocast_chunk),
+            "naive checkpointed": lambda: lambda: self.chunked(self.checkpointed_chunk, what),
+            "factored PyTorch float32": lambda: lambda: self.chunked(self.factored_chunk, what),
+            "ours float32": lambda: lambda: self.ours(torch.float32, what),
+            "ours tf32": lambda: lambda: self.ours("tf32", what),
+            "ours bfloat16": lambda: lambda: self.ours(torch.bfloat16, what),
+            "ours float16": lambda: lambda: self.ours(torch.float16, what),
         }
-        return {n: everyone[n] for n in names}
+        return {n: everyone[n]() for n in names if not (n == "naive checkpointed" and what == "forward")}
 
 
-RIVALS = [
-    "naive float32",
-    "naive compiled",
-    "naive bfloat16 MLP",
-    "factored PyTorch float32",
-    "ours float32",
-    "ours bfloat16",
-]
+RIVALS = {
+    "cpu": [
+        "naive float32",
+        "naive compiled",
+        "naive bfloat16 MLP",
+        "factored PyTorch float32",
+        "ours float32",
+        "ours bfloat16",
+    ],
+    "cuda": [
+        "naive float32",
+        "naive compiled",
+        "naive checkpointed",
+        "naive bfloat16 autocast",
+        "naive bfloat16 compiled",
+        "factored PyTorch float32",
+        "ours float32",
+        "ours tf32",
+        "ours bfloat16",
+        "ours float16",
+    ],
+}
 
 
 def finish(r: harness.Row, case: Case, peak: dict[str, float]) -> harness.Row:
@@ -160,24 +200,26 @@ def finish(r: harness.Row, case: Case, peak: dict[str, float]) -> harness.Row:
     if case.hidden_flop:
         r.gflops = case.hidden_flop * PRODUCTS[r.what] / r.seconds / 1e9
         if r.rival.startswith("ours"):
-            kind = "bfloat16" if r.rival == "ours bfloat16" and peak["bfloat16"] else "float32"
-            r.of_peak = r.gflops / peak[kind]
+            kind = r.rival.removeprefix("ours ")
+            r.of_peak = r.gflops / (peak.get(kind) or peak["float32"])
     return r
 
 
-def compare(cases: list[str], sizes: list[int], names: list[str], repeats: int, peak: dict[str, float]) -> list[harness.Row]:
+def compare(
+    cases: list[str], sizes: list[int], names: list[str], repeats: int, peak: dict[str, float], device: str
+) -> list[harness.Row]:
     rows = []
     for key in cases:
         for size in sizes:
-            case = Case(DECODERS[key], size)
+            case = Case(DECODERS[key], size, device)
             for what in PRODUCTS:
                 runs = case.rivals(what, names)
-                times = harness.interleave(runs, repeats)
+                times = harness.interleave(runs, repeats, device)
                 base = statistics.median(times["naive float32"]) if "naive float32" in times else None
                 for name, t in times.items():
                     r = finish(harness.row(case.decoder.name, size, what, name, t), case, peak)
                     r.ratio = base / r.seconds if base else None
-                    r.memory_mb = round(harness.peak_memory(runs[name]), 1)
+                    r.memory_mb = round(harness.peak_memory(runs[name], device), 1)
                     rows.append(r)
                     print(harness.line(r), flush=True)
     return rows
@@ -261,7 +303,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=sorted(DECODERS), default=["tcam", "nfd", "eg3d"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[64, 96, 128])
-    parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=RIVALS)
+    parser.add_argument("--rivals", nargs="+", choices=sorted({r for names in RIVALS.values() for r in names}))
+    parser.add_argument("--device", choices=sorted(RIVALS), default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--large", action="store_true", help="256^3 and 512^3 instead; naive rows extrapolated from 96^3")
     parser.add_argument("--scaling", action="store_true", help="time over size and width instead")
@@ -270,8 +313,10 @@ def main() -> None:
     environment = harness.environment()
     for key, value in environment.items():
         print(f"# {key}: {value}")
-    peak = harness.fma_peak()
-    print("# FMA peak of registers: " + ", ".join(f"{k} {v:.0f} GFLOP/s" for k, v in peak.items() if v))
+    if a.device == "cuda" and (a.large or a.scaling):
+        parser.error("--large and --scaling are for the CPU; --device cuda takes any --sizes")
+    peak = harness.peak(a.device)
+    print("# peak, GFLOP/s: " + ", ".join(f"{k} {v:.0f}" for k, v in peak.items() if v))
     print(harness.HEADER)
     fits: dict[str, float] = {}
     if a.large:
@@ -279,9 +324,9 @@ def main() -> None:
     elif a.scaling:
         rows, fits = scaling(a.repeats, peak)
     else:
-        rows = compare(a.cases, a.sizes, a.rivals, a.repeats, peak)
+        rows = compare(a.cases, a.sizes, a.rivals or RIVALS[a.device], a.repeats, peak, a.device)
     if a.json:
-        harness.write_json(a.json, rows, fma_peak_gflops=peak, fits=fits)
+        harness.write_json(a.json, rows, peak_gflops=peak, fits=fits)
 
 
 if __name__ == "__main__":

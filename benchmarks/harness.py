@@ -48,6 +48,20 @@ def environment() -> dict[str, Any]:
         "torch": str(torch.__version__),
         "tcam_ext": tcam_ext.__version__,
         "load_before": round(os.getloadavg()[0], 2),
+        **gpu(run),
+    }
+
+
+def gpu(run: Callable[..., str]) -> dict[str, Any]:
+    """The card and its driver, where there is one."""
+    if not torch.cuda.is_available():
+        return {}
+    fields = "driver_version,clocks.max.sm,power.limit"
+    return {
+        "card": torch.cuda.get_device_name(),
+        "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+        fields: run("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-i", "0"),
+        "architectures": _C.cuda_info().get("architectures", "none"),
     }
 
 
@@ -60,11 +74,35 @@ def _arguments() -> list[str]:
     return found
 
 
-def fma_peak() -> dict[str, float]:
-    """GFLOP/s of registers alone on all threads, best of three: float32, and bfloat16 where there are instructions."""
+def peak(device: str) -> dict[str, float]:
+    """GFLOP/s that nothing on this machine exceeds. CPU: of registers alone on all threads, best of three: float32, and
+    bfloat16 where there are instructions. CUDA: of torch's product of two large matrices, and "copy GB/s" both ways."""
+    if device == "cuda":
+        return _matrix_peak()
     threads = torch.get_num_threads()
     kinds = {"float32": 0, "bfloat16": 2}
     return {name: max(_C.cpu_peak_flops(kind, 0.3, threads) for _ in range(3)) / 1e9 for name, kind in kinds.items()}
+
+
+def _matrix_peak(n: int = 8192) -> dict[str, float]:
+    found = {}
+    flag = torch.backends.cuda.matmul.fp32_precision
+    for name, dtype, precision in (
+        ("float32", torch.float32, "ieee"),
+        ("tf32", torch.float32, "tf32"),
+        ("bfloat16", torch.bfloat16, flag),
+        ("float16", torch.float16, flag),
+    ):
+        torch.backends.cuda.matmul.fp32_precision = precision
+        a, b = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        times = measure(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), 20, device="cuda")  # type: ignore[misc]
+        found[name] = 2 * n**3 / statistics.median(times) / 1e9
+    torch.backends.cuda.matmul.fp32_precision = flag
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    found["copy GB/s"] = 2 * source.numel() / statistics.median(measure(lambda: target.copy_(source), 20, device="cuda")) / 1e9
+    return found
 
 
 @dataclass
@@ -85,36 +123,51 @@ class Row:
     extrapolated: bool = False
 
 
-def measure(run: Callable[[], Any], repeats: int, budget: float = 90.0) -> list[float]:
-    """Times of ``repeats`` runs after one to warm up, fewer (at least one) when they take longer than the budget."""
-    start = time.perf_counter()
-    run()
-    first = time.perf_counter() - start
-    if first > budget:
-        return [first]
-    times = []
-    while len(times) < repeats and (not times or time.perf_counter() - start < budget):
+def timed(run: Callable[[], Any], device: str) -> float:
+    """Seconds of one run: the clock's on a CPU, between two events on CUDA."""
+    if device == "cpu":
         before = time.perf_counter()
         run()
-        times.append(time.perf_counter() - before)
+        return time.perf_counter() - before
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def measure(run: Callable[[], Any], repeats: int, budget: float = 90.0, device: str = "cpu") -> list[float]:
+    """Times of ``repeats`` runs after one to warm up, fewer (at least one) when they take longer than the budget."""
+    start = time.perf_counter()
+    first = timed(run, device)
+    if first > budget:
+        return [first]
+    times: list[float] = []
+    while len(times) < repeats and (not times or time.perf_counter() - start < budget):
+        times.append(timed(run, device))
     return times
 
 
-def interleave(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+def interleave(runs: dict[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
     """The same for several rivals by turns, so that a slow minute of the machine falls on all of them."""
     for run in runs.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            before = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - before)
+            times[name].append(timed(run, device))
     return times
 
 
-def peak_memory(run: Callable[[], Any]) -> float:
-    """MB by which resident memory rises above its level before, less what the run returns (Linux; NaN elsewhere)."""
+def peak_memory(run: Callable[[], Any], device: str = "cpu") -> float:
+    """MB by which memory rises above its level before, less what the run returns: resident memory on a CPU (Linux; NaN
+    elsewhere), that of torch's allocator on CUDA."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        kept = run()
+        return (torch.cuda.max_memory_allocated() - held) / 2**20 - _returned(kept)
     try:
         library._workspaces.__init__()  # type: ignore[misc]
         gc.collect()
@@ -124,9 +177,11 @@ def peak_memory(run: Callable[[], Any]) -> float:
         return float("nan")
     before = _status("VmRSS")
     kept = run()
-    peak = _status("VmHWM")
-    returned = sum(t.nbytes for t in kept if isinstance(t, torch.Tensor)) / 2**20
-    return peak - before - returned
+    return _status("VmHWM") - before - _returned(kept)
+
+
+def _returned(kept: Any) -> float:
+    return sum(t.nbytes for t in kept if isinstance(t, torch.Tensor)) / 2**20
 
 
 def _status(field: str) -> float:

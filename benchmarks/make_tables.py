@@ -24,10 +24,11 @@ def number(value: float | None, digits: int = 1) -> str:
 
 def circumstances(found: dict[str, Any]) -> str:
     e = found["environment"]
-    peaks = ", ".join(f"{k} {v:.0f} GFLOP/s" for k, v in found.get("fma_peak_gflops", {}).items() if v)
+    peaks = ", ".join(f"{k} {v:.0f}" + ("" if "/" in k else " GFLOP/s") for k, v in found.get("peak_gflops", {}).items() if v)
+    machine = e.get("card") or f"{e['cpu']}, {e['threads']} threads, {e['isa']} kernels"
     return (
-        f"`{e['command']}`, commit {e['commit']}, {e['date']}: {e['cpu']}, {e['threads']} threads, {e['isa']} kernels, "
-        f"torch {e['torch']}, Python {e['python']}{'; FMA peak ' + peaks if peaks else ''}; load before {e['load_before']}."
+        f"`{e['command']}`, commit {e['commit']}, {e['date']}: {machine}, "
+        f"torch {e['torch']}, Python {e['python']}{'; peak ' + peaks if peaks else ''}; load before {e['load_before']}."
     )
 
 
@@ -51,7 +52,7 @@ def decode_table(found: dict[str, Any]) -> str:
     lines = [
         circumstances(found),
         "",
-        "| case | size | what | rival | median s | spread | Mvoxel/s | ratio to naive | peak MB | of FMA peak |",
+        "| case | size | what | rival | median s | spread | Mvoxel/s | ratio to naive | peak MB | of peak |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in found["rows"]:
