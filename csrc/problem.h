@@ -25,7 +25,7 @@ typedef struct {
   int32_t output_activation;  // index into tcam_output_activations()
   int32_t align_corners, padding;
   int32_t dtype;                      // of planes, weights, biases and their gradients: TCAM_F32 or TCAM_F64
-  int32_t compute;                    // of the hidden layers' products: equal to dtype, or TCAM_BF16 with TCAM_F32
+  int32_t compute;                    // of the hidden layers' products: equal to dtype, or TCAM_BF16 or TCAM_F16 with TCAM_F32
   int32_t out_dtype;                  // of the volume and of its gradient
   int32_t grad_planes, grad_decoder;  // backward only: which gradients are wanted
   int32_t threads;

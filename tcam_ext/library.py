@@ -106,7 +106,7 @@ class _Call:
             _C.output_activations.index(output_activation),
             align_corners,
             _PADDING[padding_mode],
-            _DTYPE[torch.bfloat16 if compute == "bfloat16" else self.dtype],
+            _DTYPE[getattr(torch, compute) if compute in ("bfloat16", "float16") else self.dtype],
             _DTYPE[out_dtype],
             torch.get_num_threads(),
             tile,

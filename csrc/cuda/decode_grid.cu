@@ -1,4 +1,5 @@
-// decode_grid on CUDA for every shape, in float32 or float64: layer by layer over regions of the volume.
+// decode_grid on CUDA. Two roads: the tensor-core kernel of fused_forward.h where it serves the problem, and for every other
+// shape one in float32 or float64, layer by layer over regions of the volume:
 //
 // A region is a box of voxels small enough that its layers fit a fixed workspace. Forward: the first layer is sampled straight
 // from the projected planes (kernels.md, fact 1), each hidden layer is one product, the last a dot product a voxel. Backward
@@ -11,6 +12,7 @@
 #include "../maths/half.h"
 #include "../maths/loss.h"
 #include "device.h"
+#include "fused_forward.h"
 #include "gemm.h"
 #include "launch.h"
 
@@ -18,6 +20,7 @@ namespace tcam {
 namespace {
 
 constexpr int64_t region_voxels = 65536, region_bytes = 256ll << 20;
+constexpr int64_t slab_bytes = 256ll << 20;            // of the fused kernel's maps A and G
 constexpr int64_t voxel_chunk = 2048;                  // of a region: one partial sum of the weight gradients
 constexpr int64_t texel_splits = 32, row_splits = 64;  // partial sums over texels, and over rows of dA
 constexpr int threads = 256, warps = threads / 32;
@@ -86,6 +89,44 @@ __global__ void __launch_bounds__(threads) first_layer_kernel(Sampled<Real> s, R
       z[static_cast<int64_t>(v) * s.n + c] = s.bias ? sum + s.bias[c] : sum;
     }
   }
+}
+
+// ---- operands of the fused kernel ---------------------------------------------------------------
+
+// map (nx, ny, padded) = the plane at every (x, y), with bias, rounded; zero in the padding. A warp takes a voxel pair (x, y).
+template <class T>
+__global__ void __launch_bounds__(threads)
+    map_kernel(const float* plane, int columns, int n, int padded, const Tap<float>* rows, const Tap<float>* cols, int64_t nx,
+               int64_t ny, const float* bias, uint16_t* map) {
+  const int lane = threadIdx.x % 32;
+  for (int64_t v = blockIdx.x * static_cast<int64_t>(warps) + threadIdx.x / 32; v < nx * ny;
+       v += static_cast<int64_t>(gridDim.x) * warps) {
+    const Tap<float> x = rows[v / ny], y = cols[v % ny];
+    for (int c = lane; c < padded; c += 32) {
+      const float sum = c < n ? bilinear(plane, columns, n, c, x, y) + (bias ? bias[c] : 0.f) : 0.f;
+      map[v * padded + c] = T::round(sum);
+    }
+  }
+}
+
+// weight (rows, columns) and bias (rows) to (padded_rows, padded) and (padded_rows), zero beyond.
+template <class Out, class Round>
+TCAM_DEVICE void pad_matrix(const float* weight, const float* bias, int rows, int columns, int padded_rows, int padded,
+                            Out* to_weight, float* to_bias, Round round) {
+  for (int e = blockIdx.x * threads + threadIdx.x; e < padded_rows * padded; e += gridDim.x * threads) {
+    const int r = e / padded, c = e % padded;
+    to_weight[e] = round(r < rows && c < columns ? weight[static_cast<int64_t>(r) * columns + c] : 0.f);
+    if (c == 0) to_bias[r] = bias && r < rows ? bias[r] : 0.f;
+  }
+}
+template <class T>
+__global__ void __launch_bounds__(threads) pad_hidden_kernel(const float* weight, const float* bias, int rows, int columns,
+                                                             int padded, uint16_t* to_weight, float* to_bias) {
+  pad_matrix(weight, bias, rows, columns, padded, padded, to_weight, to_bias, [](float x) { return T::round(x); });
+}
+__global__ void __launch_bounds__(threads) pad_last_kernel(const float* weight, const float* bias, int rows, int columns,
+                                                           int padded, float* to_weight, float* to_bias) {
+  pad_matrix(weight, bias, rows, columns, rows, padded, to_weight, to_bias, [](float x) { return x; });
 }
 
 // ---- operands of the products ----------------------------------------------------------------
@@ -321,8 +362,10 @@ class Run {
     const int64_t h = p.planes[0], w = p.planes[1], d = p.planes[2];
     const int64_t rows[3] = {h, w, h}, columns[3] = {w, d, d};
     for (int q = 0; q < 3; ++q) n_[q] = p.hi[q] - p.lo[q], rows_[q] = rows[q], columns_[q] = columns[q];
+    if (!backward && (p.compute == TCAM_BF16 || p.compute == TCAM_F16)) fused_width_ = choose_fused_width();
     choose_region(backward);
     carve(backward, workspace);
+    if (fused_width_) carve_fused(workspace);
   }
 
   int64_t bytes() const { return bytes_; }
@@ -331,6 +374,12 @@ class Run {
                       const tcam_objective* objective, double* losses) {
     set(weights, biases);
     prepare();
+    if constexpr (sizeof(Real) == sizeof(float))
+      if (!objective && fused_width_) {
+        const cudaError_t status = fused(planes, volume);
+        if (status != cudaErrorInvalidConfiguration) return status;  // else: no shape of the kernel fits this device
+        status_ = cudaSuccess;
+      }
     if (objective) clear(losses, p.batch * sizeof(double));
     for (int64_t object = 0; object < p.batch && !status_; ++object) {
       project(planes, object);
@@ -385,6 +434,11 @@ class Run {
   Real *weight_partials_[TCAM_MAX_LAYERS + 1] = {}, *bias_partials_[TCAM_MAX_LAYERS + 1] = {}, *first_partials_[3] = {};
   char* cleared_ = nullptr;
   int64_t cleared_bytes_ = 0;
+
+  int fused_width_ = 0;  // padded width of the hidden layers; 0: not for the fused kernel
+  int64_t slab_ = 0;
+  uint16_t *maps_[3] = {}, *fused_weights_ = nullptr;  // A and G of a slab of i, B of the volume
+  float *fused_biases_ = nullptr, *fused_last_ = nullptr, *fused_last_bias_ = nullptr;
 
   int width(int layer) const { return static_cast<int>(p.width[layer]); }
   int64_t texels(int q) const { return rows_[q] * columns_[q]; }
@@ -455,6 +509,92 @@ class Run {
       }
     }
     bytes_ = ws.used();
+  }
+
+  int choose_fused_width() const {
+    const int L = p.layers;
+    if (activation_ != Activation::relu || L < 3 || L - 2 > fused_most_products || p.width[L] > fused_most_out) return 0;
+    int64_t widest = 0;
+    for (int l = 1; l < L; ++l) widest = p.width[l] > widest ? p.width[l] : widest;
+    for (int a = 0; a < 3; ++a)
+      if (n_[a] > INT32_MAX / 2) return 0;
+    return widest <= 64 ? 64 : widest <= 128 ? 128 : 0;
+  }
+
+  void carve_fused(void* workspace) {  // over the same memory as the regions, which it replaces
+    Carver ws(workspace);
+    const int64_t N = fused_width_, products = p.layers - 2;
+    for (int a = 0; a < 3; ++a) ws.take(n_[a] * static_cast<int64_t>(sizeof(Tap<Real>)));            // taps_
+    for (int q = 0; q < 3; ++q) ws.take(texels(q) * width(1) * static_cast<int64_t>(sizeof(Real)));  // projected_
+    const int64_t each = (n_[1] + n_[2]) * N * 2;
+    slab_ = n_[0] < slab_bytes / each ? n_[0] : slab_bytes / each > 1 ? slab_bytes / each : 1;
+    maps_[0] = reinterpret_cast<uint16_t*>(ws.take(slab_ * n_[1] * N * 2));
+    maps_[1] = reinterpret_cast<uint16_t*>(ws.take(n_[1] * n_[2] * N * 2));
+    maps_[2] = reinterpret_cast<uint16_t*>(ws.take(slab_ * n_[2] * N * 2));
+    fused_weights_ = reinterpret_cast<uint16_t*>(ws.take(products * N * N * 2));
+    fused_biases_ = reinterpret_cast<float*>(ws.take(products * N * 4));
+    fused_last_ = reinterpret_cast<float*>(ws.take(fused_most_out * N * 4));
+    fused_last_bias_ = reinterpret_cast<float*>(ws.take(fused_most_out * 4));
+    bytes_ = ws.used() > bytes_ ? ws.used() : bytes_;
+  }
+
+  cudaError_t fused(const void* const planes[3], void* volume) {
+    return p.compute == TCAM_BF16 ? fused_in<ptx::BFloat16>(planes, volume) : fused_in<ptx::Float16>(planes, volume);
+  }
+
+  template <class T>
+  cudaError_t fused_in(const void* const planes[3], void* volume) {
+    static const int element_bytes[] = {4, 8, 2, 2};
+    const int L = p.layers, N = fused_width_, products = L - 2;
+    Device device;
+    int id = 0;
+    check(cudaGetDevice(&id));
+    check(cudaDeviceGetAttribute(&device.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, id));
+    check(cudaDeviceGetAttribute(&device.processors, cudaDevAttrMultiProcessorCount, id));
+    for (int l = 2; l < L; ++l)
+      check(launch(pad_hidden_kernel<T>, blocks(ceil_div(N * N, threads)), threads, 0, stream_, weights_[l], biases_[l],
+                   width(l), width(l - 1), N, fused_weights_ + static_cast<int64_t>(l - 2) * N * N,
+                   fused_biases_ + (l - 2) * N));
+    check(launch(pad_last_kernel, 1, threads, 0, stream_, weights_[L], biases_[L], width(L), width(L - 1), N, fused_last_,
+                 fused_last_bias_));
+    const int64_t voxels = n_[0] * n_[1] * n_[2];
+    for (int64_t object = 0; object < p.batch && !status_; ++object) {
+      project(planes, object);
+      map<T>(1, taps_[1], n_[1], nullptr);
+      for (int64_t i0 = 0; i0 < n_[0] && !status_; i0 += slab_) {
+        const int64_t ni = n_[0] - i0 < slab_ ? n_[0] - i0 : slab_;
+        map<T>(0, taps_[0] + i0, ni, biases_[1]);
+        map<T>(2, taps_[0] + i0, ni, nullptr);
+        const FusedForward call = {
+            maps_[0],
+            maps_[1],
+            maps_[2],
+            fused_weights_,
+            fused_biases_,
+            fused_last_,
+            fused_last_bias_,
+            width(L),
+            static_cast<OutputActivation>(p.output_activation),
+            static_cast<char*>(volume) + (object * width(L) * voxels + i0 * n_[1] * n_[2]) * element_bytes[p.out_dtype],
+            p.out_dtype,
+            voxels,
+            static_cast<int>(ni),
+            static_cast<int>(n_[1]),
+            static_cast<int>(n_[2])};
+        check(T::dtype == TCAM_BF16 ? fused_forward_bfloat16(call, N, products, device, stream_)
+                                    : fused_forward_float16(call, N, products, device, stream_));
+      }
+    }
+    return status_;
+  }
+
+  // Map q (0: A, 1: B, 2: G) at `nx` rows.
+  template <class T>
+  void map(int q, const Tap<Real>* rows, int64_t nx, const Real* bias) {
+    const int columns_axis = q == 0 ? 1 : 2;
+    check(launch(map_kernel<T>, blocks(ceil_div(nx * n_[columns_axis], warps)), threads, 0, stream_, projected_[q],
+                 static_cast<int>(columns_[q]), width(1), fused_width_, rows, taps_[columns_axis], nx, n_[columns_axis], bias,
+                 maps_[q]));
   }
 
   void set(const void* const* weights, const void* const* biases) {

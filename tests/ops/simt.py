@@ -17,7 +17,7 @@ skip_where_it_cannot_run = [
     pytest.mark.skipif(CXX is None, reason="no C++ compiler"),
     pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulator's fibers are written for x86-64"),
 ]
-SOURCES = ("decode_grid", "resample")
+SOURCES = ("decode_grid", "fused_forward_bfloat16", "fused_forward_float16", "resample")
 
 
 def build(folder: Path, *flags: str, csrc: Path = ROOT / "csrc") -> Path:

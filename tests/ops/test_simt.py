@@ -24,13 +24,15 @@ def kernels(tmp_path_factory):
     return raw.Kernels(ctypes.CDLL(str(built)), "cuda", (0, None))
 
 
-@pytest.fixture(params=["in order", "reversed, greedy warps", "shuffled"])
-def schedule(request, kernels):
-    """Another order of threads and blocks must not change a result."""
-    order = ["in order", "reversed, greedy warps", "shuffled"].index(request.param)
-    kernels.library.simt_schedule(order, order == 1, 7, 2)
-    yield
-    kernels.library.simt_schedule(0, 0, 1, 2)
+#: (order, greedy warps, early copies, seed) of tests/simt/simt.h
+SCHEDULES = {"in order": (0, 0, 0, 1), "reversed, greedy": (1, 1, 0, 1), "shuffled, early copies": (2, 0, 1, 7)}
+
+
+@pytest.fixture
+def schedule(kernels):
+    """Chooses the order in which threads and blocks run, which must not change a result."""
+    yield lambda name: kernels.library.simt_schedule(*SCHEDULES[name], 2)
+    kernels.library.simt_schedule(*SCHEDULES["in order"], 2)
 
 
 SHAPES = [
@@ -66,10 +68,11 @@ def test_values_and_gradients(kernels, shape, activation, dtype):
 def test_schedules(kernels, schedule):
     p = problems.make(**SHAPES[0]).to(torch.float32)
     grad = torch.randn(1, 3, 8, 9, 5)
-    kernels.library.simt_schedule(0, 0, 1, 1)
     want = [kernels.forward(p), *kernels.backward(p, grad, tile=60)]
-    got = [kernels.forward(p), *kernels.backward(p, grad, tile=60)]
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    for name in SCHEDULES:
+        schedule(name)
+        got = [kernels.forward(p), *kernels.backward(p, grad, tile=60)]
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), name
 
 
 @pytest.mark.parametrize("tile", [1, 7, 35, 100])
@@ -144,3 +147,80 @@ def test_a_batch_is_independent_objects(kernels):
     for i in range(2):
         one = replace(p, planes=[q[i : i + 1].contiguous() for q in p.planes])
         assert torch.equal(kernels.forward(one)[0], whole[i])
+
+
+# ---- the fused kernel on tensor cores ------------------------------------------------------
+
+FUSED = [
+    dict(channels=5, texels=(4, 5, 6), widths=(128, 128, 128, 128, 1), size=(3, 5, 37)),
+    dict(channels=3, texels=(4, 5, 6), widths=(100, 70, 128, 2), size=(13, 4, 33), batch=2, bias=False),
+    dict(channels=2, texels=(5, 3, 4), widths=(64, 33, 1), size=(26, 3, 16), align_corners=True),
+    dict(channels=4, texels=(4, 6, 9), widths=(20, 64, 50, 64, 4), size=(2, 9, 97), padding_mode="zeros"),
+]
+HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def mirror(p, dtype):
+    """The fused kernel in plain PyTorch: float32 sums, rounded where the kernel rounds."""
+
+    def r(t):
+        return t.to(dtype).float()
+
+    o = {"align_corners": False, "padding_mode": "border", **p.options}
+    texels = (p.planes[0].shape[2], p.planes[0].shape[3], p.planes[1].shape[3])
+    taps = [
+        reference.linear_taps(0, n, n, m, o["align_corners"], o["padding_mode"]) for n, m in zip(p.size, texels, strict=True)
+    ]
+    maps = []
+    for q, (plane, w) in enumerate(zip(p.planes, p.weights[0].split(p.planes[0].shape[1], 1), strict=True)):
+        projected = torch.nn.functional.linear(plane.movedim(1, -1), w).movedim(-1, 1)
+        rows, columns = ((0, 1), (1, 2), (0, 2))[q]
+        sampled = reference.sample_plane(projected, taps[rows], taps[columns]).movedim(1, -1)
+        maps.append(r(sampled + p.biases[0] if q == 0 and p.biases[0] is not None else sampled))
+    a, b, g = maps[0].unsqueeze(3), maps[1].unsqueeze(1), maps[2].unsqueeze(2)
+    h = r(r(a + g) + b).relu()
+    for w, bias in zip(p.weights[1:-1], p.biases[1:-1], strict=True):
+        h = r(torch.nn.functional.linear(h, r(w), bias).relu())
+    w, high = p.weights[-1], r(p.weights[-1])
+    return torch.sigmoid(torch.nn.functional.linear(h, high + r(w - high), p.biases[-1])).movedim(-1, 1)
+
+
+@pytest.fixture(params=[(227 << 10, 2), (163 << 10, 3)], ids=["227 KiB", "163 KiB"])
+def device(request, kernels):
+    kernels.library.simt_device(*request.param)
+    yield
+    kernels.library.simt_device(227 << 10, 2)
+
+
+@pytest.mark.parametrize("shape", FUSED, ids=[str(s["widths"]) for s in FUSED])
+@pytest.mark.parametrize("dtype", sorted(HALF))
+def test_the_fused_kernel_equals_its_mirror(kernels, device, shape, dtype):
+    p = problems.make(**shape, output_activation="sigmoid")
+    p32 = p.to(torch.float32)
+    got = kernels.forward(p32, raw.DTYPES[HALF[dtype]])
+    assert problems.relative(got, mirror(p32, HALF[dtype]).double()) < 1e-3
+    full = p.call(reference.decode_grid)
+    error = problems.relative(got, full)
+    assert 1e-6 < error < 1e-2  # not zero: the general path, in float32, did not take it
+
+
+def test_the_fused_kernel_under_every_schedule(kernels, schedule):
+    p = problems.make(**FUSED[0]).to(torch.float32)
+    want = kernels.forward(p, 3)
+    for name in SCHEDULES:
+        schedule(name)
+        assert torch.equal(kernels.forward(p, 3), want), name
+
+
+def test_a_box_of_the_fused_kernel_is_the_same_part_of_the_whole_bit_for_bit(kernels):
+    p = problems.make(**FUSED[3]).to(torch.float32)
+    box = ((1, 2), (2, 7), (30, 95))
+    assert torch.equal(kernels.forward(p, 3, box=box), kernels.forward(p, 3)[:, :, 1:2, 2:7, 30:95])
+
+
+def test_no_fused_kernel_fits_and_the_general_path_serves(kernels):
+    p = problems.make(**FUSED[0]).to(torch.float32)
+    kernels.library.simt_device(99 << 10, 2)
+    got = kernels.forward(p, 3)
+    kernels.library.simt_device(227 << 10, 2)
+    assert torch.equal(got, kernels.forward(p, 0))

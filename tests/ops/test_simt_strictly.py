@@ -32,7 +32,7 @@ def runtime(name: str) -> str:
 def test_address_and_undefined_behaviour(tmp_path):
     preload = f"{runtime('libasan.so')} {runtime('libubsan.so')}"
     flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
-    selected = "(values and float64 and silu) or box or (losses and mse) or dtypes"
+    selected = "(values and float64 and silu) or box or (losses and mse) or dtypes or (mirror and bfloat16)"
     done = run_tests(simt.build(tmp_path, *flags), selected, preload, ASAN_OPTIONS="detect_leaks=0")
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -43,9 +43,11 @@ sys.path.insert(0, {tests!r})
 import ctypes, problems, raw, torch
 kernels = raw.Kernels(ctypes.CDLL({library!r}), "cuda", (0, None))
 p = problems.make(channels=2, texels=(2, 3, 2), widths=(18, 17, 2), size=(2, 3, 7)).to(torch.float32)
+fused = problems.make(channels=2, texels=(2, 3, 2), widths=(64, 64, 1), size=(13, 4, 33)).to(torch.float32)
 for order in (0, 1, 2):
-    kernels.library.simt_schedule(order, order == 1, 5, 1)
+    kernels.library.simt_schedule(order, order == 1, 0, 5, 1)
     kernels.forward(p)
+    kernels.forward(fused, 3)
     kernels.loss(p, torch.rand(1, 2, 2, 3, 7), "mse")
 print("finished")
 """
@@ -77,8 +79,11 @@ def mutated(tmp_path: Path, file: str, old: str, new: str) -> Path:
     return csrc
 
 
-def test_a_missing_barrier_is_a_race(tmp_path):
-    csrc = mutated(tmp_path, "gemm.h", "    __syncthreads();\n", "")
+@pytest.mark.parametrize(
+    ("file", "barrier"), [("gemm.h", "    __syncthreads();\n"), ("fused_forward.h", "__syncthreads();  // step jb + 1")]
+)
+def test_a_missing_barrier_is_a_race(file, barrier, tmp_path):
+    csrc = mutated(tmp_path, file, barrier, "// ")
     found, log = races(tmp_path, csrc)
     assert found > 0 or "finished" not in log
 
@@ -99,6 +104,12 @@ FAULTS = {
     "half of the lanes forgotten": ("decode_grid.cu", "int other = 16;", "int other = 8;"),
     "partial sums replaced": ("decode_grid.cu", "columns + c] += sum;", "columns + c] = sum;"),
     "a map not cleared": ("decode_grid.cu", "clear(db_,", "if (false) clear(db_,"),
+    "no barrier before the next step's tiles": ("fused_forward.h", "__syncthreads();  // step jb + 1", "// "),
+    "no wait for the copies": ("fused_forward.h", "ptx::wait_copies();\n        __syncthreads();", "__syncthreads();"),
+    "two registers of a fragment swapped": ("fused_forward.h", "pack_relu(c[0][2], c[0][3])", "pack_relu(c[1][0], c[1][1])"),
+    "another swizzle for the weights": ("fused_forward.h", "((lane >> 3) & 1) ^ swizzle", "((lane >> 3) & 1) ^ (swizzle ^ 2)"),
+    "rows past the end are written": ("fused_forward.h", "if (i >= p.ni || j >= p.nj) return;", "if (j >= p.nj) return;"),
+    "the low halves of the last layer forgotten": ("fused_forward.h", "T::round(w - T::widen(high))", "uint16_t(0)"),
     "no barrier before the tree": ("decode_grid.cu", "[threadIdx.x] = sum;\n  " + BARRIER, "[threadIdx.x] = sum;\n"),
 }
 
@@ -106,5 +117,5 @@ FAULTS = {
 @pytest.mark.parametrize("fault", sorted(FAULTS))
 def test_a_planted_fault_is_found(fault, tmp_path):
     library = simt.build(tmp_path, csrc=mutated(tmp_path, *FAULTS[fault]))
-    done = run_tests(library, "(values and relu and float64) or losses")
+    done = run_tests(library, "(values and relu and float64) or losses or fused")
     assert done.returncode != 0, f"{fault}: not found"

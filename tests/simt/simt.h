@@ -83,6 +83,12 @@ struct Fiber {
   uint32_t mask = 0;  // and with which lanes
   int barriers = 0;
   uint32_t in[8], out[8];  // operands and results of warp functions
+  const void* address = nullptr;
+  struct Copy {
+    void* to;
+    const void* from;
+  };
+  std::vector<Copy> copies;  // asynchronous, on their way
   void* stack_pointer = nullptr;
   char* stack = nullptr;
   size_t stack_bytes = 0;
@@ -131,11 +137,17 @@ enum class Order { forward, reverse, shuffled };  // of the threads of a block, 
 
 struct Schedule {
   Order order = Order::forward;
-  bool greedy = false;  // a warp runs as far ahead of the others as it can
+  bool greedy = false;        // a warp runs as far ahead of the others as it can
+  bool early_copies = false;  // asynchronous copies land at once instead of when they are waited for
   unsigned seed = 1;
   int os_threads = 1;
 };
 inline Schedule schedule;
+
+struct Device {
+  int shared_limit = 227 << 10, processors = 2;
+};
+inline Device device;  // what the launchers may ask
 
 class Machine;
 inline thread_local Machine* machine = nullptr;
@@ -232,6 +244,7 @@ class Machine {
     {
       Unwatched u;
       Machine& m = *machine;
+      if (!m.current->copies.empty()) die("an asynchronous copy is left without a wait");
       m.current->state = State::done;
       if (--m.alive_ && m.waiting_ == m.alive_) m.open_barrier();
     }

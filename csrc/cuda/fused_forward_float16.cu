@@ -1,0 +1,10 @@
+// The kernels of fused_forward.h in float16: a file of their own, so that two formats compile at the same time.
+#include "fused_forward.h"
+
+namespace tcam {
+
+cudaError_t fused_forward_float16(const FusedForward& p, int width, int products, const Device& device, cudaStream_t stream) {
+  return choose_fused_forward<ptx::Float16>(p, width, products, device, stream);
+}
+
+}  // namespace tcam

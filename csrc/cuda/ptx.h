@@ -1,0 +1,96 @@
+// The only inline PTX: asynchronous copies, matrix fragments, tensor-core products, packed 16-bit arithmetic. The emulator has
+// its own version of each (tests/simt/ptx_simt.h).
+#pragma once
+#include "../maths/half.h"
+#include "device.h"
+
+#if defined(TCAM_SIMT)
+#include "ptx_simt.h"
+#else
+
+namespace tcam {
+namespace ptx {
+
+TCAM_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// 16 bytes from global to shared memory, in the background; both addresses divisible by 16.
+TCAM_DEVICE void copy16(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+TCAM_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+TCAM_DEVICE void wait_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+
+// Four 8 x 8 matrices of 16 bits; lane l gives the address of row l % 8 of matrix l / 8.
+TCAM_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// Two neighbours of shared memory in one load.
+TCAM_DEVICE void load_pair(float* r, const float* p) {
+  const float2 v = *reinterpret_cast<const float2*>(p);
+  r[0] = v.x;
+  r[1] = v.y;
+}
+
+#define TCAM_MMA(type)                                                          \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type           \
+               ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};" \
+               : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                 \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]))
+
+// Pairs of 16-bit numbers, the first in the low half, and products of them: D = A B + C, m16n8k16 (PTX ISA, matrix fragments).
+struct BFloat16 {
+  static constexpr int dtype = TCAM_BF16;
+  TCAM_DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b, const float (&c)[4]) {
+    TCAM_MMA("bf16");
+  }
+  TCAM_DEVICE static uint32_t pack_relu(float lo, float hi) {
+    uint32_t r;
+    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+    return r;
+  }
+  TCAM_DEVICE static uint32_t add(uint32_t a, uint32_t b) {  // a * 1 + b: sm_80 has no packed add of bfloat16
+    uint32_t r;
+    asm("fma.rn.bf16x2 %0, %1, %3, %2;" : "=r"(r) : "r"(a), "r"(b), "r"(0x3f803f80u));
+    return r;
+  }
+  TCAM_DEVICE static uint32_t add_relu(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("fma.rn.relu.bf16x2 %0, %1, %3, %2;" : "=r"(r) : "r"(a), "r"(b), "r"(0x3f803f80u));
+    return r;
+  }
+  TCAM_DEVICE static uint16_t round(float x) { return Bits::to_bfloat(x); }
+  TCAM_DEVICE static float widen(uint16_t x) { return Bits::bfloat(x); }
+};
+
+struct Float16 {
+  static constexpr int dtype = TCAM_F16;
+  TCAM_DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b, const float (&c)[4]) {
+    TCAM_MMA("f16");
+  }
+  TCAM_DEVICE static uint32_t pack_relu(float lo, float hi) {
+    uint32_t r;
+    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+    return r;
+  }
+  TCAM_DEVICE static uint32_t add(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("fma.rn.f16x2 %0, %1, %3, %2;" : "=r"(r) : "r"(a), "r"(b), "r"(0x3c003c00u));
+    return r;
+  }
+  TCAM_DEVICE static uint32_t add_relu(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("fma.rn.relu.f16x2 %0, %1, %3, %2;" : "=r"(r) : "r"(a), "r"(b), "r"(0x3c003c00u));
+    return r;
+  }
+  TCAM_DEVICE static uint16_t round(float x) { return Bits::to_half(x); }
+  TCAM_DEVICE static float widen(uint16_t x) { return Bits::half(x); }
+};
+#undef TCAM_MMA
+
+}  // namespace ptx
+}  // namespace tcam
+#endif

@@ -1,0 +1,107 @@
+// csrc/cuda/ptx.h for the machine of simt.h: included by it, inside no namespace.
+#pragma once
+
+namespace tcam {
+namespace ptx {
+
+inline void aligned(const void* p, const char* what) {
+  if (reinterpret_cast<uintptr_t>(p) & 15) simt::die(what);
+}
+
+// The copy lands when it is waited for and not earlier, so that a read before the wait sees old bytes; under a schedule with
+// early copies it lands at once, and may overwrite what others still read.
+inline void copy16(void* to, const void* from) {
+  aligned(to, "cp.async: the shared address is not divisible by 16");
+  aligned(from, "cp.async: the global address is not divisible by 16");
+  if (simt::schedule.early_copies) {
+    memcpy(to, from, 16);
+    return;
+  }
+  simt::Unwatched u;
+  simt::machine->current->copies.push_back({to, from});
+}
+inline void commit_copies() {}
+inline void wait_copies() {
+  auto& copies = simt::machine->current->copies;
+  for (const auto& c : copies) memcpy(c.to, c.from, 16);
+  simt::Unwatched u;
+  copies.clear();
+}
+
+inline void load_matrices(uint32_t (&r)[4], const void* row) {
+  simt::Fiber& me = *simt::machine->current;
+  aligned(row, "ldmatrix: the address is not divisible by 16");
+  me.address = row;
+#if defined(__SANITIZE_THREAD__)
+  for (int i = 0; i < 4; ++i) (void)static_cast<const volatile uint32_t*>(row)[i];  // the read, seen as this thread's
+#endif
+  simt::machine->warp_function(5, ~0u, [](int warp) {
+    for (int l = 0; l < 32; ++l)
+      for (int m = 0; m < 4; ++m)
+        memcpy(&simt::machine->fiber(warp + l).out[m],
+               static_cast<const char*>(simt::machine->fiber(warp + m * 8 + l / 4).address) + l % 4 * 4, 4);
+  });
+  memcpy(r, me.out, 16);
+}
+
+inline void load_pair(float* r, const float* p) {
+  if (reinterpret_cast<uintptr_t>(p) & 7) simt::die("a load of two floats: the address is not divisible by 8");
+  r[0] = p[0];
+  r[1] = p[1];
+}
+
+// m16n8k16 with the fragments of the PTX ISA: g = lane / 4, t = lane % 4.
+template <class Format>
+void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b, const float (&c)[4]) {
+  simt::Fiber& me = *simt::machine->current;
+  memcpy(me.in, a, 16);
+  memcpy(me.in + 4, b, 8);
+  simt::machine->warp_function(6, ~0u, [](int warp) {
+    float A[16][16], B[16][8], C[16][8] = {};
+    for (int l = 0; l < 32; ++l) {
+      const int g = l / 4, t = l % 4;
+      const uint32_t* x = simt::machine->fiber(warp + l).in;
+      for (int h = 0; h < 2; ++h) {
+        for (int r = 0; r < 4; ++r)
+          A[g + (r & 1) * 8][t * 2 + h + (r >> 1) * 8] = Format::widen(static_cast<uint16_t>(x[r] >> (16 * h)));
+        for (int r = 0; r < 2; ++r) B[t * 2 + h + r * 8][g] = Format::widen(static_cast<uint16_t>(x[4 + r] >> (16 * h)));
+      }
+    }
+    for (int i = 0; i < 16; ++i)
+      for (int k = 0; k < 16; ++k)
+        for (int j = 0; j < 8; ++j) C[i][j] += A[i][k] * B[k][j];
+    for (int l = 0; l < 32; ++l)
+      for (int r = 0; r < 4; ++r)
+        memcpy(&simt::machine->fiber(warp + l).out[r], &C[l / 4 + (r >> 1) * 8][l % 4 * 2 + (r & 1)], 4);
+  });
+  float product[4];
+  memcpy(product, me.out, 16);
+  for (int r = 0; r < 4; ++r) d[r] = product[r] + c[r];
+}
+
+template <class Format>
+struct Packed {
+  static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b, const float (&c)[4]) {
+    multiply<Format>(d, a, b, c);
+  }
+  static float lo(uint32_t v) { return Format::widen(static_cast<uint16_t>(v)); }
+  static float hi(uint32_t v) { return Format::widen(static_cast<uint16_t>(v >> 16)); }
+  static uint32_t pack(float a, float b) { return Format::round(a) | static_cast<uint32_t>(Format::round(b)) << 16; }
+  static uint32_t pack_relu(float a, float b) { return pack(a != a || a > 0 ? a : 0.f, b != b || b > 0 ? b : 0.f); }
+  static uint32_t add(uint32_t a, uint32_t b) { return pack(lo(a) + lo(b), hi(a) + hi(b)); }
+  static uint32_t add_relu(uint32_t a, uint32_t b) { return pack_relu(lo(a) + lo(b), hi(a) + hi(b)); }
+};
+
+struct BFloat16 : Packed<BFloat16> {
+  static constexpr int dtype = TCAM_BF16;
+  static uint16_t round(float x) { return Bits::to_bfloat(x); }
+  static float widen(uint16_t x) { return Bits::bfloat(x); }
+};
+struct Float16 : Packed<Float16> {
+  static constexpr int dtype = TCAM_F16;
+  static uint16_t round(float x) { return Bits::to_half(x); }
+  static float widen(uint16_t x) { return Bits::half(x); }
+};
+
+}  // namespace ptx
+}  // namespace tcam
