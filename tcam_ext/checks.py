@@ -34,7 +34,7 @@ class DecodeGrid(NamedTuple):
     biases: list[Tensor | None]
     size: tuple[int, int, int]
     box: Box
-    compute: str  # "float32", "float64", "float16", "bfloat16", "tf32"
+    compute: str  # "float32", "float64", "float16", "bfloat16", "tf32", "float32 or tf32" (as torch's matmul)
     out_dtype: torch.dtype
 
 
@@ -283,8 +283,8 @@ def _box(box: Any, size: tuple[int, int, int]) -> Box:
 def _compute(compute_dtype: Any, autocast: torch.dtype | None, dtype: torch.dtype, device: torch.device) -> str:
     if compute_dtype is None:
         compute_dtype = dtype if autocast is None else autocast
-        if compute_dtype == torch.float32 and device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32":
-            compute_dtype = "tf32"  # allow_tf32 is not read: it raises once a user has set the flag above
+        if compute_dtype == torch.float32 and device.type == "cuda":
+            return "float32 or tf32"  # the op looks at torch's flag when it runs: torch.compile cannot trace the question
     if compute_dtype == "tf32":
         return "tf32"
     for known in DTYPES:

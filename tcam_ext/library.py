@@ -90,6 +90,8 @@ class _Call:
         tile: int,
     ) -> None:
         self.dtype = storage_dtype(compute)
+        if compute == "float32 or tf32":  # allow_tf32 is not read: it raises once a user has set this newer flag
+            compute = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "float32"
 
         def dense(t: Tensor) -> Tensor:
             return t.detach().to(self.dtype).contiguous()

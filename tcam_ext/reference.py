@@ -79,7 +79,7 @@ def decode_grid(
         out_dtype,
     )
     storage = torch.float64 if call.compute == "float64" else torch.float32
-    compute = {"tf32": torch.float32}.get(call.compute) or getattr(torch, call.compute)
+    compute = storage if "tf32" in call.compute else getattr(torch, call.compute)
     (x0, x1), (y0, y1), (z0, z1) = call.box
     xy, yz, xz = (p.to(storage) for p in call.planes)
     texels = (xy.shape[2], xy.shape[3], yz.shape[3])
