@@ -220,21 +220,17 @@ struct FusedForwardKernel {
     using M = Maths<Scalar<float>>;
     if (i >= p.ni || j >= p.nj) return;
     const int64_t row = (static_cast<int64_t>(i) * p.nj + j) * p.nk;
-    if (p.n_out == 1) {  // lane t writes row g + 8 t: a warp, 32 neighbours
+    // One output: lane t writes row g + 8 t, so that a warp writes 32 neighbours. More: lane t writes all four rows of output
+    // t.
+    const bool one = p.n_out == 1;
+    const int64_t to = (one ? 0 : t * p.channel_stride) + row + k0 + g;
+#pragma unroll 1  // one copy of the output activation and of the store's formats
+    for (int q = one ? t : 0; q < (one ? t + 1 : 4); ++q) {
       float x = 0.f;
 #pragma unroll
-      for (int q = 0; q < 4; ++q) x = t == q ? out[q >> 1][(q & 1) * 2] + out[q >> 1][(q & 1) * 2 + 1] : x;
-      const int k = k0 + t * 8 + g;
-      if (k < p.nk) Elements<float>::write(p.volume, p.dtype, row + k, M::output(p.output_activation, x));
-      return;
-    }
-    if (t >= p.n_out) return;
-#pragma unroll
-    for (int q = 0; q < 2 * MT; ++q) {
-      const int k = k0 + q * 8 + g;
-      const float x = out[q >> 1][(q & 1) * 2] + out[q >> 1][(q & 1) * 2 + 1];
-      if (k < p.nk)
-        Elements<float>::write(p.volume, p.dtype, t * p.channel_stride + row + k, M::output(p.output_activation, x));
+      for (int r = 0; r < 4; ++r) x = q == r ? out[r >> 1][(r & 1) * 2] + out[r >> 1][(r & 1) * 2 + 1] : x;
+      if (k0 + q * 8 + g < p.nk && (one || t < p.n_out))
+        Elements<float>::write(p.volume, p.dtype, to + q * 8, M::output(p.output_activation, x));
     }
   }
 };
