@@ -124,6 +124,8 @@ def test_random_calls_raise_and_never_crash():
                 workspace = memory if rng.random() < 0.95 else rng.choice([*odd, memory[:1000]])
                 _C.decode_grid(planes, weights, biases, o, out, workspace)
             elif which in (1, 2):
+                if not all(isinstance(x, list) for x in (planes, weights, biases)):
+                    raise TypeError("not a list")  # a tensor of 2^40 elements would be walked through here, not in the binding
                 gp = [torch.empty_like(p) for p in planes]
                 gd = [
                     *(torch.empty_like(w) for w in weights),

@@ -204,6 +204,17 @@ def test_the_fused_kernel_equals_its_mirror(kernels, device, shape, dtype):
     assert 1e-6 < error < 1e-2  # not zero: the general path, in float32, did not take it
 
 
+@pytest.mark.parametrize("dtype", sorted(HALF))
+def test_the_last_layer_loses_nothing_of_its_weights(kernels, dtype):
+    """With activations that a half format holds exactly, what remains is the last layer's weight as high and low halves."""
+    p = problems.make(channels=2, texels=(1, 1, 1), widths=(16, 16, 3), size=(3, 4, 40), bias=False)
+    p.planes = [torch.randint(-2, 3, q.shape).double() for q in p.planes]
+    p.weights[0] = torch.randint(0, 4, p.weights[0].shape).double()
+    p.weights[1] = torch.eye(16, dtype=torch.float64)
+    got = kernels.forward(p.to(torch.float32), raw.DTYPES[HALF[dtype]])
+    assert problems.relative(got, p.call(reference.decode_grid)) < 1e-5
+
+
 def test_the_fused_kernel_under_every_schedule(kernels, schedule):
     p = problems.make(**FUSED[0]).to(torch.float32)
     want = kernels.forward(p, 3)

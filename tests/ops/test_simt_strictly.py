@@ -117,5 +117,5 @@ FAULTS = {
 @pytest.mark.parametrize("fault", sorted(FAULTS))
 def test_a_planted_fault_is_found(fault, tmp_path):
     library = simt.build(tmp_path, csrc=mutated(tmp_path, *FAULTS[fault]))
-    done = run_tests(library, "(values and relu and float64) or losses or fused")
+    done = run_tests(library, "(values and relu and float64) or losses or fused or loses")
     assert done.returncode != 0, f"{fault}: not found"

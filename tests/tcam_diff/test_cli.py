@@ -111,9 +111,12 @@ def test_ctrl_c_keeps_the_best_result(volume, tmp_path):
         "channels=6",
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    time.sleep(12)
+    assert process.stdout is not None
+    first = process.stdout.readline()  # printed when the fit is set up
+    assert "planes" in first, first + process.stdout.read()
+    time.sleep(3)
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=200)
     assert process.returncode == 0, out
     assert "stopped after" in out
     tcam("decode", tmp_path / "run", "--out", tmp_path / "r.nii.gz")
