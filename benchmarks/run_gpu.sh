@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything a GPU is needed for, in one go: build, test, measure, sanitize. Results land in benchmarks/results.
+# Everything a GPU is needed for, in one go: build, test, measure, sanitize; and the CPU kernels where the host has AVX-512.
+# Results land in benchmarks/results.
 #
 #     benchmarks/run_gpu.sh [FOLDER]      FOLDER: where JSON and logs go (default: benchmarks/results)
 #
@@ -33,6 +34,12 @@ for tool in memcheck racecheck initcheck; do
   step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest -m gpu -x tests/ops/test_decode_grid.py \
     -k "axes or batch or most_channels"
 done
+# The host's CPU may be one that the CPU kernels' figures are missing for.
+isa=$("$python" -c 'from tcam_ext import _C; print(_C.cpu_isa())')
+if [[ $isa == avx512* ]]; then
+  OMP_NUM_THREADS=2 step cpu taskset -c 0,1 "$python" benchmarks/bench_decode_grid.py --cases tcam --sizes 128 --repeats 5 \
+    --rivals 'naive float32' 'naive bfloat16 MLP' 'ours float32' 'ours bfloat16' --json "$out/decode_grid_${isa}_128.json"
+fi
 if ((${#failed[@]})); then
   echo "failed: ${failed[*]}"
   exit 1
