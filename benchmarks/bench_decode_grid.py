@@ -61,6 +61,7 @@ class Case:
         )
         self.inputs = [*self.planes, *self.weights, *self.biases]
         self.act = tcam_ext.activations.ACTIVATIONS[decoder.activation]
+        self.taps = tuple(t.to(device) for t in linear_taps(0, size, size, PLANE, False, "border"))
         self.coordinates = (torch.arange(size, device=device) + 0.5) / size * 2 - 1
 
     @property
@@ -88,8 +89,8 @@ class Case:
         return self.mlp(torch.cat(features, -1).to(dtype), 0, dtype)
 
     def factored_chunk(self, x0: int) -> Tensor:
-        taps = [linear_taps(lo, hi, self.size, PLANE, False, "border")
-                for lo, hi in ((x0, min(x0 + self.chunk, self.size)), (0, self.size), (0, self.size))]  # fmt: skip
+        inside = slice(x0, x0 + self.chunk)
+        taps = [tuple(t[inside] for t in self.taps), self.taps, self.taps]
         maps = []
         for plane, w, (a, b) in zip(
             self.planes,
@@ -168,7 +169,16 @@ class Case:
             "ours bfloat16": lambda: lambda: self.ours(torch.bfloat16, what),
             "ours float16": lambda: lambda: self.ours(torch.float16, what),
         }
-        return {n: everyone[n]() for n in names if not (n == "naive checkpointed" and what == "forward")}
+        return {n: everyone[n]() for n in names if self.differs(n, what)}
+
+    def differs(self, name: str, what: str) -> bool:
+        """Whether a rival does anything of its own here: checkpointing needs a backward; on CUDA ours has half products in the
+        forward alone, and none in TF32."""
+        if name == "naive checkpointed":
+            return what != "forward"
+        if self.device == "cuda" and name in ("ours bfloat16", "ours float16"):
+            return what == "forward"
+        return not (self.device == "cuda" and name == "ours tf32")
 
 
 RIVALS = {
@@ -206,9 +216,16 @@ def finish(r: harness.Row, case: Case, peak: dict[str, float]) -> harness.Row:
 
 
 def compare(
-    cases: list[str], sizes: list[int], names: list[str], repeats: int, peak: dict[str, float], device: str
+    cases: list[str],
+    sizes: list[int],
+    names: list[str],
+    repeats: int,
+    peak: dict[str, float],
+    device: str,
+    keep: Callable[[list[harness.Row]], None],
 ) -> list[harness.Row]:
-    rows = []
+    """``keep`` gets the rows so far after each comparison: a later failure loses none."""
+    rows: list[harness.Row] = []
     for key in cases:
         for size in sizes:
             case = Case(DECODERS[key], size, device)
@@ -222,6 +239,7 @@ def compare(
                     r.memory_mb = round(harness.peak_memory(runs[name], device), 1)
                     rows.append(r)
                     print(harness.line(r), flush=True)
+                keep(rows)
     return rows
 
 
@@ -319,14 +337,20 @@ def main() -> None:
     print("# peak, GFLOP/s: " + ", ".join(f"{k} {v:.0f}" for k, v in peak.items() if v))
     print(harness.HEADER)
     fits: dict[str, float] = {}
+
+    def keep(rows: list[harness.Row]) -> None:
+        if a.json:
+            harness.write_json(a.json, rows, peak_gflops=peak, fits=fits)
+
     if a.large:
         rows = large(peak)
     elif a.scaling:
         rows, fits = scaling(a.repeats, peak)
     else:
-        rows = compare(a.cases, a.sizes, a.rivals or RIVALS[a.device], a.repeats, peak, a.device)
+        rows = compare(a.cases, a.sizes, a.rivals or RIVALS[a.device], a.repeats, peak, a.device, keep)
+    keep(rows)
     if a.json:
-        harness.write_json(a.json, rows, peak_gflops=peak, fits=fits)
+        print(f"wrote {a.json}")
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ def main() -> None:
         print(rows[-1], flush=True)
     if a.json:
         harness.write_json(a.json, rows)
+        print(f"wrote {a.json}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,10 @@ def environment() -> dict[str, Any]:
     """As it was at the first call, which is before anything is measured."""
 
     def run(*command: str) -> str:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+        except OSError:  # no git, no nvidia-smi
+            return "unknown"
         return done.stdout.strip()
 
     facts = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
@@ -149,14 +152,24 @@ def measure(run: Callable[[], Any], repeats: int, budget: float = 90.0, device: 
     return times
 
 
-def interleave(runs: dict[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
-    """The same for several rivals by turns, so that a slow minute of the machine falls on all of them."""
-    for run in runs.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            times[name].append(timed(run, device))
+def interleave(
+    runs: dict[str, Callable[[], Any]], repeats: int, device: str = "cpu", budget: float = 300.0
+) -> dict[str, list[float]]:
+    """The same for several rivals by turns, so that a slow minute of the machine falls on all of them. Rounds stop when they
+    take longer than the budget; a rival that raises is left out, with a line that says why."""
+    start = time.perf_counter()
+    times: dict[str, list[float]] = {}
+    for name, run in runs.items():
+        try:
+            run()
+            times[name] = []
+        except Exception as error:
+            print(f"# {name}: left out, {type(error).__name__}: {str(error).splitlines()[:1]}", flush=True)
+    rounds = 0
+    while rounds < repeats and (rounds == 0 or time.perf_counter() - start < budget):
+        for name, found in times.items():
+            found.append(timed(runs[name], device))
+        rounds += 1
     return times
 
 
@@ -214,4 +227,3 @@ def write_json(path: Path, rows: Sequence[Row | dict[str, Any]], **more: Any) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     found = [asdict(r) if isinstance(r, Row) else r for r in rows]
     path.write_text(json.dumps({"environment": environment(), **more, "rows": found}, indent=1) + "\n")
-    print(f"wrote {path}")

@@ -22,6 +22,7 @@ namespace {
 constexpr int64_t region_voxels = 65536, region_bytes = 256ll << 20;
 constexpr int64_t slab_bytes = 256ll << 20;            // of the fused kernel's maps A and G
 constexpr int64_t voxel_chunk = 2048;                  // of a region: one partial sum of the weight gradients
+constexpr int64_t bias_chunk = 256;                    // the same for bias gradients: a thread walks it alone
 constexpr int64_t texel_splits = 32, row_splits = 64;  // partial sums over texels, and over rows of dA
 constexpr int threads = 256, warps = threads / 32;
 
@@ -443,6 +444,7 @@ class Run {
   int width(int layer) const { return static_cast<int>(p.width[layer]); }
   int64_t texels(int q) const { return rows_[q] * columns_[q]; }
   int64_t splits() const { return ceil_div(most_, voxel_chunk); }
+  int64_t bias_splits() const { return ceil_div(most_, bias_chunk); }
   int64_t texel_chunk(int q) const { return ceil_div(texels(q), texel_splits); }
   int64_t row_chunk() const { return ceil_div(n_[0] * n_[1], row_splits); }
 
@@ -502,7 +504,7 @@ class Run {
         bias_partials_[1] = reals(row_splits * n1);
         for (int l = 2; l <= L; ++l) {
           weight_partials_[l] = reals(splits() * width(l) * width(l - 1));
-          bias_partials_[l] = reals(splits() * width(l));
+          bias_partials_[l] = reals(bias_splits() * width(l));
         }
         cleared_ = static_cast<char*>(workspace) + begin;
         cleared_bytes_ = ws.used() - begin;
@@ -698,8 +700,8 @@ class Run {
         const AddPartial<Real> add = {weight_partials_[l], n, m};
         check(n <= 16 ? gemm<Real, 16>(n, m, voxels, voxel_chunk, a, b, add, stream_)
                       : gemm<Real, 64>(n, m, voxels, voxel_chunk, a, b, add, stream_));
-        check(launch(add_column_sums_kernel<Real>, static_cast<unsigned>(ceil_div(voxels, voxel_chunk)), channel_threads(n), 0,
-                     stream_, delta, voxels, n, voxel_chunk, bias_partials_[l]));
+        check(launch(add_column_sums_kernel<Real>, static_cast<unsigned>(ceil_div(voxels, bias_chunk)), channel_threads(n), 0,
+                     stream_, delta, voxels, n, bias_chunk, bias_partials_[l]));
       }
       Real* next = delta_[(l - 1) & 1];
       if (l == p.layers)
@@ -762,7 +764,7 @@ class Run {
     if (grad_biases[0]) combine(bias_partials_[1], row_splits, 1, width(1), bias(1), width(1));
     for (int l = 2; l <= p.layers; ++l) {
       combine(weight_partials_[l], splits(), width(l), width(l - 1), weight(l), width(l - 1));
-      if (grad_biases[l - 1]) combine(bias_partials_[l], splits(), 1, width(l), bias(l), width(l));
+      if (grad_biases[l - 1]) combine(bias_partials_[l], bias_splits(), 1, width(l), bias(l), width(l));
     }
   }
 };

@@ -103,11 +103,11 @@ def test_beyond_the_kernels_limits_the_message_names_the_reference(problem, mess
     assert problem.call(tcam_ext.decode_grid, impl="reference").isfinite().all()
 
 
-@pytest.mark.gpu
-def test_cuda_tensors_are_refused_with_advice():
-    q = problems.make().to(torch.float32)
-    planes, weights, biases = ([t.cuda() for t in ts] for ts in (q.planes, q.weights, q.biases))
-    with pytest.raises(NotImplementedError, match=r'impl="reference"'):
-        tcam_ext.decode_grid(planes, weights, biases, q.size)
-    got = tcam_ext.decode_grid(planes, weights, biases, q.size, impl="reference")
-    torch.testing.assert_close(got.cpu(), q.call(tcam_ext.decode_grid), rtol=1e-4, atol=1e-4)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_build_without_cuda_refuses_cuda_tensors_with_advice(monkeypatch):
+    monkeypatch.setattr(tcam_ext.checks._C, "has_cuda", False)
+    q = P.to(torch.float32, device="cuda")
+    with pytest.raises(NotImplementedError, match=r'without CUDA.*impl="reference"'):
+        q.call(tcam_ext.decode_grid)
+    got = q.call(tcam_ext.decode_grid, impl="reference")
+    torch.testing.assert_close(got.cpu(), P.call(tcam_ext.decode_grid), rtol=1e-4, atol=1e-4)
