@@ -33,6 +33,9 @@ SPILLS = [
     (r"fused_forward_kernel<.*, 64, 2, 12, 1, \d>", 16),
     (r"gemm_kernel<", 16),
 ]
+#: Looked at before those above on these architectures. ptxas spills more there at the same cap of 168 registers, and why is not
+#: known yet; on sm_120 a block has 99 KiB of shared memory, so that the kernels of width 128 with 3 products never run.
+SPILLS_BLACKWELL = [(r"fused_forward_kernel<.*, 128, 2, 12, 1, [23]>", 320), (r"last_layer_kernel<", 32)]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="no nvcc")]
 
 
@@ -51,14 +54,17 @@ def report(source: str, architecture: str, folder: Path) -> dict[str, tuple[int,
     return {name: (int(spills), int(registers)) for name, spills, registers in re.findall(pattern, text, re.S)}
 
 
-@pytest.mark.parametrize("architecture", ["80", "90a"])
+@pytest.mark.parametrize(
+    "architecture", ["80", "90a", *(pytest.param(a, marks=pytest.mark.exhaustive) for a in ("86", "89", "100", "120"))]
+)
 @pytest.mark.parametrize("source", SOURCES)
 def test_resources(source, architecture, tmp_path):
     found = report(source, architecture, tmp_path)
     assert found
+    table = [*SPILLS_BLACKWELL, *SPILLS] if architecture in ("100", "120") else SPILLS
     too_much = {}
     for kernel, (spills, _) in found.items():
-        allowed = next((limit for pattern, limit in SPILLS if re.search(pattern, kernel)), 0)
+        allowed = next((limit for pattern, limit in table if re.search(pattern, kernel)), 0)
         if spills > allowed:
             too_much[kernel] = (spills, allowed)
     assert not too_much, too_much
