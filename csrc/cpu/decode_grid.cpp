@@ -18,6 +18,7 @@
 
 #include "../carver.h"
 #include "../maths/bilinear.h"
+#include "../maths/half.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -255,9 +256,9 @@ class Run {
     zero(w.bias_1_rows, w.map_bytes(w.n[1]));
   }
   Volume slab_of(void* base, int dtype, long object, long i0) const {
-    static const long size[] = {4, 8, 2, 2, 1};
     const long voxels = w.n[0] * w.n[1] * w.n[2];
-    return {static_cast<char*>(base) + object * p.width[p.layers] * voxels * size[dtype], dtype, voxels, i0 * w.n[1] * w.n[2]};
+    return {static_cast<char*>(base) + object * p.width[p.layers] * voxels * dtype_bytes(dtype), dtype, voxels,
+            i0 * w.n[1] * w.n[2]};
   }
   long loss_bytes() const { return w.blocks * static_cast<long>(sizeof(double)); }
   Objective block_objective(const tcam_objective* o, long task) const {

@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(threads) first_layer_kernel(Sampled<Real> s, R
 
 // ---- operands of the fused kernel ---------------------------------------------------------------
 
-// map (nx, ny, padded) = the plane at every (x, y), with bias, rounded; zero in the padding. A warp takes a voxel pair (x, y).
+// map (nx, ny, padded) = the plane at every (x, y), with bias, rounded; zero in the padding. A warp takes an (x, y).
 template <class T>
 __global__ void __launch_bounds__(threads)
     map_kernel(const float* plane, int columns, int n, int padded, const Tap<float>* rows, const Tap<float>* cols, int64_t nx,
@@ -386,7 +386,7 @@ class Run {
       project(planes, object);
       for_each_region([&](const Region& region) {
         const Real* z = hidden_layers(region);
-        last_layer(z, region, object, volume, objective, losses, !objective ? Finish::write : Finish::compare, nullptr);
+        last_layer(z, region, object, volume, objective, losses, nullptr);
       });
     }
     return status_;
@@ -409,8 +409,7 @@ class Run {
       for_each_region([&](const Region& region) {
         const Real* z = hidden_layers(region);
         Real* delta = delta_[p.layers & 1];
-        last_layer(z, region, object, const_cast<void*>(volume), objective, losses,
-                   objective ? Finish::compare : Finish::gradient, delta);
+        last_layer(z, region, object, const_cast<void*>(volume), objective, losses, delta);
         walk_back(region);
       });
       maps_to_planes(planes, grad_planes, object);
@@ -518,8 +517,7 @@ class Run {
     if (activation_ != Activation::relu || L < 3 || L - 2 > fused_most_products || p.width[L] > fused_most_out) return 0;
     int64_t widest = 0;
     for (int l = 1; l < L; ++l) widest = p.width[l] > widest ? p.width[l] : widest;
-    for (int a = 0; a < 3; ++a)
-      if (n_[a] > INT32_MAX / 2) return 0;
+    if (n_[0] > INT32_MAX / n_[1] || n_[0] * n_[1] > INT32_MAX / ceil_div(n_[2], 32)) return 0;  // it counts its tiles in int
     return widest <= 64 ? 64 : widest <= 128 ? 128 : 0;
   }
 
@@ -546,7 +544,6 @@ class Run {
 
   template <class T>
   cudaError_t fused_in(const void* const planes[3], void* volume) {
-    static const int element_bytes[] = {4, 8, 2, 2};
     const int L = p.layers, N = fused_width_, products = L - 2;
     Device device;
     int id = 0;
@@ -577,7 +574,7 @@ class Run {
             fused_last_bias_,
             width(L),
             static_cast<OutputActivation>(p.output_activation),
-            static_cast<char*>(volume) + (object * width(L) * voxels + i0 * n_[1] * n_[2]) * element_bytes[p.out_dtype],
+            static_cast<char*>(volume) + (object * width(L) * voxels + i0 * n_[1] * n_[2]) * dtype_bytes(p.out_dtype),
             p.out_dtype,
             voxels,
             static_cast<int>(ni),
@@ -657,8 +654,7 @@ class Run {
   }
 
   void last_layer(const Real* z, const Region& region, int64_t object, void* volume, const tcam_objective* objective,
-                  double* losses, Finish what, Real* delta) {
-    static const int element_bytes[] = {4, 8, 2, 2, 1};
+                  double* losses, Real* delta) {
     const int L = p.layers, dtype = objective ? objective->target_dtype : p.out_dtype;
     const int64_t stride = n_[0] * n_[1] * n_[2];
     const LastLayer<Real> last = {z,
@@ -668,7 +664,7 @@ class Run {
                                   width(L),
                                   activation_,
                                   static_cast<OutputActivation>(p.output_activation),
-                                  static_cast<char*>(volume) + object * width(L) * stride * element_bytes[dtype],
+                                  static_cast<char*>(volume) + object * width(L) * stride * dtype_bytes(dtype),
                                   dtype,
                                   stride,
                                   objective ? static_cast<Loss>(objective->loss) : Loss::mse,
@@ -676,7 +672,7 @@ class Run {
                                   delta,
                                   losses_};
     const unsigned grid = blocks(ceil_div(region.voxels(), warps));
-    switch (what) {
+    switch (objective ? Finish::compare : delta ? Finish::gradient : Finish::write) {
       case Finish::write: check(launch(last_layer_kernel<Real, Finish::write>, grid, threads, 0, stream_, last, region)); break;
       case Finish::gradient:
         check(launch(last_layer_kernel<Real, Finish::gradient>, grid, threads, 0, stream_, last, region));

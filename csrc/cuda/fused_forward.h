@@ -72,7 +72,7 @@ struct FusedForwardKernel {
     }
 
     const int tiles_k = (p.nk + R - 1) / R, tiles_i = (p.ni + WI - 1) / WI, tiles_j = (p.nj + WJ - 1) / WJ;
-    const int total = tiles_k * tiles_i * tiles_j;  // the launcher keeps it below 2^31
+    const int total = tiles_k * tiles_i * tiles_j;  // below 2^31: choose_fused_width
     const int begin = static_cast<int>(static_cast<int64_t>(total) * blockIdx.x / gridDim.x);
     const int end = static_cast<int>(static_cast<int64_t>(total) * (blockIdx.x + 1) / gridDim.x);
 

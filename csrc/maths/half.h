@@ -47,6 +47,10 @@ struct Bits {
   }
 };
 
+TCAM_MATHS constexpr int dtype_bytes(int dtype) {
+  return dtype == TCAM_F64 ? 8 : dtype == TCAM_F32 ? 4 : dtype == TCAM_U8 ? 1 : 2;
+}
+
 // Element `index` of an array of a dtype of problem.h.
 template <class Real>
 struct Elements {
