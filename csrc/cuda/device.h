@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "../maths/activation.h"
+#include "../maths/bilinear.h"
 
 #define TCAM_DEVICE __device__ __forceinline__
 

@@ -28,6 +28,43 @@ TCAM_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
+// The same, each matrix transposed.
+TCAM_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// The reverse of load_matrices.
+TCAM_DEVICE void store_matrices(void* row, const uint32_t (&r)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)), "r"(r[0]), "r"(r[1]),
+               "r"(r[2]), "r"(r[3])
+               : "memory");
+#else
+  const uint32_t mine = shared_address(row);
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int m = 0; m < 4; ++m) {
+    const uint32_t at = __shfl_sync(0xffffffffu, mine, m * 8 + lane / 4) + lane % 4 * 4;
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(r[m]) : "memory");
+  }
+#endif
+}
+
+// Barriers of part of a block: the barrier `id` opens when `threads` threads, a multiple of 32, have come to it; those that
+// only arrive go on at once. What a thread wrote before is seen by those that wait.
+TCAM_DEVICE void barrier_wait(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+TCAM_DEVICE void barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// Each half of v: all ones where its highest bit is set, else zero.
+TCAM_DEVICE uint32_t spread_signs(uint32_t v) {
+  uint32_t r;
+  asm("prmt.b32 %0, %1, %1, 0xbb99;" : "=r"(r) : "r"(v));
+  return r;
+}
+
 // Two neighbours of shared memory in one load.
 TCAM_DEVICE void load_pair(float* r, const float* p) {
   const float2 v = *reinterpret_cast<const float2*>(p);
@@ -44,8 +81,14 @@ TCAM_DEVICE void load_pair(float* r, const float* p) {
 // Pairs of 16-bit numbers, the first in the low half, and products of them: D = A B + C, m16n8k16 (PTX ISA, matrix fragments).
 struct BFloat16 {
   static constexpr int dtype = TCAM_BF16;
+  static constexpr uint32_t ones = 0x3f803f80u;
   TCAM_DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b, const float (&c)[4]) {
     TCAM_MMA("bf16");
+  }
+  TCAM_DEVICE static uint32_t pack(float lo, float hi) {
+    uint32_t r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+    return r;
   }
   TCAM_DEVICE static uint32_t pack_relu(float lo, float hi) {
     uint32_t r;
@@ -54,12 +97,12 @@ struct BFloat16 {
   }
   TCAM_DEVICE static uint32_t add(uint32_t a, uint32_t b) {  // a * 1 + b: sm_80 has no packed add of bfloat16
     uint32_t r;
-    asm("fma.rn.bf16x2 %0, %1, %3, %2;" : "=r"(r) : "r"(a), "r"(b), "r"(0x3f803f80u));
+    asm("fma.rn.bf16x2 %0, %1, %3, %2;" : "=r"(r) : "r"(a), "r"(b), "r"(ones));
     return r;
   }
   TCAM_DEVICE static uint32_t add_relu(uint32_t a, uint32_t b) {
     uint32_t r;
-    asm("fma.rn.relu.bf16x2 %0, %1, %3, %2;" : "=r"(r) : "r"(a), "r"(b), "r"(0x3f803f80u));
+    asm("fma.rn.relu.bf16x2 %0, %1, %3, %2;" : "=r"(r) : "r"(a), "r"(b), "r"(ones));
     return r;
   }
   TCAM_DEVICE static uint16_t round(float x) { return Bits::to_bfloat(x); }
@@ -68,8 +111,14 @@ struct BFloat16 {
 
 struct Float16 {
   static constexpr int dtype = TCAM_F16;
+  static constexpr uint32_t ones = 0x3c003c00u;
   TCAM_DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b, const float (&c)[4]) {
     TCAM_MMA("f16");
+  }
+  TCAM_DEVICE static uint32_t pack(float lo, float hi) {
+    uint32_t r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+    return r;
   }
   TCAM_DEVICE static uint32_t pack_relu(float lo, float hi) {
     uint32_t r;
@@ -78,12 +127,12 @@ struct Float16 {
   }
   TCAM_DEVICE static uint32_t add(uint32_t a, uint32_t b) {
     uint32_t r;
-    asm("fma.rn.f16x2 %0, %1, %3, %2;" : "=r"(r) : "r"(a), "r"(b), "r"(0x3c003c00u));
+    asm("fma.rn.f16x2 %0, %1, %3, %2;" : "=r"(r) : "r"(a), "r"(b), "r"(ones));
     return r;
   }
   TCAM_DEVICE static uint32_t add_relu(uint32_t a, uint32_t b) {
     uint32_t r;
-    asm("fma.rn.relu.f16x2 %0, %1, %3, %2;" : "=r"(r) : "r"(a), "r"(b), "r"(0x3c003c00u));
+    asm("fma.rn.relu.f16x2 %0, %1, %3, %2;" : "=r"(r) : "r"(a), "r"(b), "r"(ones));
     return r;
   }
   TCAM_DEVICE static uint16_t round(float x) { return Bits::to_half(x); }

@@ -108,10 +108,13 @@ def round_bfloat16(t: Tensor) -> Tensor:
     return t.to(torch.bfloat16).to(t.dtype)
 
 
-def masked_reference(problem: Problem, rounding: Any = None, margin: float = 1e-5) -> tuple[Tensor, Tensor]:
+def masked_reference(
+    problem: Problem, rounding: Any = None, margin: float = 1e-5, preactivations: list[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """The float64 volume with the slopes of relu and leaky_relu fixed to those of a mirror, and where to trust them.
 
-    The mirror rounds hidden activations and weights where the kernel rounds (``rounding``; None: nowhere). The mask returned
+    The mirror rounds hidden activations and weights where the kernel rounds (``rounding``; None: nowhere), or is given by what
+    it has before the activation of every layer (``preactivations``, (B, H, W, D, width) each). The mask returned
     is 0 at voxels where the mirror has a pre-activation within ``margin`` of zero: there an equally good kernel may sit on
     the other side, and no limit applies. Multiply grad_output by it.
     """
@@ -125,7 +128,8 @@ def masked_reference(problem: Problem, rounding: Any = None, margin: float = 1e-
             replace(p, weights=p.weights[:1], biases=p.biases[:1], options=options).call(reference.decode_grid).movedim(1, -1)
         )
 
-    z, mirror_z = first(problem), first(problem.to(torch.float64)).detach()
+    given = [t.double() for t in preactivations or []]
+    z, mirror_z = first(problem), given.pop(0) if given else first(problem.to(torch.float64)).detach()
     trusted = torch.ones(z.shape[:-1], dtype=torch.float64)
     for w, b in zip(problem.weights[1:], problem.biases[1:], strict=True):
         trusted *= (mirror_z.abs() > margin).all(-1)
@@ -133,7 +137,8 @@ def masked_reference(problem: Problem, rounding: Any = None, margin: float = 1e-
         slope = leak + (1 - leak) * (mirror_z > 0).to(z)
         h = z * slope if act in PIECEWISE_LINEAR else ACTIVATIONS[act](z)
         z = torch.nn.functional.linear(h, w, b)
-        mirror_z = torch.nn.functional.linear(mirror_h, r(w.detach()), None if b is None else b.detach())
+        bias = None if b is None else b.detach()
+        mirror_z = given.pop(0) if given else torch.nn.functional.linear(mirror_h, r(w.detach()), bias)
     out_name = problem.options.get("output_activation", "none")
     if out_name == "clamp":  # kinks at 0 and 1
         near = torch.minimum(mirror_z.abs(), (mirror_z - 1).abs()) > margin

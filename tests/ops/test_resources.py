@@ -31,6 +31,7 @@ SPILLS = [
     (r"fused_forward_kernel<.*, 128, 2, 12, 1, 1>", 128),
     (r"fused_forward_kernel<.*, 128, 2, 3, 2, \d>", 160),  # 6 warps; only where a block has less than 218 KiB of shared memory
     (r"fused_forward_kernel<.*, 64, 2, 12, 1, \d>", 16),
+    (r"fused_backward_kernel<.*, 128>", 128),
     (r"gemm_kernel<", 16),
 ]
 #: Looked at before those above on these architectures. ptxas spills more there at the same cap of 168 registers, and why is not

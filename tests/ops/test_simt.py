@@ -161,7 +161,7 @@ HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def mirror(p, dtype):
-    """The fused kernel in plain PyTorch: float32 sums, rounded where the kernel rounds."""
+    """The fused kernel in plain PyTorch: float32 sums, rounded where the kernel rounds. Gives the layers before activation."""
 
     def r(t):
         return t.to(dtype).float()
@@ -178,11 +178,11 @@ def mirror(p, dtype):
         sampled = reference.sample_plane(projected, taps[rows], taps[columns]).movedim(1, -1)
         maps.append(r(sampled + p.biases[0] if q == 0 and p.biases[0] is not None else sampled))
     a, b, g = maps[0].unsqueeze(3), maps[1].unsqueeze(1), maps[2].unsqueeze(2)
-    h = r(r(a + g) + b).relu()
+    z = [r(r(a + g) + b)]
     for w, bias in zip(p.weights[1:-1], p.biases[1:-1], strict=True):
-        h = r(torch.nn.functional.linear(h, r(w), bias).relu())
+        z.append(torch.nn.functional.linear(r(z[-1].relu()), r(w), bias))
     w, high = p.weights[-1], r(p.weights[-1])
-    return torch.sigmoid(torch.nn.functional.linear(h, high + r(w - high), p.biases[-1])).movedim(-1, 1)
+    return [*z, torch.nn.functional.linear(r(z[-1].relu()), high + r(w - high), p.biases[-1])]
 
 
 @pytest.fixture(params=[(227 << 10, 2), (163 << 10, 3)], ids=["227 KiB", "163 KiB"])
@@ -198,7 +198,7 @@ def test_the_fused_kernel_equals_its_mirror(kernels, device, shape, dtype):
     p = problems.make(**shape, output_activation="sigmoid")
     p32 = p.to(torch.float32)
     got = kernels.forward(p32, raw.DTYPES[HALF[dtype]])
-    assert problems.relative(got, mirror(p32, HALF[dtype]).double()) < 1e-3
+    assert problems.relative(got, mirror(p32, HALF[dtype])[-1].sigmoid().movedim(-1, 1).double()) < 1e-3
     full = p.call(reference.decode_grid)
     error = problems.relative(got, full)
     assert 1e-6 < error < 1e-2  # not zero: the general path, in float32, did not take it
@@ -235,3 +235,123 @@ def test_no_fused_kernel_fits_and_the_general_path_serves(kernels):
     got = kernels.forward(p, 3)
     kernels.library.simt_device(227 << 10, 2)
     assert torch.equal(got, kernels.forward(p, 0))
+
+
+# ---- its backward ----------------------------------------------------------------------------
+
+BACKWARD = [
+    dict(channels=5, texels=(4, 5, 6), widths=(128, 128, 128, 128, 1), size=(5, 4, 37)),
+    dict(channels=3, texels=(4, 5, 6), widths=(100, 70, 128, 2), size=(5, 3, 33), batch=2, bias=False),
+    dict(channels=2, texels=(5, 3, 4), widths=(64, 33, 1), size=(13, 3, 16), align_corners=True),
+    dict(channels=4, texels=(4, 6, 9), widths=(20, 64, 50, 64, 4), size=(2, 9, 67), padding_mode="zeros"),
+    dict(channels=3, texels=(3, 4, 5), widths=(90, 128, 30, 1), size=(1, 19, 40), batch=2),
+    dict(channels=2, texels=(3, 4, 5), widths=(128, 17, 3), size=(6, 6, 6)),
+]
+BACKWARD_IDS = [str(s["widths"]) for s in BACKWARD]
+
+
+def fused_reference(p, dtype):
+    """The float64 volume with the mirror's masks, and where to trust them."""
+    exact = p.to(torch.float64, requires_grad=True)
+    return exact, *problems.masked_reference(exact, margin=1e-4, preactivations=mirror(p.to(torch.float32), HALF[dtype]))
+
+
+@pytest.mark.parametrize("shape", BACKWARD, ids=BACKWARD_IDS)
+@pytest.mark.parametrize("dtype", sorted(HALF))
+@pytest.mark.parametrize("tile", [0, 1], ids=["one slab", "slabs"])
+def test_fused_gradients(kernels, shape, dtype, tile):
+    p = problems.make(**shape, output_activation="sigmoid")
+    exact, out, trusted = fused_reference(p, dtype)
+    grad = torch.randn_like(out) * trusted
+    want = gradients(out, exact.tensors, grad)
+    p32, compute = p.to(torch.float32), raw.DTYPES[HALF[dtype]]
+    got = kernels.backward(p32, grad.float(), compute, tile=tile)
+    error = problems.gradient_error(got, want)
+    assert 1e-5 < error < 1e-2  # not zero: the general road, in float32, did not take it
+    for grads in ((True, False), (False, True)):
+        chosen = got[:3] if grads[0] else got[3:]
+        some = kernels.backward(p32, grad.float(), compute, tile=tile, grads=grads)
+        assert all(torch.equal(a, b) for a, b in zip(some, chosen, strict=True))
+
+
+@pytest.mark.parametrize("shape", BACKWARD, ids=BACKWARD_IDS)
+@pytest.mark.parametrize(("loss", "per_object"), [("mse", False), ("smooth_l1", True), ("l1", False)])
+def test_fused_losses(kernels, shape, loss, per_object):
+    p = problems.make(**shape, output_activation="sigmoid")
+    exact, out, _ = fused_reference(p, "bfloat16")
+    # A difference of order one: mse's gradient is proportional to it, l1's jumps where it is zero.
+    target = (out.detach() + torch.randn_like(out).sign() * (1 + torch.rand_like(out))).float()
+    each = LOSSES[loss](out, target.double(), 0.01).flatten(1).sum(1)
+    losses, *got = kernels.loss(p.to(torch.float32), target, loss, 0.01, per_object, 3)
+    assert problems.relative(losses, each) < 1e-2
+    rows = [torch.autograd.grad(e, exact.tensors, retain_graph=True) for e in each]
+    want = [torch.stack(r) if per_object and i >= 3 else sum(r) for i, r in enumerate(zip(*rows, strict=True))]
+    assert problems.gradient_error(got, want) < 1e-2
+    alone = kernels.loss(p.to(torch.float32), target, loss, 0.01, per_object, 3, grads=(False, False))
+    torch.testing.assert_close(alone[0], losses, rtol=1e-13, atol=0)
+    for grads in ((True, False), (False, True)):
+        chosen = got[:3] if grads[0] else got[3:]
+        some = kernels.loss(p.to(torch.float32), target, loss, 0.01, per_object, 3, grads=grads)[1:]
+        assert all(torch.equal(a, b) for a, b in zip(some, chosen, strict=True))
+
+
+@pytest.mark.parametrize("shape", BACKWARD[:2], ids=BACKWARD_IDS[:2])
+def test_fused_gradients_under_every_schedule(kernels, schedule, shape):
+    p = problems.make(**shape).to(torch.float32)
+    target = torch.rand(p.planes[0].shape[0], shape["widths"][-1], *p.size)
+    want = kernels.loss(p, target, "mse", compute=3)
+    for name in SCHEDULES:
+        schedule(name)
+        got = kernels.loss(p, target, "mse", compute=3)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), name
+
+
+@pytest.mark.parametrize("exponent", [-40, 30])
+def test_float16_gradients_do_not_underflow(kernels, exponent):
+    """grad_output times a power of two gives the gradients times it: in float16, whose smallest number is 2^-24."""
+    p = problems.make(**BACKWARD[0]).to(torch.float32)
+    grad = torch.randn(1, 1, *p.size)
+    want = [g * 2.0**exponent for g in kernels.backward(p, grad, 2)]
+    assert all(torch.equal(a, b) for a, b in zip(kernels.backward(p, grad * 2.0**exponent, 2), want, strict=True))
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_float16_gradients_of_what_has_no_scale(kernels, value):
+    p = problems.make(**BACKWARD[2]).to(torch.float32)
+    grad = torch.zeros(1, 1, *p.size)
+    grad[..., 0] = value
+    for g in kernels.backward(p, grad, 2):
+        assert torch.all(g == 0) if value == 0 else not g.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.uint8])
+def test_fused_targets_of_every_dtype(kernels, dtype):
+    p = problems.make(**BACKWARD[1]).to(torch.float32)
+    target = torch.rand(2, 2, *p.size).mul(255 if dtype == torch.uint8 else 1).to(dtype)
+    got = kernels.loss(p, target, "mse", compute=3)
+    want = kernels.loss(p, target.float() / (255 if dtype == torch.uint8 else 1), "mse", compute=3)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_fused_bfloat16_gradients_are_as_good_as_torchs_own(kernels, capsys):
+    """Unmasked: see test_emulated.py."""
+    p = problems.make(channels=12, texels=(6, 7, 8), widths=(128, 128, 128, 1), size=(6, 8, 32))
+    exact = p.to(torch.float64, requires_grad=True)
+    grad = torch.randn(1, 1, *p.size, dtype=torch.float64)
+    want = gradients(exact.call(reference.decode_grid), exact.tensors, grad)
+    theirs = p.to(torch.float32, requires_grad=True)
+    autocast = theirs.call(reference.decode_grid, compute_dtype=torch.bfloat16)
+    torch_error = problems.gradient_error(gradients(autocast, theirs.tensors, grad.float()), want)
+    our_error = problems.gradient_error(kernels.backward(p.to(torch.float32), grad.float(), 3), want)
+    with capsys.disabled():
+        print(f"\n[bfloat16 relu gradients, fused, unmasked: ours {our_error:.3f}, torch {torch_error:.3f}]", end="")
+    assert our_error < 1.2 * torch_error
+
+
+def test_no_fused_backward_fits_and_the_general_road_serves(kernels):
+    p = problems.make(**BACKWARD[0]).to(torch.float32)
+    grad = torch.randn(1, 1, *p.size)
+    kernels.library.simt_device(163 << 10, 2)
+    got = kernels.backward(p, grad, 3)
+    kernels.library.simt_device(227 << 10, 2)
+    assert all(torch.equal(a, b) for a, b in zip(got, kernels.backward(p, grad, 0), strict=True))

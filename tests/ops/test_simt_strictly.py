@@ -32,7 +32,8 @@ def runtime(name: str) -> str:
 def test_address_and_undefined_behaviour(tmp_path):
     preload = f"{runtime('libasan.so')} {runtime('libubsan.so')}"
     flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
-    selected = "(values and float64 and silu) or box or (losses and mse) or dtypes or (mirror and bfloat16)"
+    selected = "(values and float64 and silu) or box or (losses and mse) or dtypes"
+    selected += " or (mirror and bfloat16) or (fused_gradients and bfloat16)"
     done = run_tests(simt.build(tmp_path, *flags), selected, preload, ASAN_OPTIONS="detect_leaks=0")
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -44,11 +45,15 @@ import ctypes, problems, raw, torch
 kernels = raw.Kernels(ctypes.CDLL({library!r}), "cuda", (0, None))
 p = problems.make(channels=2, texels=(2, 3, 2), widths=(18, 17, 2), size=(2, 3, 7)).to(torch.float32)
 fused = problems.make(channels=2, texels=(2, 3, 2), widths=(64, 64, 1), size=(13, 4, 33)).to(torch.float32)
+deep = problems.make(channels=2, texels=(2, 3, 2), widths=(64, 64, 64, 2), size=(2, 3, 33)).to(torch.float32)
 for order in (0, 1, 2):
     kernels.library.simt_schedule(order, order == 1, 0, 5, 1)
     kernels.forward(p)
     kernels.forward(fused, 3)
     kernels.loss(p, torch.rand(1, 2, 2, 3, 7), "mse")
+    kernels.library.simt_device(227 << 10, 1)  # one block walks all columns
+    kernels.loss(deep, torch.rand(1, 2, 2, 3, 33), "mse", compute=3)
+    kernels.library.simt_device(227 << 10, 2)
 print("finished")
 """
 
@@ -79,11 +84,21 @@ def mutated(tmp_path: Path, file: str, old: str, new: str) -> Path:
     return csrc
 
 
-@pytest.mark.parametrize(
-    ("file", "barrier"), [("gemm.h", "    __syncthreads();\n"), ("fused_forward.h", "__syncthreads();  // step jb + 1")]
-)
-def test_a_missing_barrier_is_a_race(file, barrier, tmp_path):
-    csrc = mutated(tmp_path, file, barrier, "// ")
+#: Barriers whose loss shows as a race or as a deadlock.
+BARRIERS = {
+    "general": ("gemm.h", "    __syncthreads();\n", ""),
+    "forward step": ("fused_forward.h", "__syncthreads();  // step jb + 1", "// "),
+    "backward start": ("fused_backward.h", "    __syncthreads();\n    const typename", "    const typename"),
+    "backward column": ("fused_backward.h", "ptx::barrier_wait(chain_barrier, chain_threads);  // all", "// "),
+    "backward step": ("fused_backward.h", "ptx::barrier_wait(chain_barrier, chain_threads);  // step jb", "// "),
+    "tile read": ("fused_backward.h", "barrier_wait(read + warp", "barrier_arrive(read + warp"),
+    "tile written": ("fused_backward.h", "barrier_wait(written + w", "barrier_arrive(written + w"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("barrier", sorted(BARRIERS))
+def test_a_missing_barrier_is_a_race(barrier, tmp_path):
+    csrc = mutated(tmp_path, *BARRIERS[barrier])
     found, log = races(tmp_path, csrc)
     assert found > 0 or "finished" not in log
 
@@ -94,23 +109,47 @@ FAULTS = {
     "no barrier after the products": ("gemm.h", "    }\n    __syncthreads();\n  }", "    }\n  }"),
     "the last row tile is missing": ("gemm.h", "(m + rows - 1) / rows", "m > rows ? m / rows : 1"),
     "a depth beyond the end": ("gemm.h", "k0 + q < end ? a(", "k0 + q <= end ? a("),
-    "weights of the taps swapped": ("decode_grid.cu", "t.w_lo * (u.w_lo", "t.w_lo * (u.w_hi"),
-    "texels above forgotten": ("decode_grid.cu", "end = first_tap(taps, count, r + 1)", "end = first_tap(taps, count, r)"),
+    "weights of the taps swapped": ("planes.h", "t.w_lo * (u.w_lo", "t.w_lo * (u.w_hi"),
+    "texels above forgotten": ("planes.h", "end = first_tap(taps, count, r + 1)", "end = first_tap(taps, count, r)"),
     "a region's sum replaces the one before": (
-        "decode_grid.cu",
+        "planes.h",
         "map_pitch + y) * n + c] += sum",
         "map_pitch + y) * n + c] = sum",
     ),
-    "half of the lanes forgotten": ("decode_grid.cu", "int other = 16;", "int other = 8;"),
-    "partial sums replaced": ("decode_grid.cu", "columns + c] += sum;", "columns + c] = sum;"),
-    "a map not cleared": ("decode_grid.cu", "clear(db_,", "if (false) clear(db_,"),
+    "half of the lanes forgotten": ("layers.h", "int other = 16;", "int other = 8;"),
+    "partial sums replaced": ("planes.h", "columns + c] += sum;", "columns + c] = sum;"),
+    "a map not cleared": ("planes.h", "clear(db_,", "if (false) clear(db_,"),
     "no barrier before the next step's tiles": ("fused_forward.h", "__syncthreads();  // step jb + 1", "// "),
     "no wait for the copies": ("fused_forward.h", "ptx::wait_copies();\n        __syncthreads();", "__syncthreads();"),
-    "two registers of a fragment swapped": ("fused_forward.h", "pack_relu(c[0][2], c[0][3])", "pack_relu(c[1][0], c[1][1])"),
-    "another swizzle for the weights": ("fused_forward.h", "((lane >> 3) & 1) ^ swizzle", "((lane >> 3) & 1) ^ (swizzle ^ 2)"),
-    "rows past the end are written": ("fused_forward.h", "if (i >= p.ni || j >= p.nj) return;", "if (j >= p.nj) return;"),
-    "the low halves of the last layer forgotten": ("fused_forward.h", "T::round(w - T::widen(high))", "uint16_t(0)"),
-    "no barrier before the tree": ("decode_grid.cu", "[threadIdx.x] = sum;\n  " + BARRIER, "[threadIdx.x] = sum;\n"),
+    "two registers of a fragment swapped": ("fused_tile.h", "pack_relu(c[0][2], c[0][3])", "pack_relu(c[1][0], c[1][1])"),
+    "another swizzle for the weights": ("fused_tile.h", "((lane >> 3) & 1) ^ swizzle", "((lane >> 3) & 1) ^ (swizzle ^ 2)"),
+    "rows past the end are written": (
+        "fused_forward.h",
+        "if (i >= maps.ni || j >= maps.nj) return;",
+        "if (j >= maps.nj) return;",
+    ),
+    "the low halves of the last layer forgotten": ("fused_tile.h", "T::round(w - T::widen(high))", "uint16_t(0)"),
+    "a bit of the masks shifted": ("fused_backward.h", "<< (15 - (s % 4 * 4 + r))", "<< (15 - (s % 4 * 4 + (r ^ 1)))"),
+    "the mask of another layer": ("fused_backward.h", "load_mask(mask, p, layer - 1,", "load_mask(mask, p, layer,"),
+    "the panel of another layer": ("fused_backward.h", "(forward + top - layer) * N * N", "(forward) * N * N"),
+    "voxels past the end count": ("fused_backward.h", "if (inside && k0 + n * 8 + lane.g < p.maps.nk) {", "if (inside) {"),
+    "rows of dW swapped": (
+        "fused_backward.h",
+        "r = row + m * 16 + half * 8 + lane.g",
+        "r = row + m * 16 + (half ^ 1) * 8 + lane.g",
+    ),
+    "half of the sums of delta": ("fused_backward.h", "if (half == right)", "if (half == 0)"),
+    "the sums of a slab replace those before": ("fused_backward.h", "lane.t * 2 + e] += sum", "lane.t * 2 + e] = sum"),
+    "columns of delta_1 in another order": (
+        "fused_backward.h",
+        "at / 2 % 4 * 8 + at / 8 % 4 * 2",
+        "at / 8 % 4 * 8 + at / 2 % 4 * 2",
+    ),
+    "no scale": ("fused.h", "frexpf(most, &exponent);", ";"),
+    "a scale that is not undone": ("fused.h", "factor_ = scale_ + 1;", ""),
+    "a tile of the sums over i forgotten": ("fused.h", "add_axis_sum(partial_g_", "if (i0 == 0) add_axis_sum(partial_g_"),
+    "the bias of the layer below the last": ("fused.h", "sum * p.bias[r]", "sum"),
+    "no barrier before the tree": ("planes.h", "[threadIdx.x] = sum;\n  " + BARRIER, "[threadIdx.x] = sum;\n"),
 }
 
 

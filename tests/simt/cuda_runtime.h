@@ -19,6 +19,9 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
 };
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
 inline void __syncthreads() { simt::machine->barrier(); }
@@ -28,6 +31,10 @@ inline void __syncwarp(uint32_t mask = 0xffffffffu) {
 template <class T>
 T __shfl_xor_sync(uint32_t mask, T value, int lanes) {
   return simt::shuffle(2, mask, value, [=](int l) { return l ^ lanes; });
+}
+template <class T>
+T __shfl_sync(uint32_t mask, T value, int lane) {
+  return simt::shuffle(3, mask, value, [=](int) { return lane; });
 }
 
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };

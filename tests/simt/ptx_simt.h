@@ -28,21 +28,47 @@ inline void wait_copies() {
   copies.clear();
 }
 
-inline void load_matrices(uint32_t (&r)[4], const void* row) {
+template <bool transposed>
+void load_matrices_as(uint32_t (&r)[4], const void* row) {
   simt::Fiber& me = *simt::machine->current;
   aligned(row, "ldmatrix: the address is not divisible by 16");
   me.address = row;
 #if defined(__SANITIZE_THREAD__)
   for (int i = 0; i < 4; ++i) (void)static_cast<const volatile uint32_t*>(row)[i];  // the read, seen as this thread's
 #endif
-  simt::machine->warp_function(5, ~0u, [](int warp) {
+  simt::machine->warp_function(transposed ? 7 : 5, ~0u, [](int warp) {
     for (int l = 0; l < 32; ++l)
       for (int m = 0; m < 4; ++m)
-        memcpy(&simt::machine->fiber(warp + l).out[m],
-               static_cast<const char*>(simt::machine->fiber(warp + m * 8 + l / 4).address) + l % 4 * 4, 4);
+        for (int h = 0; h < 2; ++h) {
+          const int i = l / 4, j = l % 4 * 2 + h;  // of the matrix as the lanes get it
+          const void* address = simt::machine->fiber(warp + m * 8 + (transposed ? j : i)).address;
+          memcpy(reinterpret_cast<char*>(&simt::machine->fiber(warp + l).out[m]) + 2 * h,
+                 static_cast<const char*>(address) + 2 * (transposed ? i : j), 2);
+        }
   });
   memcpy(r, me.out, 16);
 }
+inline void load_matrices(uint32_t (&r)[4], const void* row) { load_matrices_as<false>(r, row); }
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) { load_matrices_as<true>(r, row); }
+
+inline void store_matrices(void* row, const uint32_t (&r)[4]) {
+  simt::Fiber& me = *simt::machine->current;
+  aligned(row, "stmatrix: the address is not divisible by 16");
+  me.address = row;
+  memcpy(me.in, r, 16);
+  simt::machine->warp_function(8, ~0u, [](int warp) {
+    for (int row = 0; row < 32; ++row) {
+      simt::Fiber& of = simt::machine->fiber(warp + row);
+      for (int t = 0; t < 4; ++t) memcpy(&of.out[t], &simt::machine->fiber(warp + row % 8 * 4 + t).in[row / 8], 4);
+    }
+  });
+  memcpy(row, me.out, 16);  // the write, seen as this thread's
+}
+
+inline void barrier_wait(int id, int threads) { simt::machine->named_barrier(id, threads, true); }
+inline void barrier_arrive(int id, int threads) { simt::machine->named_barrier(id, threads, false); }
+
+inline uint32_t spread_signs(uint32_t v) { return (v >> 31 ? 0xffff0000u : 0) | (v >> 15 & 1 ? 0xffffu : 0); }
 
 inline void load_pair(float* r, const float* p) {
   if (reinterpret_cast<uintptr_t>(p) & 7) simt::die("a load of two floats: the address is not divisible by 8");
@@ -94,11 +120,13 @@ struct Packed {
 
 struct BFloat16 : Packed<BFloat16> {
   static constexpr int dtype = TCAM_BF16;
+  static constexpr uint32_t ones = 0x3f803f80u;
   static uint16_t round(float x) { return Bits::to_bfloat(x); }
   static float widen(uint16_t x) { return Bits::bfloat(x); }
 };
 struct Float16 : Packed<Float16> {
   static constexpr int dtype = TCAM_F16;
+  static constexpr uint32_t ones = 0x3c003c00u;
   static uint16_t round(float x) { return Bits::to_half(x); }
   static float widen(uint16_t x) { return Bits::half(x); }
 };

@@ -73,7 +73,7 @@ struct Index {
   unsigned x, y, z;
 };
 
-enum class State : uint8_t { running, in_warp_function, at_barrier, done };
+enum class State : uint8_t { running, in_warp_function, at_barrier, at_named_barrier, done };
 
 struct Fiber {
   Index index{};
@@ -174,6 +174,8 @@ class Machine {
         current = fibers_[i].get();
         die("__syncthreads reached by some threads of the block only");
       }
+    for (const Named& b : named_)
+      if (!alive_ && b.arrived) die("threads arrived at a named barrier that nobody waited for");
     if (alive_) die("deadlock: threads wait for others that cannot come (divergent barrier or warp function)");
     acquire(this);
   }
@@ -190,6 +192,29 @@ class Machine {
       yield();
     }
     acquire(this);
+  }
+
+  // bar.sync (wait) and bar.arrive of the PTX ISA.
+  void named_barrier(int id, int threads, bool wait) {
+    Unwatched u;
+    if (id < 1 || id > 15) die("a named barrier beyond 1..15 (0 is __syncthreads)");
+    if (threads % 32 || threads <= 0) die("a named barrier of a number of threads that is no multiple of 32");
+    Named& b = named_[id];
+    if (b.arrived && b.threads != threads) die("threads disagree on how many a named barrier waits for");
+    b.threads = threads;
+    char* generation = &b.generations[b.generation];
+    release(generation);
+    if (++b.arrived == threads) {
+      for (Fiber* f : b.waiting) f->state = State::running;
+      b.waiting.clear();
+      b.arrived = 0;
+      b.generation ^= 1;
+    } else if (wait) {
+      b.waiting.push_back(current);
+      current->state = State::at_named_barrier;
+      yield();
+    }
+    if (wait) acquire(generation);
   }
 
   // The last lane of `mask` to arrive runs finish(first thread of the warp) for all of them.
@@ -259,6 +284,11 @@ class Machine {
   std::vector<std::unique_ptr<char, void (*)(void*)>> shared_;
   size_t shared_used_ = 0;
   int count_ = 0, alive_ = 0, waiting_ = 0, position_ = 0;
+  struct Named {
+    int threads = 0, arrived = 0, generation = 0;
+    char generations[2];  // what ThreadSanitizer orders by
+    std::vector<Fiber*> waiting;
+  } named_[16];
   Fiber host_;
   std::mt19937 random_{1};
 

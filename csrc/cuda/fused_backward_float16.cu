@@ -1,0 +1,10 @@
+// The kernels of fused_backward.h in float16: a file of their own, so that two formats compile at the same time.
+#include "fused_backward.h"
+
+namespace tcam {
+
+cudaError_t fused_backward_float16(const FusedBackward& p, int width, int blocks, cudaStream_t stream) {
+  return choose_fused_backward<ptx::Float16>(p, width, blocks, stream);
+}
+
+}  // namespace tcam

@@ -1,0 +1,230 @@
+// What the fused kernels share: a warp's tile of R = 16 MT voxels, neighbours along k at one (i,j), and its walk through layers
+// of N channels on tensor cores.
+//
+// The voxels are the rows of m16n8k16 products, and their activations stay in registers from layer to layer: the accumulators
+// of a product are, rounded, the A operand of the next. Matrices in shared memory have rows of N numbers; the 16-byte chunk c
+// of row r stands at c ^ (r & 7), so that ldmatrix meets no bank twice.
+#pragma once
+#include "../maths/activation.h"
+#include "ptx.h"
+
+namespace tcam {
+
+constexpr int fused_most_out = 4;
+
+// The maps of the first layer, in the fused kernels' 16-bit format: h_1(i,j,k) = relu(A[i,j] + B[j,k] + G[i,k]).
+struct FusedMaps {
+  const uint16_t *a, *b, *g;  // (ni, nj, N), (nj, nk, N), (ni, nk, N)
+  int ni, nj, nk;
+};
+
+// A device as the launchers see it.
+struct Device {
+  int shared_limit;  // bytes that a block may have
+  int processors;
+};
+
+// A lane's element in the first k-step of a tile; in step s it is that ^ 16 s, because the swizzle is an exclusive or.
+template <int N>
+struct Lane {
+  int lane, g, t, swizzle;
+  int rows;          // A operands: row lane & 15, chunk parity lane >> 4
+  int weights;       // B operands of h W^T, from W (output, input)
+  int weights_back;  // B operands of delta W, from the same: transposed as they are loaded
+  TCAM_DEVICE Lane()
+      : lane(threadIdx.x & 31),
+        g(lane >> 2),
+        t(lane & 3),
+        swizzle(lane & 7),
+        rows((lane & 15) * N + (((lane >> 4) ^ swizzle) << 3)),
+        weights(((lane & 7) + ((lane >> 4) << 3)) * N + ((((lane >> 3) & 1) ^ swizzle) << 3)),
+        weights_back((lane & 15) * N + (((lane >> 4) ^ swizzle) << 3)) {}
+};
+
+template <class T, int N, int MT>
+struct FusedTile {
+  static constexpr int R = 16 * MT, tile = R * N, steps = N / 16, chunks = N / 8;
+  static_assert(MT == 2 && steps % 2 == 0 && chunks >= 8, "");
+  using Fragment =
+      uint32_t[MT][steps][4];  // [m][s][r]: rows 16 m + g + 8 (r & 1), columns 16 s + 8 (r >> 1) + 2 t and the next
+
+  TCAM_DEVICE static int at(int row, int chunk) { return row * N + ((chunk ^ (row & 7)) << 3); }
+
+  // A matrix of N columns and `rows` rows into shared memory, by `threads` threads of which this is the thread `tid`.
+  TCAM_DEVICE static void stage_rows(uint16_t* to, const uint16_t* from, int rows, int tid, int threads) {
+    for (int c = tid; c < rows * chunks; c += threads)
+      ptx::copy16(to + at(c / chunks, c % chunks), from + static_cast<size_t>(c) * 8);
+  }
+
+  // k-step s of h_1. A's row is the same for all rows of the fragment: every lane reads it by broadcast.
+  TCAM_DEVICE static void first_layer(Fragment& out, int s, const uint16_t* a_row, const uint16_t* b_tile,
+                                      const uint16_t* g_tile, const Lane<N>& lane) {
+    uint32_t a[4];
+    ptx::load_matrices(a, a_row + ((s & ~1) * 2 + (lane.lane >> 3)) * 8);
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+      uint32_t bv[4], gv[4];
+      const int offset = m * 16 * N + (lane.rows ^ (s << 4));
+      ptx::load_matrices(bv, b_tile + offset);
+      ptx::load_matrices(gv, g_tile + offset);
+#pragma unroll
+      for (int r = 0; r < 4; ++r) out[m][s][r] = T::add_relu(T::add(a[(s & 1) * 2 + (r >> 1)], gv[r]), bv[r]);
+    }
+  }
+
+  // `blocks` times 16 columns of in W^T + bias, from column 16 nb on.
+  template <int blocks>
+  TCAM_DEVICE static void product(float (&sum)[blocks][MT][2][4], const Fragment& in, const uint16_t* panel,
+                                  const float* biases, int nb, const Lane<N>& lane) {
+    float bias[blocks][2][4];
+#pragma unroll
+    for (int q = 0; q < blocks; ++q)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        ptx::load_pair(bias[q][e], biases + (nb + q) * 16 + e * 8 + lane.t * 2);
+        bias[q][e][2] = bias[q][e][0];
+        bias[q][e][3] = bias[q][e][1];
+      }
+#pragma unroll
+    for (int s = 0; s < steps; ++s)
+#pragma unroll
+      for (int q = 0; q < blocks; ++q) {
+        uint32_t w[4];
+        ptx::load_matrices(w, panel + (nb + q) * 16 * N + (lane.weights ^ (s << 4)));
+#pragma unroll
+        for (int m = 0; m < MT; ++m)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) T::mma(sum[q][m][e], in[m][s], w + 2 * e, s ? sum[q][m][e] : bias[q][e]);
+      }
+  }
+
+  // The same of in W.
+  template <int blocks>
+  TCAM_DEVICE static void product_back(float (&sum)[blocks][MT][2][4], const Fragment& in, const uint16_t* panel, int nb,
+                                       const Lane<N>& lane) {
+#pragma unroll
+    for (int q = 0; q < blocks; ++q)
+#pragma unroll
+      for (int m = 0; m < MT; ++m)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+#pragma unroll
+          for (int r = 0; r < 4; ++r) sum[q][m][e][r] = 0.f;
+#pragma unroll
+    for (int s = 0; s < steps; ++s)
+#pragma unroll
+      for (int q = 0; q < blocks; ++q) {
+        uint32_t w[4];
+        ptx::load_matrices_transposed(w, panel + s * 16 * N + (lane.weights_back ^ ((nb + q) << 4)));
+#pragma unroll
+        for (int m = 0; m < MT; ++m)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) T::mma(sum[q][m][e], in[m][s], w + 2 * e, sum[q][m][e]);
+      }
+  }
+
+  TCAM_DEVICE static void to_operand(uint32_t (&out)[4], const float (&c)[2][4]) {
+    out[0] = T::pack_relu(c[0][0], c[0][1]);
+    out[1] = T::pack_relu(c[0][2], c[0][3]);
+    out[2] = T::pack_relu(c[1][0], c[1][1]);
+    out[3] = T::pack_relu(c[1][2], c[1][3]);
+  }
+
+  // The last layer as one more product: weights (8, N) as high + low halves in neighbouring columns, which loses nothing of
+  // float32's accuracy. Columns 2o and 2o+1 are the halves of output o; a single output stands in all of them.
+  TCAM_DEVICE static void split_last(uint16_t* to, const float* weights, int n_out, int tid, int threads) {
+    for (int c = tid; c < N; c += threads)
+      for (int n = 0; n < 8; ++n) {
+        const int o = n_out == 1 ? 0 : n / 2;
+        const float w = o < n_out ? weights[o * N + c] : 0.f;
+        const uint16_t high = T::round(w);
+        to[at(n, c >> 3) + (c & 7)] = n & 1 ? T::round(w - T::widen(high)) : high;
+      }
+  }
+  // out += columns 16 s to 16 s + 15 of h times theirs of the last layer.
+  TCAM_DEVICE static void add_last(float (&out)[4], const uint32_t (&h)[4], const uint16_t* split, int s, const Lane<N>& lane) {
+    uint32_t w[4];  // of two steps; the compiler keeps one load for both
+    ptx::load_matrices(w, split + lane.swizzle * N + (((s / 2 * 4 + (lane.lane >> 3)) ^ lane.swizzle) << 3));
+    T::mma(out, h, w + 2 * (s & 1), out);
+  }
+};
+
+// A block of WI x WJ such warps and its walk over a volume. A step is a tile of each warp; the steps that follow each other
+// differ in j, so that i and with it the tiles of G stay for a whole column of steps (a tile of k, a group of i). Each block
+// takes an equal share of all steps.
+template <class T, int N, int MT, int WI, int WJ>
+struct FusedBlock : FusedTile<T, N, MT> {
+  using Tile = FusedTile<T, N, MT>;
+  static constexpr int warps = WI * WJ, threads = warps * 32, R = Tile::R, tile = Tile::tile, chunks = Tile::chunks;
+
+  struct Steps {
+    int tiles_k, tiles_i, tiles_j, begin, end;
+    TCAM_HD Steps(const FusedMaps& maps, int block, int blocks)
+        : tiles_k((maps.nk + R - 1) / R), tiles_i((maps.ni + WI - 1) / WI), tiles_j((maps.nj + WJ - 1) / WJ) {
+      begin = static_cast<int>(static_cast<int64_t>(count()) * block / blocks);
+      end = static_cast<int>(static_cast<int64_t>(count()) * (block + 1) / blocks);
+    }
+    TCAM_HD int count() const { return tiles_k * tiles_i * tiles_j; }  // below 2^31: choose_fused_width
+  };
+
+  // The part of a column that a block walks, from its step s on.
+  struct Column {
+    int i0, k0, j_first, j_last;
+    TCAM_DEVICE Column(const Steps& steps, int s) {
+      const int column = s / steps.tiles_j;
+      j_first = s % steps.tiles_j;
+      j_last = steps.end - s < steps.tiles_j - j_first ? j_first + (steps.end - s) : steps.tiles_j;
+      k0 = column % steps.tiles_k * R;
+      i0 = column / steps.tiles_k * WI;
+    }
+  };
+
+  struct Stage {  // in shared memory: B and A twice
+    uint16_t *g, *b, *a;
+    static constexpr int elements = (WI + 2 * WJ) * tile + 2 * warps * N;
+    TCAM_DEVICE explicit Stage(Shared& shared) {
+      g = shared.take<uint16_t>(WI * tile);
+      b = shared.take<uint16_t>(2 * WJ * tile);
+      a = shared.take<uint16_t>(2 * warps * N);
+    }
+    TCAM_DEVICE const uint16_t* g_tile(int warp) const { return g + warp % WI * tile; }
+    TCAM_DEVICE const uint16_t* b_tile(int warp, int buffer) const { return b + (buffer * WJ + warp / WI) * tile; }
+    TCAM_DEVICE const uint16_t* a_row(int warp, int buffer) const { return a + (buffer * warps + warp) * N; }
+  };
+
+  // Rows past the end repeat the last: computed, never used.
+  TCAM_DEVICE static int clamped(int x, int n) { return x < n ? x : n - 1; }
+
+  TCAM_DEVICE static void stage_column(const Stage& to, const FusedMaps& maps, const Column& c, int tid) {
+#pragma unroll 1
+    for (int e = tid; e < WI * R * chunks; e += threads) {
+      const int r = e / chunks;
+      ptx::copy16(to.g + Tile::at(r, e % chunks),
+                  maps.g +
+                      (static_cast<size_t>(clamped(c.i0 + r / R, maps.ni)) * maps.nk + clamped(c.k0 + r % R, maps.nk)) * N +
+                      e % chunks * 8);
+    }
+  }
+
+  TCAM_DEVICE static void stage_step(const Stage& to, const FusedMaps& maps, const Column& c, int jb, int buffer, int tid) {
+#pragma unroll
+    for (int u = 0; u < (WJ * R * chunks + threads - 1) / threads; ++u) {
+      const int e = tid + u * threads, r = e / chunks;
+      if (WJ * R * chunks % threads == 0 || e < WJ * R * chunks)
+        ptx::copy16(
+            to.b + buffer * WJ * tile + Tile::at(r, e % chunks),
+            maps.b + (static_cast<size_t>(clamped(jb * WJ + r / R, maps.nj)) * maps.nk + clamped(c.k0 + r % R, maps.nk)) * N +
+                e % chunks * 8);
+    }
+    if (tid < warps * chunks) {
+      const int w = tid / chunks;
+      ptx::copy16(
+          to.a + (buffer * warps + w) * N + tid % chunks * 8,
+          maps.a + (static_cast<size_t>(clamped(c.i0 + w % WI, maps.ni)) * maps.nj + clamped(jb * WJ + w / WI, maps.nj)) * N +
+              tid % chunks * 8);
+    }
+    ptx::commit_copies();
+  }
+};
+
+}  // namespace tcam
