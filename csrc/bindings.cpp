@@ -119,7 +119,8 @@ struct DecodeGrid {
     if (o.output_activation < 0 || o.output_activation >= output_count)
       throw py::value_error("output_activation: out of range");
     if (o.padding != TCAM_PAD_BORDER && o.padding != TCAM_PAD_ZEROS) throw py::value_error("padding: out of range");
-    if (o.compute != dtype && !((o.compute == TCAM_BF16 || o.compute == TCAM_F16) && dtype == TCAM_F32))
+    const bool rounded = o.compute == TCAM_BF16 || o.compute == TCAM_F16 || o.compute == TCAM_TF32;
+    if (o.compute != dtype && !(rounded && dtype == TCAM_F32))
       throw py::value_error("compute: does not fit the tensors' dtype");
     if (o.out_dtype < TCAM_F32 || o.out_dtype > TCAM_BF16) throw py::value_error("out_dtype: out of range");
     problem.activation = o.activation;

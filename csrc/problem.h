@@ -9,7 +9,7 @@ extern "C" {
 
 enum { TCAM_MAX_LAYERS = 6, TCAM_MAX_WIDTH = 256, TCAM_MAX_OUT = 16 };
 
-typedef enum { TCAM_F32 = 0, TCAM_F64 = 1, TCAM_F16 = 2, TCAM_BF16 = 3, TCAM_U8 = 4 } tcam_dtype;
+typedef enum { TCAM_F32 = 0, TCAM_F64 = 1, TCAM_F16 = 2, TCAM_BF16 = 3, TCAM_U8 = 4, TCAM_TF32 = 5 } tcam_dtype;
 typedef enum { TCAM_PAD_BORDER = 0, TCAM_PAD_ZEROS = 1 } tcam_padding;
 
 // One decode_grid problem. Planes are (B,C,h,w), (B,C,w,d), (B,C,h,d), contiguous;
@@ -24,9 +24,9 @@ typedef struct {
   int32_t activation;         // index into tcam_activations()
   int32_t output_activation;  // index into tcam_output_activations()
   int32_t align_corners, padding;
-  int32_t dtype;                      // of planes, weights, biases and their gradients: TCAM_F32 or TCAM_F64
-  int32_t compute;                    // of the hidden layers' products: equal to dtype, or TCAM_BF16 or TCAM_F16 with TCAM_F32
-  int32_t out_dtype;                  // of the volume and of its gradient
+  int32_t dtype;      // of planes, weights, biases and their gradients: TCAM_F32 or TCAM_F64
+  int32_t compute;    // of the hidden layers' products: equal to dtype, or TCAM_BF16, TCAM_F16 or TCAM_TF32 with TCAM_F32
+  int32_t out_dtype;  // of the volume and of its gradient
   int32_t grad_planes, grad_decoder;  // backward only: which gradients are wanted
   int32_t threads;
   int32_t tile;  // voxels a tile; 0 takes the default. Results do not depend on it.

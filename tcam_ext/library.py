@@ -31,6 +31,7 @@ _library.define("resample_plane(Tensor plane, SymInt[] size, bool align_corners,
 
 # The codes of csrc/problem.h.
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+_TF32 = 5  # TCAM_TF32
 _PADDING = {"border": 0, "zeros": 1}
 
 
@@ -108,7 +109,7 @@ class _Call:
             _C.output_activations.index(output_activation),
             align_corners,
             _PADDING[padding_mode],
-            _DTYPE[getattr(torch, compute) if compute in ("bfloat16", "float16") else self.dtype],
+            _TF32 if compute == "tf32" else _DTYPE[getattr(torch, compute)],
             _DTYPE[out_dtype],
             torch.get_num_threads(),
             tile,

@@ -1,43 +1,27 @@
 // One tiled product for all that is a matrix product outside the fused kernels: C = A B, with A and B read and C written
 // through functors, so that activations, layouts and gradients fuse into its loads and stores.
 #pragma once
-#include "device.h"
+#include "ptx.h"
 
 namespace tcam {
 
-constexpr int gemm_threads = 256, gemm_columns = 64, gemm_depth = 16;
+constexpr int gemm_threads = 256;
 
-// A and B are functors (row, column) -> Real with `static constexpr bool columns_adjacent`: whether neighbours in memory differ
-// in the column. store(split, row, column, sum) gets the sum over k in [split * k_chunk, ...), in ascending order.
-// Grid: (row tiles, column tiles, splits). A thread owns (rows/16) x 4 elements 16 apart, so that its reads of the tiles in
-// shared memory are broadcasts or neighbours.
-template <class Real, int rows, class A, class B, class Store>
-__global__ void __launch_bounds__(gemm_threads)
-    gemm_kernel(int64_t m, int n, int64_t k, int64_t k_chunk, A a, B b, Store store) {
-  constexpr int own_rows = rows / 16, own_columns = gemm_columns / 16;
-  constexpr int a_pitch = rows + 4, b_pitch = gemm_columns + 4;
-  Shared shared;
-  Real* a_tile = shared.take<Real>(gemm_depth * a_pitch);  // [k][row]
-  Real* b_tile = shared.take<Real>(gemm_depth * b_pitch);  // [k][column]
-  const int thread = threadIdx.x, ty = thread / 16, tx = thread % 16;
-  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * rows;
-  const int column0 = blockIdx.y * gemm_columns;
-  const int64_t begin = blockIdx.z * k_chunk, end = begin + k_chunk < k ? begin + k_chunk : k;
-
+// How a block multiplies its tile: fused multiply-adds in Real. A thread owns (rows/16) x 4 elements 16 apart, so that its
+// reads of the tiles in shared memory are broadcasts or neighbours.
+template <class Real, int rows_>
+struct Scalars {
+  static constexpr int rows = rows_, columns = 64, depth = 16, a_pitch = rows + 4, b_pitch = columns + 4;
+  static constexpr int own_rows = rows / 16, own_columns = columns / 16;
+  using Number = Real;  // of the tiles
   Real sum[own_rows][own_columns] = {};
-  for (int64_t k0 = begin; k0 < end; k0 += gemm_depth) {
-    for (int e = thread; e < rows * gemm_depth; e += gemm_threads) {
-      const int r = A::columns_adjacent ? e / gemm_depth : e % rows, q = A::columns_adjacent ? e % gemm_depth : e / rows;
-      a_tile[q * a_pitch + r] = row0 + r < m && k0 + q < end ? a(row0 + r, k0 + q) : Real(0);
-    }
-    for (int e = thread; e < gemm_columns * gemm_depth; e += gemm_threads) {
-      const int c = B::columns_adjacent ? e % gemm_columns : e / gemm_depth,
-                q = B::columns_adjacent ? e / gemm_columns : e % gemm_depth;
-      b_tile[q * b_pitch + c] = column0 + c < n && k0 + q < end ? b(k0 + q, column0 + c) : Real(0);
-    }
-    __syncthreads();
+
+  TCAM_DEVICE static Real number(Real x) { return x; }
+
+  TCAM_DEVICE void add(const Real* a_tile, const Real* b_tile) {
+    const int ty = threadIdx.x / 16, tx = threadIdx.x % 16;
 #pragma unroll
-    for (int q = 0; q < gemm_depth; ++q) {
+    for (int q = 0; q < depth; ++q) {
       Real x[own_rows], y[own_columns];
 #pragma unroll
       for (int r = 0; r < own_rows; ++r) x[r] = a_tile[q * a_pitch + ty + 16 * r];
@@ -48,24 +32,134 @@ __global__ void __launch_bounds__(gemm_threads)
 #pragma unroll
         for (int c = 0; c < own_columns; ++c) sum[r][c] += x[r] * y[c];
     }
+  }
+
+  template <class F>
+  TCAM_DEVICE void each(F f) const {
+    for (int r = 0; r < own_rows; ++r)
+      for (int c = 0; c < own_columns; ++c) f(threadIdx.x / 16 + 16 * r, threadIdx.x % 16 + 16 * c, sum[r][c]);
+  }
+};
+
+// The same on tensor cores: float32 numbers rounded to TensorFloat-32 (10 bits of mantissa), summed in float32. A warp owns
+// 32 x 32 elements. The pitches leave no two lanes of a fragment on one bank.
+struct TensorFloats {
+  static constexpr int rows = 128, columns = 64, depth = 16, a_pitch = rows + 8, b_pitch = columns + 8;
+  using Number = uint32_t;
+  float sum[2][4][4] = {};
+
+  TCAM_DEVICE static uint32_t number(float x) { return ptx::to_tensor_float(x); }
+
+  TCAM_DEVICE void add(const uint32_t* a_tile, const uint32_t* b_tile) {
+    const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const uint32_t* a_at = a_tile + t * a_pitch + warp % 4 * 32 + g;
+    const uint32_t* b_at = b_tile + t * b_pitch + warp / 4 * 32 + g;
+#pragma unroll
+    for (int q = 0; q < depth; q += 8) {
+      uint32_t a[2][4], b[4][2];
+#pragma unroll
+      for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) a[m][r] = a_at[(q + (r >> 1) * 4) * a_pitch + m * 16 + (r & 1) * 8];
+#pragma unroll
+      for (int n = 0; n < 4; ++n)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) b[n][r] = b_at[(q + r * 4) * b_pitch + n * 8];
+#pragma unroll
+      for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int n = 0; n < 4; ++n) ptx::mma_tensor_float(sum[m][n], a[m], b[n]);
+    }
+  }
+
+  template <class F>
+  TCAM_DEVICE void each(F f) const {
+    const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int n = 0; n < 4; ++n)
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+          f(warp % 4 * 32 + m * 16 + (r >> 1) * 8 + g, warp / 4 * 32 + n * 8 + t * 2 + (r & 1), sum[m][n][r]);
+  }
+};
+
+// A and B are functors (row, column) -> Real with `static constexpr bool columns_adjacent`: whether neighbours in memory differ
+// in the column. store(split, row, column, sum) gets the sum over k in [split * k_chunk, ...), in ascending order of blocks of
+// `depth`. Grid: (row tiles, column tiles, splits). The next tiles are read while these are multiplied.
+template <class Tile, class A, class B, class Store>
+__global__ void __launch_bounds__(gemm_threads)
+    gemm_kernel(int64_t m, int n, int64_t k, int64_t k_chunk, A a, B b, Store store) {
+  using Number = typename Tile::Number;
+  constexpr int rows = Tile::rows, columns = Tile::columns, depth = Tile::depth;
+  constexpr int own_a = rows * depth / gemm_threads, own_b = columns * depth / gemm_threads;
+  Shared shared;
+  Number* a_tile = shared.take<Number>(depth * Tile::a_pitch);  // [k][row]
+  Number* b_tile = shared.take<Number>(depth * Tile::b_pitch);  // [k][column]
+  const int thread = threadIdx.x;
+  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * rows;
+  const int column0 = blockIdx.y * columns;
+  const int64_t begin = blockIdx.z * k_chunk, end = begin + k_chunk < k ? begin + k_chunk : k;
+
+  auto a_element = [&](int u, int& r, int& q) {
+    const int e = thread + u * gemm_threads;
+    r = A::columns_adjacent ? e / depth : e % rows;
+    q = A::columns_adjacent ? e % depth : e / rows;
+  };
+  auto b_element = [&](int u, int& q, int& c) {
+    const int e = thread + u * gemm_threads;
+    c = B::columns_adjacent ? e % columns : e / depth;
+    q = B::columns_adjacent ? e / columns : e % depth;
+  };
+  Number a_next[own_a], b_next[own_b];
+  auto fetch = [&](int64_t k0) {
+    int r, q, c;
+#pragma unroll
+    for (int u = 0; u < own_a; ++u) {
+      a_element(u, r, q);
+      a_next[u] = Tile::number(row0 + r < m && k0 + q < end ? a(row0 + r, k0 + q) : 0);
+    }
+#pragma unroll
+    for (int u = 0; u < own_b; ++u) {
+      b_element(u, q, c);
+      b_next[u] = Tile::number(column0 + c < n && k0 + q < end ? b(k0 + q, column0 + c) : 0);
+    }
+  };
+
+  Tile tile;
+  if (begin < end) fetch(begin);
+  for (int64_t k0 = begin; k0 < end; k0 += depth) {
+    int r, q, c;
+#pragma unroll
+    for (int u = 0; u < own_a; ++u) {
+      a_element(u, r, q);
+      a_tile[q * Tile::a_pitch + r] = a_next[u];
+    }
+#pragma unroll
+    for (int u = 0; u < own_b; ++u) {
+      b_element(u, q, c);
+      b_tile[q * Tile::b_pitch + c] = b_next[u];
+    }
+    __syncthreads();
+    if (k0 + depth < end) fetch(k0 + depth);
+    tile.add(a_tile, b_tile);
     __syncthreads();
   }
-  for (int r = 0; r < own_rows; ++r)
-    for (int c = 0; c < own_columns; ++c) {
-      const int64_t row = row0 + ty + 16 * r;
-      const int column = column0 + tx + 16 * c;
-      if (row < m && column < n) store(blockIdx.z, row, column, sum[r][c]);
-    }
+  tile.each([&](int r, int c, auto sum) {
+    if (row0 + r < m && column0 + c < n) store(blockIdx.z, row0 + r, column0 + c, sum);
+  });
 }
 
 // k_chunk 0: one sum over all of k.
-template <class Real, int rows, class A, class B, class Store>
+template <class Tile, class A, class B, class Store>
 cudaError_t gemm(int64_t m, int n, int64_t k, int64_t k_chunk, A a, B b, Store store, cudaStream_t stream) {
   if (k_chunk <= 0 || k_chunk > k) k_chunk = k;
-  const dim3 grid(static_cast<unsigned>((m + rows - 1) / rows), static_cast<unsigned>((n + gemm_columns - 1) / gemm_columns),
+  const dim3 grid(static_cast<unsigned>((m + Tile::rows - 1) / Tile::rows),
+                  static_cast<unsigned>((n + Tile::columns - 1) / Tile::columns),
                   static_cast<unsigned>((k + k_chunk - 1) / k_chunk));
-  constexpr size_t bytes = gemm_depth * (rows + 4 + gemm_columns + 4) * sizeof(Real) + 32;
-  return launch(gemm_kernel<Real, rows, A, B, Store>, grid, gemm_threads, bytes, stream, m, n, k, k_chunk, a, b, store);
+  constexpr size_t bytes = Tile::depth * (Tile::a_pitch + Tile::b_pitch) * sizeof(typename Tile::Number) + 32;
+  return launch(gemm_kernel<Tile, A, B, Store>, grid, gemm_threads, bytes, stream, m, n, k, k_chunk, a, b, store);
 }
 
 }  // namespace tcam

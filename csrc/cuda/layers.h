@@ -1,4 +1,6 @@
-// decode_grid's general road, for every shape, in float32 or float64, layer by layer over regions of the volume:
+// decode_grid's general road, for every shape, in float64, float32 or TensorFloat-32, layer by layer over regions of the
+// volume. (TensorFloat-32 has float16's mantissa and float32's range: where the fused kernels do not serve, it stands in for
+// float16 and bfloat16, and needs no scale.)
 //
 // A region is a box of voxels small enough that its layers fit a fixed workspace. Forward: the first layer is sampled straight
 // from the projected planes, each hidden layer is one product, the last a dot product a voxel. Backward recomputes a region's
@@ -246,6 +248,14 @@ class Layers : public Planes<Real> {
         }
   }
 
+  // Of the hidden layers: in Real or, for float32, on tensor cores.
+  template <class A, class B, class Store>
+  cudaError_t product(int64_t m, int n, int64_t k, int64_t k_chunk, A a, B b, Store store) {
+    if constexpr (sizeof(Real) == sizeof(float))
+      if (p.compute != TCAM_F32) return gemm<TensorFloats>(m, n, k, k_chunk, a, b, store, stream_);
+    return gemm<Scalars<Real, 64>>(m, n, k, k_chunk, a, b, store, stream_);
+  }
+
   // z of layers 1 to L-1; the pointer is to the last of them (to z_1 with one layer).
   const Real* hidden_layers(const Region& region) {
     const int64_t voxels = region.voxels();
@@ -257,8 +267,8 @@ class Layers : public Planes<Real> {
         width(1)};
     check(launch(first_layer_kernel<Real>, blocks(ceil_div(voxels, warps)), threads, 0, stream_, sampled, region, z_[1]));
     for (int l = 2; l < p.layers; ++l)
-      check(gemm<Real, 64>(voxels, width(l), width(l - 1), 0, Activated<Real>{z_[l - 1], width(l - 1), activation_},
-                           Transposed<Real>{weights_[l], width(l - 1)}, WriteRows<Real>{z_[l], width(l), biases_[l]}, stream_));
+      check(product(voxels, width(l), width(l - 1), 0, Activated<Real>{z_[l - 1], width(l - 1), activation_},
+                    Transposed<Real>{weights_[l], width(l - 1)}, WriteRows<Real>{z_[l], width(l), biases_[l]}));
     return z_[p.layers > 1 ? p.layers - 1 : 1];
   }
 
@@ -303,8 +313,8 @@ class Layers : public Planes<Real> {
         const Transposed<Real> a = {delta, n};
         const Activated<Real> b = {z_[l - 1], m, activation_};
         const AddPartial<Real> add = {weight_partials_[l], n, m};
-        check(n <= 16 ? gemm<Real, 16>(n, m, voxels, voxel_chunk, a, b, add, stream_)
-                      : gemm<Real, 64>(n, m, voxels, voxel_chunk, a, b, add, stream_));
+        check(n <= 16 ? gemm<Scalars<Real, 16>>(n, m, voxels, voxel_chunk, a, b, add, stream_)
+                      : product(n, m, voxels, voxel_chunk, a, b, add));
         check(launch(add_column_sums_kernel<Real>, static_cast<unsigned>(ceil_div(voxels, bias_chunk)), channel_threads(n), 0,
                      stream_, delta, voxels, n, bias_chunk, bias_partials_[l]));
       }
@@ -313,8 +323,8 @@ class Layers : public Planes<Real> {
         check(launch(last_delta_kernel<Real>, blocks(ceil_div(voxels * m, threads)), threads, 0, stream_, delta, n, weights_[l],
                      z_[l - 1], m, activation_, voxels * m, next));
       else
-        check(gemm<Real, 64>(voxels, m, n, 0, Rows<Real>{delta, n}, Rows<Real>{weights_[l], m},
-                             WriteDelta<Real>{next, z_[l - 1], m, activation_}, stream_));
+        check(product(voxels, m, n, 0, Rows<Real>{delta, n}, Rows<Real>{weights_[l], m},
+                      WriteDelta<Real>{next, z_[l - 1], m, activation_}));
     }
     const int64_t slice = static_cast<int64_t>(region.nj) * region.nk, row = region.nk;
     const int n1 = width(1);

@@ -329,9 +329,9 @@ class Planes {
 
   void project(const void* const planes[3], int64_t object) {
     for (int q = 0; q < 3; ++q)
-      check(gemm<Real, 64>(texels(q), width(1), p.channels, 0, Transposed<Real>{plane(planes, q, object), texels(q)},
-                           Transposed<Real>{first_weight(q), 3 * p.channels}, WriteRows<Real>{projected_[q], width(1), nullptr},
-                           stream_));
+      check(gemm<Scalars<Real, 64>>(texels(q), width(1), p.channels, 0, Transposed<Real>{plane(planes, q, object), texels(q)},
+                                    Transposed<Real>{first_weight(q), 3 * p.channels},
+                                    WriteRows<Real>{projected_[q], width(1), nullptr}, stream_));
   }
 
   void gather(const Real* in, int axis, int64_t ny, int64_t x_step, int64_t y_step, Real* out, int64_t r_step, int64_t y_out) {
@@ -347,12 +347,12 @@ class Planes {
       gather(maps[q], u, n_[v], n_[v], 1, between_, n_[v], 1);                      // voxels to texels along rows,
       gather(between_, v, rows_[q], 1, n_[v], grad_projected_[q], 1, columns_[q]);  // then along columns
       if (p.grad_decoder)
-        check(gemm<Real, 64>(width(1), static_cast<int>(p.channels), texels(q), texel_chunk(q),
-                             Transposed<Real>{grad_projected_[q], width(1)},
-                             Transposed<Real>{plane(planes, q, object), texels(q)},
-                             AddPartial<Real>{first_partials_[q], width(1), p.channels}, stream_));
+        check(gemm<Scalars<Real, 64>>(width(1), static_cast<int>(p.channels), texels(q), texel_chunk(q),
+                                      Transposed<Real>{grad_projected_[q], width(1)},
+                                      Transposed<Real>{plane(planes, q, object), texels(q)},
+                                      AddPartial<Real>{first_partials_[q], width(1), p.channels}, stream_));
       if (p.grad_planes)
-        check(gemm<Real, 64>(
+        check(gemm<Scalars<Real, 64>>(
             texels(q), static_cast<int>(p.channels), width(1), 0, Rows<Real>{grad_projected_[q], width(1)},
             Rows<Real>{first_weight(q), 3 * p.channels},
             WriteTransposed<Real>{static_cast<Real*>(grad_planes[q]) + object * p.channels * texels(q), texels(q)}, stream_));

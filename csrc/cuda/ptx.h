@@ -72,6 +72,18 @@ TCAM_DEVICE void load_pair(float* r, const float* p) {
   r[1] = v.y;
 }
 
+// A float rounded to TensorFloat-32, and D += A B of such numbers, m16n8k8.
+TCAM_DEVICE uint32_t to_tensor_float(float x) {
+  uint32_t r;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
+  return r;
+}
+TCAM_DEVICE void mma_tensor_float(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 #define TCAM_MMA(type)                                                          \
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type           \
                ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};" \

@@ -13,8 +13,8 @@ from torch import Tensor
 from tcam_ext import reference
 from tcam_ext.activations import ACTIVATIONS, OUTPUT_ACTIVATIONS
 
-FORWARD_LIMIT = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 1e-2}
-GRADIENT_LIMIT = {"float64": 1e-11, "float32": 1e-4, "bfloat16": 1e-2}
+FORWARD_LIMIT = {"float64": 1e-12, "float32": 1e-5, "tf32": 1e-3, "bfloat16": 1e-2}
+GRADIENT_LIMIT = {"float64": 1e-11, "float32": 1e-4, "tf32": 1e-3, "bfloat16": 1e-2}
 #: Backends that the property tests run on: @pytest.mark.parametrize("device", problems.DEVICES).
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 PIECEWISE_LINEAR = ("relu", "leaky_relu")
@@ -106,6 +106,11 @@ def gradient_error(got: list[Tensor], want: list[Tensor]) -> float:
 
 def round_bfloat16(t: Tensor) -> Tensor:
     return t.to(torch.bfloat16).to(t.dtype)
+
+
+def round_tensor_float(t: Tensor) -> Tensor:
+    """To TensorFloat-32: 10 bits of mantissa, half away from zero."""
+    return ((t.float().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).to(t.dtype)
 
 
 def masked_reference(

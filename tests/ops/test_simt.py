@@ -65,6 +65,26 @@ def test_values_and_gradients(kernels, shape, activation, dtype):
         assert problems.gradient_error(got, want) < problems.GRADIENT_LIMIT[name]
 
 
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=IDS[:4])  # the fifth is constant: its rounding does not average out
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("compute", [5, 3, 2], ids=["tf32", "bfloat16", "float16"])
+def test_tensor_floats(kernels, shape, activation, compute):
+    """TensorFloat-32 products, which also stand in for those of bfloat16 and float16 where no fused kernel serves."""
+    p = problems.make(**{**shape, "widths": (*shape["widths"][:-1], 5)}, activation=activation, output_activation="sigmoid")
+    exact = p.to(torch.float64, requires_grad=True)
+    out, trusted = problems.masked_reference(exact, problems.round_tensor_float, margin=1e-4)
+    mine = p.to(torch.float32)
+    got = kernels.forward(mine, compute)
+    error = problems.relative(got, p.call(reference.decode_grid))
+    assert error < problems.FORWARD_LIMIT["tf32"]
+    assert error > 1e-5 or len(shape["widths"]) < 3  # with no hidden products there is nothing to round
+    grad = torch.randn_like(out) * trusted
+    want = gradients(out, exact.tensors, grad)
+    assert (
+        problems.gradient_error(kernels.backward(mine, grad.float(), compute, tile=100), want) < problems.GRADIENT_LIMIT["tf32"]
+    )
+
+
 def test_schedules(kernels, schedule):
     p = problems.make(**SHAPES[0]).to(torch.float32)
     grad = torch.randn(1, 3, 8, 9, 5)
@@ -234,7 +254,7 @@ def test_no_fused_kernel_fits_and_the_general_path_serves(kernels):
     kernels.library.simt_device(99 << 10, 2)
     got = kernels.forward(p, 3)
     kernels.library.simt_device(227 << 10, 2)
-    assert torch.equal(got, kernels.forward(p, 0))
+    assert torch.equal(got, kernels.forward(p, 5))
 
 
 # ---- its backward ----------------------------------------------------------------------------
@@ -354,4 +374,4 @@ def test_no_fused_backward_fits_and_the_general_road_serves(kernels):
     kernels.library.simt_device(163 << 10, 2)
     got = kernels.backward(p, grad, 3)
     kernels.library.simt_device(227 << 10, 2)
-    assert all(torch.equal(a, b) for a, b in zip(got, kernels.backward(p, grad, 0), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(got, kernels.backward(p, grad, 5), strict=True))

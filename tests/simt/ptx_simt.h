@@ -105,6 +105,36 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b, const fl
   for (int r = 0; r < 4; ++r) d[r] = product[r] + c[r];
 }
 
+// Half away from zero, as cvt.rna does.
+inline uint32_t to_tensor_float(float x) {
+  const uint32_t u = Bits::of(x);
+  return (u & 0x7f800000u) == 0x7f800000u ? u : (u + 0x1000u) & ~0x1fffu;
+}
+
+// m16n8k8.
+inline void mma_tensor_float(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  simt::Fiber& me = *simt::machine->current;
+  memcpy(me.in, a, 16);
+  memcpy(me.in + 4, b, 8);
+  simt::machine->warp_function(9, ~0u, [](int warp) {
+    float A[16][8], B[8][8], C[16][8] = {};
+    for (int l = 0; l < 32; ++l) {
+      const uint32_t* x = simt::machine->fiber(warp + l).in;
+      for (int r = 0; r < 4; ++r) A[l / 4 + (r & 1) * 8][l % 4 + (r >> 1) * 4] = Bits::value(x[r] & ~0x1fffu);
+      for (int r = 0; r < 2; ++r) B[l % 4 + r * 4][l / 4] = Bits::value(x[4 + r] & ~0x1fffu);
+    }
+    for (int i = 0; i < 16; ++i)
+      for (int k = 0; k < 8; ++k)
+        for (int j = 0; j < 8; ++j) C[i][j] += A[i][k] * B[k][j];
+    for (int l = 0; l < 32; ++l)
+      for (int r = 0; r < 4; ++r)
+        memcpy(&simt::machine->fiber(warp + l).out[r], &C[l / 4 + (r >> 1) * 8][l % 4 * 2 + (r & 1)], 4);
+  });
+  float product[4];
+  memcpy(product, me.out, 16);
+  for (int r = 0; r < 4; ++r) d[r] += product[r];
+}
+
 template <class Format>
 struct Packed {
   static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b, const float (&c)[4]) {
