@@ -207,7 +207,7 @@ struct FusedBlock : FusedTile<T, N, MT> {
   }
 
   TCAM_DEVICE static void stage_step(const Stage& to, const FusedMaps& maps, const Column& c, int jb, int buffer, int tid) {
-#pragma unroll
+#pragma unroll 2
     for (int u = 0; u < (WJ * R * chunks + threads - 1) / threads; ++u) {
       const int e = tid + u * threads, r = e / chunks;
       if (WJ * R * chunks % threads == 0 || e < WJ * R * chunks)

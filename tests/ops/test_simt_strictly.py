@@ -49,10 +49,12 @@ deep = problems.make(channels=2, texels=(2, 3, 2), widths=(64, 64, 64, 2), size=
 for order in (0, 1, 2):
     kernels.library.simt_schedule(order, order == 1, 0, 5, 1)
     kernels.forward(p)
+    kernels.forward(p, 5)
     kernels.forward(fused, 3)
     kernels.loss(p, torch.rand(1, 2, 2, 3, 7), "mse")
     kernels.library.simt_device(227 << 10, 1)  # one block walks all columns
     kernels.loss(deep, torch.rand(1, 2, 2, 3, 33), "mse", compute=3)
+    kernels.loss(deep, torch.rand(1, 2, 2, 3, 33), "mse", compute=3, grads=(True, False))
     kernels.library.simt_device(227 << 10, 2)
 print("finished")
 """
