@@ -56,9 +56,10 @@ def decode_grid(
         padding_mode: "border" or "zeros", as in ``grid_sample``.
         compute_dtype: of the hidden layers' products: a floating dtype or "tf32". None: autocast's dtype under autocast,
             else the dtype of the planes. Sums are always float32 or better. On a CPU, bfloat16 uses bfloat16 dot products
-            where the machine has them (AVX512_BF16); elsewhere it, float16 and "tf32" are computed in float32. On CUDA the
-            forward of a relu decoder of 3 to 5 layers, hidden widths to 128 and C_out to 4 has bfloat16 and float16 products;
-            every other case, and every gradient, is computed in float32. None with float32 tensors on CUDA means what
+            where the machine has them (AVX512_BF16); elsewhere it, float16 and "tf32" are computed in float32. On CUDA
+            fused kernels with bfloat16 or float16 products serve relu decoders of 3 to 5 layers, hidden widths to 128 and
+            C_out to 4 (gradients of widths above 64 need 216 KB of shared memory a block: Hopper, B200); every other case has
+            TensorFloat-32 products, which round as float16 does. None with float32 tensors on CUDA means what
             ``torch.backends.cuda.matmul.fp32_precision`` says.
         out_dtype: of the volume; None: that of the planes.
         impl: "auto" and "native" run the kernel and raise where it does not serve the arguments; "reference" runs

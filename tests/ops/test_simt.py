@@ -327,7 +327,7 @@ def test_fused_gradients_under_every_schedule(kernels, schedule, shape):
 
 
 @pytest.mark.parametrize("exponent", [-40, 30])
-def test_float16_gradients_do_not_underflow(kernels, exponent):
+def test_fused_float16_gradients_do_not_underflow(kernels, exponent):
     """grad_output times a power of two gives the gradients times it: in float16, whose smallest number is 2^-24."""
     p = problems.make(**BACKWARD[0]).to(torch.float32)
     grad = torch.randn(1, 1, *p.size)
@@ -336,7 +336,7 @@ def test_float16_gradients_do_not_underflow(kernels, exponent):
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
-def test_float16_gradients_of_what_has_no_scale(kernels, value):
+def test_fused_float16_gradients_of_what_has_no_scale(kernels, value):
     p = problems.make(**BACKWARD[2]).to(torch.float32)
     grad = torch.zeros(1, 1, *p.size)
     grad[..., 0] = value
