@@ -153,3 +153,54 @@ def masked_reference(
     else:
         out = OUTPUT_ACTIVATIONS[out_name](z)
     return out.movedim(-1, 1), trusted.unsqueeze(1)
+
+
+# ---- the fused CUDA kernels -----------------------------------------------------------------
+
+HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+#: Shapes that they serve.
+FUSED_FORWARD = [
+    dict(channels=5, texels=(4, 5, 6), widths=(128, 128, 128, 128, 1), size=(3, 5, 37)),
+    dict(channels=3, texels=(4, 5, 6), widths=(100, 70, 128, 2), size=(13, 4, 33), batch=2, bias=False),
+    dict(channels=2, texels=(5, 3, 4), widths=(64, 33, 1), size=(26, 3, 16), align_corners=True),
+    dict(channels=4, texels=(4, 6, 9), widths=(20, 64, 50, 64, 4), size=(2, 9, 97), padding_mode="zeros"),
+]
+FUSED_BACKWARD = [
+    dict(channels=5, texels=(4, 5, 6), widths=(128, 128, 128, 128, 1), size=(5, 4, 37)),
+    dict(channels=3, texels=(4, 5, 6), widths=(100, 70, 128, 2), size=(5, 3, 33), batch=2, bias=False),
+    dict(channels=2, texels=(5, 3, 4), widths=(64, 33, 1), size=(13, 3, 16), align_corners=True),
+    dict(channels=4, texels=(4, 6, 9), widths=(20, 64, 50, 64, 4), size=(2, 9, 67), padding_mode="zeros"),
+    dict(channels=3, texels=(3, 4, 5), widths=(90, 128, 30, 1), size=(1, 19, 40), batch=2),
+    dict(channels=2, texels=(3, 4, 5), widths=(128, 17, 3), size=(6, 6, 6)),
+]
+
+
+def fused_mirror(p: Problem, dtype: torch.dtype) -> list[Tensor]:
+    """The fused kernel in plain PyTorch: float32 sums, rounded where the kernel rounds. Gives the layers before activation."""
+
+    def r(t: Tensor) -> Tensor:
+        return t.to(dtype).float()
+
+    o = {"align_corners": False, "padding_mode": "border", **p.options}
+    texels = (p.planes[0].shape[2], p.planes[0].shape[3], p.planes[1].shape[3])
+    taps = [
+        reference.linear_taps(0, n, n, m, o["align_corners"], o["padding_mode"]) for n, m in zip(p.size, texels, strict=True)
+    ]
+    maps = []
+    for q, (plane, w) in enumerate(zip(p.planes, p.weights[0].split(p.planes[0].shape[1], 1), strict=True)):
+        projected = torch.nn.functional.linear(plane.movedim(1, -1), w).movedim(-1, 1)
+        rows, columns = ((0, 1), (1, 2), (0, 2))[q]
+        sampled = reference.sample_plane(projected, taps[rows], taps[columns]).movedim(1, -1)
+        maps.append(r(sampled + p.biases[0] if q == 0 and p.biases[0] is not None else sampled))
+    a, b, g = maps[0].unsqueeze(3), maps[1].unsqueeze(1), maps[2].unsqueeze(2)
+    z = [r(r(a + g) + b)]
+    for w, bias in zip(p.weights[1:-1], p.biases[1:-1], strict=True):
+        z.append(torch.nn.functional.linear(r(z[-1].relu()), r(w), bias))
+    w, high = p.weights[-1], r(p.weights[-1])
+    return [*z, torch.nn.functional.linear(r(z[-1].relu()), high + r(w - high), p.biases[-1])]
+
+
+def fused_reference(p: Problem, dtype: torch.dtype) -> tuple[Problem, Tensor, Tensor]:
+    """The problem in float64, its volume with the mirror's masks, and where to trust them."""
+    exact = p.to(torch.float64, requires_grad=True)
+    return exact, *masked_reference(exact, margin=1e-4, preactivations=fused_mirror(p.to(torch.float32), dtype))

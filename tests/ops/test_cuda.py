@@ -9,7 +9,7 @@ import torch
 import tcam_ext
 
 pytestmark = pytest.mark.gpu
-#: bfloat16 takes the fused forward, float32 the general path.
+#: bfloat16 takes the fused kernels, float32 the general road.
 BOTH = pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 OPERATING_POINT = dict(channels=42, texels=(64, 64, 64), widths=(128, 128, 128, 128, 1), size=(64, 64, 64))
 
@@ -36,6 +36,52 @@ def test_agrees_with_the_cpu():
     got = gradients(p)
     assert problems.relative(got[0], want[0]) < 1e-5
     assert problems.gradient_error(got[1:], want[1:]) < 1e-4
+
+
+@pytest.mark.parametrize("shape", problems.FUSED_BACKWARD, ids=[str(s["widths"]) for s in problems.FUSED_BACKWARD])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fused_kernels_equal_their_mirror(shape, dtype):
+    """As test_simt.py has it: the volume, and its gradients with the mirror's masks."""
+    p = problems.make(**shape, output_activation="sigmoid")
+    mine = p.to(torch.float32, True, "cuda")
+    volume = mine.call(tcam_ext.decode_grid, compute_dtype=dtype)
+    mirror = problems.fused_mirror(p.to(torch.float32), dtype)[-1].sigmoid().movedim(-1, 1)
+    assert problems.relative(volume, mirror.double()) < 1e-3
+    exact, out, trusted = problems.fused_reference(p, dtype)
+    grad = torch.randn_like(out) * trusted
+    want = torch.autograd.grad(out, exact.tensors, grad)
+    got = torch.autograd.grad(volume, mine.tensors, grad.float().cuda())
+    assert problems.gradient_error(list(got), list(want)) < 1e-2
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_tensor_floats(activation):
+    p = problems.make(**{**OPERATING_POINT, "size": (24, 24, 24)}, activation=activation)
+    exact, mine = p.to(torch.float64, True), p.to(torch.float32, True, "cuda")
+    out, trusted = problems.masked_reference(exact, problems.round_tensor_float, margin=1e-4)
+    volume = mine.call(tcam_ext.decode_grid, compute_dtype="tf32")
+    error = problems.relative(volume, exact.call(tcam_ext.reference.decode_grid))
+    assert 1e-5 < error < 1e-3
+    grad = torch.randn_like(out) * trusted
+    want = torch.autograd.grad(out, exact.tensors, grad)
+    got = torch.autograd.grad(volume, mine.tensors, grad.float().cuda())
+    assert problems.gradient_error(list(got), list(want)) < 1e-3
+
+
+def test_a_float16_mean_is_the_sum_over_n():
+    """1/N of 256^3 voxels is next to float16's smallest number: no gradient may pass through it."""
+    p = problems.make(**{**OPERATING_POINT, "size": (256, 256, 256)}).to(torch.float32, True, "cuda")
+    count = 256**3
+    mean = torch.autograd.grad(p.call(tcam_ext.decode_grid, compute_dtype=torch.float16).mean(), p.tensors)
+    total = torch.autograd.grad(p.call(tcam_ext.decode_grid, compute_dtype=torch.float16).sum(), p.tensors)
+    assert problems.gradient_error(list(mean), [(t / count).cpu().double() for t in total]) < 1e-6
+    target = torch.rand(1, 1, 256, 256, 256, device="cuda").bfloat16()
+    losses = [
+        torch.autograd.grad(tcam_ext.decode_grid_loss(p.planes, p.weights, p.biases, target, compute_dtype=torch.float16,
+                                                      reduction=reduction), p.tensors)
+        for reduction in ("mean", "sum")
+    ]  # fmt: skip
+    assert problems.gradient_error(list(losses[0]), [(t / count).cpu().double() for t in losses[1]]) < 1e-6
 
 
 @BOTH

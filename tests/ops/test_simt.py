@@ -11,6 +11,7 @@ import pytest
 import raw
 import simt
 import torch
+from problems import FUSED_BACKWARD, FUSED_FORWARD, HALF
 
 from tcam_ext import reference
 from tcam_ext.losses import LOSSES
@@ -171,39 +172,6 @@ def test_a_batch_is_independent_objects(kernels):
 
 # ---- the fused kernel on tensor cores ------------------------------------------------------
 
-FUSED = [
-    dict(channels=5, texels=(4, 5, 6), widths=(128, 128, 128, 128, 1), size=(3, 5, 37)),
-    dict(channels=3, texels=(4, 5, 6), widths=(100, 70, 128, 2), size=(13, 4, 33), batch=2, bias=False),
-    dict(channels=2, texels=(5, 3, 4), widths=(64, 33, 1), size=(26, 3, 16), align_corners=True),
-    dict(channels=4, texels=(4, 6, 9), widths=(20, 64, 50, 64, 4), size=(2, 9, 97), padding_mode="zeros"),
-]
-HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def mirror(p, dtype):
-    """The fused kernel in plain PyTorch: float32 sums, rounded where the kernel rounds. Gives the layers before activation."""
-
-    def r(t):
-        return t.to(dtype).float()
-
-    o = {"align_corners": False, "padding_mode": "border", **p.options}
-    texels = (p.planes[0].shape[2], p.planes[0].shape[3], p.planes[1].shape[3])
-    taps = [
-        reference.linear_taps(0, n, n, m, o["align_corners"], o["padding_mode"]) for n, m in zip(p.size, texels, strict=True)
-    ]
-    maps = []
-    for q, (plane, w) in enumerate(zip(p.planes, p.weights[0].split(p.planes[0].shape[1], 1), strict=True)):
-        projected = torch.nn.functional.linear(plane.movedim(1, -1), w).movedim(-1, 1)
-        rows, columns = ((0, 1), (1, 2), (0, 2))[q]
-        sampled = reference.sample_plane(projected, taps[rows], taps[columns]).movedim(1, -1)
-        maps.append(r(sampled + p.biases[0] if q == 0 and p.biases[0] is not None else sampled))
-    a, b, g = maps[0].unsqueeze(3), maps[1].unsqueeze(1), maps[2].unsqueeze(2)
-    z = [r(r(a + g) + b)]
-    for w, bias in zip(p.weights[1:-1], p.biases[1:-1], strict=True):
-        z.append(torch.nn.functional.linear(r(z[-1].relu()), r(w), bias))
-    w, high = p.weights[-1], r(p.weights[-1])
-    return [*z, torch.nn.functional.linear(r(z[-1].relu()), high + r(w - high), p.biases[-1])]
-
 
 @pytest.fixture(params=[(227 << 10, 2), (163 << 10, 3)], ids=["227 KiB", "163 KiB"])
 def device(request, kernels):
@@ -212,13 +180,13 @@ def device(request, kernels):
     kernels.library.simt_device(227 << 10, 2)
 
 
-@pytest.mark.parametrize("shape", FUSED, ids=[str(s["widths"]) for s in FUSED])
+@pytest.mark.parametrize("shape", FUSED_FORWARD, ids=[str(s["widths"]) for s in FUSED_FORWARD])
 @pytest.mark.parametrize("dtype", sorted(HALF))
 def test_the_fused_kernel_equals_its_mirror(kernels, device, shape, dtype):
     p = problems.make(**shape, output_activation="sigmoid")
     p32 = p.to(torch.float32)
     got = kernels.forward(p32, raw.DTYPES[HALF[dtype]])
-    assert problems.relative(got, mirror(p32, HALF[dtype])[-1].sigmoid().movedim(-1, 1).double()) < 1e-3
+    assert problems.relative(got, problems.fused_mirror(p32, HALF[dtype])[-1].sigmoid().movedim(-1, 1).double()) < 1e-3
     full = p.call(reference.decode_grid)
     error = problems.relative(got, full)
     assert 1e-6 < error < 1e-2  # not zero: the general path, in float32, did not take it
@@ -236,7 +204,7 @@ def test_the_last_layer_loses_nothing_of_its_weights(kernels, dtype):
 
 
 def test_the_fused_kernel_under_every_schedule(kernels, schedule):
-    p = problems.make(**FUSED[0]).to(torch.float32)
+    p = problems.make(**FUSED_FORWARD[0]).to(torch.float32)
     want = kernels.forward(p, 3)
     for name in SCHEDULES:
         schedule(name)
@@ -244,13 +212,13 @@ def test_the_fused_kernel_under_every_schedule(kernels, schedule):
 
 
 def test_a_box_of_the_fused_kernel_is_the_same_part_of_the_whole_bit_for_bit(kernels):
-    p = problems.make(**FUSED[3]).to(torch.float32)
+    p = problems.make(**FUSED_FORWARD[3]).to(torch.float32)
     box = ((1, 2), (2, 7), (30, 95))
     assert torch.equal(kernels.forward(p, 3, box=box), kernels.forward(p, 3)[:, :, 1:2, 2:7, 30:95])
 
 
 def test_no_fused_kernel_fits_and_the_general_path_serves(kernels):
-    p = problems.make(**FUSED[0]).to(torch.float32)
+    p = problems.make(**FUSED_FORWARD[0]).to(torch.float32)
     kernels.library.simt_device(99 << 10, 2)
     got = kernels.forward(p, 3)
     kernels.library.simt_device(227 << 10, 2)
@@ -259,29 +227,13 @@ def test_no_fused_kernel_fits_and_the_general_path_serves(kernels):
 
 # ---- its backward ----------------------------------------------------------------------------
 
-BACKWARD = [
-    dict(channels=5, texels=(4, 5, 6), widths=(128, 128, 128, 128, 1), size=(5, 4, 37)),
-    dict(channels=3, texels=(4, 5, 6), widths=(100, 70, 128, 2), size=(5, 3, 33), batch=2, bias=False),
-    dict(channels=2, texels=(5, 3, 4), widths=(64, 33, 1), size=(13, 3, 16), align_corners=True),
-    dict(channels=4, texels=(4, 6, 9), widths=(20, 64, 50, 64, 4), size=(2, 9, 67), padding_mode="zeros"),
-    dict(channels=3, texels=(3, 4, 5), widths=(90, 128, 30, 1), size=(1, 19, 40), batch=2),
-    dict(channels=2, texels=(3, 4, 5), widths=(128, 17, 3), size=(6, 6, 6)),
-]
-BACKWARD_IDS = [str(s["widths"]) for s in BACKWARD]
 
-
-def fused_reference(p, dtype):
-    """The float64 volume with the mirror's masks, and where to trust them."""
-    exact = p.to(torch.float64, requires_grad=True)
-    return exact, *problems.masked_reference(exact, margin=1e-4, preactivations=mirror(p.to(torch.float32), HALF[dtype]))
-
-
-@pytest.mark.parametrize("shape", BACKWARD, ids=BACKWARD_IDS)
+@pytest.mark.parametrize("shape", FUSED_BACKWARD, ids=[str(s["widths"]) for s in FUSED_BACKWARD])
 @pytest.mark.parametrize("dtype", sorted(HALF))
 @pytest.mark.parametrize("tile", [0, 1], ids=["one slab", "slabs"])
 def test_fused_gradients(kernels, shape, dtype, tile):
     p = problems.make(**shape, output_activation="sigmoid")
-    exact, out, trusted = fused_reference(p, dtype)
+    exact, out, trusted = problems.fused_reference(p, HALF[dtype])
     grad = torch.randn_like(out) * trusted
     want = gradients(out, exact.tensors, grad)
     p32, compute = p.to(torch.float32), raw.DTYPES[HALF[dtype]]
@@ -294,11 +246,11 @@ def test_fused_gradients(kernels, shape, dtype, tile):
         assert all(torch.equal(a, b) for a, b in zip(some, chosen, strict=True))
 
 
-@pytest.mark.parametrize("shape", BACKWARD, ids=BACKWARD_IDS)
+@pytest.mark.parametrize("shape", FUSED_BACKWARD, ids=[str(s["widths"]) for s in FUSED_BACKWARD])
 @pytest.mark.parametrize(("loss", "per_object"), [("mse", False), ("smooth_l1", True), ("l1", False)])
 def test_fused_losses(kernels, shape, loss, per_object):
     p = problems.make(**shape, output_activation="sigmoid")
-    exact, out, _ = fused_reference(p, "bfloat16")
+    exact, out, _ = problems.fused_reference(p, torch.bfloat16)
     # A difference of order one: mse's gradient is proportional to it, l1's jumps where it is zero.
     target = (out.detach() + torch.randn_like(out).sign() * (1 + torch.rand_like(out))).float()
     each = LOSSES[loss](out, target.double(), 0.01).flatten(1).sum(1)
@@ -315,7 +267,7 @@ def test_fused_losses(kernels, shape, loss, per_object):
         assert all(torch.equal(a, b) for a, b in zip(some, chosen, strict=True))
 
 
-@pytest.mark.parametrize("shape", BACKWARD[:2], ids=BACKWARD_IDS[:2])
+@pytest.mark.parametrize("shape", FUSED_BACKWARD[:2], ids=[str(s["widths"]) for s in FUSED_BACKWARD[:2]])
 def test_fused_gradients_under_every_schedule(kernels, schedule, shape):
     p = problems.make(**shape).to(torch.float32)
     target = torch.rand(p.planes[0].shape[0], shape["widths"][-1], *p.size)
@@ -329,7 +281,7 @@ def test_fused_gradients_under_every_schedule(kernels, schedule, shape):
 @pytest.mark.parametrize("exponent", [-40, 30])
 def test_fused_float16_gradients_do_not_underflow(kernels, exponent):
     """grad_output times a power of two gives the gradients times it: in float16, whose smallest number is 2^-24."""
-    p = problems.make(**BACKWARD[0]).to(torch.float32)
+    p = problems.make(**FUSED_BACKWARD[0]).to(torch.float32)
     grad = torch.randn(1, 1, *p.size)
     want = [g * 2.0**exponent for g in kernels.backward(p, grad, 2)]
     assert all(torch.equal(a, b) for a, b in zip(kernels.backward(p, grad * 2.0**exponent, 2), want, strict=True))
@@ -337,7 +289,7 @@ def test_fused_float16_gradients_do_not_underflow(kernels, exponent):
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_fused_float16_gradients_of_what_has_no_scale(kernels, value):
-    p = problems.make(**BACKWARD[2]).to(torch.float32)
+    p = problems.make(**FUSED_BACKWARD[2]).to(torch.float32)
     grad = torch.zeros(1, 1, *p.size)
     grad[..., 0] = value
     for g in kernels.backward(p, grad, 2):
@@ -346,7 +298,7 @@ def test_fused_float16_gradients_of_what_has_no_scale(kernels, value):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.uint8])
 def test_fused_targets_of_every_dtype(kernels, dtype):
-    p = problems.make(**BACKWARD[1]).to(torch.float32)
+    p = problems.make(**FUSED_BACKWARD[1]).to(torch.float32)
     target = torch.rand(2, 2, *p.size).mul(255 if dtype == torch.uint8 else 1).to(dtype)
     got = kernels.loss(p, target, "mse", compute=3)
     want = kernels.loss(p, target.float() / (255 if dtype == torch.uint8 else 1), "mse", compute=3)
@@ -369,7 +321,7 @@ def test_fused_bfloat16_gradients_are_as_good_as_torchs_own(kernels, capsys):
 
 
 def test_no_fused_backward_fits_and_the_general_road_serves(kernels):
-    p = problems.make(**BACKWARD[0]).to(torch.float32)
+    p = problems.make(**FUSED_BACKWARD[0]).to(torch.float32)
     grad = torch.randn(1, 1, *p.size)
     kernels.library.simt_device(163 << 10, 2)
     got = kernels.backward(p, grad, 3)

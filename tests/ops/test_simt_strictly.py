@@ -107,9 +107,9 @@ def test_a_missing_barrier_is_a_race(barrier, tmp_path):
 
 BARRIER = "__syncthreads();\n"
 FAULTS = {
-    "no barrier after the load": ("gemm.h", BARRIER + "#pragma unroll\n    for (int q", "\n#pragma unroll\n    for (int q"),
-    "no barrier after the products": ("gemm.h", "    }\n    __syncthreads();\n  }", "    }\n  }"),
-    "the last row tile is missing": ("gemm.h", "(m + rows - 1) / rows", "m > rows ? m / rows : 1"),
+    "no barrier after the load": ("gemm.h", BARRIER + "    if (k0 + depth", "    if (k0 + depth"),
+    "no barrier after the products": ("gemm.h", "b_tile);\n    " + BARRIER, "b_tile);\n"),
+    "the last row tile is missing": ("gemm.h", "(m + Tile::rows - 1) / Tile::rows", "m > Tile::rows ? m / Tile::rows : 1"),
     "a depth beyond the end": ("gemm.h", "k0 + q < end ? a(", "k0 + q <= end ? a("),
     "weights of the taps swapped": ("planes.h", "t.w_lo * (u.w_lo", "t.w_lo * (u.w_hi"),
     "texels above forgotten": ("planes.h", "end = first_tap(taps, count, r + 1)", "end = first_tap(taps, count, r)"),
