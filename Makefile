@@ -5,9 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := train,dev
 
-.PHONY: help demo test test-all build lint format clean bench
+.PHONY: help demo test test-all test-releases build lint format clean bench
 help:
-	@sed -n 's/^# //p' Makefile; echo "make test-all | lint | format | build | bench | clean"
+	@sed -n 's/^# //p' Makefile; echo "make test-all | test-releases | lint | format | build | bench | clean"
 
 # The packages, installed once; the kernels, again when a source changed.
 $(VENV)/.packages: pyproject.toml
@@ -28,8 +28,11 @@ demo: build
 test: build
 	$(BIN)/python -m pytest
 
-test-all: build
+test-all: build test-releases
 	$(BIN)/python -m pytest -m "exhaustive or not exhaustive"
+
+test-releases: build
+	$(BIN)/tox
 
 lint: build
 	$(BIN)/ruff check .

@@ -134,7 +134,7 @@ FAULTS = {
     "a bit of the masks shifted": ("fused_backward.h", "<< (15 - (s % 4 * 4 + r))", "<< (15 - (s % 4 * 4 + (r ^ 1)))"),
     "the mask of another layer": ("fused_backward.h", "load_mask(mask, p, layer - 1,", "load_mask(mask, p, layer,"),
     "the panel of another layer": ("fused_backward.h", "(forward + top - layer) * N * N", "(forward) * N * N"),
-    "voxels past the end count": ("fused_backward.h", "if (inside && k0 + n * 8 + lane.g < p.maps.nk) {", "if (inside) {"),
+    "voxels past the end count": ("fused_backward.h", "&& k + n * 8 < p.maps.nk && (n", "&& (n"),
     "rows of dW swapped": (
         "fused_backward.h",
         "r = row + m * 16 + half * 8 + lane.g",
