@@ -41,7 +41,8 @@ DECODERS = {
     "nfd": Decoder("NFD-like", 32, (128, 128, 1), "relu"),
     "eg3d": Decoder("EG3D-like", 32, (64, 4), "softplus"),
 }
-#: What is timed, and how many products of every hidden layer ours takes for it: backward recomputes, loss+gradients does not.
+#: What is timed, and how many products of every hidden layer it takes: backward recomputes, loss+gradients need not. (The fused
+#: CUDA kernels recompute more, and are held to these.)
 PRODUCTS = {"forward": 1, "forward+backward": 4, "loss+gradients": 3}
 PLANE = 64
 CHUNK_VOXELS = {"cpu": 8 * 128**2, "cuda": 2**21}  # that the naive decode takes at a time, in whole slices of x
@@ -172,13 +173,8 @@ class Case:
         return {n: everyone[n]() for n in names if self.differs(n, what)}
 
     def differs(self, name: str, what: str) -> bool:
-        """Whether a rival does anything of its own here: checkpointing needs a backward; on CUDA ours has half products in the
-        forward alone, and none in TF32."""
-        if name == "naive checkpointed":
-            return what != "forward"
-        if self.device == "cuda" and name in ("ours bfloat16", "ours float16"):
-            return what == "forward"
-        return not (self.device == "cuda" and name == "ours tf32")
+        """Whether a rival does anything of its own here: checkpointing needs a backward."""
+        return name != "naive checkpointed" or what != "forward"
 
 
 RIVALS = {
@@ -271,6 +267,20 @@ def large(peak: dict[str, float]) -> list[harness.Row]:
     return rows
 
 
+def profile(case: str, size: int, compute: str) -> None:
+    """The time of every CUDA kernel in one call of ours, forward, with gradients and one-pass."""
+    problem = Case(DECODERS[case], size, "cuda")
+    for what in PRODUCTS:
+        run = problem.rivals(what, [compute])[compute]
+        run()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+            run()
+            torch.cuda.synchronize()
+        print(f"\n{case}, {size}^3, {what}, {compute}")
+        print(seen.key_averages().table(sort_by="self_device_time_total", row_limit=16, max_name_column_width=90))
+
+
 def slope(x: list[float], y: list[float]) -> float:
     """Least squares of log y over log x."""
     a, b = [math.log(v) for v in x], [math.log(v) for v in y]
@@ -326,6 +336,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--large", action="store_true", help="256^3 and 512^3 instead; naive rows extrapolated from 96^3")
     parser.add_argument("--scaling", action="store_true", help="time over size and width instead")
+    parser.add_argument("--profile", action="store_true", help="list the CUDA kernels of ours instead, with --device cuda")
     parser.add_argument("--json", type=Path, help="write the figures here")
     a = parser.parse_args()
     environment = harness.environment()
@@ -333,6 +344,14 @@ def main() -> None:
         print(f"# {key}: {value}")
     if a.device == "cuda" and (a.large or a.scaling):
         parser.error("--large and --scaling are for the CPU; --device cuda takes any --sizes")
+    if a.profile:
+        if a.device != "cuda":
+            parser.error("--profile: expected --device cuda")
+        for key in a.cases:
+            for size in a.sizes:
+                for name in a.rivals or ["ours bfloat16"]:
+                    profile(key, size, name)
+        return
     peak = harness.peak(a.device)
     print("# peak, GFLOP/s: " + ", ".join(f"{k} {v:.0f}" for k, v in peak.items() if v))
     print(harness.HEADER)

@@ -5,7 +5,7 @@
 #     benchmarks/run_gpu.sh [FOLDER]      FOLDER: where JSON and logs go (default: benchmarks/results)
 #
 # PYTHON chooses the interpreter, whose environment must have torch with CUDA and the extras [dev]; STEPS the steps, by default
-# "build info test forward large decoders sanitize" ("cpu" on request). A step that fails is named at the end and does not stop
+# "build info ceiling test forward large decoders profile sanitize" ("cpu" on request). A step that fails is named at the end and does not stop
 # the others.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -24,18 +24,27 @@ nvidia-smi
 card=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().replace("nvidia ", "").replace(" ", "_"))') || exit 1
 TORCH_CUDA_ARCH_LIST=$("$python" -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}.{b}" + ("a" if a == 9 else ""))')
 export TORCH_CUDA_ARCH_LIST
-want() { [[ " ${STEPS:-build info test forward large decoders sanitize} " == *" $1 "* ]]; }
+want() { [[ " ${STEPS:-build info ceiling test forward large decoders profile sanitize} " == *" $1 "* ]]; }
 bench="benchmarks/bench_decode_grid.py --device cuda"
 want build && TCAM_CUDA=on step build "$python" setup.py -q build_ext --inplace
 want info && step info "$python" -m tcam_ext.info
+ceiling() {
+  nvcc -std=c++17 -O3 "-arch=sm_${TORCH_CUDA_ARCH_LIST//./}" benchmarks/mma_rate.cu -o "$out/mma_rate" && "$out/mma_rate" >"$out/mma_rate_$card.json"
+  local status=$?
+  rm -f "$out/mma_rate"
+  return $status
+}
+want ceiling && step ceiling ceiling
 want test && step test "$python" -m pytest -m gpu tests/ops
 want forward && step forward "$python" $bench --cases tcam --sizes 128 256 --repeats 10 --json "$out/decode_grid_$card.json"
 want large && step large "$python" $bench --cases tcam --sizes 512 --repeats 3 --json "$out/decode_grid_${card}_512.json"
 want decoders && step decoders "$python" $bench --cases nfd eg3d --sizes 256 --json "$out/decode_grid_${card}_decoders.json"
+want profile && step profile "$python" $bench --cases tcam --sizes 256 --rivals 'ours bfloat16' 'ours tf32' 'ours float32' --profile
 # torch's caching allocator would hide overruns inside its segments, and hand out blocks that look initialised.
 want sanitize && for tool in memcheck racecheck initcheck; do
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest -m gpu -x \
-    tests/ops/test_decode_grid.py tests/ops/test_decode_grid_loss.py -k "axes or compute_dtype or one_layer or decode_then_loss"
+    tests/ops/test_decode_grid.py tests/ops/test_decode_grid_loss.py tests/ops/test_cuda.py \
+    -k "axes or compute_dtype or one_layer or decode_then_loss or mirror"
 done
 # On request: the host's CPU may be one that the CPU kernels' figures are missing for.
 if want cpu; then
