@@ -26,6 +26,16 @@ MAX_AXIS = 2**31 - 1
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 
+class Options(NamedTuple):
+    """How every op samples and decodes; see :func:`tcam_ext.decode_grid`."""
+
+    activation: str = "relu"
+    output_activation: str = "none"
+    align_corners: bool = False
+    padding_mode: str = "border"
+    compute_dtype: torch.dtype | str | None = None
+
+
 class DecodeGrid(NamedTuple):
     """The arguments of decode_grid, checked and brought to one form."""
 
@@ -34,23 +44,12 @@ class DecodeGrid(NamedTuple):
     biases: list[Tensor | None]
     size: tuple[int, int, int]
     box: Box
+    options: Options
     compute: str  # "float32", "float64", "float16", "bfloat16", "tf32", "float32 or tf32" (as torch's matmul)
     out_dtype: torch.dtype
 
 
-def decode_grid(
-    planes: Any,
-    weights: Any,
-    biases: Any,
-    size: Any,
-    box: Any,
-    activation: Any,
-    output_activation: Any,
-    align_corners: Any,
-    padding_mode: Any,
-    compute_dtype: Any,
-    out_dtype: Any,
-) -> DecodeGrid:
+def decode_grid(planes: Any, weights: Any, biases: Any, size: Any, box: Any, options: Options, out_dtype: Any) -> DecodeGrid:
     """Check and normalise; under autocast also promote the tensors to one dtype."""
     checked_planes = _planes(planes)
     checked_weights, checked_biases = _layers(weights, biases, 3 * checked_planes[0].shape[1])
@@ -75,11 +74,11 @@ def decode_grid(
                 raise ValueError(f"{name}[{i}]: expected device {device} as planes have, got {t.device}")
     checked_size = _size(size)
     checked_box = _box(box, checked_size)
-    choice("activation", activation, ACTIVATIONS)
-    choice("output_activation", output_activation, OUTPUT_ACTIVATIONS)
-    choice("padding_mode", padding_mode, PADDING_MODES)
-    if not isinstance(align_corners, bool):
-        raise TypeError(f"align_corners: expected a bool, got {_type(align_corners)}")
+    choice("activation", options.activation, ACTIVATIONS)
+    choice("output_activation", options.output_activation, OUTPUT_ACTIVATIONS)
+    choice("padding_mode", options.padding_mode, PADDING_MODES)
+    if not isinstance(options.align_corners, bool):
+        raise TypeError(f"align_corners: expected a bool, got {_type(options.align_corners)}")
     if out_dtype is not None and out_dtype not in DTYPES:
         raise TypeError(f"out_dtype: expected None, float32, float64, float16 or bfloat16, got {out_dtype!r}")
     return DecodeGrid(
@@ -88,7 +87,8 @@ def decode_grid(
         checked_biases,
         checked_size,
         checked_box,
-        _compute(compute_dtype, autocast, dtype, device),
+        options,
+        _compute(options.compute_dtype, autocast, dtype, device),
         dtype if out_dtype is None else out_dtype,
     )
 
@@ -110,30 +110,14 @@ def decode_grid_loss(
     loss: Any,
     beta: Any,
     reduction: Any,
-    activation: Any,
-    output_activation: Any,
-    align_corners: Any,
-    padding_mode: Any,
-    compute_dtype: Any,
+    options: Options,
 ) -> tuple[DecodeGrid, Objective]:
     target = _tensor("target", target, 5, "(B, C_out, H, W, D)")
     if size is None:
         if box is not None:
             raise ValueError("size: expected (H, W, D), the whole volume, where box is given; got None")
         size = list(target.shape[2:])
-    call = decode_grid(
-        planes,
-        weights,
-        biases,
-        size,
-        box,
-        activation,
-        output_activation,
-        align_corners,
-        padding_mode,
-        compute_dtype,
-        None,
-    )
+    call = decode_grid(planes, weights, biases, size, box, options, None)
     want = (call.planes[0].shape[0], call.weights[-1].shape[0], *(hi - lo for lo, hi in call.box))
     if tuple(target.shape) != want:
         part = "size" if box is None else "box"

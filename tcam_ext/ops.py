@@ -78,46 +78,19 @@ def decode_grid(
     dtype. Under autocast they may differ and are promoted.
     """
     checks.choice("impl", impl, IMPLS)
+    options = checks.Options(activation, output_activation, align_corners, padding_mode, compute_dtype)
     if impl == "reference":
-        return reference.decode_grid(
-            planes,
-            weights,
-            biases,
-            size,
-            box=box,
-            activation=activation,
-            output_activation=output_activation,
-            align_corners=align_corners,
-            padding_mode=padding_mode,
-            compute_dtype=compute_dtype,
-            out_dtype=out_dtype,
-        )
-    call = checks.decode_grid(
-        planes,
-        weights,
-        biases,
-        size,
-        box,
-        activation,
-        output_activation,
-        align_corners,
-        padding_mode,
-        compute_dtype,
-        out_dtype,
-    )
+        return reference.decode_grid(planes, weights, biases, size, box=box, out_dtype=out_dtype, **options._asdict())
+    call = checks.decode_grid(planes, weights, biases, size, box, options, out_dtype)
     checks.native_limits(call)
-    options = _flat(call, activation, output_activation, align_corners, padding_mode)
-    volume: Tensor = DecodeGrid.apply(len(call.weights), options, call.out_dtype, *call.planes, *call.weights, *call.biases)
+    volume: Tensor = DecodeGrid.apply(len(call.weights), _flat(call), call.out_dtype, *call.planes, *call.weights, *call.biases)
     return volume
 
 
-def _flat(
-    call: checks.DecodeGrid, activation: str, output_activation: str, align_corners: bool, padding_mode: str
-) -> tuple[Any, ...]:
+def _flat(call: checks.DecodeGrid) -> tuple[Any, ...]:
     """The options of library.py."""
     (x0, x1), (y0, y1), (z0, z1) = call.box
-    box = [x0, x1, y0, y1, z0, z1]
-    return list(call.size), box, activation, output_activation, align_corners, padding_mode, call.compute
+    return list(call.size), [x0, x1, y0, y1, z0, z1], *call.options[:4], call.compute
 
 
 def decode_grid_loss(
@@ -170,6 +143,7 @@ def decode_grid_loss(
             requires a gradient.
     """
     checks.choice("impl", impl, IMPLS)
+    options = checks.Options(activation, output_activation, align_corners, padding_mode, compute_dtype)
     if impl == "reference":
         return reference.decode_grid_loss(
             planes,
@@ -181,36 +155,16 @@ def decode_grid_loss(
             loss=loss,
             beta=beta,
             reduction=reduction,
-            activation=activation,
-            output_activation=output_activation,
-            align_corners=align_corners,
-            padding_mode=padding_mode,
-            compute_dtype=compute_dtype,
+            **options._asdict(),
         )
-    call, objective = checks.decode_grid_loss(
-        planes,
-        weights,
-        biases,
-        target,
-        size,
-        box,
-        loss,
-        beta,
-        reduction,
-        activation,
-        output_activation,
-        align_corners,
-        padding_mode,
-        compute_dtype,
-    )
+    call, objective = checks.decode_grid_loss(planes, weights, biases, target, size, box, loss, beta, reduction, options)
     checks.native_limits(call)
-    options = _flat(call, activation, output_activation, align_corners, padding_mode)
     recording = torch.is_grad_enabled()
     grad_planes = recording and any(p.requires_grad for p in call.planes)
     grad_decoder = recording and any(t is not None and t.requires_grad for t in (*call.weights, *call.biases))
     found: Tensor = DecodeGridLoss.apply(
         len(call.weights),
-        (*options, loss, objective.beta, reduction == "none_batch"),
+        (*_flat(call), loss, objective.beta, reduction == "none_batch"),
         objective.voxels,
         grad_planes,
         grad_decoder,

@@ -7,6 +7,7 @@ features and every hidden layer of the box in memory: (3C + widths) numbers a vo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,34 +58,21 @@ def decode_grid(
     size: Sequence[int],
     *,
     box: Sequence[Sequence[int]] | None = None,
-    activation: str = "relu",
-    output_activation: str = "none",
-    align_corners: bool = False,
-    padding_mode: str = "border",
-    compute_dtype: torch.dtype | str | None = None,
     out_dtype: torch.dtype | None = None,
+    **options: Any,
 ) -> Tensor:
-    """:func:`tcam_ext.decode_grid` in plain PyTorch. Interpolation is in float32 or better, the MLP in ``compute_dtype``."""
-    call = checks.decode_grid(
-        planes,
-        weights,
-        biases,
-        size,
-        box,
-        activation,
-        output_activation,
-        align_corners,
-        padding_mode,
-        compute_dtype,
-        out_dtype,
-    )
+    """:func:`tcam_ext.decode_grid` in plain PyTorch. Interpolation is in float32 or better, the MLP in ``compute_dtype``.
+
+    ``options``: activation, output_activation, align_corners, padding_mode, compute_dtype, as there.
+    """
+    call = checks.decode_grid(planes, weights, biases, size, box, checks.Options(**options), out_dtype)
     storage = torch.float64 if call.compute == "float64" else torch.float32
     compute = storage if "tf32" in call.compute else getattr(torch, call.compute)
     (x0, x1), (y0, y1), (z0, z1) = call.box
     xy, yz, xz = (p.to(storage) for p in call.planes)
     texels = (xy.shape[2], xy.shape[3], yz.shape[3])
     x, y, z = (
-        linear_taps(lo, hi, n, m, align_corners, padding_mode)
+        linear_taps(lo, hi, n, m, call.options.align_corners, call.options.padding_mode)
         for (lo, hi), n, m in zip(call.box, call.size, texels, strict=True)
     )
     shape = (xy.shape[0], xy.shape[1], x1 - x0, y1 - y0, z1 - z0)
@@ -99,9 +87,9 @@ def decode_grid(
     h = features.movedim(1, -1).to(compute)
     for layer, (w, b) in enumerate(zip(call.weights, call.biases, strict=True)):
         if layer:
-            h = ACTIVATIONS[activation](h)
+            h = ACTIVATIONS[call.options.activation](h)
         h = F.linear(h, w.to(compute), None if b is None else b.to(compute))
-    out = OUTPUT_ACTIVATIONS[output_activation](h.to(storage))
+    out = OUTPUT_ACTIVATIONS[call.options.output_activation](h.to(storage))
     return out.movedim(-1, 1).to(call.out_dtype).contiguous()
 
 
@@ -116,42 +104,16 @@ def decode_grid_loss(
     loss: str = "smooth_l1",
     beta: float = 0.3,
     reduction: str = "mean",
-    activation: str = "relu",
-    output_activation: str = "none",
-    align_corners: bool = False,
-    padding_mode: str = "border",
-    compute_dtype: torch.dtype | str | None = None,
+    **options: Any,
 ) -> Tensor:
-    """:func:`tcam_ext.decode_grid_loss` in plain PyTorch: the volume, the loss of each voxel, their mean."""
+    """:func:`tcam_ext.decode_grid_loss` in plain PyTorch: the volume, the loss of each voxel, their mean. ``options``: see
+    :func:`decode_grid`."""
     call, compared = checks.decode_grid_loss(
-        planes,
-        weights,
-        biases,
-        target,
-        size,
-        box,
-        loss,
-        beta,
-        reduction,
-        activation,
-        output_activation,
-        align_corners,
-        padding_mode,
-        compute_dtype,
+        planes, weights, biases, target, size, box, loss, beta, reduction, checks.Options(**options)
     )
     dtype = torch.float64 if call.planes[0].dtype == torch.float64 else torch.float32
     volume = decode_grid(
-        call.planes,
-        call.weights,
-        call.biases,
-        call.size,
-        box=call.box,
-        activation=activation,
-        output_activation=output_activation,
-        align_corners=align_corners,
-        padding_mode=padding_mode,
-        compute_dtype=compute_dtype,
-        out_dtype=dtype,
+        call.planes, call.weights, call.biases, call.size, box=call.box, out_dtype=dtype, **call.options._asdict()
     )
     want = target.to(dtype) / 255 if target.dtype == torch.uint8 else target.to(dtype)
     each = LOSSES[loss](volume, want, compared.beta)
