@@ -29,7 +29,7 @@ typedef struct {
   int32_t out_dtype;  // of the volume and of its gradient
   int32_t grad_planes, grad_decoder;  // backward only: which gradients are wanted
   int32_t threads;
-  int32_t tile;  // voxels a tile; 0 takes the default. Results do not depend on it.
+  int32_t tile;  // voxels a tile; 0 takes the default. Results do not depend on it; CUDA gradients do in their last bits.
 } tcam_decode_grid;
 
 // What decode_grid_loss compares the decoded volume with.

@@ -7,7 +7,7 @@
 
 namespace tcam {
 
-constexpr int64_t slab_bytes_forward = 256ll << 20, slab_bytes_backward = 768ll << 20;
+constexpr int64_t slab_bytes_forward = 256ll << 20, slab_bytes_backward = 1152ll << 20;
 constexpr int sum_tile = 16;  // voxels of j and of k that a block of delta_sums_kernel owns
 
 // ---- operands -------------------------------------------------------------------------------
@@ -28,33 +28,36 @@ __global__ void __launch_bounds__(threads)
   }
 }
 
-// weight (rows, columns), its rows times row_factors, and bias (rows) to (padded_rows, padded) and (padded_rows), zero beyond.
+// weight (rows, columns), its rows times row_factors and *scale (null: 1), and bias (rows) to (padded_rows, padded) and
+// (padded_rows), zero beyond.
 template <class Out, class Round>
-TCAM_DEVICE void pad_matrix(const float* weight, const float* row_factors, const float* bias, int rows, int columns,
-                            int padded_rows, int padded, Out* to_weight, float* to_bias, Round round) {
+TCAM_DEVICE void pad_matrix(const float* weight, const float* row_factors, const float* scale, const float* bias, int rows,
+                            int columns, int padded_rows, int padded, Out* to_weight, float* to_bias, Round round) {
   for (int e = blockIdx.x * threads + threadIdx.x; e < padded_rows * padded; e += gridDim.x * threads) {
     const int r = e / padded, c = e % padded;
     const float w = r < rows && c < columns ? weight[static_cast<int64_t>(r) * columns + c] : 0.f;
-    to_weight[e] = round(row_factors && r < rows ? w * row_factors[r] : w);
+    to_weight[e] = round(row_factors && r < rows ? w * (row_factors[r] * (scale ? *scale : 1.f)) : w);
     if (c == 0 && to_bias) to_bias[r] = bias && r < rows ? bias[r] : 0.f;
   }
 }
 template <class T>
 __global__ void __launch_bounds__(threads)
-    pad_hidden_kernel(const float* weight, const float* row_factors, const float* bias, int rows, int columns, int padded,
-                      uint16_t* to_weight, float* to_bias) {
-  pad_matrix(weight, row_factors, bias, rows, columns, padded, padded, to_weight, to_bias, [](float x) { return T::round(x); });
+    pad_hidden_kernel(const float* weight, const float* row_factors, const float* scale, const float* bias, int rows,
+                      int columns, int padded, uint16_t* to_weight, float* to_bias) {
+  pad_matrix(weight, row_factors, scale, bias, rows, columns, padded, padded, to_weight, to_bias,
+             [](float x) { return T::round(x); });
 }
 static __global__ void __launch_bounds__(threads) pad_last_kernel(const float* weight, const float* bias, int rows, int columns,
                                                                   int padded, float* to_weight, float* to_bias) {
-  pad_matrix(weight, nullptr, bias, rows, columns, rows, padded, to_weight, to_bias, [](float x) { return x; });
+  pad_matrix(weight, nullptr, nullptr, bias, rows, columns, rows, padded, to_weight, to_bias, [](float x) { return x; });
 }
 
-// ---- a scale for float16 ------------------------------------------------------------------------
+// ---- scales for float16 -------------------------------------------------------------------------
 
 constexpr int scale_blocks = 1024;
+constexpr int scale_exponent = 10;  // of the largest dl/dy: room for 6 doublings above, for 24 halvings below
 
-// The largest magnitude of each block's numbers; not finite ones count as infinity.
+// The largest magnitude of each block's numbers; one that is not finite counts as infinity.
 static __global__ void __launch_bounds__(threads) largest_kernel(const void* values, int dtype, int64_t count, float* largest) {
   Shared shared;
   float* all = shared.take<float>(threads);
@@ -73,80 +76,98 @@ static __global__ void __launch_bounds__(threads) largest_kernel(const void* val
   if (threadIdx.x == 0) largest[blockIdx.x] = all[0];
 }
 
-// scale[0]: the power of two that brings the largest magnitude to [1/2, 1); scale[1]: its inverse.
-static __global__ void scale_kernel(const float* largest, int blocks, float* scale) {
+// scale[0]: the power of two that brings factor * (offset + the largest magnitude) to 2^exponent or next below; scale[1]: its
+// inverse. 1 where there is none.
+static __global__ void scale_kernel(const float* largest, int blocks, float offset, float factor, int exponent, float* scale) {
   float most = 0.f;
   for (int b = 0; b < blocks; ++b) most = fmaxf(most, largest[b]);
-  int exponent = 0;
-  if (most > 0.f && most <= 3.4028234663852886e38f) frexpf(most, &exponent);
-  exponent = exponent < -120 ? -120 : exponent > 120 ? 120 : exponent;
-  scale[0] = ldexpf(1.f, -exponent);
-  scale[1] = ldexpf(1.f, exponent);
+  most = factor * (offset + most);
+  int own = exponent;
+  if (most > 0.f && most <= 3.4028234663852886e38f) frexpf(most, &own);
+  const int by = own - exponent < -100 ? -100 : own - exponent > 100 ? 100 : own - exponent;
+  scale[0] = ldexpf(1.f, -by);
+  scale[1] = ldexpf(1.f, by);
 }
+// both[1] = a[1] b[1]
+static __global__ void both_scales_kernel(const float* a, const float* b, float* both) { *both = a[1] * b[1]; }
 
 // ---- from delta_1 to the maps -----------------------------------------------------------------
 
 // Of a slab: db[j, k] += sum over i of delta_1; partial_a[i, j, tile of k] and partial_g[i, tile of j, k]: the sums over the
-// tile. A block owns a tile of (j, k) and walks i. A thread has 8 channels; first those of one k for all j, then of one j for
-// all k.
+// tile. A block owns a tile of (j, k) and walks i. A thread has 8 channels, and half of the tile's j at one k; then half of its
+// k at one j. The halves meet in shared memory. Loads are not guarded, so that eight of them are on their way at once.
 template <class T, int N>
-__global__ void __launch_bounds__(sum_tile* N / 8)
-    delta_sums_kernel(const uint16_t* delta1, int ni, int nj, int nk, int n, const float* factor, float* db, float* partial_a,
-                      float* partial_g) {
-  constexpr int lanes = N / 8;
-  const int at = threadIdx.x % lanes * 8, q = threadIdx.x / lanes;
+__global__ void __launch_bounds__(sum_tile* N / 4)
+    delta_sums_kernel(const uint16_t* __restrict__ delta1, int ni, int nj, int nk, int n, const float* factor,
+                      float* __restrict__ db, float* __restrict__ partial_a, float* __restrict__ partial_g) {
+  constexpr int lanes = N / 8, own = sum_tile / 2;
+  Shared shared;
+  float* other = shared.take<float>(2 * 2 * sum_tile * N);  // of the upper halves: twice, (for g, for a), line, channel
+  const int at = threadIdx.x % lanes * 8, line = threadIdx.x / lanes % sum_tile, upper = threadIdx.x / (lanes * sum_tile);
   const int tk = blockIdx.x, tj = blockIdx.y, tiles_k = gridDim.x, tiles_j = gridDim.y;
   const int j0 = tj * sum_tile, k0 = tk * sum_tile;
   const float f = factor ? *factor : 1.f;
-  float own[sum_tile][8] = {};
-  auto load = [&](float (&v)[8], int i, int j, int k) {
-    uint4 raw = {0, 0, 0, 0};
-    if (j < nj && k < nk) raw = *reinterpret_cast<const uint4*>(delta1 + ((static_cast<size_t>(i) * nj + j) * nk + k) * N + at);
-    const uint32_t all[4] = {raw.x, raw.y, raw.z, raw.w};
+  float sum_b[own][8] = {};
+  // use(q, delta_1) at `own` voxels, (dj, dk) apart; zero beyond the volume.
+  auto each = [&](int i, int j, int k, int dj, int dk, auto use) {
+    uint4 raw[own];
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      v[2 * c] = T::widen(static_cast<uint16_t>(all[c]));
-      v[2 * c + 1] = T::widen(static_cast<uint16_t>(all[c] >> 16));
+    for (int q = 0; q < own; ++q) {
+      const int jq = j + q * dj, kq = k + q * dk;
+      const size_t voxel = (static_cast<size_t>(i) * nj + (jq < nj ? jq : nj - 1)) * nk + (kq < nk ? kq : nk - 1);
+      raw[q] = *reinterpret_cast<const uint4*>(delta1 + voxel * N + at);
     }
-  };
-  auto each_channel = [&](auto use) {
 #pragma unroll
-    for (int c = 0; c < 8; ++c) {
-      const int channel = delta1_column(at + c);
-      if (channel < n) use(c, channel);
+    for (int q = 0; q < own; ++q) {
+      const bool inside = j + q * dj < nj && k + q * dk < nk;
+      const uint32_t all[4] = {raw[q].x, raw[q].y, raw[q].z, raw[q].w};
+      float v[8];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        v[2 * c] = inside ? T::widen(static_cast<uint16_t>(all[c])) : 0.f;
+        v[2 * c + 1] = inside ? T::widen(static_cast<uint16_t>(all[c] >> 16)) : 0.f;
+      }
+      use(q, v);
     }
   };
   for (int i = 0; i < ni; ++i) {
-    float sum[8] = {};
+    float sum_g[8] = {}, sum_a[8] = {};
+    each(i, j0 + upper * own, k0 + line, 1, 0, [&](int q, const float (&v)[8]) {
 #pragma unroll
-    for (int j = 0; j < sum_tile; ++j) {
-      float v[8];
-      load(v, i, j0 + j, k0 + q);
+      for (int c = 0; c < 8; ++c) sum_b[q][c] += v[c], sum_g[c] += v[c];
+    });
+    each(i, j0 + line, k0 + upper * own, 0, 1, [&](int, const float (&v)[8]) {
 #pragma unroll
-      for (int c = 0; c < 8; ++c) own[j][c] += v[c], sum[c] += v[c];
+      for (int c = 0; c < 8; ++c) sum_a[c] += v[c];
+    });
+    float* const g_other = other + ((i & 1) * 2 * sum_tile + line) * N + at;
+    float* const a_other = g_other + sum_tile * N;
+    if (upper)
+#pragma unroll
+      for (int c = 0; c < 8; ++c) g_other[c] = sum_g[c], a_other[c] = sum_a[c];
+    __syncthreads();  // and the halves of step i - 1 have been read
+    if (upper) continue;
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+      const int channel = delta1_column(at + c);
+      if (channel < n && k0 + line < nk)
+        partial_g[((static_cast<size_t>(i) * tiles_j + tj) * nk + k0 + line) * n + channel] = (sum_g[c] + g_other[c]) * f;
+      if (channel < n && j0 + line < nj)
+        partial_a[((static_cast<size_t>(i) * nj + j0 + line) * tiles_k + tk) * n + channel] = (sum_a[c] + a_other[c]) * f;
     }
-    if (k0 + q < nk)
-      each_channel([&](int c, int channel) {
-        partial_g[((static_cast<size_t>(i) * tiles_j + tj) * nk + k0 + q) * n + channel] = sum[c] * f;
-      });
-#pragma unroll
-    for (int c = 0; c < 8; ++c) sum[c] = 0.f;
-#pragma unroll
-    for (int k = 0; k < sum_tile; ++k) {
-      float v[8];
-      load(v, i, j0 + q, k0 + k);
-#pragma unroll
-      for (int c = 0; c < 8; ++c) sum[c] += v[c];
-    }
-    if (j0 + q < nj)
-      each_channel([&](int c, int channel) {
-        partial_a[((static_cast<size_t>(i) * nj + j0 + q) * tiles_k + tk) * n + channel] = sum[c] * f;
-      });
   }
 #pragma unroll
-  for (int j = 0; j < sum_tile; ++j)
-    if (j0 + j < nj && k0 + q < nk)
-      each_channel([&](int c, int channel) { db[(static_cast<size_t>(j0 + j) * nk + k0 + q) * n + channel] += own[j][c] * f; });
+  for (int q = 0; q < own; ++q) {
+    const int j = j0 + upper * own + q;
+    if (j >= nj || k0 + line >= nk) continue;
+    float* const to = db + (static_cast<size_t>(j) * nk + k0 + line) * n;
+    float before[8];
+#pragma unroll
+    for (int c = 0; c < 8; ++c) before[c] = to[delta1_column(at + c) < n ? delta1_column(at + c) : 0];
+#pragma unroll
+    for (int c = 0; c < 8; ++c)
+      if (delta1_column(at + c) < n) to[delta1_column(at + c)] = before[c] + sum_b[q][c] * f;
+  }
 }
 
 // ---- the gradients of the layers at the top -------------------------------------------------------
@@ -240,8 +261,10 @@ class Fused : public Planes<float> {
   uint4* masks_ = nullptr;
   uint16_t* delta1_ = nullptr;
   float *dy_ = nullptr, *partial_a_ = nullptr, *partial_g_ = nullptr, *largest_ = nullptr, *scale_ = nullptr;
-  const float* factor_ = nullptr;  // that undoes the scale of grad_output; null: there is none
-  float* grad_top_[2] = {};        // of the layer below the last: its weight, its bias
+  // Of float16 (null: none): scale_[0] multiplies dl/dy, scale_[2] the last layer's weights on the way back; these undo the
+  // first, and both.
+  const float *top_factor_ = nullptr, *factor_ = nullptr;
+  float* grad_top_[2] = {};  // of the layer below the last: its weight, its bias
   float *sums_[TCAM_MAX_LAYERS + 1] = {}, *row_sums_[TCAM_MAX_LAYERS + 1] = {};
   double *losses_ = nullptr, *dy_sums_ = nullptr, *dy_total_ = nullptr;
 
@@ -324,7 +347,7 @@ class Fused : public Planes<float> {
     partial_a_ = floats(slab_ * n_[1] * tiles(2) * width(1));
     partial_g_ = floats(slab_ * tiles(1) * n_[2] * width(1));
     largest_ = floats(scale_blocks);
-    scale_ = floats(2);
+    scale_ = floats(5);
     if (!p.grad_decoder) return;
     most_blocks_ = steps(slab_) < fused_most_blocks ? steps(slab_) : fused_most_blocks;
     const int64_t begin = begin_partials(ws);
@@ -337,14 +360,26 @@ class Fused : public Planes<float> {
     end_partials(ws, workspace, begin);
   }
 
-  void look_at(const void* grad_volume) override {
+  // Chooses the scales of float16: for a gradient from its largest magnitude; for an objective from a bound of its slope.
+  void look_at(const void* volume, const tcam_objective* objective) override {
     if (p.compute != TCAM_F16) return;
-    const int64_t count = p.batch * n_out() * n_[0] * n_[1] * n_[2];
+    const bool mse = objective && static_cast<Loss>(objective->loss) == Loss::mse;
+    const int read = objective && !mse ? 0
+                                       : largest(volume, objective ? objective->target_dtype : p.out_dtype,
+                                                 p.batch * n_out() * n_[0] * n_[1] * n_[2]);
+    check(
+        launch(scale_kernel, 1, 1, 0, stream_, largest_, read, objective ? 1.f : 0.f, mse ? 2.f : 1.f, scale_exponent, scale_));
+    const int weights = largest(weights_[p.layers], TCAM_F32, static_cast<int64_t>(n_out()) * width(p.layers - 1));
+    check(launch(scale_kernel, 1, 1, 0, stream_, largest_, weights, 0.f, 1.f, 0, scale_ + 2));
+    check(launch(both_scales_kernel, 1, 1, 0, stream_, scale_, scale_ + 2, scale_ + 4));
+    top_factor_ = scale_ + 1;
+    factor_ = scale_ + 4;
+  }
+  // How many numbers of largest_ hold the largest of an array.
+  int largest(const void* values, int dtype, int64_t count) {
     const unsigned grid = static_cast<unsigned>(count < scale_blocks * threads ? ceil_div(count, threads) : scale_blocks);
-    check(launch(largest_kernel, grid, threads, threads * sizeof(float) + 16, stream_, grad_volume, p.out_dtype, count,
-                 largest_));
-    check(launch(scale_kernel, 1, 1, 0, stream_, largest_, static_cast<int>(grid), scale_));
-    factor_ = scale_ + 1;
+    check(launch(largest_kernel, grid, threads, threads * sizeof(float) + 16, stream_, values, dtype, count, largest_));
+    return static_cast<int>(grid);
   }
 
   void walk(int64_t object, void* volume, const tcam_objective* objective, double* losses, bool backward) override {
@@ -391,6 +426,7 @@ class Fused : public Planes<float> {
       call.compares = objective != nullptr;
       if (objective) call.loss = static_cast<Loss>(objective->loss), call.beta = objective->beta;
       call.scale = factor_ ? scale_ : nullptr;
+      call.last_scale = factor_ ? scale_ + 2 : nullptr;
       call.losses = losses_;
       call.dy_sums = dy_sums_;
       call.masks = masks_;
@@ -422,8 +458,9 @@ class Fused : public Planes<float> {
     const int64_t nj = n_[1], nk = n_[2], n1 = width(1);
     const dim3 grid(static_cast<unsigned>(tiles(2)), static_cast<unsigned>(tiles(1)));
     auto kernel = N_ == 64 ? delta_sums_kernel<T, 64> : delta_sums_kernel<T, 128>;
-    check(launch(kernel, grid, static_cast<unsigned>(sum_tile * N_ / 8), 0, stream_, delta1_, static_cast<int>(ni),
-                 static_cast<int>(nj), static_cast<int>(nk), width(1), factor_, db_, partial_a_, partial_g_));
+    check(launch(kernel, grid, static_cast<unsigned>(sum_tile * N_ / 4), 4 * sum_tile * N_ * sizeof(float) + 16, stream_,
+                 delta1_, static_cast<int>(ni), static_cast<int>(nj), static_cast<int>(nk), width(1), factor_, db_, partial_a_,
+                 partial_g_));
     add_axis_sum(partial_a_, da_ + i0 * nj * n1, nj, ni, nj, tiles(2), nj * tiles(2), tiles(2), 1);
     add_axis_sum(partial_g_, dg_ + i0 * nk * n1, nk, ni, nk, tiles(1), tiles(1) * nk, 1, nk);
   }
@@ -432,14 +469,14 @@ class Fused : public Planes<float> {
   void pad(bool backward) {
     const int L = p.layers, N = N_;
     for (int l = 2; l < L; ++l)
-      check(launch(pad_hidden_kernel<T>, blocks(ceil_div(N * N, threads)), threads, 0, stream_, weights_[l], nullptr,
+      check(launch(pad_hidden_kernel<T>, blocks(ceil_div(N * N, threads)), threads, 0, stream_, weights_[l], nullptr, nullptr,
                    biases_[l], width(l), width(l - 1), N, panels_ + static_cast<int64_t>(l - 2) * N * N,
                    panel_biases_ + (l - 2) * N));
     check(
         launch(pad_last_kernel, 1, threads, 0, stream_, weights_[L], biases_[L], width(L), width(L - 1), N, last_, last_bias_));
     if (backward && n_out() == 1)
       check(launch(pad_hidden_kernel<T>, blocks(ceil_div(N * N, threads)), threads, 0, stream_, weights_[L - 1], weights_[L],
-                   nullptr, width(L - 1), width(L - 2), N, top_, nullptr));
+                   factor_ ? scale_ + 2 : nullptr, nullptr, width(L - 1), width(L - 2), N, top_, nullptr));
   }
 
   // Map q (0: A, 1: B, 2: G) at `nx` rows.
@@ -459,8 +496,9 @@ class Fused : public Planes<float> {
       return;
     }
     if (!one || l < p.layers) {
-      combine(sums, width(l), width(l - 1), factor_, weight, width(l - 1));
-      if (bias) combine(row_sums, 1, width(l), factor_, bias, width(l));
+      const float* factor = l == p.layers ? top_factor_ : factor_;
+      combine(sums, width(l), width(l - 1), factor, weight, width(l - 1));
+      if (bias) combine(row_sums, 1, width(l), factor, bias, width(l));
       return;
     }
     const int top = l - 1;
@@ -474,13 +512,13 @@ class Fused : public Planes<float> {
                             N_,
                             width(top),
                             width(top - 1),
-                            factor_,
+                            top_factor_,
                             grad_top_[0],
                             grad_top_[1],
                             weight};
     auto kernel = bfloat() ? combine_top_kernel<ptx::BFloat16> : combine_top_kernel<ptx::Float16>;
     check(launch(kernel, static_cast<unsigned>(width(top)), threads, threads * sizeof(float) + 16, stream_, call));
-    if (bias) check(launch(write_scalar_kernel, 1, 1, 0, stream_, dy_total_, factor_, bias));
+    if (bias) check(launch(write_scalar_kernel, 1, 1, 0, stream_, dy_total_, top_factor_, bias));
   }
 };
 

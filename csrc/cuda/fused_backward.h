@@ -43,9 +43,12 @@ struct FusedBackward {
   bool compares;
   Loss loss;
   double beta;
-  const float* scale;  // that gradients are multiplied with; null: 1
-  double* losses;      // (blocks, chain threads)
-  double* dy_sums;     // the same: of dl/dy, with one output
+  const float* scale;  // that dl/dy is multiplied with; null: 1
+  // Of all:
+  const float* last_scale;  // that W_L, and with it every delta below, is multiplied with; null: 1. (In `top` it is already.)
+  // Of the head:
+  double* losses;   // (blocks, chain threads)
+  double* dy_sums;  // the same: of dl/dy, with one output
   // From launch to launch:
   uint4* masks;      // (products, steps, chain threads): of h_2 to h_(P+1); null: for the losses alone
   float* dy;         // (steps, chain warps, n_out, R); null with masks
@@ -108,9 +111,10 @@ struct FusedBackwardKernel {
                         q == 0 ? p.top : p.weights + static_cast<size_t>(layer - 2) * N * N, N, tid, threads);
     }
     ptx::commit_copies();
+    const float last_scale = p.last_scale ? *p.last_scale : 1.f;
     for (int c = tid; c < p.products * N; c += threads) memory.biases[c] = p.biases[c];
     Block::split_last(memory.split_last, p.last, p.n_out, tid, threads);
-    for (int c = tid; c < fused_most_out * N; c += threads) memory.last[c] = c < p.n_out * N ? p.last[c] : 0.f;
+    for (int c = tid; c < fused_most_out * N; c += threads) memory.last[c] = c < p.n_out * N ? p.last[c] * last_scale : 0.f;
     if (tid < fused_most_out) memory.last_bias[tid] = p.last_bias[p.n_out == 1 ? 0 : tid < p.n_out ? tid : 0];
     ptx::wait_copies();
     __syncthreads();
@@ -123,7 +127,7 @@ struct FusedBackwardKernel {
 
   // ---- the chain warps ----------------------------------------------------------------------
 
-  // Where the halves of a fragment are positive (they are never negative): word 4 m + s/4 of N = 128, bits (s % 4) * 4 + r and
+  // Where the halves of a fragment are positive (they are never negative): word (m * steps + s) / 4, bits (s % 4) * 4 + r and
   // 16 more.
   TCAM_DEVICE static void to_mask(uint32_t (&mask)[words], const Fragment& h) {
 #pragma unroll
@@ -166,6 +170,7 @@ struct FusedBackwardKernel {
   // What the head reads at this lane's voxels, the target or the gradient: of output t at rows g + 8 q; with one output, of row
   // g + 8 t alone, in seen[0]. Zero beyond the volume. Early, so that it is there when it is needed.
   struct Seen {
+    uint32_t loaded[4];
     float at[4];
     bool inside[4];
   };
@@ -175,10 +180,11 @@ struct FusedBackwardKernel {
     const int64_t at = (one ? 0 : lane.t * p.channel_stride) + (static_cast<int64_t>(i) * p.maps.nj + j) * p.maps.nk + k;
     const bool inside = i < p.maps.ni && j < p.maps.nj && (one || lane.t < p.n_out);
 #pragma unroll
-    for (int n = 0; n < 4; ++n) seen.at[n] = 0.f, seen.inside[n] = inside && k + n * 8 < p.maps.nk && (n == 0 || !one);
+    for (int n = 0; n < 4; ++n)
+      seen.at[n] = 0.f, seen.loaded[n] = 0, seen.inside[n] = inside && k + n * 8 < p.maps.nk && (n == 0 || !one);
 #pragma unroll
     for (int n = 0; n < 4; ++n)
-      if (seen.inside[n]) seen.at[n] = Elements<float>::read(p.volume, p.dtype, at + n * 8);
+      if (seen.inside[n]) seen.loaded[n] = Elements<float>::load(p.volume, p.dtype, at + n * 8);
   }
 
   // The loss there, and dy in the place of what was seen.
@@ -195,7 +201,7 @@ struct FusedBackwardKernel {
       if (n == 0 && one)
 #pragma unroll
         for (int q = 1; q < 4; ++q) y = lane.t == q ? out[q >> 1][(q & 1) * 2] + out[q >> 1][(q & 1) * 2 + 1] : y;
-      float slope = seen.at[n];
+      float slope = Elements<float>::value(seen.loaded[n], p.dtype);
       if (p.compares) {
         const float difference = M::output(p.output_activation, y) - slope;
         loss += static_cast<double>(L::value(p.loss, difference, p.beta));

@@ -9,10 +9,11 @@ constexpr int gemm_threads = 256;
 
 // How a block multiplies its tile: fused multiply-adds in Real. A thread owns (rows/16) x 4 elements 16 apart, so that its
 // reads of the tiles in shared memory are broadcasts or neighbours.
-template <class Real, int rows_>
+template <class Real_, int rows_>
 struct Scalars {
   static constexpr int rows = rows_, columns = 64, depth = 16, a_pitch = rows + 4, b_pitch = columns + 4;
   static constexpr int own_rows = rows / 16, own_columns = columns / 16;
+  using Real = Real_;
   using Number = Real;  // of the tiles
   Real sum[own_rows][own_columns] = {};
 
@@ -45,6 +46,7 @@ struct Scalars {
 // 32 x 32 elements. The pitches leave no two lanes of a fragment on one bank.
 struct TensorFloats {
   static constexpr int rows = 128, columns = 64, depth = 16, a_pitch = rows + 8, b_pitch = columns + 8;
+  using Real = float;
   using Number = uint32_t;
   float sum[2][4][4] = {};
 
@@ -85,9 +87,10 @@ struct TensorFloats {
   }
 };
 
-// A and B are functors (row, column) -> Real with `static constexpr bool columns_adjacent`: whether neighbours in memory differ
-// in the column. store(split, row, column, sum) gets the sum over k in [split * k_chunk, ...), in ascending order of blocks of
-// `depth`. Grid: (row tiles, column tiles, splits). The next tiles are read while these are multiplied.
+// A and B are functors: `static constexpr bool columns_adjacent` says whether neighbours in memory differ in the column,
+// load(row, column) reads, and value(loaded) makes the element of it, later, so that no load is waited for early. store(split,
+// row, column, sum) gets the sum over k in [split * k_chunk, ...), in ascending order of blocks of `depth`. Grid: (row tiles,
+// column tiles, splits). The next tiles are read while these are multiplied.
 template <class Tile, class A, class B, class Store>
 __global__ void __launch_bounds__(gemm_threads)
     gemm_kernel(int64_t m, int n, int64_t k, int64_t k_chunk, A a, B b, Store store) {
@@ -112,18 +115,19 @@ __global__ void __launch_bounds__(gemm_threads)
     c = B::columns_adjacent ? e % columns : e / depth;
     q = B::columns_adjacent ? e / columns : e % depth;
   };
-  Number a_next[own_a], b_next[own_b];
+  typename Tile::Real a_next[own_a], b_next[own_b];
+  auto clamped = [](int64_t x, int64_t count) { return x < count ? x : count - 1; };  // beyond the end: read, never used
   auto fetch = [&](int64_t k0) {
     int r, q, c;
 #pragma unroll
     for (int u = 0; u < own_a; ++u) {
       a_element(u, r, q);
-      a_next[u] = Tile::number(row0 + r < m && k0 + q < end ? a(row0 + r, k0 + q) : 0);
+      a_next[u] = a.load(clamped(row0 + r, m), clamped(k0 + q, end));
     }
 #pragma unroll
     for (int u = 0; u < own_b; ++u) {
       b_element(u, q, c);
-      b_next[u] = Tile::number(column0 + c < n && k0 + q < end ? b(k0 + q, column0 + c) : 0);
+      b_next[u] = b.load(clamped(k0 + q, end), clamped(column0 + c, n));
     }
   };
 
@@ -134,12 +138,12 @@ __global__ void __launch_bounds__(gemm_threads)
 #pragma unroll
     for (int u = 0; u < own_a; ++u) {
       a_element(u, r, q);
-      a_tile[q * Tile::a_pitch + r] = a_next[u];
+      a_tile[q * Tile::a_pitch + r] = Tile::number(row0 + r < m && k0 + q < end ? a.value(a_next[u]) : 0);
     }
 #pragma unroll
     for (int u = 0; u < own_b; ++u) {
       b_element(u, q, c);
-      b_tile[q * Tile::b_pitch + c] = b_next[u];
+      b_tile[q * Tile::b_pitch + c] = Tile::number(column0 + c < n && k0 + q < end ? b.value(b_next[u]) : 0);
     }
     __syncthreads();
     if (k0 + depth < end) fetch(k0 + depth);

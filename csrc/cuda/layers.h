@@ -14,8 +14,8 @@
 namespace tcam {
 
 constexpr int64_t region_voxels = 65536, region_bytes = 256ll << 20;
-constexpr int64_t voxel_chunk = 2048;  // of a region: one partial sum of the weight gradients
-constexpr int64_t bias_chunk = 256;    // the same for bias gradients: a thread walks it alone
+constexpr int64_t voxel_chunk = 512;  // of a region: one partial sum of the weight gradients
+constexpr int64_t bias_chunk = 256;   // the same for bias gradients: a thread walks it alone
 
 // Part of the box, in voxels of the box; voxel v of it is (i, j, k) with k fastest.
 struct Region {
@@ -64,7 +64,8 @@ struct Activated {
   const Real* z;
   int64_t pitch;
   Activation activation;
-  TCAM_DEVICE Real operator()(int64_t r, int64_t c) const { return Maths<Scalar<Real>>::value(activation, z[r * pitch + c]); }
+  TCAM_DEVICE Real load(int64_t r, int64_t c) const { return z[r * pitch + c]; }
+  TCAM_DEVICE Real value(Real x) const { return Maths<Scalar<Real>>::value(activation, x); }
 };
 
 // a'(z), with the conventions of maths/activation.h.

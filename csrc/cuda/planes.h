@@ -47,14 +47,16 @@ struct Rows {
   static constexpr bool columns_adjacent = true;
   const Real* data;
   int64_t pitch;
-  TCAM_DEVICE Real operator()(int64_t r, int64_t c) const { return data[r * pitch + c]; }
+  TCAM_DEVICE Real load(int64_t r, int64_t c) const { return data[r * pitch + c]; }
+  TCAM_DEVICE Real value(Real x) const { return x; }
 };
 template <class Real>
 struct Transposed {
   static constexpr bool columns_adjacent = false;
   const Real* data;
   int64_t pitch;
-  TCAM_DEVICE Real operator()(int64_t r, int64_t c) const { return data[c * pitch + r]; }
+  TCAM_DEVICE Real load(int64_t r, int64_t c) const { return data[c * pitch + r]; }
+  TCAM_DEVICE Real value(Real x) const { return x; }
 };
 template <class Real>
 struct WriteRows {
@@ -204,10 +206,8 @@ class Planes {
     const bool per_object = objective && objective->per_object;
     set(weights, biases);
     prepare();
-    if (objective)
-      clear(losses, p.batch * sizeof(double));
-    else
-      look_at(volume);
+    if (objective) clear(losses, p.batch * sizeof(double));
+    look_at(volume, objective);
     for (int64_t object = 0; object < p.batch && !status_; ++object) {
       if (object == 0 || per_object) clear(cleared_, cleared_bytes_);
       project(planes, object);
@@ -250,7 +250,7 @@ class Planes {
   // partial sums of layers 2 and up, which write_gradients makes gradients of (bias: null where there is none).
   virtual void walk(int64_t object, void* volume, const tcam_objective* objective, double* losses, bool backward) = 0;
   virtual void write_gradients(int layer, Real* weight, Real* bias) = 0;
-  virtual void look_at(const void* grad_volume) { (void)grad_volume; }
+  virtual void look_at(const void*, const tcam_objective*) {}  // at the gradient or the target, before backward
 
   int width(int layer) const { return static_cast<int>(p.width[layer]); }
   int64_t texels(int q) const { return rows_[q] * columns_[q]; }

@@ -147,8 +147,16 @@ struct Float16 {
     asm("fma.rn.relu.f16x2 %0, %1, %3, %2;" : "=r"(r) : "r"(a), "r"(b), "r"(ones));
     return r;
   }
-  TCAM_DEVICE static uint16_t round(float x) { return Bits::to_half(x); }
-  TCAM_DEVICE static float widen(uint16_t x) { return Bits::half(x); }
+  TCAM_DEVICE static uint16_t round(float x) {
+    uint16_t r;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(x));
+    return r;
+  }
+  TCAM_DEVICE static float widen(uint16_t x) {
+    float r;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(x));
+    return r;
+  }
 };
 #undef TCAM_MMA
 

@@ -71,6 +71,24 @@ struct Elements {
       default: return static_cast<Real>(Bits::bfloat(static_cast<const uint16_t*>(data)[index]));
     }
   }
+
+  // read() in two parts: the load, which nothing waits for yet, and what it stands for. (A double becomes a float at once.)
+  TCAM_MATHS uint32_t load(const void* data, int dtype, long long index) {
+    switch (dtype) {
+      case TCAM_F32: return static_cast<const uint32_t*>(data)[index];
+      case TCAM_F64: return Bits::of(static_cast<float>(static_cast<const double*>(data)[index]));
+      case TCAM_U8: return static_cast<const uint8_t*>(data)[index];
+      default: return static_cast<const uint16_t*>(data)[index];
+    }
+  }
+  TCAM_MATHS Real value(uint32_t loaded, int dtype) {
+    switch (dtype) {
+      case TCAM_F16: return static_cast<Real>(Bits::half(static_cast<uint16_t>(loaded)));
+      case TCAM_BF16: return static_cast<Real>(Bits::bfloat(static_cast<uint16_t>(loaded)));
+      case TCAM_U8: return static_cast<Real>(loaded) / 255;
+      default: return static_cast<Real>(Bits::value(loaded));
+    }
+  }
 };
 
 }  // namespace tcam

@@ -287,6 +287,22 @@ def test_fused_float16_gradients_do_not_underflow(kernels, exponent):
     assert all(torch.equal(a, b) for a, b in zip(kernels.backward(p, grad * 2.0**exponent, 2), want, strict=True))
 
 
+@pytest.mark.parametrize("shape", FUSED_BACKWARD[:2], ids=[str(s["widths"]) for s in FUSED_BACKWARD[:2]])
+def test_fused_float16_gradients_below_a_small_last_layer(kernels, shape):
+    """What goes back through it is small in every layer below; float16 must not lose it."""
+    p = problems.make(**shape)
+    p.weights[-1] *= 1e-4
+    exact, out, trusted = problems.fused_reference(p, torch.float16)
+    grad = torch.randn_like(out) * trusted
+    want = torch.autograd.grad(out, exact.tensors, grad, retain_graph=True)
+    got = kernels.backward(p.to(torch.float32), grad.float(), 2)
+    assert max(problems.relative(g, w) for g, w in zip(got, want, strict=True) if w.norm() > 1e-6) < 1e-2
+    target = (out.detach() + torch.randn_like(out).sign() * (1 + torch.rand_like(out))).float()
+    want = gradients(LOSSES["l1"](out, target.double(), 0.3).sum(), exact.tensors, None)
+    got = kernels.loss(p.to(torch.float32), target, "l1", compute=2)[1:]
+    assert max(problems.relative(g, w) for g, w in zip(got, want, strict=True) if w.norm() > 1e-6) < 2e-2
+
+
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_fused_float16_gradients_of_what_has_no_scale(kernels, value):
     p = problems.make(**FUSED_BACKWARD[2]).to(torch.float32)
