@@ -171,7 +171,6 @@ struct FusedBackwardKernel {
   // g + 8 t alone, in seen[0]. Zero beyond the volume. Early, so that it is there when it is needed.
   struct Seen {
     uint32_t loaded[4];
-    float at[4];
     bool inside[4];
   };
   TCAM_DEVICE static void look(Seen& seen, const FusedBackward& p, int i, int j, int k0, const Lane<N>& lane) {
@@ -180,22 +179,22 @@ struct FusedBackwardKernel {
     const int64_t at = (one ? 0 : lane.t * p.channel_stride) + (static_cast<int64_t>(i) * p.maps.nj + j) * p.maps.nk + k;
     const bool inside = i < p.maps.ni && j < p.maps.nj && (one || lane.t < p.n_out);
 #pragma unroll
-    for (int n = 0; n < 4; ++n)
-      seen.at[n] = 0.f, seen.loaded[n] = 0, seen.inside[n] = inside && k + n * 8 < p.maps.nk && (n == 0 || !one);
+    for (int n = 0; n < 4; ++n) seen.loaded[n] = 0, seen.inside[n] = inside && k + n * 8 < p.maps.nk && (n == 0 || !one);
 #pragma unroll
     for (int n = 0; n < 4; ++n)
       if (seen.inside[n]) seen.loaded[n] = Elements<float>::load(p.volume, p.dtype, at + n * 8);
   }
 
-  // The loss there, and dy in the place of what was seen.
-  TCAM_DEVICE static void finish(const FusedBackward& p, const float (&out)[MT][4], const Lane<N>& lane, Seen& seen,
-                                 double& loss) {
+  // The loss and dy there.
+  TCAM_DEVICE static void finish(const FusedBackward& p, const float (&out)[MT][4], const Lane<N>& lane, const Seen& seen,
+                                 float (&dy)[4], double& loss) {
     using M = Maths<Scalar<float>>;
     using L = LossMaths<Scalar<float>>;
     const bool one = p.n_out == 1;
     const float scale = p.scale ? *p.scale : 1.f;
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
+      dy[n] = 0.f;
       if (!seen.inside[n]) continue;
       float y = out[n >> 1][(n & 1) * 2] + out[n >> 1][(n & 1) * 2 + 1];
       if (n == 0 && one)
@@ -207,7 +206,7 @@ struct FusedBackwardKernel {
         loss += static_cast<double>(L::value(p.loss, difference, p.beta));
         slope = L::slope(p.loss, difference, p.beta);
       }
-      seen.at[n] = slope * M::output_slope(p.output_activation, y) * scale;
+      dy[n] = slope * M::output_slope(p.output_activation, y) * scale;
     }
   }
 
@@ -238,7 +237,7 @@ struct FusedBackwardKernel {
         } else {
           load_mask(mask, p, top, all.count(), s, tid);
 #pragma unroll
-          for (int n = 0; n < 4; ++n) seen.at[n] = one ? dy_at[n * 8 + lane.g] : 0.f;
+          for (int n = 0; n < 4; ++n) seen.loaded[n] = one ? Bits::of(dy_at[n * 8 + lane.g]) : 0;
         }
 
         Fragment h, next;
@@ -268,6 +267,7 @@ struct FusedBackwardKernel {
           if (p.weighted && q + 2 == p.layer - 1) store_tile(h_tile, h, lane);
         }
 
+        float dy[4];
         if (p.head) {
           float out[MT][4];
 #pragma unroll
@@ -279,26 +279,29 @@ struct FusedBackwardKernel {
           for (int q = 0; q < steps; ++q)
 #pragma unroll
             for (int m = 0; m < MT; ++m) Block::add_last(out[m], h[m][q], memory.split_last, q, lane);
-          finish(p, out, lane, seen, loss);
+          finish(p, out, lane, seen, dy, loss);
           if (!p.masks) continue;
           if (one) {
-            dy_sum += static_cast<double>(seen.at[0]);
-            dy_at[lane.t * 8 + lane.g] = seen.at[0];
+            dy_sum += static_cast<double>(dy[0]);
+            dy_at[lane.t * 8 + lane.g] = dy[0];
           } else if (lane.t < p.n_out) {
 #pragma unroll
-            for (int n = 0; n < 4; ++n) dy_at[lane.t * R + n * 8 + lane.g] = seen.at[n];
+            for (int n = 0; n < 4; ++n) dy_at[lane.t * R + n * 8 + lane.g] = dy[n];
           }
+        } else {
+#pragma unroll
+          for (int n = 0; n < 4; ++n) dy[n] = Bits::value(seen.loaded[n]);
         }
 
         if (p.layer > top) {  // the last layer, of several outputs: delta is dy itself
           if (p.weighted) {
-            store_outputs(delta_tile, seen.at, lane);
+            store_outputs(delta_tile, dy, lane);
             ptx::barrier_arrive(written + warp, pair_threads);
           }
           continue;
         }
         if (one)
-          spread_one(h, seen.at, p.head, mask, lane);
+          spread_one(h, dy, p.head, mask, lane);
         else
           spread(h, dy_at, p.n_out, memory.last, mask, lane);
 #pragma unroll 1

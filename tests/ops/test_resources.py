@@ -110,7 +110,7 @@ def loops(cubin: Path, kernel: str) -> list[Counter[str]]:
 #: Local memory holds what is read once a step: loop counters, addresses, the sums of the loss.
 STEADY = [
     ("fused_forward_bfloat16.cu", "Li128ELi2ELi12ELi1ELi3E", 784, 232, 192, 5),
-    ("fused_backward_bfloat16.cu", "Li128E", 528, 168, 200, 12),
+    ("fused_backward_bfloat16.cu", "Li128E", 528, 168, 200, 4),
     ("fused_backward_bfloat16.cu", "Li128E", 256, 64, 64, 0),
     ("fused_backward_bfloat16.cu", "Li128E", 72, 16, 0, 0),
 ]
