@@ -110,7 +110,7 @@ FAULTS = {
     "no barrier after the load": ("gemm.h", BARRIER + "    if (k0 + depth", "    if (k0 + depth"),
     "no barrier after the products": ("gemm.h", "b_tile);\n    " + BARRIER, "b_tile);\n"),
     "the last row tile is missing": ("gemm.h", "(m + Tile::rows - 1) / Tile::rows", "m > Tile::rows ? m / Tile::rows : 1"),
-    "a depth beyond the end": ("gemm.h", "k0 + q < end ? a.value(", "k0 + q <= end ? a.value("),
+    "the last depth is not read": ("gemm.h", "if (k0 + depth < end)", "if (k0 + 2 * depth < end)"),
     "weights of the taps swapped": ("planes.h", "t.w_lo * (u.w_lo", "t.w_lo * (u.w_hi"),
     "texels above forgotten": ("planes.h", "end = first_tap(taps, count, r + 1)", "end = first_tap(taps, count, r)"),
     "a region's sum replaces the one before": (
