@@ -1,217 +1,14 @@
 // decode_grid's fast road: the tensor-core kernels of fused_forward.h and fused_backward.h, over slabs of i whose maps, masks
-// and delta_1 fit a fixed workspace; what is around them is here.
+// and delta_1 fit a fixed workspace.
 #pragma once
 #include "fused_backward.h"
 #include "fused_forward.h"
-#include "planes.h"
+#include "fused_operands.h"
+#include "fused_sums.h"
 
 namespace tcam {
 
 constexpr int64_t slab_bytes_forward = 256ll << 20, slab_bytes_backward = 1152ll << 20;
-constexpr int sum_tile = 16;  // voxels of j and of k that a block of delta_sums_kernel owns
-
-// ---- operands -------------------------------------------------------------------------------
-
-// map (nx, ny, padded) = the plane at every (x, y), with bias, rounded; zero in the padding. A warp takes an (x, y).
-template <class T>
-__global__ void __launch_bounds__(threads)
-    map_kernel(const float* plane, int columns, int n, int padded, const Tap<float>* rows, const Tap<float>* cols, int64_t nx,
-               int64_t ny, const float* bias, uint16_t* map) {
-  const int lane = threadIdx.x % 32;
-  for (int64_t v = blockIdx.x * static_cast<int64_t>(warps) + threadIdx.x / 32; v < nx * ny;
-       v += static_cast<int64_t>(gridDim.x) * warps) {
-    const Tap<float> x = rows[v / ny], y = cols[v % ny];
-    for (int c = lane; c < padded; c += 32) {
-      const float sum = c < n ? bilinear(plane, columns, n, c, x, y) + (bias ? bias[c] : 0.f) : 0.f;
-      map[v * padded + c] = T::round(sum);
-    }
-  }
-}
-
-// weight (rows, columns), its rows times row_factors and *scale (null: 1), and bias (rows) to (padded_rows, padded) and
-// (padded_rows), zero beyond.
-template <class Out, class Round>
-TCAM_DEVICE void pad_matrix(const float* weight, const float* row_factors, const float* scale, const float* bias, int rows,
-                            int columns, int padded_rows, int padded, Out* to_weight, float* to_bias, Round round) {
-  for (int e = blockIdx.x * threads + threadIdx.x; e < padded_rows * padded; e += gridDim.x * threads) {
-    const int r = e / padded, c = e % padded;
-    const float w = r < rows && c < columns ? weight[static_cast<int64_t>(r) * columns + c] : 0.f;
-    to_weight[e] = round(row_factors && r < rows ? w * (row_factors[r] * (scale ? *scale : 1.f)) : w);
-    if (c == 0 && to_bias) to_bias[r] = bias && r < rows ? bias[r] : 0.f;
-  }
-}
-template <class T>
-__global__ void __launch_bounds__(threads)
-    pad_hidden_kernel(const float* weight, const float* row_factors, const float* scale, const float* bias, int rows,
-                      int columns, int padded, uint16_t* to_weight, float* to_bias) {
-  pad_matrix(weight, row_factors, scale, bias, rows, columns, padded, padded, to_weight, to_bias,
-             [](float x) { return T::round(x); });
-}
-static __global__ void __launch_bounds__(threads) pad_last_kernel(const float* weight, const float* bias, int rows, int columns,
-                                                                  int padded, float* to_weight, float* to_bias) {
-  pad_matrix(weight, nullptr, nullptr, bias, rows, columns, rows, padded, to_weight, to_bias, [](float x) { return x; });
-}
-
-// ---- scales for float16 -------------------------------------------------------------------------
-
-constexpr int scale_blocks = 1024;
-constexpr int scale_exponent = 10;  // of the largest dl/dy: room for 6 doublings above, for 24 halvings below
-
-// The largest magnitude of each block's numbers; one that is not finite counts as infinity.
-static __global__ void __launch_bounds__(threads) largest_kernel(const void* values, int dtype, int64_t count, float* largest) {
-  Shared shared;
-  float* all = shared.take<float>(threads);
-  float most = 0.f;
-  for (int64_t e = blockIdx.x * static_cast<int64_t>(threads) + threadIdx.x; e < count;
-       e += static_cast<int64_t>(gridDim.x) * threads) {
-    const float x = fabsf(Elements<float>::read(values, dtype, e));
-    most = x <= 3.4028234663852886e38f ? fmaxf(most, x) : INFINITY;
-  }
-  all[threadIdx.x] = most;
-  __syncthreads();
-  for (int half = threads / 2; half; half /= 2) {
-    if (static_cast<int>(threadIdx.x) < half) all[threadIdx.x] = fmaxf(all[threadIdx.x], all[threadIdx.x + half]);
-    __syncthreads();
-  }
-  if (threadIdx.x == 0) largest[blockIdx.x] = all[0];
-}
-
-// scale[0]: the power of two that brings factor * (offset + the largest magnitude) to 2^exponent or next below; scale[1]: its
-// inverse. 1 where there is none.
-static __global__ void scale_kernel(const float* largest, int blocks, float offset, float factor, int exponent, float* scale) {
-  float most = 0.f;
-  for (int b = 0; b < blocks; ++b) most = fmaxf(most, largest[b]);
-  most = factor * (offset + most);
-  int own = exponent;
-  if (most > 0.f && most <= 3.4028234663852886e38f) frexpf(most, &own);
-  const int by = own - exponent < -100 ? -100 : own - exponent > 100 ? 100 : own - exponent;
-  scale[0] = ldexpf(1.f, -by);
-  scale[1] = ldexpf(1.f, by);
-}
-// both[1] = a[1] b[1]
-static __global__ void both_scales_kernel(const float* a, const float* b, float* both) { *both = a[1] * b[1]; }
-
-// ---- from delta_1 to the maps -----------------------------------------------------------------
-
-// Of a slab: db[j, k] += sum over i of delta_1; partial_a[i, j, tile of k] and partial_g[i, tile of j, k]: the sums over the
-// tile. A block owns a tile of (j, k) and walks i. A thread has 8 channels, and half of the tile's j at one k; then half of its
-// k at one j. The halves meet in shared memory. Loads are not guarded, so that eight of them are on their way at once.
-template <class T, int N>
-__global__ void __launch_bounds__(sum_tile* N / 4)
-    delta_sums_kernel(const uint16_t* __restrict__ delta1, int ni, int nj, int nk, int n, const float* factor,
-                      float* __restrict__ db, float* __restrict__ partial_a, float* __restrict__ partial_g) {
-  constexpr int lanes = N / 8, own = sum_tile / 2;
-  Shared shared;
-  float* other = shared.take<float>(2 * 2 * sum_tile * N);  // of the upper halves: twice, (for g, for a), line, channel
-  const int at = threadIdx.x % lanes * 8, line = threadIdx.x / lanes % sum_tile, upper = threadIdx.x / (lanes * sum_tile);
-  const int tk = blockIdx.x, tj = blockIdx.y, tiles_k = gridDim.x, tiles_j = gridDim.y;
-  const int j0 = tj * sum_tile, k0 = tk * sum_tile;
-  const float f = factor ? *factor : 1.f;
-  float sum_b[own][8] = {};
-  // use(q, delta_1) at `own` voxels, (dj, dk) apart; zero beyond the volume.
-  auto each = [&](int i, int j, int k, int dj, int dk, auto use) {
-    uint4 raw[own];
-#pragma unroll
-    for (int q = 0; q < own; ++q) {
-      const int jq = j + q * dj, kq = k + q * dk;
-      const size_t voxel = (static_cast<size_t>(i) * nj + (jq < nj ? jq : nj - 1)) * nk + (kq < nk ? kq : nk - 1);
-      raw[q] = *reinterpret_cast<const uint4*>(delta1 + voxel * N + at);
-    }
-#pragma unroll
-    for (int q = 0; q < own; ++q) {
-      const bool inside = j + q * dj < nj && k + q * dk < nk;
-      const uint32_t all[4] = {raw[q].x, raw[q].y, raw[q].z, raw[q].w};
-      float v[8];
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        v[2 * c] = inside ? T::widen(static_cast<uint16_t>(all[c])) : 0.f;
-        v[2 * c + 1] = inside ? T::widen(static_cast<uint16_t>(all[c] >> 16)) : 0.f;
-      }
-      use(q, v);
-    }
-  };
-  for (int i = 0; i < ni; ++i) {
-    float sum_g[8] = {}, sum_a[8] = {};
-    each(i, j0 + upper * own, k0 + line, 1, 0, [&](int q, const float (&v)[8]) {
-#pragma unroll
-      for (int c = 0; c < 8; ++c) sum_b[q][c] += v[c], sum_g[c] += v[c];
-    });
-    each(i, j0 + line, k0 + upper * own, 0, 1, [&](int, const float (&v)[8]) {
-#pragma unroll
-      for (int c = 0; c < 8; ++c) sum_a[c] += v[c];
-    });
-    float* const g_other = other + ((i & 1) * 2 * sum_tile + line) * N + at;
-    float* const a_other = g_other + sum_tile * N;
-    if (upper)
-#pragma unroll
-      for (int c = 0; c < 8; ++c) g_other[c] = sum_g[c], a_other[c] = sum_a[c];
-    __syncthreads();  // and the halves of step i - 1 have been read
-    if (upper) continue;
-#pragma unroll
-    for (int c = 0; c < 8; ++c) {
-      const int channel = delta1_column(at + c);
-      if (channel < n && k0 + line < nk)
-        partial_g[((static_cast<size_t>(i) * tiles_j + tj) * nk + k0 + line) * n + channel] = (sum_g[c] + g_other[c]) * f;
-      if (channel < n && j0 + line < nj)
-        partial_a[((static_cast<size_t>(i) * nj + j0 + line) * tiles_k + tk) * n + channel] = (sum_a[c] + a_other[c]) * f;
-    }
-  }
-#pragma unroll
-  for (int q = 0; q < own; ++q) {
-    const int j = j0 + upper * own + q;
-    if (j >= nj || k0 + line >= nk) continue;
-    float* const to = db + (static_cast<size_t>(j) * nk + k0 + line) * n;
-    float before[8];
-#pragma unroll
-    for (int c = 0; c < 8; ++c) before[c] = to[delta1_column(at + c) < n ? delta1_column(at + c) : 0];
-#pragma unroll
-    for (int c = 0; c < 8; ++c)
-      if (delta1_column(at + c) < n) to[delta1_column(at + c)] = before[c] + sum_b[q][c] * f;
-  }
-}
-
-// ---- the gradients of the layers at the top -------------------------------------------------------
-
-struct TopLayers {
-  Partials<float> sums, row_sums;  // of dW_(P+1) and db_(P+1) without the factor w of the row
-  const uint16_t* weight;          // W_(P+1) as the kernel multiplied it, rows `pitch` apart
-  const float *bias, *last;        // b_(P+1); w, the last layer's weights, of its one output
-  int pitch, rows, columns;
-  const float* factor;
-  float *grad_weight, *grad_bias, *grad_last;
-};
-
-// dW_r = w_r S_r, db_r = w_r s_r and, because h_r = mask_r (W_r h + b_r), dw_r = sum of dy h_r = W_r . S_r + b_r s_r: the
-// voxels of the last layer need not be walked again. A block takes a row.
-template <class T>
-__global__ void __launch_bounds__(threads) combine_top_kernel(TopLayers p) {
-  Shared shared;
-  float* dots = shared.take<float>(threads);
-  const int r = blockIdx.x;
-  const float f = p.factor ? *p.factor : 1.f, w = p.last[r];
-  float dot = 0.f;
-  for (int c = threadIdx.x; c < p.columns; c += threads) {
-    float sum = 0.f;
-    for (int64_t s = 0; s < p.sums.splits; ++s) sum += p.sums.data[s * p.sums.split_pitch + r * p.sums.row_pitch + c];
-    p.grad_weight[static_cast<int64_t>(r) * p.columns + c] = sum * w * f;
-    dot += sum * T::widen(p.weight[r * p.pitch + c]);
-  }
-  dots[threadIdx.x] = dot;
-  __syncthreads();
-  for (int half = threads / 2; half; half /= 2) {
-    if (static_cast<int>(threadIdx.x) < half) dots[threadIdx.x] += dots[threadIdx.x + half];
-    __syncthreads();
-  }
-  if (threadIdx.x) return;
-  float sum = 0.f;
-  for (int64_t s = 0; s < p.row_sums.splits; ++s) sum += p.row_sums.data[s * p.row_sums.split_pitch + r];
-  if (p.grad_bias) p.grad_bias[r] = sum * w * f;
-  p.grad_last[r] = (dots[0] + sum * p.bias[r]) * f;
-}
-
-static __global__ void write_scalar_kernel(const double* value, const float* factor, float* out) {
-  *out = static_cast<float>(*value * (factor ? static_cast<double>(*factor) : 1.));
-}
 
 // ---- the call ----------------------------------------------------------------------------------
 
@@ -255,8 +52,8 @@ class Fused : public Planes<float> {
   Device device_ = {0, 0};
   int N_ = 0;  // padded width of the hidden layers; 0: not for this road
   int64_t slab_ = 0, most_blocks_ = 0;
-  uint16_t *maps_[3] = {}, *panels_ = nullptr,
-           *top_ = nullptr;  // A and G of a slab of i, B of the volume; weights; diag(w) W_(P+1)
+  uint16_t* maps_[3] = {};                       // A and G of a slab of i, B of the volume
+  uint16_t *panels_ = nullptr, *top_ = nullptr;  // W_2 to W_(P+1); diag(w) W_(P+1)
   float *panel_biases_ = nullptr, *last_ = nullptr, *last_bias_ = nullptr;
   uint4* masks_ = nullptr;
   uint16_t* delta1_ = nullptr;
@@ -264,7 +61,6 @@ class Fused : public Planes<float> {
   // Of float16 (null: none): scale_[0] multiplies dl/dy, scale_[2] the last layer's weights on the way back; these undo the
   // first, and both.
   const float *top_factor_ = nullptr, *factor_ = nullptr;
-  float* grad_top_[2] = {};  // of the layer below the last: its weight, its bias
   float *sums_[TCAM_MAX_LAYERS + 1] = {}, *row_sums_[TCAM_MAX_LAYERS + 1] = {};
   double *losses_ = nullptr, *dy_sums_ = nullptr, *dy_total_ = nullptr;
 
@@ -360,15 +156,22 @@ class Fused : public Planes<float> {
     end_partials(ws, workspace, begin);
   }
 
-  // Chooses the scales of float16: for a gradient from its largest magnitude; for an objective from a bound of its slope.
+  // Chooses the scales of float16: for a gradient from its largest magnitude; for an objective from its largest slope, which is
+  // 1 or, of mse, twice the largest difference. (An output without bounds is taken to be no larger than the target or 1.)
   void look_at(const void* volume, const tcam_objective* objective) override {
     if (p.compute != TCAM_F16) return;
-    const bool mse = objective && static_cast<Loss>(objective->loss) == Loss::mse;
-    const int read = objective && !mse ? 0
-                                       : largest(volume, objective ? objective->target_dtype : p.out_dtype,
-                                                 p.batch * n_out() * n_[0] * n_[1] * n_[2]);
-    check(
-        launch(scale_kernel, 1, 1, 0, stream_, largest_, read, objective ? 1.f : 0.f, mse ? 2.f : 1.f, scale_exponent, scale_));
+    const int64_t voxels = p.batch * n_out() * n_[0] * n_[1] * n_[2];
+    int read = 0, exponent = scale_exponent;
+    float offset = 1.f, factor = 1.f;
+    if (!objective) {
+      read = largest(volume, p.out_dtype, voxels);
+      offset = 0.f;
+    } else if (static_cast<Loss>(objective->loss) == Loss::mse) {
+      read = largest(volume, objective->target_dtype, voxels);
+      factor = 2.f;
+      if (static_cast<OutputActivation>(p.output_activation) == OutputActivation::none) exponent = scale_exponent_open;
+    }
+    check(launch(scale_kernel, 1, 1, 0, stream_, largest_, read, offset, factor, exponent, scale_));
     const int weights = largest(weights_[p.layers], TCAM_F32, static_cast<int64_t>(n_out()) * width(p.layers - 1));
     check(launch(scale_kernel, 1, 1, 0, stream_, largest_, weights, 0.f, 1.f, 0, scale_ + 2));
     check(launch(both_scales_kernel, 1, 1, 0, stream_, scale_, scale_ + 2, scale_ + 4));
@@ -378,7 +181,7 @@ class Fused : public Planes<float> {
   // How many numbers of largest_ hold the largest of an array.
   int largest(const void* values, int dtype, int64_t count) {
     const unsigned grid = static_cast<unsigned>(count < scale_blocks * threads ? ceil_div(count, threads) : scale_blocks);
-    check(launch(largest_kernel, grid, threads, threads * sizeof(float) + 16, stream_, values, dtype, count, largest_));
+    check(launch(largest_kernel, grid, threads, reduce_bytes, stream_, values, dtype, count, largest_));
     return static_cast<int>(grid);
   }
 
@@ -450,7 +253,7 @@ class Fused : public Planes<float> {
   }
 
   void add_total(const double* values, int count, double* total) {
-    check(launch(add_total_kernel, 1, threads, threads * sizeof(double), stream_, values, count, total));
+    check(launch(add_total_kernel, 1, threads, reduce_bytes, stream_, values, count, total));
   }
 
   template <class T>
@@ -487,38 +290,32 @@ class Fused : public Planes<float> {
                  static_cast<int>(columns_[q]), width(1), N_, rows, taps_[columns_axis], nx, n_[columns_axis], bias, maps_[q]));
   }
 
-  void write_gradients(int l, float* weight, float* bias) override {
+  void write_gradients() override {
     const int64_t N = N_;
-    const Partials<float> sums = {sums_[l], most_blocks_, N * N, N}, row_sums = {row_sums_[l], most_blocks_ * 2, N, N};
+    const int L = p.layers, top = L - 1;
     const bool one = n_out() == 1;
-    if (one && l == p.layers - 1) {
-      grad_top_[0] = weight, grad_top_[1] = bias;  // written with the last layer's
-      return;
+    auto sums = [&](int l) { return Partials<float>{sums_[l], most_blocks_, N * N, N}; };
+    auto row_sums = [&](int l) { return Partials<float>{row_sums_[l], most_blocks_ * 2, N, N}; };
+    for (int l = 2; l <= (one ? L - 2 : L); ++l) {
+      const float* factor = l == L ? top_factor_ : factor_;
+      combine(sums(l), width(l), width(l - 1), factor, grad_weight_[l], width(l - 1));
+      if (grad_bias_[l]) combine(row_sums(l), 1, width(l), factor, grad_bias_[l], width(l));
     }
-    if (!one || l < p.layers) {
-      const float* factor = l == p.layers ? top_factor_ : factor_;
-      combine(sums, width(l), width(l - 1), factor, weight, width(l - 1));
-      if (bias) combine(row_sums, 1, width(l), factor, bias, width(l));
-      return;
-    }
-    const int top = l - 1;
-    const Partials<float> top_sums = {sums_[top], most_blocks_, N * N, N};
-    const Partials<float> top_row_sums = {row_sums_[top], most_blocks_ * 2, N, N};
-    const TopLayers call = {top_sums,
-                            top_row_sums,
-                            panels_ + static_cast<int64_t>(products() - 1) * N * N,
+    if (!one) return;
+    const TopLayers call = {sums(top),
+                            row_sums(top),
+                            panels_ + (products() - 1) * N * N,
                             panel_biases_ + (products() - 1) * N,
                             last_,
                             N_,
-                            width(top),
                             width(top - 1),
                             top_factor_,
-                            grad_top_[0],
-                            grad_top_[1],
-                            weight};
+                            grad_weight_[top],
+                            grad_bias_[top],
+                            grad_weight_[L]};
     auto kernel = bfloat() ? combine_top_kernel<ptx::BFloat16> : combine_top_kernel<ptx::Float16>;
-    check(launch(kernel, static_cast<unsigned>(width(top)), threads, threads * sizeof(float) + 16, stream_, call));
-    if (bias) check(launch(write_scalar_kernel, 1, 1, 0, stream_, dy_total_, top_factor_, bias));
+    check(launch(kernel, static_cast<unsigned>(width(top)), threads, reduce_bytes, stream_, call));
+    if (grad_bias_[L]) check(launch(write_scalar_kernel, 1, 1, 0, stream_, dy_total_, top_factor_, grad_bias_[L]));
   }
 };
 

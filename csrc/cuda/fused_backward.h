@@ -33,8 +33,9 @@ struct FusedBackward {
   const float* last;        // (n_out, N): W_L
   const float* last_bias;   // (n_out)
   int products, n_out;
-  int layer;            // whose weights: P+1 or L first, then down to 2
-  bool head, weighted;  // weighted: the gradient of the weights is wanted
+  int layer;                // whose weights: P+1 or L first, then down to 2
+  bool head, weighted;      // weighted: the gradient of the weights is wanted
+  const float* last_scale;  // that W_L, and with it every delta below, is multiplied with; null: 1. (In `top` it is already.)
   // Of the head:
   const void* volume;  // the slab's first voxel: of the target, or of the gradient of the volume
   int dtype;
@@ -44,11 +45,8 @@ struct FusedBackward {
   Loss loss;
   double beta;
   const float* scale;  // that dl/dy is multiplied with; null: 1
-  // Of all:
-  const float* last_scale;  // that W_L, and with it every delta below, is multiplied with; null: 1. (In `top` it is already.)
-  // Of the head:
-  double* losses;   // (blocks, chain threads)
-  double* dy_sums;  // the same: of dl/dy, with one output
+  double* losses;      // (blocks, chain threads)
+  double* dy_sums;     // the same: of dl/dy, with one output
   // From launch to launch:
   uint4* masks;      // (products, steps, chain threads): of h_2 to h_(P+1); null: for the losses alone
   float* dy;         // (steps, chain warps, n_out, R); null with masks

@@ -231,10 +231,12 @@ class Layers : public Planes<Real> {
     });
   }
 
-  void write_gradients(int l, Real* weight, Real* bias) override {
-    const int64_t n = width(l), m = width(l - 1);
-    this->combine({weight_partials_[l], splits(), n * m, m}, n, m, nullptr, weight, m);
-    if (bias) this->combine({bias_partials_[l], bias_splits(), n, n}, 1, n, nullptr, bias, n);
+  void write_gradients() override {
+    for (int l = 2; l <= p.layers; ++l) {
+      const int64_t n = width(l), m = width(l - 1);
+      this->combine({weight_partials_[l], splits(), n * m, m}, n, m, nullptr, this->grad_weight_[l], m);
+      if (this->grad_bias_[l]) this->combine({bias_partials_[l], bias_splits(), n, n}, 1, n, nullptr, this->grad_bias_[l], n);
+    }
   }
 
   template <class F>
@@ -299,8 +301,7 @@ class Layers : public Planes<Real> {
         break;
       case Finish::compare:
         check(launch(last_layer_kernel<Real, Finish::compare>, grid, threads, 0, stream_, last, region));
-        check(
-            launch(add_total_kernel, 1, threads, threads * sizeof(double), stream_, losses_, region.voxels(), losses + object));
+        check(launch(add_total_kernel, 1, threads, reduce_bytes, stream_, losses_, region.voxels(), losses + object));
     }
   }
 

@@ -126,19 +126,27 @@ __global__ void combine_kernel(Partials<Real> in, int64_t rows, int columns, con
   }
 }
 
+// join(join(x_0, x_1), ...) of what a block's `threads` threads bring, in one order, for thread 0. `all`: `threads` numbers.
+template <class Number, class Join>
+TCAM_DEVICE Number reduce_block(Number own, Number* all, Join join) {
+  all[threadIdx.x] = own;
+  __syncthreads();
+  for (int half = threads / 2; half; half /= 2) {
+    if (static_cast<int>(threadIdx.x) < half) all[threadIdx.x] = join(all[threadIdx.x], all[threadIdx.x + half]);
+    __syncthreads();
+  }
+  return all[0];
+}
+constexpr size_t reduce_bytes = threads * sizeof(double);
+
 // *total += sum of values. One block.
 static __global__ void __launch_bounds__(threads) add_total_kernel(const double* values, int count, double* total) {
   Shared shared;
-  double* sums = shared.take<double>(threads);
+  double* all = shared.take<double>(threads);
   double sum = 0;
   for (int v = threadIdx.x; v < count; v += threads) sum += values[v];
-  sums[threadIdx.x] = sum;
-  __syncthreads();
-  for (int half = threads / 2; half; half /= 2) {
-    if (static_cast<int>(threadIdx.x) < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-    __syncthreads();
-  }
-  if (threadIdx.x == 0) *total += sums[0];
+  sum = reduce_block(sum, all, [](double a, double b) { return a + b; });
+  if (threadIdx.x == 0) *total += sum;
 }
 
 // ---- back to texels ---------------------------------------------------------------------------
@@ -217,13 +225,14 @@ class Planes {
       walk(object, const_cast<void*>(volume), objective, losses, true);
       maps_to_planes(planes, grad_planes, object);
       if (p.grad_decoder && (per_object || object == p.batch - 1)) {
-        const int64_t row = per_object ? object : 0;
-        write_first_gradients(grad_weights, grad_biases, row);
-        for (int l = 2; l <= p.layers; ++l) {
+        for (int l = 1; l <= p.layers; ++l) {
+          const int64_t row = per_object ? object : 0;
           Real* bias = static_cast<Real*>(grad_biases[l - 1]);
-          write_gradients(l, static_cast<Real*>(grad_weights[l - 1]) + row * p.width[l] * p.width[l - 1],
-                          bias ? bias + row * p.width[l] : nullptr);
+          grad_weight_[l] = static_cast<Real*>(grad_weights[l - 1]) + row * p.width[l] * p.width[l - 1];
+          grad_bias_[l] = bias ? bias + row * p.width[l] : nullptr;
         }
+        write_first_gradients();
+        write_gradients();
       }
     }
     return status_;
@@ -237,6 +246,7 @@ class Planes {
   const Real *weights_[TCAM_MAX_LAYERS + 1] = {}, *biases_[TCAM_MAX_LAYERS + 1] = {};
   Tap<Real>* taps_[3];
   Real *projected_[3], *da_ = nullptr, *db_ = nullptr, *dg_ = nullptr;
+  Real *grad_weight_[TCAM_MAX_LAYERS + 1] = {}, *grad_bias_[TCAM_MAX_LAYERS + 1] = {};  // of the object; null: not there
   char* cleared_ = nullptr;  // the partial sums of the decoder's gradients
   int64_t cleared_bytes_ = 0;
 
@@ -247,9 +257,9 @@ class Planes {
   }
 
   // The road's own part: from the projections of an object to its volume or losses; backward also adds to dA, dB, dG and to the
-  // partial sums of layers 2 and up, which write_gradients makes gradients of (bias: null where there is none).
+  // partial sums of layers 2 and up, which write_gradients makes gradients of.
   virtual void walk(int64_t object, void* volume, const tcam_objective* objective, double* losses, bool backward) = 0;
-  virtual void write_gradients(int layer, Real* weight, Real* bias) = 0;
+  virtual void write_gradients() = 0;
   virtual void look_at(const void*, const tcam_objective*) {}  // at the gradient or the target, before backward
 
   int width(int layer) const { return static_cast<int>(p.width[layer]); }
@@ -362,14 +372,12 @@ class Planes {
                    channel_threads(width(1)), 0, stream_, da_, n_[0] * n_[1], width(1), row_chunk(), first_bias_partials_));
   }
 
-  void write_first_gradients(void* const* grad_weights, void* const* grad_biases, int64_t row) {
+  void write_first_gradients() {
     const int64_t n1 = width(1);
-    Real* weight = static_cast<Real*>(grad_weights[0]) + row * n1 * 3 * p.channels;
     for (int q = 0; q < 3; ++q)
-      combine({first_partials_[q], texel_splits, n1 * p.channels, p.channels}, n1, p.channels, nullptr, weight + q * p.channels,
-              3 * p.channels);
-    if (grad_biases[0])
-      combine({first_bias_partials_, row_splits, n1, n1}, 1, n1, nullptr, static_cast<Real*>(grad_biases[0]) + row * n1, n1);
+      combine({first_partials_[q], texel_splits, n1 * p.channels, p.channels}, n1, p.channels, nullptr,
+              grad_weight_[1] + q * p.channels, 3 * p.channels);
+    if (grad_bias_[1]) combine({first_bias_partials_, row_splits, n1, n1}, 1, n1, nullptr, grad_bias_[1], n1);
   }
 };
 

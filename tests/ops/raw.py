@@ -69,10 +69,17 @@ class Kernels:
     suffix: str  # "cpu" or "cuda"
     more: tuple[Any, ...] = ()  # cuda: device, stream
 
-    def _call(self, op: str, problem: DecodeGrid, backward: bool, *arguments: Any) -> None:
+    def _workspace(self, problem: DecodeGrid, backward: bool) -> int:
         size_of = getattr(self.library, f"tcam_decode_grid_{self.suffix}_workspace")
         size_of.restype = ctypes.c_int64
-        raw = np.full(size_of(ctypes.byref(problem), int(backward)) + 256, 0xFF, np.uint8)
+        return int(size_of(ctypes.byref(problem), int(backward)))
+
+    def workspace(self, p: Problem, compute: int, backward: bool) -> int:
+        """Bytes that a float32 decode, or its backward, asks for."""
+        return self._workspace(self._problem(p, compute, None, (backward, backward), 2, 0, torch.float32), backward)
+
+    def _call(self, op: str, problem: DecodeGrid, backward: bool, *arguments: Any) -> None:
+        raw = np.full(self._workspace(problem, backward) + 256, 0xFF, np.uint8)
         workspace = ctypes.c_void_p((raw.ctypes.data + 255) // 256 * 256)
         status = getattr(self.library, f"tcam_{op}_{self.suffix}")(ctypes.byref(problem), *arguments, workspace, *self.more)
         if self.suffix == "cuda":

@@ -303,6 +303,30 @@ def test_fused_float16_gradients_below_a_small_last_layer(kernels, shape):
     assert max(problems.relative(g, w) for g, w in zip(got, want, strict=True) if w.norm() > 1e-6) < 2e-2
 
 
+def test_fused_float16_mse_of_an_output_far_from_its_target(kernels):
+    """Such differences are slopes of mse: scaled as those of a bounded output are, they would overflow float16."""
+    p = problems.make(**FUSED_BACKWARD[0])
+    p.biases[-1] += 1000.0
+    exact, out, _ = problems.fused_reference(p, torch.float16)
+    target = torch.rand_like(out.detach()).float()
+    want = gradients(LOSSES["mse"](out, target.double(), 0.3).sum(), exact.tensors, None)
+    got = kernels.loss(p.to(torch.float32), target, "mse", compute=2)[1:]
+    assert problems.gradient_error(got, want) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("compute", "backward", "limit"),
+    [(3, False, 0.5e9), (3, True, 2e9), (2, True, 2e9), (5, False, 0.9e9), (5, True, 2e9), (0, False, 0.9e9), (0, True, 2e9)],
+)
+def test_the_workspace_at_512(kernels, capsys, compute, backward, limit):
+    """Above inputs and outputs, at the operating point; what test_cuda.py measures on a card."""
+    p = problems.make(channels=42, texels=(64, 64, 64), widths=(128, 128, 128, 128, 1), size=(512, 512, 512))
+    found = kernels.workspace(p.to(torch.float32), compute, backward)
+    with capsys.disabled():
+        print(f"\n[workspace at 512^3, compute {compute}, backward {backward}: {found / 1e9:.2f} GB]", end="")
+    assert found < limit
+
+
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_fused_float16_gradients_of_what_has_no_scale(kernels, value):
     p = problems.make(**FUSED_BACKWARD[2]).to(torch.float32)

@@ -147,11 +147,11 @@ FAULTS = {
         "at / 2 % 4 * 8 + at / 8 % 4 * 2",
         "at / 8 % 4 * 8 + at / 2 % 4 * 2",
     ),
-    "no scale": ("fused.h", "frexpf(most, &own);", ";"),
+    "no scale": ("fused_operands.h", "frexpf(most, &own);", ";"),
     "a scale that is not undone": ("fused.h", "    factor_ = scale_ + 4;", "    factor_ = scale_ + 1;"),
     "a tile of the sums over i forgotten": ("fused.h", "add_axis_sum(partial_g_", "if (i0 == 0) add_axis_sum(partial_g_"),
-    "the bias of the layer below the last": ("fused.h", "sum * p.bias[r]", "sum"),
-    "no barrier before the tree": ("planes.h", "[threadIdx.x] = sum;\n  " + BARRIER, "[threadIdx.x] = sum;\n"),
+    "the bias of the layer below the last": ("fused_sums.h", "sum * p.bias[r]", "sum"),
+    "no barrier before the tree": ("planes.h", "[threadIdx.x] = own;\n  " + BARRIER, "[threadIdx.x] = own;\n"),
 }
 
 

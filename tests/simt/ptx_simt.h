@@ -76,6 +76,13 @@ inline void load_pair(float* r, const float* p) {
   r[1] = p[1];
 }
 
+// The lanes of a warp get their accumulators, of m16n8.
+inline void give(const float (&C)[16][8], int warp) {
+  for (int l = 0; l < 32; ++l)
+    for (int r = 0; r < 4; ++r)
+      memcpy(&simt::machine->fiber(warp + l).out[r], &C[l / 4 + (r >> 1) * 8][l % 4 * 2 + (r & 1)], 4);
+}
+
 // m16n8k16 with the fragments of the PTX ISA: g = lane / 4, t = lane % 4.
 template <class Format>
 void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b, const float (&c)[4]) {
@@ -96,9 +103,7 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b, const fl
     for (int i = 0; i < 16; ++i)
       for (int k = 0; k < 16; ++k)
         for (int j = 0; j < 8; ++j) C[i][j] += A[i][k] * B[k][j];
-    for (int l = 0; l < 32; ++l)
-      for (int r = 0; r < 4; ++r)
-        memcpy(&simt::machine->fiber(warp + l).out[r], &C[l / 4 + (r >> 1) * 8][l % 4 * 2 + (r & 1)], 4);
+    give(C, warp);
   });
   float product[4];
   memcpy(product, me.out, 16);
@@ -126,9 +131,7 @@ inline void mma_tensor_float(float (&d)[4], const uint32_t (&a)[4], const uint32
     for (int i = 0; i < 16; ++i)
       for (int k = 0; k < 8; ++k)
         for (int j = 0; j < 8; ++j) C[i][j] += A[i][k] * B[k][j];
-    for (int l = 0; l < 32; ++l)
-      for (int r = 0; r < 4; ++r)
-        memcpy(&simt::machine->fiber(warp + l).out[r], &C[l / 4 + (r >> 1) * 8][l % 4 * 2 + (r & 1)], 4);
+    give(C, warp);
   });
   float product[4];
   memcpy(product, me.out, 16);
