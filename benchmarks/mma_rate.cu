@@ -21,7 +21,8 @@ __global__ void rate_kernel(float* out) {
   __syncthreads();
   const int lane = threadIdx.x & 31;
   const uint16_t* row = tile + lane * 64;
-  uint32_t a[4] = {0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u}, b[4] = {0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u};
+  uint32_t a[4] = {0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u},
+           b[4] = {0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u};
   float sum[chains][4] = {};
 #pragma unroll 1
   for (int r = 0; r < rounds; ++r) {
@@ -37,15 +38,15 @@ __global__ void rate_kernel(float* out) {
 }
 
 template <int chains, int loads>
-bool measure(int warps, int processors, float* out, bool first) {
+cudaError_t measure(int warps, int processors, float* out, bool first) {
   cudaEvent_t begin, end;
   cudaEventCreate(&begin);
   cudaEventCreate(&end);
   float best = 1e30f;
   for (int repeat = 0; repeat < 5; ++repeat) {
     cudaEventRecord(begin);
-    launch(rate_kernel<chains, loads>, dim3(static_cast<unsigned>(processors)), static_cast<unsigned>(warps * 32), 8192, nullptr,
-           out);
+    launch(rate_kernel<chains, loads>, dim3(static_cast<unsigned>(processors)), static_cast<unsigned>(warps * 32), 8192,
+           nullptr, out);
     cudaEventRecord(end);
     cudaEventSynchronize(end);
     float ms = 0.f;
@@ -53,9 +54,9 @@ bool measure(int warps, int processors, float* out, bool first) {
     best = ms < best ? ms : best;
   }
   const double flop = 4096. * 8 * rounds * warps * processors;
-  std::printf("%s{\"warps\": %d, \"chains\": %d, \"loads_per_8\": %d, \"tflops\": %.1f}", first ? "" : ",\n  ", warps, chains, loads,
-              flop / best / 1e9);
-  return cudaGetLastError() == cudaSuccess;
+  std::printf("%s{\"warps\": %d, \"chains\": %d, \"loads_per_8\": %d, \"tflops\": %.1f}", first ? "" : ",\n  ", warps, chains,
+              loads, flop / best / 1e9);
+  return cudaGetLastError();
 }
 
 }  // namespace tcam
@@ -70,16 +71,20 @@ int main() {
   }
   processors = properties.multiProcessorCount;
   std::printf("{\"card\": \"%s\", \"processors\": %d, \"rates\": [\n  ", properties.name, processors);
-  bool good = true, first = true;
-  for (int warps : {4, 8, 12, 16}) {
-    good &= tcam::measure<4, 0>(warps, processors, out, first);
+  cudaError_t status = cudaSuccess;
+  bool first = true;
+  auto note = [&](cudaError_t found) {
+    if (status == cudaSuccess) status = found;
     first = false;
-    good &= tcam::measure<8, 0>(warps, processors, out, false);
-    good &= tcam::measure<4, 2>(warps, processors, out, false);
-    good &= tcam::measure<8, 2>(warps, processors, out, false);
-    good &= tcam::measure<8, 4>(warps, processors, out, false);
+  };
+  for (int warps : {4, 8, 12, 16}) {
+    note(tcam::measure<4, 0>(warps, processors, out, first));
+    note(tcam::measure<8, 0>(warps, processors, out, first));
+    note(tcam::measure<4, 2>(warps, processors, out, first));
+    note(tcam::measure<8, 2>(warps, processors, out, first));
+    note(tcam::measure<8, 4>(warps, processors, out, first));
   }
   std::printf("]}\n");
-  if (!good) std::fprintf(stderr, "mma_rate: %s\n", cudaGetErrorString(cudaGetLastError()));
-  return good ? 0 : 1;
+  if (status != cudaSuccess) std::fprintf(stderr, "mma_rate: %s\n", cudaGetErrorString(status));
+  return status == cudaSuccess ? 0 : 1;
 }

@@ -5,8 +5,8 @@
 #     benchmarks/run_gpu.sh [FOLDER]      FOLDER: where JSON and logs go (default: benchmarks/results)
 #
 # PYTHON chooses the interpreter, whose environment must have torch with CUDA and the extras [dev]; STEPS the steps, by default
-# "build info ceiling test forward large decoders profile sanitize" ("cpu" on request). A step that fails is named at the end and does not stop
-# the others.
+# "build info ceiling test forward large decoders profile sanitize" ("cpu" on request). A step that fails is named at the end
+# and does not stop the others.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
@@ -29,7 +29,8 @@ bench="benchmarks/bench_decode_grid.py --device cuda"
 want build && TCAM_CUDA=on step build "$python" setup.py -q build_ext --inplace
 want info && step info "$python" -m tcam_ext.info
 ceiling() {
-  nvcc -std=c++17 -O3 "-arch=sm_${TORCH_CUDA_ARCH_LIST//./}" benchmarks/mma_rate.cu -o "$out/mma_rate" && "$out/mma_rate" >"$out/mma_rate_$card.json"
+  nvcc -std=c++17 -O3 "-arch=sm_${TORCH_CUDA_ARCH_LIST//./}" benchmarks/mma_rate.cu -o "$out/mma_rate" &&
+    "$out/mma_rate" | tee "$out/mma_rate_$card.json"
   local status=$?
   rm -f "$out/mma_rate"
   return $status
