@@ -163,7 +163,7 @@ class NinjaBuild(build_ext):
             link += [f"-L{shlex.quote(d)}" for d in cuda_library_folders(nvcc)]
             link += ["-lcudart_static -lrt -lpthread -ldl"]  # static: the wheel serves every torch, with or without CUDA
         compile_cpp(CSRC / "bindings.cpp", "bindings", includes + defines)
-        compile_cpp(CSRC / "cpu" / "decode_grid.cpp", "decode_grid", [])
+        compile_cpp(CSRC / "cpu" / "decode.cpp", "decode", [])
         sets = instruction_sets()
         compile_cpp(CSRC / "cpu" / "isa.cpp", "isa", [f"-DTCAM_HAS_{isa.upper()}=1" for isa in sets])
         for isa, (vector_bytes, isa_flags) in sets.items():

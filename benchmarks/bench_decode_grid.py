@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import tcam_ext
-from tcam_ext.reference import linear_taps, sample_plane
+from tcam_ext.reference import Taps, linear_taps, sample_plane
 
 
 @dataclass
@@ -61,8 +61,8 @@ class Case:
             [t.to(device).requires_grad_() for t in tensors] for tensors in (planes, weights, biases)
         )
         self.inputs = [*self.planes, *self.weights, *self.biases]
-        self.act = tcam_ext.activations.ACTIVATIONS[decoder.activation]
-        self.taps = tuple(t.to(device) for t in linear_taps(0, size, size, PLANE, False, "border"))
+        self.act = tcam_ext.activations.hidden("activation", decoder.activation)
+        self.taps = Taps(*(t.to(device) for t in linear_taps(0, size, size, PLANE, False, "border")))
         self.coordinates = (torch.arange(size, device=device) + 0.5) / size * 2 - 1
 
     @property
@@ -91,7 +91,7 @@ class Case:
 
     def factored_chunk(self, x0: int) -> Tensor:
         inside = slice(x0, x0 + self.chunk)
-        taps = [tuple(t[inside] for t in self.taps), self.taps, self.taps]
+        taps = [Taps(*(t[inside] for t in self.taps)), self.taps, self.taps]
         maps = []
         for plane, w, (a, b) in zip(
             self.planes,

@@ -8,9 +8,10 @@
 #include <sys/mman.h>
 #endif
 
+#include <array>
 #include <limits>
 
-#include "cpu/decode_grid.h"
+#include "cpu/decode.h"
 #include "maths/activation.h"
 #include "maths/loss.h"
 #include "tensor.h"
@@ -48,99 +49,6 @@ int64_t product(const Sizes& s) {
   return n;
 }
 
-struct Options {  // what is not a tensor, in the order of library.py
-  Sizes size, box;
-  int activation, output_activation, align_corners, padding, compute, out_dtype, threads, tile;
-};
-
-// The tensors and the problem of one decode_grid call, checked against each other.
-struct DecodeGrid {
-  tcam_decode_grid problem{};
-  std::vector<Tensor> planes, weights, biases;
-  std::vector<const void*> plane_data, weight_data, bias_data;
-  DLDevice device{};
-  bool empty = false;
-
-  DecodeGrid(const py::list& planes_in, const py::list& weights_in, const py::list& biases_in, const Options& o) {
-    if (planes_in.size() != 3) throw py::value_error("planes: expected 3 tensors");
-    if (weights_in.size() < 1 || weights_in.size() > TCAM_MAX_LAYERS) throw py::value_error("weights: expected 1 to 6 layers");
-    if (biases_in.size() != weights_in.size()) throw py::value_error("biases: expected one (or None) for each weight");
-    if (o.size.size() != 3 || o.box.size() != 6) throw py::value_error("size: expected 3 numbers; box: expected 6");
-    for (size_t q = 0; q < 3; ++q) planes.emplace_back(planes_in[q], "planes[" + std::to_string(q) + "]");
-    device = planes[0].device;
-    const int dtype = planes[0].dtype;
-    if (dtype != TCAM_F32 && dtype != TCAM_F64) throw py::type_error("planes: expected float32 or float64");
-    if (planes[0].shape.size() != 4 || planes[1].shape.size() != 4) throw py::value_error("planes: expected 4 dimensions");
-    const int64_t batch = planes[0].shape[0], c = planes[0].shape[1], h = planes[0].shape[2], w = planes[0].shape[3],
-                  d = planes[1].shape[3];
-    planes[0].expect("planes[0]", {batch, c, h, w}, dtype, device);
-    planes[1].expect("planes[1]", {batch, c, w, d}, dtype, device);
-    planes[2].expect("planes[2]", {batch, c, h, d}, dtype, device);
-    if (c < 1 || c > TCAM_MAX_WIDTH) throw py::value_error("planes: expected 1 to 256 channels");
-    if (h < 1 || w < 1 || d < 1) throw py::value_error("planes: expected at least one texel on each axis");
-    if (h > INT32_MAX || w > INT32_MAX || d > INT32_MAX) throw py::value_error("planes: an axis is too long");
-
-    problem.batch = batch;
-    problem.channels = c;
-    const int64_t texels[3] = {h, w, d};
-    problem.width[0] = 3 * c;
-    problem.layers = static_cast<int32_t>(weights_in.size());
-    for (size_t l = 0; l < weights_in.size(); ++l) {
-      const std::string name = "weights[" + std::to_string(l) + "]";
-      weights.emplace_back(weights_in[l], name);
-      if (weights[l].shape.size() != 2) throw py::value_error(name + ": expected 2 dimensions");
-      const int64_t n = weights[l].shape[0],
-                    most = l + 1 == weights_in.size() ? int64_t(TCAM_MAX_OUT) : int64_t(TCAM_MAX_WIDTH);
-      if (n < 1 || n > most) throw py::value_error(name + ": expected 1 to " + std::to_string(most) + " rows");
-      weights[l].expect(name, {n, problem.width[l]}, dtype, device);
-      problem.width[l + 1] = n;
-      if (biases_in[l].is_none()) {
-        biases.emplace_back();
-      } else {
-        biases.emplace_back(biases_in[l], "biases[" + std::to_string(l) + "]");
-        biases[l].expect("biases[" + std::to_string(l) + "]", {n}, dtype, device);
-      }
-      weight_data.push_back(weights[l].data);
-      bias_data.push_back(biases[l].data);
-    }
-    for (const Tensor& t : planes) plane_data.push_back(t.data);
-
-    for (int a = 0; a < 3; ++a) {
-      problem.planes[a] = texels[a];
-      problem.size[a] = o.size[a];
-      problem.lo[a] = o.box[2 * a];
-      problem.hi[a] = o.box[2 * a + 1];
-      if (problem.lo[a] < 0 || problem.hi[a] < problem.lo[a] || problem.hi[a] > problem.size[a] || problem.size[a] > INT32_MAX)
-        throw py::value_error("box: expected 0 <= lo <= hi <= size <= 2^31 - 1");
-      if (problem.hi[a] == problem.lo[a]) empty = true;
-    }
-    if (batch == 0) empty = true;
-    if (o.activation < 0 || o.activation >= hidden_count) throw py::value_error("activation: out of range");
-    if (o.output_activation < 0 || o.output_activation >= output_count)
-      throw py::value_error("output_activation: out of range");
-    if (o.padding != TCAM_PAD_BORDER && o.padding != TCAM_PAD_ZEROS) throw py::value_error("padding: out of range");
-    const bool rounded = o.compute == TCAM_BF16 || o.compute == TCAM_F16 || o.compute == TCAM_TF32;
-    if (o.compute != dtype && !(rounded && dtype == TCAM_F32))
-      throw py::value_error("compute: does not fit the tensors' dtype");
-    if (o.out_dtype < TCAM_F32 || o.out_dtype > TCAM_BF16) throw py::value_error("out_dtype: out of range");
-    problem.activation = o.activation;
-    problem.output_activation = o.output_activation;
-    problem.align_corners = o.align_corners != 0;
-    problem.padding = o.padding;
-    problem.dtype = dtype;
-    problem.compute = o.compute;
-    problem.out_dtype = o.out_dtype;
-    problem.threads = o.threads < 1 ? 1 : (o.threads > 4096 ? 4096 : o.threads);
-    problem.tile = o.tile;
-    product(out_shape());
-  }
-
-  Sizes out_shape() const {
-    const tcam_decode_grid& p = problem;
-    return {p.batch, p.width[p.layers], p.hi[0] - p.lo[0], p.hi[1] - p.lo[1], p.hi[2] - p.lo[2]};
-  }
-};
-
 // cpu() or cuda(device, stream), which returns a status, as the device asks; without the GIL.
 template <class Cpu, class Cuda>
 void run_on(DLDevice device, Cpu cpu, Cuda cuda) {
@@ -162,153 +70,322 @@ void run_on(DLDevice device, Cpu cpu, Cuda cuda) {
 #endif
 }
 
-int64_t workspace_bytes(const DecodeGrid& call, bool backward) {
-#ifdef TCAM_WITH_CUDA
-  if (call.device.type == device_cuda) return tcam_decode_grid_cuda_workspace(&call.problem, backward);
-#endif
-  return tcam_decode_grid_cpu_workspace(&call.problem, backward);
-}
-
-constexpr uintptr_t workspace_alignment = 256;
-
-void* workspace_of(const Tensor& t, int64_t bytes, DLDevice device) {
-  if (t.device.type != device.type || t.device.id != device.id || t.dtype != TCAM_U8)
-    throw py::value_error("workspace: expected a uint8 tensor on the same device");
-  bytes += workspace_alignment;
-  if (t.count < bytes) throw py::value_error("workspace: expected at least " + std::to_string(bytes) + " bytes");
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data), end = begin + static_cast<uintptr_t>(t.count);
-#ifdef __linux__  // huge pages: fewer faults on fresh memory, fewer TLB misses in the tiles
-  constexpr uintptr_t huge = uintptr_t(2) << 20;
-  const uintptr_t first = (begin + huge - 1) & ~(huge - 1), last = end & ~(huge - 1);
-  if (device.type == device_cpu && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-  return reinterpret_cast<void*>((begin + workspace_alignment - 1) & ~(workspace_alignment - 1));
-}
-
-Options options(const Sizes& size, const Sizes& box, int activation, int output_activation, bool align_corners, int padding,
-                int compute, int out_dtype, int threads, int tile) {
-  return {size, box, activation, output_activation, align_corners, padding, compute, out_dtype, threads, tile};
-}
-
-int64_t decode_grid_workspace(const py::list& planes, const py::list& weights, const py::list& biases, const Options& o,
-                              bool backward, bool grad_planes, bool grad_decoder) {
-  DecodeGrid call(planes, weights, biases, o);
-  if (call.empty) return workspace_alignment;
-  call.problem.grad_planes = grad_planes;
-  call.problem.grad_decoder = grad_decoder;
-  return workspace_bytes(call, backward) + workspace_alignment;
-}
-
 #ifdef TCAM_WITH_CUDA
 #define TCAM_ON_CUDA(call) [&](int device, void* stream) { return call; }
 #else
 #define TCAM_ON_CUDA(call) 0
 #endif
 
-void decode_grid(const py::list& planes, const py::list& weights, const py::list& biases, const Options& o, py::handle volume,
-                 py::handle workspace) {
-  const DecodeGrid call(planes, weights, biases, o);
-  const Tensor out(volume, "volume"), ws(workspace, "workspace");
-  out.expect("volume", call.out_shape(), o.out_dtype, call.device);
-  if (call.empty) return;
-  void* scratch = workspace_of(ws, workspace_bytes(call, false), call.device);
-  const void *const *p = call.plane_data.data(), *const *w = call.weight_data.data(), *const *b = call.bias_data.data();
-  run_on(
-      call.device, [&] { tcam_decode_grid_cpu(&call.problem, p, w, b, out.data, scratch); },
-      TCAM_ON_CUDA(tcam_decode_grid_cuda(&call.problem, p, w, b, out.data, scratch, device, stream)));
-}
-
-// Where gradients go: 3 planes or none; weights, then biases (None where there is no bias), or none. Says in `call.problem`
-// which are wanted. With `per_object`, those of the decoder have a leading axis B.
-struct Gradients {
-  std::vector<void*> planes, weights, biases;
-
-  Gradients(DecodeGrid& call, const py::list& to_planes, const py::list& to_decoder, bool per_object) {
-    const size_t layers = call.weights.size();
-    planes.assign(3, nullptr);
-    weights.assign(layers, nullptr);
-    biases.assign(layers, nullptr);
-    auto expect = [&](py::handle object, const std::string& name, Sizes shape, bool leading) {
-      if (leading) shape.insert(shape.begin(), call.problem.batch);
-      const Tensor t(object, name);
-      t.expect(name, shape, call.problem.dtype, call.device);
-      return t.data;
-    };
-    if (to_planes.size()) {
-      if (to_planes.size() != 3) throw py::value_error("grad_planes: expected 3 tensors or none");
-      for (size_t q = 0; q < 3; ++q) planes[q] = expect(to_planes[q], "grad_planes", call.planes[q].shape, false);
-    }
-    if (to_decoder.size()) {
-      if (to_decoder.size() != 2 * layers) throw py::value_error("grad_decoder: expected weights, then biases");
-      for (size_t l = 0; l < layers; ++l) {
-        weights[l] = expect(to_decoder[l], "grad_weights", call.weights[l].shape, per_object);
-        if (!to_decoder[layers + l].is_none())
-          biases[l] = expect(to_decoder[layers + l], "grad_biases", {call.weights[l].shape[0]}, per_object);
-      }
-    }
-    call.problem.grad_planes = to_planes.size() > 0;
-    call.problem.grad_decoder = to_decoder.size() > 0;
-  }
+struct Options {                                // what is not a tensor; library.py sets it
+  std::vector<std::pair<int, int>> plane_axes;  // (row axis, column axis) of each plane, ascending
+  int reduce = TCAM_CONCAT;
+  double plane_scale = 1;
+  Sizes size, box;  // of a grid
+  int corners = 0, axes = 3;
+  std::vector<std::pair<int, double>> activation;  // of each hidden layer: kind, parameter
+  std::pair<int, double> output_activation{0, 0};
+  int align_corners = 0, padding = TCAM_PAD_BORDER, compute = TCAM_F32, out_dtype = TCAM_F32;
+  int grad_planes = 0, grad_decoder = 0, grad_points = 0, grad_extra = 0;
+  int threads = 1, formulation = TCAM_AUTO, tile = 0;
 };
 
-void decode_grid_backward(py::handle grad_volume, const py::list& planes, const py::list& weights, const py::list& biases,
-                          const Options& o, const py::list& grad_planes, const py::list& grad_decoder, py::handle workspace) {
-  DecodeGrid call(planes, weights, biases, o);
-  const Tensor grad(grad_volume, "grad_volume"), ws(workspace, "workspace");
-  grad.expect("grad_volume", call.out_shape(), o.out_dtype, call.device);
-  const Gradients to(call, grad_planes, grad_decoder, false);
-  if (call.empty) throw py::value_error("decode_grid_backward: nothing to do for an empty volume");
-  void* scratch = workspace_of(ws, workspace_bytes(call, true), call.device);
-  const void *const *p = call.plane_data.data(), *const *w = call.weight_data.data(), *const *b = call.bias_data.data();
-  void *const *gp = to.planes.data(), *const *gw = to.weights.data(), *const *gb = to.biases.data();
-  run_on(
-      call.device, [&] { tcam_decode_grid_backward_cpu(&call.problem, grad.data, p, w, b, gp, gw, gb, scratch); },
-      TCAM_ON_CUDA(tcam_decode_grid_backward_cuda(&call.problem, grad.data, p, w, b, gp, gw, gb, scratch, device, stream)));
+template <class T>
+T between(const char* name, T value, T least, T most) {
+  if (value < least || value > most) throw py::value_error(std::string(name) + ": out of range");
+  return value;
 }
 
-void decode_grid_loss(py::handle target, const py::list& planes, const py::list& weights, const py::list& biases,
-                      const Options& o, int loss, double beta, bool per_object, py::handle losses, const py::list& grad_planes,
-                      const py::list& grad_decoder, py::handle workspace) {
-  DecodeGrid call(planes, weights, biases, o);
-  const Tensor want(target, "target"), sums(losses, "losses"), ws(workspace, "workspace");
-  want.expect("target", call.out_shape(), want.dtype, call.device);
-  sums.expect("losses", {call.problem.batch}, TCAM_F64, call.device);
-  if (loss < 0 || loss >= loss_count) throw py::value_error("loss: out of range");
-  if (!(beta >= 0)) throw py::value_error("beta: expected a number >= 0");
-  const Gradients to(call, grad_planes, grad_decoder, per_object);
-  if (call.empty) throw py::value_error("decode_grid_loss: nothing to do for an empty volume");
-  const tcam_objective objective = {want.data, want.dtype, loss, beta, per_object};
-  const bool backward = call.problem.grad_planes || call.problem.grad_decoder;
-  void* scratch = workspace_of(ws, workspace_bytes(call, backward), call.device);
-  double* to_sums = static_cast<double*>(sums.data);
-  const void *const *p = call.plane_data.data(), *const *w = call.weight_data.data(), *const *b = call.bias_data.data();
-  void *const *gp = to.planes.data(), *const *gw = to.weights.data(), *const *gb = to.biases.data();
-  run_on(
-      call.device, [&] { tcam_decode_grid_loss_cpu(&call.problem, &objective, p, w, b, to_sums, gp, gw, gb, scratch); },
-      TCAM_ON_CUDA(
-          tcam_decode_grid_loss_cuda(&call.problem, &objective, p, w, b, to_sums, gp, gw, gb, scratch, device, stream)));
-}
+constexpr uintptr_t workspace_alignment = 256;
 
-// plane (m0, m1, C) to out (n0, n1, C), on the device that holds them.
-void resample_plane(py::handle plane, py::handle out, bool align_corners, int padding, int threads) {
-  const Tensor p(plane, "plane"), v(out, "out");
-  if (p.shape.size() != 3 || v.shape.size() != 3) throw py::value_error("plane, out: expected 3 dimensions");
-  if (p.dtype != TCAM_F32 && p.dtype != TCAM_F64) throw py::type_error("plane: expected float32 or float64");
-  v.expect("out", {v.shape[0], v.shape[1], p.shape[2]}, p.dtype, p.device);
-  for (int64_t m : {p.shape[0], p.shape[1], v.shape[0], v.shape[1]})
-    if (m > INT32_MAX) throw py::value_error("plane, out: an axis is too long");
-  if (v.count == 0) return;
-  if (p.count == 0) throw py::value_error("plane: is empty");
-  if (padding != TCAM_PAD_BORDER && padding != TCAM_PAD_ZEROS) throw py::value_error("padding: out of range");
-  const int64_t c = p.shape[2];
+// The tensors and the problem of one call, checked against each other. It keeps the tensors alive.
+class Call {
+ public:
+  Call(py::list planes, py::list weights, py::list biases, py::object bounds, py::object points, py::object objects,
+       py::object extra, const Options& o)
+      : kept_{planes, weights, biases, bounds, points, objects, extra} {
+    take_planes(planes, o);
+    take_layers(weights, biases, extra.is_none() ? 0 : take_extra(extra), o);
+    if (points.is_none())
+      take_grid(bounds, o);
+    else
+      take_points(points, objects, o);
+    if (p_.extra && (points.is_none() || extra_.shape != Sizes{p_.points, p_.extra}))
+      throw py::value_error("extra: expected shape (points, features)");
+    p_.axes = between("axes", o.axes, 2, int(TCAM_MAX_AXES));
+    p_.align_corners = o.align_corners != 0;
+    p_.padding = between("padding", o.padding, int(TCAM_PAD_BORDER), int(TCAM_PAD_REFLECTION));
+    const bool rounded = o.compute == TCAM_BF16 || o.compute == TCAM_F16 || o.compute == TCAM_TF32;
+    if (o.compute != p_.dtype && !(rounded && p_.dtype == TCAM_F32))
+      throw py::value_error("compute: does not fit the tensors' dtype");
+    p_.compute = o.compute;
+    p_.out_dtype = between("out_dtype", o.out_dtype, int(TCAM_F32), int(TCAM_BF16));
+    p_.grad_planes = o.grad_planes;
+    p_.grad_decoder = o.grad_decoder && p_.layers;
+    p_.grad_points = o.grad_points && p_.points >= 0;
+    p_.grad_extra = o.grad_extra && p_.extra;
+    p_.threads = o.threads < 1 ? 1 : (o.threads > 4096 ? 4096 : o.threads);
+    p_.formulation = between("formulation", o.formulation, int(TCAM_AUTO), int(TCAM_FEATURES));
+    p_.tile = o.tile;
+    empty_ = product(out_shape()) == 0;
+  }
+
+  int64_t workspace(bool backward) const {
+    if (empty_) return workspace_alignment;
+#ifdef TCAM_WITH_CUDA
+    if (device_.type == device_cuda) return tcam_decode_cuda_workspace(&p_, backward) + workspace_alignment;
+#endif
+    return tcam_decode_cpu_workspace(&p_, backward) + workspace_alignment;
+  }
+
+  void forward(py::handle out, py::handle workspace) const {
+    const Tensor to = output(out, "out");
+    void* scratch = workspace_of(workspace, false);
+    const tcam_inputs in = inputs();
+    run_on([&] { tcam_decode_cpu(&p_, &in, to.data, scratch); },
+           TCAM_ON_CUDA(tcam_decode_cuda(&p_, &in, to.data, scratch, device, stream)));
+  }
+
+  void backward(py::handle grad_out, const py::list& planes, const py::list& decoder, py::object points, py::object extra,
+                py::handle workspace) const {
+    const Tensor grad = output(grad_out, "grad_out");
+    const Gradients to(*this, planes, decoder, points, extra, false);
+    void* scratch = workspace_of(workspace, true);
+    const tcam_inputs in = inputs();
+    run_on([&] { tcam_decode_backward_cpu(&p_, grad.data, &in, &to.gradients, scratch); },
+           TCAM_ON_CUDA(tcam_decode_backward_cuda(&p_, grad.data, &in, &to.gradients, scratch, device, stream)));
+  }
+
+  void loss(py::handle target, int loss, double beta, bool per_object, py::handle losses, const py::list& planes,
+            const py::list& decoder, py::handle workspace) const {
+    if (p_.points >= 0) throw py::value_error("loss: of a grid alone");
+    const Tensor want(target, "target"), sums(losses, "losses");
+    want.expect("target", out_shape(), want.dtype, device_);
+    if (want.dtype > TCAM_U8) throw py::type_error("target: expected a floating dtype, or uint8");
+    sums.expect("losses", {p_.batch}, TCAM_F64, device_);
+    between("loss", loss, 0, loss_count - 1);
+    if (!(beta >= 0)) throw py::value_error("beta: expected a number >= 0");
+    const Gradients to(*this, planes, decoder, py::none(), py::none(), per_object);
+    not_empty();
+    const tcam_objective objective = {want.data, want.dtype, loss, beta, per_object};
+    void* scratch = workspace_of(workspace, p_.grad_planes || p_.grad_decoder);
+    const tcam_inputs in = inputs();
+    double* to_sums = static_cast<double*>(sums.data);
+    run_on([&] { tcam_decode_loss_cpu(&p_, &objective, &in, to_sums, &to.gradients, scratch); },
+           TCAM_ON_CUDA(tcam_decode_loss_cuda(&p_, &objective, &in, to_sums, &to.gradients, scratch, device, stream)));
+  }
+
+ private:
+  std::array<py::object, 7> kept_;
+  tcam_problem p_{};
+  std::vector<Tensor> planes_, weights_, biases_;
+  std::vector<const void*> plane_data_, weight_data_, bias_data_;
+  Tensor bounds_, points_, objects_, extra_;
+  DLDevice device_{};
+  bool empty_ = false;
+
+  void take_planes(const py::list& planes, const Options& o) {
+    if (planes.size() < 1 || planes.size() > TCAM_MAX_PLANES) throw py::value_error("planes: expected 1 to 16 tensors");
+    if (o.plane_axes.size() != planes.size()) throw py::value_error("plane_axes: expected a pair for each plane");
+    for (size_t q = 0; q < planes.size(); ++q) {
+      const std::string name = "planes[" + std::to_string(q) + "]";
+      planes_.emplace_back(planes[q], name);
+      const Tensor& t = planes_[q];
+      if (t.shape.size() != 4) throw py::value_error(name + ": expected 4 dimensions");
+      if (t.dtype != TCAM_F32 && t.dtype != TCAM_F64) throw py::type_error(name + ": expected float32 or float64");
+      const int64_t rows = t.shape[2], columns = t.shape[3];
+      t.expect(name, {planes_[0].shape[0], planes_[0].shape[1], rows, columns}, planes_[0].dtype, planes_[0].device);
+      if (rows < 1 || columns < 1 || rows > INT32_MAX || columns > INT32_MAX)
+        throw py::value_error(name + ": expected 1 to 2^31 - 1 texels on each axis");
+      const auto [row_axis, column_axis] = o.plane_axes[q];
+      if (row_axis < 0 || column_axis <= row_axis || column_axis >= o.axes)
+        throw py::value_error("plane_axes: expected 0 <= row axis < column axis < axes");
+      p_.planes[q] = {row_axis, column_axis, rows, columns};
+      plane_data_.push_back(t.data);
+    }
+    device_ = planes_[0].device;
+    p_.dtype = planes_[0].dtype;
+    p_.batch = planes_[0].shape[0];
+    p_.channels = between("planes: channels", planes_[0].shape[1], int64_t(1), int64_t(TCAM_MAX_WIDTH));
+    p_.plane_count = static_cast<int32_t>(planes.size());
+    p_.reduce = between("reduce", o.reduce, int(TCAM_CONCAT), int(TCAM_PRODUCT));
+    p_.plane_scale = o.plane_scale;
+  }
+
+  int64_t take_extra(py::handle extra) {
+    extra_ = Tensor(extra, "extra");
+    if (extra_.shape.size() != 2) throw py::value_error("extra: expected 2 dimensions");
+    extra_.expect("extra", extra_.shape, p_.dtype, device_);
+    return p_.extra = extra_.shape[1];
+  }
+
+  void take_layers(const py::list& weights, const py::list& biases, int64_t extra, const Options& o) {
+    if (weights.size() > TCAM_MAX_LAYERS) throw py::value_error("weights: expected up to 6 layers");
+    if (biases.size() != weights.size()) throw py::value_error("biases: expected one (or None) for each weight");
+    p_.layers = static_cast<int32_t>(weights.size());
+    p_.width[0] = (p_.reduce == TCAM_CONCAT ? p_.plane_count : 1) * p_.channels + extra;
+    for (size_t l = 0; l < weights.size(); ++l) {
+      const std::string name = "weights[" + std::to_string(l) + "]";
+      weights_.emplace_back(weights[l], name);
+      if (weights_[l].shape.size() != 2) throw py::value_error(name + ": expected 2 dimensions");
+      const int64_t n = weights_[l].shape[0], most = l + 1 == weights.size() ? int64_t(TCAM_MAX_OUT) : int64_t(TCAM_MAX_WIDTH);
+      if (n < 1 || n > most) throw py::value_error(name + ": expected 1 to " + std::to_string(most) + " rows");
+      weights_[l].expect(name, {n, p_.width[l]}, p_.dtype, device_);
+      p_.width[l + 1] = n;
+      biases_.push_back(biases[l].is_none() ? Tensor() : Tensor(biases[l], "biases[" + std::to_string(l) + "]"));
+      if (!biases[l].is_none()) biases_[l].expect("biases[" + std::to_string(l) + "]", {n}, p_.dtype, device_);
+      weight_data_.push_back(weights_[l].data);
+      bias_data_.push_back(biases_[l].data);
+    }
+    if (o.activation.size() + 1 != weights.size() && !weights.empty())
+      throw py::value_error("activation: expected one for each hidden layer");
+    for (size_t l = 0; l < o.activation.size(); ++l)
+      p_.activation[l] = {between("activation", o.activation[l].first, 0, hidden_count - 1), o.activation[l].second};
+    p_.output_activation = {between("output_activation", o.output_activation.first, 0, output_count - 1),
+                            o.output_activation.second};
+  }
+
+  void take_grid(py::handle bounds, const Options& o) {
+    if (o.size.size() != 3 || o.box.size() != 6) throw py::value_error("size: expected 3 numbers; box: expected 6");
+    if (o.axes != 3) throw py::value_error("axes: expected 3 of a grid");
+    if (!p_.layers) throw py::value_error("weights: expected a layer");
+    p_.points = -1;
+    p_.corners = o.corners != 0;
+    for (int a = 0; a < 3; ++a) {
+      p_.size[a] = o.size[a];
+      p_.lo[a] = o.box[2 * a];
+      p_.hi[a] = o.box[2 * a + 1];
+      if (p_.lo[a] < 0 || p_.hi[a] < p_.lo[a] || p_.hi[a] > p_.size[a] || p_.size[a] > INT32_MAX)
+        throw py::value_error("box: expected 0 <= lo <= hi <= size <= 2^31 - 1");
+    }
+    if (bounds.is_none()) return;
+    bounds_ = Tensor(bounds, "bounds");
+    bounds_.expect("bounds", {p_.batch, 3, 2}, TCAM_F64, device_);
+  }
+
+  void take_points(py::handle points, py::handle objects, const Options& o) {
+    points_ = Tensor(points, "points");
+    if (points_.shape.size() != 2) throw py::value_error("points: expected 2 dimensions");
+    points_.expect("points", {points_.shape[0], o.axes}, p_.dtype, device_);
+    p_.points = points_.shape[0];
+    if (p_.points && !p_.batch) throw py::value_error("points: expected none without planes");
+    if (objects.is_none()) {
+      if (p_.batch && p_.points % p_.batch) throw py::value_error("points: expected as many for each object");
+      return;
+    }
+    objects_ = Tensor(objects, "objects");
+    objects_.expect("objects", {p_.points}, TCAM_I64, device_);
+    if (device_.type != device_cpu) return;  // on a GPU nothing waits for the data: the kernel gives NaN there
+    for (int64_t i = 0; i < p_.points; ++i)
+      if (static_cast<const int64_t*>(objects_.data)[i] < 0 || static_cast<const int64_t*>(objects_.data)[i] >= p_.batch)
+        throw py::index_error("batch_index[" + std::to_string(i) + "]: expected 0 to " + std::to_string(p_.batch - 1) +
+                              ", got " + std::to_string(static_cast<const int64_t*>(objects_.data)[i]));
+  }
+
+  Sizes out_shape() const {
+    const int64_t features = p_.layers ? p_.width[p_.layers] : p_.width[0];
+    if (p_.points >= 0) return {p_.points, features};
+    return {p_.batch, features, p_.hi[0] - p_.lo[0], p_.hi[1] - p_.lo[1], p_.hi[2] - p_.lo[2]};
+  }
+  tcam_inputs inputs() const {
+    return {plane_data_.data(), weight_data_.data(),
+            bias_data_.data(),  static_cast<const double*>(bounds_.data),
+            points_.data,       static_cast<const int64_t*>(objects_.data),
+            extra_.data};
+  }
+  void not_empty() const {
+    if (empty_) throw py::value_error("there is nothing to decode");
+  }
+  Tensor output(py::handle out, const char* name) const {
+    Tensor t(out, name);
+    t.expect(name, out_shape(), p_.out_dtype, device_);
+    not_empty();
+    return t;
+  }
+
+  void* workspace_of(py::handle workspace, bool backward) const {
+    const Tensor t(workspace, "workspace");
+    if (t.device.type != device_.type || t.device.id != device_.id || t.dtype != TCAM_U8)
+      throw py::value_error("workspace: expected a uint8 tensor on the same device");
+    const int64_t bytes = this->workspace(backward);
+    if (t.count < bytes) throw py::value_error("workspace: expected at least " + std::to_string(bytes) + " bytes");
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data), end = begin + static_cast<uintptr_t>(t.count);
+#ifdef __linux__  // huge pages: fewer faults on fresh memory, fewer TLB misses in the tiles
+    constexpr uintptr_t huge = uintptr_t(2) << 20;
+    const uintptr_t first = (begin + huge - 1) & ~(huge - 1), last = end & ~(huge - 1);
+    if (device_.type == device_cpu && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+    return reinterpret_cast<void*>((begin + workspace_alignment - 1) & ~(workspace_alignment - 1));
+  }
+
+  // cpu() or cuda(device, stream), which returns a status, as the device asks; without the GIL.
+  template <class Cpu, class Cuda>
+  void run_on(Cpu cpu, Cuda cuda) const {
+    tcam::run_on(device_, cpu, cuda);
+  }
+
+  // Tensors for the gradients, checked; `per_object`: those of the decoder have a leading axis B.
+  struct Gradients {
+    std::vector<void*> planes, weights, biases;
+    tcam_gradients gradients{};
+
+    Gradients(const Call& c, const py::list& grad_planes, const py::list& grad_decoder, py::object points, py::object extra,
+              bool per_object) {
+      const tcam_problem& p = c.p_;
+      auto tensor = [&](py::handle object, const std::string& name, const Tensor& like, bool leading) {
+        const Tensor t(object, name);
+        Sizes shape = like.shape;
+        if (leading) shape.insert(shape.begin(), p.batch);
+        t.expect(name, shape, p.dtype, c.device_);
+        return t.data;
+      };
+      if (grad_planes.size() != (p.grad_planes ? c.planes_.size() : 0))
+        throw py::value_error("grad_planes: expected one for each plane where they are wanted");
+      for (size_t q = 0; q < grad_planes.size(); ++q)
+        planes.push_back(tensor(grad_planes[q], "grad_planes[" + std::to_string(q) + "]", c.planes_[q], false));
+      const size_t layers = c.weights_.size();
+      if (grad_decoder.size() != (p.grad_decoder ? 2 * layers : 0))
+        throw py::value_error("grad_decoder: expected one for each weight, then each bias, where they are wanted");
+      for (size_t l = 0; l < grad_decoder.size(); ++l) {
+        const bool weight = l < layers;
+        const Tensor& like = weight ? c.weights_[l] : c.biases_[l - layers];
+        if ((like.data == nullptr) != grad_decoder[l].is_none())
+          throw py::value_error("grad_decoder: expected None exactly where there is no bias");
+        (weight ? weights : biases)
+            .push_back(like.data ? tensor(grad_decoder[l], "grad_decoder[" + std::to_string(l) + "]", like, per_object)
+                                 : nullptr);
+      }
+      weights.resize(layers), biases.resize(layers), planes.resize(c.planes_.size());
+      gradients = {planes.data(), weights.data(), biases.data(), nullptr, nullptr};
+      if (p.grad_points) gradients.points = tensor(points, "grad_points", c.points_, false);
+      if (p.grad_extra) gradients.extra = tensor(extra, "grad_extra", c.extra_, false);
+    }
+  };
+};
+
+// x (outer, n, inner) along its middle axis to out: see tcam_resample. bounds: None or (2,) float64 on the same device.
+void resample_axis(py::handle x, py::handle out, int64_t texels, int64_t size, int64_t lo, int64_t hi, bool align_corners,
+                   int padding, bool corners, py::object bounds, bool adjoint, int threads) {
+  const Tensor in(x, "x"), to(out, "out");
+  if (in.shape.size() != 3 || to.shape.size() != 3) throw py::value_error("x, out: expected 3 dimensions");
+  if (in.dtype != TCAM_F32 && in.dtype != TCAM_F64) throw py::type_error("x: expected float32 or float64");
+  if (texels < 1 || texels > INT32_MAX || lo < 0 || hi < lo || size < hi || size > INT32_MAX)
+    throw py::value_error("texels, size, lo, hi: out of range");
+  const int64_t outer = in.shape[0], inner = in.shape[2];
+  in.expect("x", {outer, adjoint ? hi - lo : texels, inner}, in.dtype, in.device);
+  to.expect("out", {outer, adjoint ? texels : hi - lo, inner}, in.dtype, in.device);
+  between("padding", padding, int(TCAM_PAD_BORDER), int(TCAM_PAD_REFLECTION));
+  Tensor b;
+  if (!bounds.is_none()) {
+    b = Tensor(bounds, "bounds");
+    b.expect("bounds", {2}, TCAM_F64, in.device);
+  }
+  if (to.count == 0) return;
+  const tcam_resample problem = {outer,         inner,   texels,  size,    lo,       hi,
+                                 align_corners, padding, corners, adjoint, in.dtype, threads};
+  const double* at = static_cast<const double*>(b.data);
   run_on(
-      p.device,
-      [&] {
-        tcam_resample_plane_cpu(p.data, p.shape[0], p.shape[1], c, v.shape[0], v.shape[1], align_corners, padding, p.dtype,
-                                threads, v.data);
-      },
-      TCAM_ON_CUDA(tcam_resample_plane_cuda(p.data, p.shape[0], p.shape[1], c, v.shape[0], v.shape[1], align_corners, padding,
-                                            p.dtype, v.data, device, stream)));
+      in.device, [&] { tcam_resample_axis_cpu(&problem, at, in.data, to.data); },
+      TCAM_ON_CUDA(tcam_resample_axis_cuda(&problem, at, in.data, to.data, device, stream)));
 }
 
 py::dict cuda_info() {
@@ -360,13 +437,37 @@ PYBIND11_MODULE(_C, m) {
   m.attr("has_cuda") = false;
 #endif
   m.def("cuda_info", &cuda_info);
-  py::class_<Options>(m, "Options")
-      .def(py::init(&options), py::arg("size"), py::arg("box"), py::arg("activation"), py::arg("output_activation"),
-           py::arg("align_corners"), py::arg("padding"), py::arg("compute"), py::arg("out_dtype"), py::arg("threads"),
-           py::arg("tile") = 0);
-  m.def("decode_grid_workspace", &decode_grid_workspace);
-  m.def("decode_grid", &decode_grid);
-  m.def("decode_grid_backward", &decode_grid_backward);
-  m.def("decode_grid_loss", &decode_grid_loss);
-  m.def("resample_plane", &resample_plane);
+  py::class_<Options> options(m, "Options");
+  options.def(py::init<>());
+#define TCAM_OPTION(name) options.def_readwrite(#name, &Options::name);
+  TCAM_OPTION(plane_axes)
+  TCAM_OPTION(reduce)
+  TCAM_OPTION(plane_scale)
+  TCAM_OPTION(size)
+  TCAM_OPTION(box)
+  TCAM_OPTION(corners)
+  TCAM_OPTION(axes)
+  TCAM_OPTION(activation)
+  TCAM_OPTION(output_activation)
+  TCAM_OPTION(align_corners)
+  TCAM_OPTION(padding)
+  TCAM_OPTION(compute)
+  TCAM_OPTION(out_dtype)
+  TCAM_OPTION(grad_planes)
+  TCAM_OPTION(grad_decoder)
+  TCAM_OPTION(grad_points)
+  TCAM_OPTION(grad_extra)
+  TCAM_OPTION(threads)
+  TCAM_OPTION(formulation)
+  TCAM_OPTION(tile)
+#undef TCAM_OPTION
+  py::class_<Call>(m, "Call")
+      .def(py::init<py::list, py::list, py::list, py::object, py::object, py::object, py::object, const Options&>(),
+           py::arg("planes"), py::arg("weights"), py::arg("biases"), py::arg("bounds"), py::arg("points"), py::arg("objects"),
+           py::arg("extra"), py::arg("options"))
+      .def("workspace", &Call::workspace)
+      .def("forward", &Call::forward)
+      .def("backward", &Call::backward)
+      .def("loss", &Call::loss);
+  m.def("resample_axis", &resample_axis);
 }

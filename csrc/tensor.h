@@ -85,7 +85,7 @@ class TensorApi {
 };
 
 inline const char* dtype_name(int dtype) {
-  static const char* names[] = {"float32", "float64", "float16", "bfloat16", "uint8"};
+  static const char* names[] = {"float32", "float64", "float16", "bfloat16", "uint8", "", "int64"};
   return names[dtype];
 }
 
@@ -111,7 +111,8 @@ struct Tensor {
       case (2 << 8) | 16: dtype = TCAM_F16; break;
       case (4 << 8) | 16: dtype = TCAM_BF16; break;
       case (1 << 8) | 8: dtype = TCAM_U8; break;
-      default: throw py::type_error(name + ": expected a floating dtype, or uint8");
+      case (0 << 8) | 64: dtype = TCAM_I64; break;
+      default: throw py::type_error(name + ": expected a floating dtype, uint8 or int64");
     }
     shape.assign(t.shape, t.shape + t.ndim);
     int64_t step = 1;

@@ -13,18 +13,60 @@ output_activations: tuple[str, ...]
 losses: tuple[str, ...]
 
 class Options:
+    plane_axes: Sequence[tuple[int, int]]
+    reduce: int
+    plane_scale: float
+    size: Sequence[int]
+    box: Sequence[int]
+    corners: bool
+    axes: int
+    activation: Sequence[tuple[int, float]]
+    output_activation: tuple[int, float]
+    align_corners: bool
+    padding: int
+    compute: int
+    out_dtype: int
+    grad_planes: bool
+    grad_decoder: bool
+    grad_points: bool
+    grad_extra: bool
+    threads: int
+    formulation: int
+    tile: int
+
+class Call:
     def __init__(
         self,
-        size: Sequence[int],
-        box: Sequence[int],
-        activation: int,
-        output_activation: int,
-        align_corners: bool,
-        padding: int,
-        compute: int,
-        out_dtype: int,
-        threads: int,
-        tile: int = 0,
+        planes: list[Tensor],
+        weights: list[Tensor],
+        biases: list[Tensor | None],
+        bounds: Tensor | None,
+        points: Tensor | None,
+        objects: Tensor | None,
+        extra: Tensor | None,
+        options: Options,
+    ) -> None: ...
+    def workspace(self, backward: bool) -> int: ...
+    def forward(self, out: Tensor, workspace: Tensor) -> None: ...
+    def backward(
+        self,
+        grad_out: Tensor,
+        planes: list[Tensor],
+        decoder: list[Tensor | None],
+        points: Tensor | None,
+        extra: Tensor | None,
+        workspace: Tensor,
+    ) -> None: ...
+    def loss(
+        self,
+        target: Tensor,
+        loss: int,
+        beta: float,
+        per_object: bool,
+        losses: Tensor,
+        planes: list[Tensor],
+        decoder: list[Tensor | None],
+        workspace: Tensor,
     ) -> None: ...
 
 def bind(tensor: type, parameter: type) -> None: ...
@@ -36,45 +78,17 @@ def cpu_peak_flops(kind: int, seconds: float, threads: int) -> float: ...
 has_cuda: bool
 
 def cuda_info() -> dict[str, Any]: ...
-def decode_grid_workspace(
-    planes: list[Tensor],
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    options: Options,
-    backward: bool,
-    grad_planes: bool,
-    grad_decoder: bool,
-) -> int: ...
-def decode_grid(
-    planes: list[Tensor],
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    options: Options,
-    volume: Tensor,
-    workspace: Tensor,
+def resample_axis(
+    x: Tensor,
+    out: Tensor,
+    texels: int,
+    size: int,
+    lo: int,
+    hi: int,
+    align_corners: bool,
+    padding: int,
+    corners: bool,
+    bounds: Tensor | None,
+    adjoint: bool,
+    threads: int,
 ) -> None: ...
-def decode_grid_backward(
-    grad_volume: Tensor,
-    planes: list[Tensor],
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    options: Options,
-    grad_planes: list[Tensor],
-    grad_decoder: list[Tensor | None],
-    workspace: Tensor,
-) -> None: ...
-def decode_grid_loss(
-    target: Tensor,
-    planes: list[Tensor],
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    options: Options,
-    loss: int,
-    beta: float,
-    per_object: bool,
-    losses: Tensor,
-    grad_planes: list[Tensor],
-    grad_decoder: list[Tensor | None],
-    workspace: Tensor,
-) -> None: ...
-def resample_plane(plane: Tensor, out: Tensor, align_corners: bool, padding: int, threads: int) -> None: ...

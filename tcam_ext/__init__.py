@@ -14,6 +14,15 @@ _load(torch)
 from tcam_ext import reference  # noqa: E402
 from tcam_ext._version import __version__  # noqa: E402
 from tcam_ext.nn import TriplaneDecoder  # noqa: E402
-from tcam_ext.ops import decode_grid, decode_grid_loss  # noqa: E402
+from tcam_ext.ops import decode_grid, decode_grid_loss, decode_points, sample_grid, sample_points  # noqa: E402
 
-__all__ = ["TriplaneDecoder", "__version__", "decode_grid", "decode_grid_loss", "reference"]
+__all__ = [
+    "TriplaneDecoder",
+    "__version__",
+    "decode_grid",
+    "decode_grid_loss",
+    "decode_points",
+    "reference",
+    "sample_grid",
+    "sample_points",
+]

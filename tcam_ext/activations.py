@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,30 +13,107 @@ from torch import Tensor, nn
 
 from tcam_ext import _C
 
-#: Hidden activations and what they compute.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu,
-    "leaky_relu": F.leaky_relu,  # slope 0.01 below zero
-    "silu": F.silu,
-    "softplus": F.softplus,  # beta 1, threshold 20
-    "tanh": torch.tanh,
+
+class _TruncExp(torch.autograd.Function):
+    """exp(x), with the gradient of exp(min(x, 15)): a step that overshoots does not blow up the next."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.exp()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * x.clamp(max=15.0).exp()
+
+
+class Formula(NamedTuple):
+    """What an activation computes, of z and its parameter."""
+
+    function: Callable[[Tensor, float], Tensor]
+    parameter: float = math.nan  # default; nan: it has none
+    least: float = -math.inf  # of the parameter
+
+
+#: Hidden activations. ``name(p)`` gives another parameter than the default.
+ACTIVATIONS: dict[str, Formula] = {
+    "relu": Formula(lambda z, p: torch.relu(z)),
+    "leaky_relu": Formula(F.leaky_relu, 0.01, 0.0),  # slope below zero
+    "silu": Formula(lambda z, p: F.silu(z)),
+    "softplus": Formula(F.softplus, 1.0, 1e-6),  # log(1 + exp(p z))/p
+    "tanh": Formula(lambda z, p: torch.tanh(z)),
+    "gelu": Formula(lambda z, p: F.gelu(z)),
+    "sine": Formula(lambda z, p: torch.sin(p * z), 1.0),
+    "half_sine": Formula(lambda z, p: (torch.sin(p * z) + 1) / 2, 1.0),
 }
 
 #: Output activations.
-OUTPUT_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda z: z,
-    "sigmoid": torch.sigmoid,
-    "clamp": lambda z: z.clamp(0.0, 1.0),
+OUTPUT_ACTIVATIONS: dict[str, Formula] = {
+    "none": Formula(lambda z, p: z),
+    "sigmoid": Formula(lambda z, p: torch.sigmoid(z)),
+    "clamp": Formula(lambda z, p: z.clamp(0.0, 1.0)),
+    "affine_sigmoid": Formula(lambda z, p: torch.sigmoid(z) * (1 + 2 * p) - p, 0.001),  # EG3D's colours
+    "softplus": Formula(lambda z, p: F.softplus(z + p), 0.0),
+    "trunc_exp": Formula(lambda z, p: _TruncExp.apply(z + p), 0.0),  # its gradient is that of exp(min(z + p, 15))
+    "tanh": Formula(lambda z, p: torch.tanh(z)),
 }
 
-#: The modules that nn.Sequential holds for each hidden activation.
-MODULES: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "leaky_relu": nn.LeakyReLU,
-    "silu": nn.SiLU,
-    "softplus": nn.Softplus,
-    "tanh": nn.Tanh,
-}
+
+class Activation(NamedTuple):
+    """One of a table, with its parameter."""
+
+    kind: int
+    parameter: float
+    function: Callable[[Tensor, float], Tensor]
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.function(z, self.parameter)
+
+
+def parse(argument: str, value: Any, table: dict[str, Formula]) -> Activation:
+    """ "name" or "name(parameter)"; ``argument`` is what the message calls it."""
+    match = re.fullmatch(r"(\w+)(?:\((.+)\))?", value) if isinstance(value, str) else None
+    if match is None or match[1] not in table:
+        raise ValueError(f"{argument}: expected one of {', '.join(table)}, got {value!r}")
+    name, given = match.groups()
+    formula = table[name]
+    parameter = formula.parameter
+    if given is not None:
+        if math.isnan(parameter):
+            raise ValueError(f"{argument}: {name} takes no parameter, got {value!r}")
+        try:
+            parameter = float(given)
+        except ValueError:
+            parameter = math.nan
+        if not (math.isfinite(parameter) and parameter >= formula.least):
+            least = "" if formula.least == -math.inf else f" of at least {formula.least:g}"
+            raise ValueError(f"{argument}: expected {name}(p) with a number p{least}, got {value!r}")
+    return Activation(list(table).index(name), 0.0 if math.isnan(parameter) else parameter, formula.function)
+
+
+def hidden(argument: str, value: str) -> Activation:
+    return parse(argument, value, ACTIVATIONS)
+
+
+def output(argument: str, value: str) -> Activation:
+    return parse(argument, value, OUTPUT_ACTIVATIONS)
+
+
+class Elementwise(nn.Module):
+    """A hidden activation as a module, for ``nn.Sequential``."""
+
+    def __init__(self, activation: str) -> None:
+        super().__init__()
+        self.activation = activation
+        self._apply_to = hidden("activation", activation)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self._apply_to(z)
+
+    def extra_repr(self) -> str:
+        return self.activation
+
 
 if tuple(ACTIVATIONS) != _C.activations or tuple(OUTPUT_ACTIVATIONS) != _C.output_activations:
     raise ImportError("tcam_ext: the compiled part has another table of activations; install again with `pip install .`")

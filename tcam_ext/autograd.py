@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,55 +16,68 @@ def _refuse_second_derivative(op: str) -> None:
         raise RuntimeError(f'{op}: the native kernel has no second derivative; impl="reference" has')
 
 
-def _split(layers: int, tensors: Any) -> tuple[list[Any], list[Any], list[Any]]:
-    """3 planes, ``layers`` weights, ``layers`` biases (None: no bias)."""
-    return list(tensors[:3]), list(tensors[3 : 3 + layers]), list(tensors[3 + layers :])
+def _split(counts: Sequence[int], tensors: Any) -> list[list[Any]]:
+    """Groups of so many, and what is left."""
+    groups, at = [], 0
+    for n in counts:
+        groups.append(list(tensors[at : at + n]))
+        at += n
+    return [*groups, list(tensors[at:])]
 
 
 class DecodeGrid(torch.autograd.Function):
-    """decode_grid and its gradient: saves the inputs, and backward recomputes everything else."""
+    """decode_grid and its gradient: saves the inputs, and backward recomputes everything else.
 
-    @staticmethod
-    def forward(ctx: Any, layers: int, options: tuple[Any, ...], out_dtype: torch.dtype, *tensors: Tensor | None) -> Tensor:
-        ctx.layers, ctx.options = layers, options
-        ctx.save_for_backward(*tensors)
-        return library.decode_grid(*_split(layers, tensors), *options, out_dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad_volume: Tensor) -> tuple[Any, ...]:
-        _refuse_second_derivative("decode_grid")
-        planes, weights, biases = _split(ctx.layers, ctx.saved_tensors)
-        wanted = _split(ctx.layers, ctx.needs_input_grad[3:])
-        grad_planes, grad_decoder = any(wanted[0]), any(wanted[1] + wanted[2])
-        found = library.decode_grid_backward(grad_volume, planes, weights, biases, *ctx.options, grad_planes, grad_decoder)
-        return None, None, None, *_in_order(found, planes, weights, biases, grad_planes, grad_decoder)
-
-
-class DecodeGridLoss(torch.autograd.Function):
-    """decode_grid_loss: forward computes the gradients too, undivided; backward scales them.
-
-    ``voxels``, channels counted, is what the loss (a scalar, or one an object) is a mean of.
+    ``counts``: of planes, and of weights; ``tensors``: planes, weights, biases.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        layers: int,
-        options: tuple[Any, ...],
+        counts: tuple[int, int],
+        options: library.Sampling,
+        grid: library.Grid,
+        out_dtype: torch.dtype,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        ctx.counts, ctx.options, ctx.grid = counts, options, grid
+        ctx.save_for_backward(*tensors)
+        return library.decode_grid(*_split(counts, tensors), *options, *grid, out_dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_volume: Tensor) -> tuple[Any, ...]:
+        _refuse_second_derivative("decode_grid")
+        groups = _split(ctx.counts, ctx.saved_tensors)
+        wanted = _split(ctx.counts, ctx.needs_input_grad[4:])
+        flags = any(wanted[0]), any(wanted[1] + wanted[2])
+        found = library.decode_grid_backward(grad_volume, *groups, *ctx.options, *ctx.grid, *flags)
+        return *[None] * 4, *_in_order(found, groups, [flags[0], flags[1], flags[1]])
+
+
+class DecodeGridLoss(torch.autograd.Function):
+    """decode_grid_loss: forward computes the gradients too, undivided; backward scales them.
+
+    ``voxels``, channels counted, is what the loss (a scalar, or one an object) is a mean of; the rest as for DecodeGrid.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        counts: tuple[int, int],
+        options: library.Sampling,
+        grid: library.Grid,
+        objective: tuple[str, float, bool],
         voxels: int,
-        grad_planes: bool,
-        grad_decoder: bool,
+        wanted: tuple[bool, bool],
         target: Tensor,
         *tensors: Tensor | None,
     ) -> Tensor:
-        planes, weights, biases = _split(layers, tensors)
-        losses, *grads = library.decode_grid_loss(target, planes, weights, biases, *options, grad_planes, grad_decoder)
-        ctx.layers, ctx.voxels, ctx.wanted = layers, voxels, (grad_planes, grad_decoder)
-        ctx.per_object = options[-1]
-        ctx.has_bias = [b is not None for b in biases]
-        ctx.dtype = planes[0].dtype
+        groups = _split(counts, tensors)
+        losses, *grads = library.decode_grid_loss(target, *groups, *options, *grid, *objective, *wanted)
+        ctx.per_object, ctx.voxels, ctx.wanted, ctx.dtype = objective[2], voxels, wanted, groups[0][0].dtype
+        ctx.present = [[None if t is None else True for t in group] for group in groups]
         ctx.save_for_backward(*grads)
-        dtype = torch.float64 if planes[0].dtype == torch.float64 else torch.float32
+        dtype = torch.float64 if ctx.dtype == torch.float64 else torch.float32
         return ((losses if ctx.per_object else losses.sum()) / voxels).to(dtype)
 
     @staticmethod
@@ -71,7 +85,7 @@ class DecodeGridLoss(torch.autograd.Function):
         _refuse_second_derivative("decode_grid_loss")
         grads = ctx.saved_tensors
         scale = grad_loss / max(ctx.voxels, 1)  # last: a mean over 2^27 voxels must not pass through a half dtype
-        planes = 3 if ctx.wanted[0] else 0
+        planes = len(ctx.present[0]) if ctx.wanted[0] else 0
         scaled = []
         for i, g in enumerate(grads):
             if not ctx.per_object:
@@ -81,15 +95,53 @@ class DecodeGridLoss(torch.autograd.Function):
             else:  # (B, ...) to (...)
                 g = torch.tensordot(scale.to(g.dtype), g, 1)
             scaled.append(g.to(ctx.dtype))
-        weights, biases = [True] * ctx.layers, [True if has else None for has in ctx.has_bias]
-        return *[None] * 6, *_in_order(scaled, [True] * 3, weights, biases, *ctx.wanted)
+        return *[None] * 7, *_in_order(scaled, ctx.present, [ctx.wanted[0], ctx.wanted[1], ctx.wanted[1]])
 
 
-def _in_order(
-    grads: Any, planes: list[Any], weights: list[Any], biases: list[Any], grad_planes: bool, grad_decoder: bool
-) -> list[Tensor | None]:
-    """Gradients that an op returned (planes if wanted, then weights and the biases there are) at their inputs' places."""
-    found = iter(grads)
-    ordered: list[Tensor | None] = [next(found) if grad_planes else None for _ in planes]
-    ordered += [next(found) if grad_decoder else None for _ in weights]
-    return ordered + [next(found) if grad_decoder and b is not None else None for b in biases]
+class DecodePoints(torch.autograd.Function):
+    """decode_points, or without weights sample_points. ``tensors``: planes, weights, biases, points, extra (or None)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        counts: tuple[int, int],
+        options: library.Sampling,
+        objects: Tensor | None,
+        out_dtype: torch.dtype,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        ctx.counts, ctx.options, ctx.objects = (*counts, counts[1]), options, objects
+        ctx.save_for_backward(*tensors)
+        *inputs, (points, extra) = _split(ctx.counts, tensors)
+        return library.decode_points(*inputs, *options, points, objects, extra, out_dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+        _refuse_second_derivative("decode_points" if ctx.counts[1] else "sample_points")
+        *inputs, (points, extra) = _split(ctx.counts, ctx.saved_tensors)
+        wanted = _split(ctx.counts, ctx.needs_input_grad[4:])
+        grad_planes, grad_decoder, (grad_points, grad_extra) = any(wanted[0]), any(wanted[1] + wanted[2]), wanted[3]
+        found = library.decode_points_backward(
+            grad_out, *inputs, *ctx.options, points, ctx.objects, extra, grad_planes, grad_decoder, grad_points, grad_extra
+        )
+        groups = [*inputs, [points], [extra]]
+        return *[None] * 4, *_in_order(found, groups, [grad_planes, grad_decoder, grad_decoder, grad_points, grad_extra])
+
+
+class ResampleAxis(torch.autograd.Function):
+    """resample_axis: linear, so that its backward is its adjoint, and that one's backward is it again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, adjoint: bool, *options: Any) -> Tensor:
+        ctx.adjoint, ctx.options = adjoint, options
+        return library.resample_axis(x, *options, adjoint)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return ResampleAxis.apply(grad, not ctx.adjoint, *ctx.options), None, *[None] * len(ctx.options)
+
+
+def _in_order(found: Any, groups: Sequence[Sequence[Any]], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients that an op returned (of the groups wanted, for what is not None there) at their inputs' places."""
+    grads = iter(found)
+    return [next(grads) if flag and t is not None else None for group, flag in zip(groups, wanted, strict=True) for t in group]

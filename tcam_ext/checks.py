@@ -10,61 +10,144 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tcam_ext import _C
-from tcam_ext.activations import ACTIVATIONS, OUTPUT_ACTIVATIONS
+from tcam_ext import _C, activations
+from tcam_ext.activations import ACTIVATIONS
 from tcam_ext.losses import LOSSES
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-PADDING_MODES = ("border", "zeros")
+PADDING_MODES = ("border", "zeros", "reflection")
+REDUCTIONS_OF_PLANES = ("concat", "concat_channel_major", "sum", "mean", "prod")
+GRIDS = ("cells", "corners")
 TARGET_DTYPES = (*DTYPES, torch.uint8)
 REDUCTIONS = ("mean", "sum", "none_batch")
+PLANE_AXES = ((0, 1), (1, 2), (0, 2))
 MAX_LAYERS = 6
 MAX_WIDTH = 256
 MAX_OUT = 16
+MAX_PLANES = 16
+MAX_AXES = 4
 MAX_AXIS = 2**31 - 1
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+PlaneAxes = tuple[tuple[int, int], ...]
 
 
 class Options(NamedTuple):
     """How every op samples and decodes; see :func:`tcam_ext.decode_grid`."""
 
-    activation: str = "relu"
-    output_activation: str = "none"
+    plane_axes: Any = PLANE_AXES
+    reduce: str = "concat"
     align_corners: bool = False
     padding_mode: str = "border"
+    activation: str | Sequence[str] = "relu"
+    output_activation: str = "none"
     compute_dtype: torch.dtype | str | None = None
 
 
-class DecodeGrid(NamedTuple):
-    """The arguments of decode_grid, checked and brought to one form."""
+class Sampled(NamedTuple):
+    """Planes and how they are sampled, checked."""
 
-    planes: list[Tensor]  # 3 x (B, C, rows, columns)
+    planes: list[Tensor]  # each (B, C, rows, columns)
+    plane_axes: PlaneAxes
+    reduce: str
+    align_corners: bool
+    padding_mode: str
+
+    @property
+    def batch(self) -> int:
+        return self.planes[0].shape[0]
+
+    @property
+    def features(self) -> int:
+        """What the first layer reads of the planes."""
+        return self.planes[0].shape[1] * (len(self.planes) if self.reduce.startswith("concat") else 1)
+
+
+class Decoder(NamedTuple):
+    """An MLP and how it is computed, checked."""
+
     weights: list[Tensor]
     biases: list[Tensor | None]
-    size: tuple[int, int, int]
-    box: Box
-    options: Options
+    activation: tuple[str, ...]  # of each hidden layer
+    output_activation: str
     compute: str  # "float32", "float64", "float16", "bfloat16", "tf32", "float32 or tf32" (as torch's matmul)
     out_dtype: torch.dtype
 
 
-def decode_grid(planes: Any, weights: Any, biases: Any, size: Any, box: Any, options: Options, out_dtype: Any) -> DecodeGrid:
+class Grid(NamedTuple):
+    """The voxels to decode, checked."""
+
+    size: tuple[int, int, int]
+    box: Box
+    corners: bool
+    bounds: Tensor | None  # (B, 3, 2) float64
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        (x0, x1), (y0, y1), (z0, z1) = self.box
+        return x1 - x0, y1 - y0, z1 - z0
+
+
+class Points(NamedTuple):
+    """The points to decode, checked."""
+
+    points: Tensor  # (N, axes), of all objects
+    objects: Tensor | None  # (N,)
+    extra: Tensor | None  # (N, E)
+    leading: tuple[int, ...]  # the shape of the result, without its features
+
+
+def sampled(planes: Any, options: Options, axes: int) -> Sampled:
+    checked = _planes(planes, options.plane_axes)
+    choice("reduce", options.reduce, REDUCTIONS_OF_PLANES)
+    choice("padding_mode", options.padding_mode, PADDING_MODES)
+    if not isinstance(options.align_corners, bool):
+        raise TypeError(f"align_corners: expected a bool, got {_type(options.align_corners)}")
+    plane_axes = _plane_axes(options.plane_axes, len(checked), axes)
+    return Sampled(checked, plane_axes, options.reduce, options.align_corners, options.padding_mode)
+
+
+def decoder(
+    planes: Sampled, weights: Any, biases: Any, options: Options, out_dtype: Any, extra: int = 0
+) -> tuple[Sampled, Decoder]:
     """Check and normalise; under autocast also promote the tensors to one dtype."""
-    checked_planes = _planes(planes)
-    checked_weights, checked_biases = _layers(weights, biases, 3 * checked_planes[0].shape[1])
+    checked_weights, checked_biases = _layers(weights, biases, planes.features, extra)
+    checked_planes = planes.planes
     device = checked_planes[0].device
     autocast = _autocast_dtype(device)
     if autocast is not None:  # tensors of several dtypes are usual there
         checked_planes, checked_weights, checked_biases = _promote(checked_planes, checked_weights, checked_biases)
     dtype = checked_planes[0].dtype
+    one_dtype(dtype, device, planes=checked_planes, weights=checked_weights, biases=checked_biases)
+    hidden = len(checked_weights) - 1
+    names = [options.activation] * hidden if isinstance(options.activation, str) else options.activation
+    if not isinstance(names, Sequence) or len(names) != hidden:
+        raise ValueError(
+            f"activation: expected one of {', '.join(ACTIVATIONS)}, or one for each of {hidden} hidden layers, got {names!r}"
+        )
+    for i, name in enumerate(names):
+        activations.hidden("activation" if isinstance(options.activation, str) else f"activation[{i}]", name)
+    activations.output("output_activation", options.output_activation)
+    check_out_dtype(out_dtype)
+    return planes._replace(planes=checked_planes), Decoder(
+        checked_weights,
+        checked_biases,
+        tuple(names),
+        options.output_activation,
+        _compute(options.compute_dtype, autocast, dtype, device),
+        dtype if out_dtype is None else out_dtype,
+    )
+
+
+def check_out_dtype(out_dtype: Any) -> None:
+    if out_dtype is not None and out_dtype not in DTYPES:
+        raise TypeError(f"out_dtype: expected None, float32, float64, float16 or bfloat16, got {out_dtype!r}")
+
+
+def one_dtype(dtype: torch.dtype, device: torch.device, **groups: Any) -> None:
     if dtype not in DTYPES:
         raise TypeError(f"planes: expected float32, float64, float16 or bfloat16, got {dtype}")
-    for name, tensors in (
-        ("planes", checked_planes),
-        ("weights", checked_weights),
-        ("biases", checked_biases),
-    ):
+    for name, tensors in groups.items():
         for i, t in enumerate(tensors):
             if t is None:
                 continue
@@ -72,25 +155,57 @@ def decode_grid(planes: Any, weights: Any, biases: Any, size: Any, box: Any, opt
                 raise TypeError(f"{name}[{i}]: expected {dtype} as planes have (one dtype for all), got {t.dtype}")
             if t.device != device:
                 raise ValueError(f"{name}[{i}]: expected device {device} as planes have, got {t.device}")
+
+
+def grid(planes: Sampled, size: Any, box: Any, kind: Any, bounds: Any) -> Grid:
     checked_size = _size(size)
-    checked_box = _box(box, checked_size)
-    choice("activation", options.activation, ACTIVATIONS)
-    choice("output_activation", options.output_activation, OUTPUT_ACTIVATIONS)
-    choice("padding_mode", options.padding_mode, PADDING_MODES)
-    if not isinstance(options.align_corners, bool):
-        raise TypeError(f"align_corners: expected a bool, got {_type(options.align_corners)}")
-    if out_dtype is not None and out_dtype not in DTYPES:
-        raise TypeError(f"out_dtype: expected None, float32, float64, float16 or bfloat16, got {out_dtype!r}")
-    return DecodeGrid(
-        checked_planes,
-        checked_weights,
-        checked_biases,
-        checked_size,
-        checked_box,
-        options,
-        _compute(options.compute_dtype, autocast, dtype, device),
-        dtype if out_dtype is None else out_dtype,
-    )
+    choice("grid", kind, GRIDS)
+    checked_bounds = None if bounds is None else _bounds(bounds, planes.batch, 3, planes.planes[0].device)
+    return Grid(checked_size, _box(box, checked_size), kind == "corners", checked_bounds)
+
+
+def coordinates(xyz: Any) -> int:
+    """How many a point has."""
+    axes = xyz.shape[-1] if isinstance(xyz, Tensor) and xyz.dim() else 0
+    if not isinstance(xyz, Tensor) or not xyz.dtype.is_floating_point or xyz.dim() < 2 or not 2 <= axes <= MAX_AXES:
+        got = f"{tuple(xyz.shape)} of {xyz.dtype}" if isinstance(xyz, Tensor) else _type(xyz)
+        raise ValueError(f"xyz: expected floating coordinates (B, N, 3), or (N, 3) with batch_index, got {got}")
+    return axes
+
+
+def points(planes: Sampled, xyz: Any, batch_index: Any, extra: Any, bounds: Any, dtype: torch.dtype) -> Points:
+    """``dtype``: of the coordinates in the kernel, float32 or float64."""
+    axes, batch, device = xyz.shape[-1], planes.batch, planes.planes[0].device
+    if xyz.device != device:
+        raise ValueError(f"xyz: expected device {device} as planes have, got {xyz.device}")
+    objects = None
+    if batch_index is not None:
+        objects = _tensor("batch_index", batch_index, 1, "(N,)")
+        if xyz.dim() != 2 or objects.shape[0] != xyz.shape[0]:
+            raise ValueError(
+                f"batch_index: expected (N,) for xyz (N, {axes}), got {tuple(objects.shape)} for {tuple(xyz.shape)}"
+            )
+        if objects.dtype != torch.int64 or objects.device != device:
+            raise TypeError(f"batch_index: expected int64 on {device}, got {objects.dtype} on {objects.device}")
+        leading: tuple[int, ...] = (xyz.shape[0],)
+    else:
+        leading = tuple(xyz.shape[:-1])
+        if leading[0] != batch and not (xyz.dim() == 2 and batch == 1):
+            raise ValueError(f"xyz: expected (B, N, {axes}) with B = {batch} as planes have, got {tuple(xyz.shape)}")
+    flat = xyz.reshape(-1, axes).to(dtype)
+    if bounds is not None:
+        box = _bounds(bounds, batch, axes, device).to(dtype)
+        if objects is not None:
+            box = box[objects]
+        elif batch > 1:
+            box = box.repeat_interleave(flat.shape[0] // batch, 0)
+        flat = (flat - box[..., 0]) / (box[..., 1] - box[..., 0]) * 2 - 1
+    if extra is not None:
+        if not isinstance(extra, Tensor) or tuple(extra.shape[:-1]) != leading:
+            got = tuple(extra.shape) if isinstance(extra, Tensor) else _type(extra)
+            raise ValueError(f"extra: expected a tensor {(*leading, 'E')} beside xyz {tuple(xyz.shape)}, got {got}")
+        extra = extra.reshape(-1, extra.shape[-1])
+    return Points(flat, objects, extra, leading)
 
 
 class Objective(NamedTuple):
@@ -100,32 +215,18 @@ class Objective(NamedTuple):
     voxels: int  # that a loss is the mean of, channels counted; 1 for a sum
 
 
-def decode_grid_loss(
-    planes: Any,
-    weights: Any,
-    biases: Any,
-    target: Any,
-    size: Any,
-    box: Any,
-    loss: Any,
-    beta: Any,
-    reduction: Any,
-    options: Options,
-) -> tuple[DecodeGrid, Objective]:
-    target = _tensor("target", target, 5, "(B, C_out, H, W, D)")
-    if size is None:
-        if box is not None:
-            raise ValueError("size: expected (H, W, D), the whole volume, where box is given; got None")
-        size = list(target.shape[2:])
-    call = decode_grid(planes, weights, biases, size, box, options, None)
-    want = (call.planes[0].shape[0], call.weights[-1].shape[0], *(hi - lo for lo, hi in call.box))
+def objective(
+    planes: Sampled, mlp: Decoder, voxels: Grid, whole: bool, target: Tensor, loss: Any, beta: Any, reduction: Any
+) -> Objective:
+    """``whole``: the grid is not a box of a larger one."""
+    want = (planes.batch, mlp.weights[-1].shape[0], *voxels.shape)
     if tuple(target.shape) != want:
-        part = "size" if box is None else "box"
+        part = "size" if whole else "box"
         raise ValueError(f"target: expected shape {want}, (B, C_out) and the voxels of {part}, got {tuple(target.shape)}")
     if target.dtype not in TARGET_DTYPES:
         raise TypeError(f"target: expected float32, float64, float16, bfloat16 or uint8 (value/255), got {target.dtype}")
-    if target.device != call.planes[0].device:
-        raise ValueError(f"target: expected device {call.planes[0].device} as planes have, got {target.device}")
+    if target.device != planes.planes[0].device:
+        raise ValueError(f"target: expected device {planes.planes[0].device} as planes have, got {target.device}")
     if target.requires_grad:
         raise ValueError("target: expected a tensor that requires no grad (there is no gradient to the target); detach it")
     choice("loss", loss, LOSSES)
@@ -135,27 +236,40 @@ def decode_grid_loss(
     if not 0 <= beta < math.inf:  # a SymFloat under torch.compile
         raise ValueError(f"beta: expected a finite number >= 0, got {beta}")
     count = math.prod(want[1:]) if reduction == "none_batch" else math.prod(want) if reduction == "mean" else 1
-    return call, Objective(cast(float, beta) * 1.0, count)
+    return Objective(cast(float, beta) * 1.0, count)
 
 
-def native_limits(call: DecodeGrid) -> None:
+def target_and_size(target: Any, size: Any, box: Any) -> tuple[Tensor, Any]:
+    target = _tensor("target", target, 5, "(B, C_out, H, W, D)")
+    if size is None and box is not None:
+        raise ValueError("size: expected (H, W, D), the whole volume, where box is given; got None")
+    return target, list(target.shape[2:]) if size is None else size
+
+
+def native_limits(planes: Sampled, weights: Sequence[Tensor], points: bool = False) -> None:
     """What the kernels serve. The message names impl="reference", which has no such limits."""
     advice = 'impl="reference" has no such limit'
-    channels = call.planes[0].shape[1]
+    channels = planes.planes[0].shape[1]
     if channels > MAX_WIDTH:
         raise ValueError(f"planes: the native kernel takes up to {MAX_WIDTH} channels, got {channels}; {advice}")
-    if len(call.weights) > MAX_LAYERS:
-        raise ValueError(f"weights: the native kernel takes up to {MAX_LAYERS} layers, got {len(call.weights)}; {advice}")
-    last = len(call.weights) - 1
-    for i, w in enumerate(call.weights):
+    if len(planes.planes) > MAX_PLANES:
+        raise ValueError(f"planes: the native kernel takes up to {MAX_PLANES} planes, got {len(planes.planes)}; {advice}")
+    if len(weights) > MAX_LAYERS:
+        raise ValueError(f"weights: the native kernel takes up to {MAX_LAYERS} layers, got {len(weights)}; {advice}")
+    last = len(weights) - 1
+    for i, w in enumerate(weights):
         most = MAX_OUT if i == last else MAX_WIDTH
         if w.shape[0] > most:
             what = "output channels" if i == last else "wide"
             raise ValueError(f"weights[{i}]: the native kernel takes layers up to {most} {what}, got {w.shape[0]}; {advice}")
-    device = call.planes[0].device
+    device = planes.planes[0].device
     if device.type == "cuda" and not _C.has_cuda:
         raise NotImplementedError(
             'tcam_ext was built without CUDA: install it where nvcc is found, or use impl="reference", or CPU tensors'
+        )
+    if device.type == "cuda" and (points or planes.reduce == "prod"):
+        raise NotImplementedError(
+            'decode_points, sample_points and reduce="prod" have no CUDA kernel yet; use impl="reference", or CPU tensors'
         )
     if device.type not in ("cpu", "cuda", "meta"):
         raise NotImplementedError(f'no native kernel for {device.type} tensors; use impl="reference", or CPU or CUDA tensors')
@@ -186,33 +300,66 @@ def _tensor(name: str, value: Any, rank: int, shape: str) -> Tensor:
     return value
 
 
-def _planes(planes: Any) -> list[Tensor]:
+def _planes(planes: Any, plane_axes: Any) -> list[Tensor]:
+    count = len(plane_axes) if isinstance(plane_axes, Sequence) else 3
     if isinstance(planes, Tensor):
-        p = _tensor("planes", planes, 5, "(B, 3, C, R, R)")
-        if p.shape[1] != 3 or p.shape[3] != p.shape[4]:
-            raise ValueError(f"planes: expected one tensor (B, 3, C, R, R) or three tensors, got shape {tuple(p.shape)}")
+        p = _tensor("planes", planes, 5, f"(B, {count}, C, h, w)")
+        if p.shape[1] != count:
+            raise ValueError(
+                f"planes: expected one tensor (B, {count}, C, h, w) or {count} tensors, got shape {tuple(p.shape)}"
+            )
         checked = list(p.unbind(1))
     else:
         if not isinstance(planes, Sequence):
-            raise TypeError(f"planes: expected a tensor (B, 3, C, R, R) or three tensors, got {_type(planes)}")
-        if len(planes) != 3:
-            raise ValueError(f"planes: expected three tensors (xy, yz, xz), got {len(planes)}")
-        names = ("(B, C, h, w)", "(B, C, w, d)", "(B, C, h, d)")
-        checked = [_tensor(f"planes[{i}]", p, 4, names[i]) for i, p in enumerate(planes)]
-    batch, channels, h, w = checked[0].shape
-    d = checked[1].shape[3]
-    for i, want in enumerate(((batch, channels, h, w), (batch, channels, w, d), (batch, channels, h, d))):
-        if tuple(checked[i].shape) != want:
-            raise ValueError(
-                f"planes[{i}]: expected shape {want} to agree with planes (B, C, h, w), (B, C, w, d), (B, C, h, d), "
-                f"got {tuple(checked[i].shape)}"
+            raise TypeError(f"planes: expected a tensor (B, {count}, C, h, w) or {count} tensors, got {_type(planes)}")
+        if len(planes) != count:
+            raise ValueError(f"planes: expected {count} tensors, one for each pair of plane_axes, got {len(planes)}")
+        checked = [_tensor(f"planes[{i}]", p, 4, "(B, C, rows, columns)") for i, p in enumerate(planes)]
+    if not checked:
+        raise ValueError("planes: expected at least one")
+    batch, channels = checked[0].shape[:2]
+    for i, p in enumerate(checked):
+        if p.shape[:2] != (batch, channels):
+            raise ValueError(f"planes[{i}]: expected (B, C) = {(batch, channels)} as planes[0] has, got {tuple(p.shape)}")
+        if min(p.shape[1:]) < 1:
+            raise ValueError(f"planes[{i}]: expected at least one channel and one texel an axis, got {tuple(p.shape)}")
+        if p.device != checked[0].device or (p.dtype != checked[0].dtype and _autocast_dtype(p.device) is None):
+            first = checked[0]
+            raise (ValueError if p.device != first.device else TypeError)(
+                f"planes[{i}]: expected {first.dtype} on {first.device} as planes[0] has, got {p.dtype} on {p.device}"
             )
-    if channels < 1 or h < 1 or w < 1 or d < 1:
-        raise ValueError(f"planes: expected at least one channel and one texel an axis, got C, h, w, d = {channels, h, w, d}")
     return checked
 
 
-def _layers(weights: Any, biases: Any, features: int) -> tuple[list[Tensor], list[Tensor | None]]:
+def _plane_axes(plane_axes: Any, count: int, axes: int) -> PlaneAxes:
+    checked = []
+    for i, pair in enumerate(plane_axes):
+        if not isinstance(pair, Sequence) or len(pair) != 2 or isinstance(pair, str):
+            raise ValueError(f"plane_axes[{i}]: expected a pair (row axis, column axis), got {pair!r}")
+        row, column = (integer(f"plane_axes[{i}]", a) for a in pair)
+        if not (0 <= row < axes and 0 <= column < axes) or row == column:
+            raise ValueError(f"plane_axes[{i}]: expected two different axes of 0 to {axes - 1}, got {(row, column)}")
+        checked.append((row, column))
+    return tuple(checked)
+
+
+def _bounds(bounds: Any, batch: int, axes: int, device: torch.device) -> Tensor:
+    try:
+        b = torch.as_tensor(bounds, dtype=torch.float64, device=device).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"bounds: expected numbers ({axes}, 2) or (B, {axes}, 2), got {_type(bounds)}") from error
+    if tuple(b.shape) not in ((axes, 2), (batch, axes, 2)):
+        raise ValueError(f"bounds: expected shape {(axes, 2)} or {(batch, axes, 2)}, got {tuple(b.shape)}")
+    if (
+        device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not (b.isfinite().all() and (b[..., 0] != b[..., 1]).all())
+    ):
+        raise ValueError(f"bounds: expected finite pairs (lo, hi) with lo != hi, got {bounds!r}")
+    return b.expand(batch, axes, 2).contiguous()
+
+
+def _layers(weights: Any, biases: Any, features: int, extra: int) -> tuple[list[Tensor], list[Tensor | None]]:
     if not isinstance(weights, Sequence):
         raise TypeError(f"weights: expected a sequence of tensors (n_l, n_(l-1)), got {_type(weights)}")
     if not isinstance(biases, Sequence):
@@ -221,12 +368,13 @@ def _layers(weights: Any, biases: Any, features: int) -> tuple[list[Tensor], lis
         raise ValueError("weights: expected at least one layer, got none")
     if len(biases) != len(weights):
         raise ValueError(f"biases: expected one tensor or None for each of {len(weights)} weights, got {len(biases)}")
+    features += extra
     checked_weights: list[Tensor] = []
     checked_biases: list[Tensor | None] = []
     for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
         w = _tensor(f"weights[{i}]", w, 2, "(n_l, n_(l-1))")
         if w.shape[1] != features or w.shape[0] < 1:
-            what = "3C, three times the channels of planes" if i == 0 else f"the rows of weights[{i - 1}]"
+            what = "the features of the planes (and extra)" if i == 0 else f"the rows of weights[{i - 1}]"
             raise ValueError(f"weights[{i}]: expected shape (n, {features}), {features} being {what}, got {tuple(w.shape)}")
         features = w.shape[0]
         if b is not None:

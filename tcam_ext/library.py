@@ -3,36 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tcam_ext import _C
+from tcam_ext import _C, activations
 
 _library = torch.library.Library("tcam_ext", "DEF")
 _INPUTS = "Tensor[] planes, Tensor[] weights, Tensor?[] biases"
-_OPTIONS = (  # in the order of Call.__init__
-    "SymInt[] size, SymInt[] box, str activation, str output_activation, bool align_corners, str padding_mode, str compute"
+_OPTIONS = (  # plane_axes: row and column axis of each plane, ascending; reduce: concat, sum or product
+    "int[] plane_axes, str reduce, float plane_scale, bool align_corners, str padding_mode, str[] activation, "
+    "str output_activation, str compute"
 )
+_GRID = "SymInt[] size, SymInt[] box, bool corners, Tensor? bounds"
+_POINTS = "Tensor points, Tensor? objects, Tensor? extra"
 _PT2 = (torch.Tag.pt2_compliant_tag,)
-_library.define(f"decode_grid({_INPUTS}, {_OPTIONS}, ScalarType out_dtype, *, int tile=0) -> Tensor", tags=_PT2)
-_library.define(
-    f"decode_grid_backward(Tensor grad_volume, {_INPUTS}, {_OPTIONS}, bool grad_planes, bool grad_decoder, *, int tile=0)"
-    " -> Tensor[]",
-    tags=_PT2,
-)
-_library.define(
-    f"decode_grid_loss(Tensor target, {_INPUTS}, {_OPTIONS}, str loss, float beta, bool per_object, bool grad_planes, "
-    "bool grad_decoder, *, int tile=0) -> Tensor[]",
-    tags=_PT2,
-)
-_library.define("resample_plane(Tensor plane, SymInt[] size, bool align_corners, str padding_mode) -> Tensor", tags=_PT2)
+for _schema in (
+    f"decode_grid({_INPUTS}, {_OPTIONS}, {_GRID}, ScalarType out_dtype, *, int tile=0) -> Tensor",
+    f"decode_grid_backward(Tensor grad_volume, {_INPUTS}, {_OPTIONS}, {_GRID}, bool grad_planes, bool grad_decoder, *, "
+    "int tile=0) -> Tensor[]",
+    f"decode_grid_loss(Tensor target, {_INPUTS}, {_OPTIONS}, {_GRID}, str loss, float beta, bool per_object, "
+    "bool grad_planes, bool grad_decoder, *, int tile=0) -> Tensor[]",
+    f"decode_points({_INPUTS}, {_OPTIONS}, {_POINTS}, ScalarType out_dtype, *, int formulation=0) -> Tensor",
+    f"decode_points_backward(Tensor grad_out, {_INPUTS}, {_OPTIONS}, {_POINTS}, bool grad_planes, bool grad_decoder, "
+    "bool grad_points, bool grad_extra, *, int formulation=0) -> Tensor[]",
+    "resample_axis(Tensor x, int texels, SymInt size, SymInt lo, SymInt hi, bool align_corners, str padding_mode, "
+    "bool corners, Tensor? bounds, bool adjoint) -> Tensor",
+):
+    _library.define(_schema, tags=_PT2)
 
 # The codes of csrc/problem.h.
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _TF32 = 5  # TCAM_TF32
-_PADDING = {"border": 0, "zeros": 1}
+_PADDING = {"border": 0, "zeros": 1, "reflection": 2}
+_REDUCE = {"concat": 0, "sum": 1, "product": 2}
 
 
 class _Workspaces:
@@ -67,170 +73,262 @@ def storage_dtype(compute: str) -> torch.dtype:
     return torch.float64 if compute == "float64" else torch.float32
 
 
-def volume_shape(planes: Sequence[Tensor], weights: Sequence[Tensor], box: Sequence[int]) -> list[int]:
-    return [planes[0].shape[0], weights[-1].shape[0], box[1] - box[0], box[3] - box[2], box[5] - box[4]]
+class Sampling(NamedTuple):
+    """The options of _OPTIONS, in its order."""
+
+    plane_axes: list[int]
+    reduce: str
+    plane_scale: float
+    align_corners: bool
+    padding_mode: str
+    activation: list[str]
+    output_activation: str
+    compute: str
+
+
+class Grid(NamedTuple):
+    """The arguments of _GRID, in its order."""
+
+    size: list[int]
+    box: list[int]
+    corners: bool
+    bounds: Tensor | None
+
+    @property
+    def shape(self) -> list[int]:
+        return [self.box[2 * a + 1] - self.box[2 * a] for a in range(3)]
+
+
+class Points(NamedTuple):
+    """The arguments of _POINTS, in its order."""
+
+    points: Tensor
+    objects: Tensor | None
+    extra: Tensor | None
+
+
+class Inputs(NamedTuple):
+    """The arguments of _INPUTS, in its order."""
+
+    planes: list[Tensor]
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+
+
+@lru_cache
+def _activation(name: str) -> tuple[int, float]:
+    return activations.hidden("activation", name)[:2]
+
+
+@lru_cache
+def _output_activation(name: str) -> tuple[int, float]:
+    return activations.output("output_activation", name)[:2]
 
 
 class _Call:
-    """The tensors and options of an op as the kernels take them."""
+    """The tensors and options of an op as the kernels take them, and the gradients wanted."""
 
     def __init__(
         self,
-        planes: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor | None],
-        size: Sequence[int],
-        box: Sequence[int],
-        activation: str,
-        output_activation: str,
-        align_corners: bool,
-        padding_mode: str,
-        compute: str,
-        *,
+        inputs: Inputs,
+        options: Sampling,
+        where: Grid | Points,
         out_dtype: torch.dtype,
-        tile: int,
+        wanted: Sequence[bool] = (),
+        **more: int,
     ) -> None:
+        compute = options.compute
         self.dtype = storage_dtype(compute)
         if compute == "float32 or tf32":  # allow_tf32 is not read: it raises once a user has set this newer flag
             compute = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "float32"
 
-        def dense(t: Tensor) -> Tensor:
-            return t.detach().to(self.dtype).contiguous()
+        def dense(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.detach().to(self.dtype).contiguous()
 
-        self.tensors = (
-            [dense(t) for t in planes],
-            [dense(t) for t in weights],
-            [None if t is None else dense(t) for t in biases],
-        )
-        self.options = _C.Options(
-            list(size),
-            list(box),
-            _C.activations.index(activation),
-            _C.output_activations.index(output_activation),
-            align_corners,
-            _PADDING[padding_mode],
-            _TF32 if compute == "tf32" else _DTYPE[getattr(torch, compute)],
-            _DTYPE[out_dtype],
-            torch.get_num_threads(),
-            tile,
-        )
+        self.inputs = Inputs(*([dense(t) for t in group] for group in inputs))  # type: ignore[arg-type]
+        self.device = inputs.planes[0].device
+        o = _C.Options()
+        o.plane_axes = list(zip(options.plane_axes[::2], options.plane_axes[1::2], strict=True))
+        o.reduce, o.plane_scale = _REDUCE[options.reduce], options.plane_scale
+        o.align_corners, o.padding = options.align_corners, _PADDING[options.padding_mode]
+        o.activation = [_activation(name) for name in options.activation]
+        o.output_activation = _output_activation(options.output_activation)
+        o.compute = _TF32 if compute == "tf32" else _DTYPE[getattr(torch, compute)]
+        o.out_dtype = _DTYPE[out_dtype]
+        o.grad_planes, o.grad_decoder, o.grad_points, o.grad_extra = (*wanted, *[False] * (4 - len(wanted)))
+        o.threads = torch.get_num_threads()
+        for name, value in more.items():
+            setattr(o, name, value)
+        self.points = self.extra = None
+        if isinstance(where, Grid):
+            o.size, o.box, o.corners = list(where.size), list(where.box), where.corners
+            self._call = _C.Call(*self.inputs, where.bounds, None, None, None, o)
+        else:
+            self.points, self.extra = dense(where.points), dense(where.extra)
+            o.axes = where.points.shape[1]
+            self._call = _C.Call(*self.inputs, None, self.points, where.objects, self.extra, o)
 
-    def workspace(self, backward: bool, grad_planes: bool, grad_decoder: bool) -> Tensor:
-        size = _C.decode_grid_workspace(*self.tensors, self.options, backward, grad_planes, grad_decoder)
-        return _workspaces.take(size, self.tensors[0][0].device)
+    def _workspace(self, backward: bool) -> Tensor:
+        return _workspaces.take(self._call.workspace(backward), self.device)
 
+    def forward(self, out: Tensor) -> None:
+        if out.numel():
+            workspace = self._workspace(False)
+            self._call.forward(out, workspace)
+            _workspaces.give_back(workspace)
 
-# In what follows ``inputs`` are planes, weights, biases and the options of _OPTIONS.
+    def backward(self, grad_out: Tensor, to: _Gradients) -> None:
+        if grad_out.numel() == 0:
+            to.zero()
+        elif to.list():
+            workspace = self._workspace(True)
+            self._call.backward(grad_out.detach().contiguous(), to.planes, to.decoder, to.points, to.extra, workspace)
+            _workspaces.give_back(workspace)
 
-
-def _decode_grid(*inputs: Any, tile: int = 0) -> Tensor:
-    *inputs, out_dtype = inputs  # type: ignore[assignment]
-    call = _Call(*inputs, out_dtype=out_dtype, tile=tile)
-    volume = _decode_grid_fake(*inputs, out_dtype)
-    workspace = call.workspace(False, False, False)
-    _C.decode_grid(*call.tensors, call.options, volume, workspace)
-    _workspaces.give_back(workspace)
-    return volume
-
-
-def _decode_grid_fake(*inputs: Any, tile: int = 0) -> Tensor:
-    planes, weights, box, out_dtype = inputs[0], inputs[1], inputs[4], inputs[-1]
-    volume: Tensor = planes[0].new_empty(volume_shape(planes, weights, box), dtype=out_dtype)
-    return volume
+    def loss(self, target: Tensor, loss: str, beta: float, per_object: bool, losses: Tensor, to: _Gradients) -> None:
+        if target.numel() == 0:
+            to.zero()
+        else:
+            workspace = self._workspace(bool(to.list()))
+            target = target.detach().contiguous()
+            self._call.loss(target, _C.losses.index(loss), beta, per_object, losses, to.planes, to.decoder, workspace)
+            _workspaces.give_back(workspace)
 
 
 class _Gradients:
-    """Fresh tensors for the gradients wanted: planes, then weights, then the biases there are."""
+    """Fresh tensors for the gradients wanted: planes, then weights, the biases there are, points, extra."""
 
     def __init__(
-        self, inputs: Sequence[Any], grad_planes: bool, grad_decoder: bool, dtype: torch.dtype, leading: Sequence[int] = ()
+        self,
+        inputs: Inputs,
+        wanted: Sequence[bool],
+        dtype: torch.dtype | None = None,
+        leading: Sequence[int] = (),
+        points: Tensor | None = None,
+        extra: Tensor | None = None,
     ) -> None:
-        planes, weights, biases = inputs[:3]
-
         def like(t: Tensor, leading: Sequence[int] = ()) -> Tensor:
-            return t.new_empty([*leading, *t.shape], dtype=dtype)
+            return t.new_empty([*leading, *t.shape], dtype=t.dtype if dtype is None else dtype)
 
-        self.planes = [like(t) for t in planes] if grad_planes else []
+        grad_planes, grad_decoder, grad_points, grad_extra = (*wanted, *[False] * (4 - len(wanted)))
+        self.planes = [like(t) for t in inputs.planes] if grad_planes else []
         self.decoder: list[Tensor | None] = (
-            [None if t is None else like(t, leading) for t in (*weights, *biases)] if grad_decoder else []
+            [None if t is None else like(t, leading) for t in (*inputs.weights, *inputs.biases)] if grad_decoder else []
         )
+        self.points = like(points) if grad_points and points is not None else None
+        self.extra = like(extra) if grad_extra and extra is not None else None
 
     def list(self) -> list[Tensor]:
-        return [*self.planes, *(t for t in self.decoder if t is not None)]
+        return [t for t in (*self.planes, *self.decoder, self.points, self.extra) if t is not None]
 
-
-def _decode_grid_backward(grad_volume: Tensor, *inputs: Any, tile: int = 0) -> list[Tensor]:
-    *inputs, grad_planes, grad_decoder = inputs  # type: ignore[assignment]
-    call = _Call(*inputs, out_dtype=grad_volume.dtype, tile=tile)
-    grads = _Gradients(call.tensors, grad_planes, grad_decoder, call.dtype)
-    if grad_volume.numel() == 0:
-        for t in grads.list():
+    def zero(self) -> None:
+        for t in self.list():
             t.zero_()
-    elif grads.list():
-        workspace = call.workspace(True, grad_planes, grad_decoder)
-        grad_volume = grad_volume.detach().contiguous()
-        _C.decode_grid_backward(grad_volume, *call.tensors, call.options, grads.planes, grads.decoder, workspace)
-        _workspaces.give_back(workspace)
-    return [t.to(inputs[0][0].dtype) for t in grads.list()]
 
 
-def _decode_grid_backward_fake(grad_volume: Tensor, *inputs: Any, tile: int = 0) -> list[Tensor]:
-    grad_planes, grad_decoder = inputs[-2:]
-    return _Gradients(inputs, grad_planes, grad_decoder, inputs[0][0].dtype).list()
+def _unpack(where: type, arguments: Sequence[Any]) -> tuple[Inputs, Sampling, Any, Sequence[Any]]:
+    """An op's arguments from its inputs on; ``where``: Grid or Points."""
+    options = len(Sampling._fields)
+    end = 3 + options + len(where._fields)  # type: ignore[attr-defined]
+    return Inputs(*arguments[:3]), Sampling(*arguments[3 : 3 + options]), where(*arguments[3 + options : end]), arguments[end:]
 
 
-def _decode_grid_loss(target: Tensor, *inputs: Any, tile: int = 0) -> list[Tensor]:
+def _decode_grid(*arguments: Any, tile: int = 0) -> Tensor:
+    inputs, options, grid, (out_dtype,) = _unpack(Grid, arguments)
+    volume = _decode_grid_fake(*arguments)
+    _Call(inputs, options, grid, out_dtype, tile=tile).forward(volume)
+    return volume
+
+
+def _decode_grid_fake(*arguments: Any, tile: int = 0) -> Tensor:
+    inputs, _, grid, (out_dtype,) = _unpack(Grid, arguments)
+    shape = [inputs.planes[0].shape[0], inputs.weights[-1].shape[0], *grid.shape]
+    volume: Tensor = inputs.planes[0].new_empty(shape, dtype=out_dtype)
+    return volume
+
+
+def _decode_grid_backward(grad_volume: Tensor, *arguments: Any, tile: int = 0) -> list[Tensor]:
+    inputs, options, grid, wanted = _unpack(Grid, arguments)
+    call = _Call(inputs, options, grid, grad_volume.dtype, wanted, tile=tile)
+    to = _Gradients(call.inputs, wanted)
+    call.backward(grad_volume, to)
+    return [t.to(inputs.planes[0].dtype) for t in to.list()]
+
+
+def _decode_grid_backward_fake(grad_volume: Tensor, *arguments: Any, tile: int = 0) -> list[Tensor]:
+    inputs, _, _, wanted = _unpack(Grid, arguments)
+    return _Gradients(inputs, wanted).list()
+
+
+def _decode_grid_loss(target: Tensor, *arguments: Any, tile: int = 0) -> list[Tensor]:
     """Sums of the loss for each object, float64, then their gradients in float32 or float64, undivided."""
-    *inputs, loss, beta, per_object, grad_planes, grad_decoder = inputs  # type: ignore[assignment]
-    call = _Call(*inputs, out_dtype=torch.float32, tile=tile)
-    batch = inputs[0][0].shape[0]
-    grads = _Gradients(call.tensors, grad_planes, grad_decoder, call.dtype, [batch] if per_object else [])
+    inputs, options, grid, (loss, beta, per_object, *wanted) = _unpack(Grid, arguments)
+    call = _Call(inputs, options, grid, torch.float32, wanted, tile=tile)
+    batch = inputs.planes[0].shape[0]
+    to = _Gradients(call.inputs, wanted, None, [batch] if per_object else [])
     losses = torch.zeros(batch, dtype=torch.float64, device=target.device)
-    if target.numel() == 0:
-        for t in grads.list():
-            t.zero_()
-    else:
-        workspace = call.workspace(bool(grads.list()), grad_planes, grad_decoder)
-        _C.decode_grid_loss(
-            target.detach().contiguous(),
-            *call.tensors,
-            call.options,
-            _C.losses.index(loss),
-            beta,
-            per_object,
-            losses,
-            grads.planes,
-            grads.decoder,
-            workspace,
-        )
-        _workspaces.give_back(workspace)
-    return [losses, *grads.list()]
+    call.loss(target, loss, beta, per_object, losses, to)
+    return [losses, *to.list()]
 
 
-def _decode_grid_loss_fake(target: Tensor, *inputs: Any, tile: int = 0) -> list[Tensor]:
-    planes, compute = inputs[0], inputs[9]
-    per_object, grad_planes, grad_decoder = inputs[-3:]
-    batch = planes[0].shape[0]
-    losses = planes[0].new_empty([batch], dtype=torch.float64)
-    grads = _Gradients(inputs, grad_planes, grad_decoder, storage_dtype(compute), [batch] if per_object else [])
-    return [losses, *grads.list()]
+def _decode_grid_loss_fake(target: Tensor, *arguments: Any, tile: int = 0) -> list[Tensor]:
+    inputs, options, _, (_, _, per_object, *wanted) = _unpack(Grid, arguments)
+    batch = inputs.planes[0].shape[0]
+    losses = inputs.planes[0].new_empty([batch], dtype=torch.float64)
+    to = _Gradients(inputs, wanted, storage_dtype(options.compute), [batch] if per_object else [])
+    return [losses, *to.list()]
 
 
-def _resample_plane(plane: Tensor, size: Sequence[int], align_corners: bool, padding_mode: str) -> Tensor:
-    out = _resample_plane_fake(plane, size, align_corners, padding_mode)
-    _C.resample_plane(plane.detach().contiguous(), out, align_corners, _PADDING[padding_mode], torch.get_num_threads())
+def _decode_points(*arguments: Any, formulation: int = 0) -> Tensor:
+    inputs, options, points, (out_dtype,) = _unpack(Points, arguments)
+    out = _decode_points_fake(*arguments)
+    _Call(inputs, options, points, out_dtype, formulation=formulation).forward(out)
     return out
 
 
-def _resample_plane_fake(plane: Tensor, size: Sequence[int], align_corners: bool, padding_mode: str) -> Tensor:
-    return plane.new_empty([size[0], size[1], plane.shape[2]])
+def _decode_points_fake(*arguments: Any, formulation: int = 0) -> Tensor:
+    inputs, options, points, (out_dtype,) = _unpack(Points, arguments)
+    features = inputs.planes[0].shape[1] * (len(inputs.planes) if options.reduce == "concat" else 1)
+    n = inputs.weights[-1].shape[0] if inputs.weights else features
+    return points.points.new_empty([points.points.shape[0], n], dtype=out_dtype)
+
+
+def _decode_points_backward(grad_out: Tensor, *arguments: Any, formulation: int = 0) -> list[Tensor]:
+    inputs, options, points, wanted = _unpack(Points, arguments)
+    call = _Call(inputs, options, points, grad_out.dtype, wanted, formulation=formulation)
+    to = _Gradients(call.inputs, wanted, None, (), call.points, call.extra)
+    call.backward(grad_out, to)
+    kinds = _Gradients(inputs, wanted, None, (), points.points, points.extra).list()
+    return [t.to(like.dtype) for t, like in zip(to.list(), kinds, strict=True)]
+
+
+def _decode_points_backward_fake(grad_out: Tensor, *arguments: Any, formulation: int = 0) -> list[Tensor]:
+    inputs, _, points, wanted = _unpack(Points, arguments)
+    return _Gradients(inputs, wanted, None, (), points.points, points.extra).list()
+
+
+def _resample_axis(x: Tensor, *arguments: Any) -> Tensor:
+    out = _resample_axis_fake(x, *arguments)
+    texels, size, lo, hi, align_corners, padding_mode, corners, bounds, adjoint = arguments
+    _C.resample_axis(
+        x.detach().contiguous(), out, texels, size, lo, hi, align_corners, _PADDING[padding_mode], corners, bounds, adjoint,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _resample_axis_fake(x: Tensor, *arguments: Any) -> Tensor:
+    texels, _, lo, hi, *_, adjoint = arguments
+    return x.new_empty([x.shape[0], texels if adjoint else hi - lo, x.shape[2]])
 
 
 for _name, _implementation, _fake in (
     ("decode_grid", _decode_grid, _decode_grid_fake),
     ("decode_grid_backward", _decode_grid_backward, _decode_grid_backward_fake),
     ("decode_grid_loss", _decode_grid_loss, _decode_grid_loss_fake),
-    ("resample_plane", _resample_plane, _resample_plane_fake),
+    ("decode_points", _decode_points, _decode_points_fake),
+    ("decode_points_backward", _decode_points_backward, _decode_points_backward_fake),
+    ("resample_axis", _resample_axis, _resample_axis_fake),
 ):
     for _device in ("CPU", "CUDA"):
         _library.impl(_name, _implementation, _device)
@@ -239,5 +337,8 @@ for _name, _implementation, _fake in (
 decode_grid = torch.ops.tcam_ext.decode_grid.default
 decode_grid_backward = torch.ops.tcam_ext.decode_grid_backward.default
 decode_grid_loss = torch.ops.tcam_ext.decode_grid_loss.default
-#: Bilinear resampling of a channels-last plane (m0, m1, C) to ``size`` voxels: the maps A, B, G of kernels by hand.
-resample_plane = torch.ops.tcam_ext.resample_plane.default
+#: Without weights: the features of the planes.
+decode_points = torch.ops.tcam_ext.decode_points.default
+decode_points_backward = torch.ops.tcam_ext.decode_points_backward.default
+#: Linear interpolation along the middle axis of (outer, texels, inner) to voxels [lo, hi) of size, or its adjoint.
+resample_axis = torch.ops.tcam_ext.resample_axis.default

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tcam_ext import checks
-from tcam_ext.activations import ACTIVATIONS, MODULES, OUTPUT_ACTIVATIONS
-from tcam_ext.ops import decode_grid, decode_grid_loss
+from tcam_ext import activations, checks
+from tcam_ext.ops import decode_grid, decode_grid_loss, decode_points
 
 
 class TriplaneDecoder(nn.Module):
@@ -21,10 +20,11 @@ class TriplaneDecoder(nn.Module):
     state_dict goes either way.
 
     Args:
-        channels: C of the planes; the first layer reads 3C features.
+        channels: C of the planes; the first layer reads 3C features of three concatenated planes.
         widths: of the hidden layers, each 1 to 256. TCAM-Diff: (128, 128, 128, 128).
         out_channels: 1 to 16.
-        activation, output_activation, align_corners, padding_mode: see :func:`tcam_ext.decode_grid`.
+        extra_channels: features that points bring themselves (:meth:`points`, ``extra``).
+        plane_axes, reduce, align_corners, padding_mode, activation, output_activation: see :func:`tcam_ext.decode_grid`.
         bias: whether the layers have biases.
     """
 
@@ -34,22 +34,32 @@ class TriplaneDecoder(nn.Module):
         widths: Sequence[int] = (128, 128, 128, 128),
         out_channels: int = 1,
         *,
-        activation: str = "relu",
-        output_activation: str = "sigmoid",
+        extra_channels: int = 0,
+        plane_axes: Sequence[tuple[int, int]] = checks.PLANE_AXES,
+        reduce: str = "concat",
         align_corners: bool = False,
         padding_mode: str = "border",
+        activation: str | Sequence[str] = "relu",
+        output_activation: str = "sigmoid",
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        checks.choice("activation", activation, ACTIVATIONS)
-        checks.choice("output_activation", output_activation, OUTPUT_ACTIVATIONS)
+        hidden = [activation] * len(widths) if isinstance(activation, str) else list(activation)
+        if len(hidden) != len(widths):
+            raise ValueError(f"activation: expected one, or one for each of {len(widths)} hidden layers, got {activation!r}")
+        for name in hidden:
+            activations.hidden("activation", name)
+        activations.output("output_activation", output_activation)
         checks.choice("padding_mode", padding_mode, checks.PADDING_MODES)
+        checks.choice("reduce", reduce, checks.REDUCTIONS_OF_PLANES)
         self.channels, self.out_channels, self.widths = channels, out_channels, tuple(widths)
         self.activation, self.output_activation = activation, output_activation
         self.align_corners, self.padding_mode = align_corners, padding_mode
-        sizes = (3 * channels, *widths, out_channels)
+        self.plane_axes, self.reduce, self.extra_channels = tuple(plane_axes), reduce, extra_channels
+        features = channels * (len(self.plane_axes) if reduce.startswith("concat") else 1) + extra_channels
+        sizes = (features, *widths, out_channels)
         for i in range(len(sizes) - 1):
             linear = nn.Linear(sizes[i], sizes[i + 1], bias=bias, device=device, dtype=dtype)
             self.add_module(str(2 * i), linear)
@@ -63,14 +73,53 @@ class TriplaneDecoder(nn.Module):
         size: Sequence[int],
         *,
         box: Sequence[Sequence[int]] | None = None,
+        grid: str = "cells",
+        bounds: Any = None,
         compute_dtype: torch.dtype | str | None = None,
         out_dtype: torch.dtype | None = None,
         impl: str = "auto",
     ) -> Tensor:
         """Decode a grid of ``size`` voxels, or its ``box``: :func:`tcam_ext.decode_grid` with this MLP."""
-        return decode_grid(
-            planes, *self._mlp(), size, box=box, compute_dtype=compute_dtype, out_dtype=out_dtype, impl=impl, **self._options()
+        volume: Tensor = decode_grid(
+            planes,
+            *self._mlp(),
+            size,
+            box=box,
+            grid=grid,
+            bounds=bounds,
+            compute_dtype=compute_dtype,
+            out_dtype=out_dtype,
+            impl=impl,
+            **self._options(),
         )
+        return volume
+
+    def points(
+        self,
+        planes: Tensor | Sequence[Tensor],
+        xyz: Tensor,
+        *,
+        batch_index: Tensor | None = None,
+        extra: Tensor | None = None,
+        bounds: Any = None,
+        compute_dtype: torch.dtype | str | None = None,
+        out_dtype: torch.dtype | None = None,
+        impl: str = "auto",
+    ) -> Tensor:
+        """Decode points: :func:`tcam_ext.decode_points` with this MLP."""
+        out: Tensor = decode_points(
+            planes,
+            *self._mlp(),
+            xyz,
+            batch_index=batch_index,
+            extra=extra,
+            bounds=bounds,
+            compute_dtype=compute_dtype,
+            out_dtype=out_dtype,
+            impl=impl,
+            **self._options(),
+        )
+        return out
 
     def loss(
         self,
@@ -79,6 +128,8 @@ class TriplaneDecoder(nn.Module):
         size: Sequence[int] | None = None,
         *,
         box: Sequence[Sequence[int]] | None = None,
+        grid: str = "cells",
+        bounds: Any = None,
         loss: str = "smooth_l1",
         beta: float = 0.3,
         reduction: str = "mean",
@@ -92,6 +143,8 @@ class TriplaneDecoder(nn.Module):
             target,
             size,
             box=box,
+            grid=grid,
+            bounds=bounds,
             loss=loss,
             beta=beta,
             reduction=reduction,
@@ -105,19 +158,17 @@ class TriplaneDecoder(nn.Module):
         return [m.weight for m in layers], [m.bias for m in layers]
 
     def _options(self) -> dict[str, Any]:
-        return {
-            "activation": self.activation,
-            "output_activation": self.output_activation,
-            "align_corners": self.align_corners,
-            "padding_mode": self.padding_mode,
-        }
+        names = ("plane_axes", "reduce", "align_corners", "padding_mode", "activation", "output_activation")
+        return {name: getattr(self, name) for name in names}
 
     def sequential(self) -> nn.Sequential:
-        """The same MLP as an ``nn.Sequential`` over features ``(..., 3C)``, sharing the parameters."""
+        """The same MLP, without its output activation, as an ``nn.Sequential`` over features, sharing the parameters."""
+        *layers, last = self.layers()
+        names = [self.activation] * len(layers) if isinstance(self.activation, str) else self.activation
         modules: list[nn.Module] = []
-        for layer in self.layers():
-            modules += [layer, MODULES[self.activation]()]
-        return nn.Sequential(*modules[:-1])
+        for layer, name in zip(layers, names, strict=True):
+            modules += [layer, activations.Elementwise(name)]
+        return nn.Sequential(*modules, last)
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation}, output_activation={self.output_activation}"
+        return ", ".join(f"{name}={value!r}" for name, value in self._options().items())

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tcam_ext import checks, reference
-from tcam_ext.autograd import DecodeGrid, DecodeGridLoss
+from tcam_ext import activations, checks, library, reference
+from tcam_ext.autograd import DecodeGrid, DecodeGridLoss, DecodePoints, ResampleAxis
 
 IMPLS = ("auto", "native", "reference")
+PlaneAxes = Sequence[tuple[int, int]]
 
 
 def decode_grid(
@@ -21,15 +22,20 @@ def decode_grid(
     size: Sequence[int],
     *,
     box: Sequence[Sequence[int]] | None = None,
-    activation: str = "relu",
-    output_activation: str = "none",
+    grid: str = "cells",
+    bounds: Any = None,
+    plane_axes: PlaneAxes = checks.PLANE_AXES,
+    reduce: str = "concat",
     align_corners: bool = False,
     padding_mode: str = "border",
+    activation: str | Sequence[str] = "relu",
+    output_activation: str = "none",
+    return_preactivation: bool = False,
     compute_dtype: torch.dtype | str | None = None,
     out_dtype: torch.dtype | None = None,
     impl: str = "auto",
-) -> Tensor:
-    r"""Decode a dense grid of voxels from three feature planes and an MLP.
+) -> Any:
+    r"""Decode a dense grid of voxels from feature planes and an MLP.
 
     .. math::
         f(x, y, z) &= [F_{xy}(x, y),\; F_{yz}(y, z),\; F_{xz}(x, z)] \in \mathbb{R}^{3C} \\
@@ -38,22 +44,35 @@ def decode_grid(
 
     with bilinear sampling of the planes, the hidden activation :math:`a` and the output activation :math:`o`
     (TCAM-Diff, AAAI 2025, stage 1). Since sampling and the first layer are linear, the kernel projects each plane through
-    its block of :math:`W_1` once and adds three resampled vectors a voxel; nothing of size voxels x width is stored, in
+    its block of :math:`W_1` once and adds resampled vectors a voxel; nothing of size voxels x width is stored, in
     forward or in backward, which recomputes the hidden layers.
 
     Args:
-        planes: three tensors ``(B, C, h, w)``, ``(B, C, w, d)``, ``(B, C, h, d)``, in the order xy, yz, xz, or one tensor
-            ``(B, 3, C, R, R)``. C is 1 to 256. Need not be contiguous. B may be 0.
-        weights: 1 to 6 tensors ``(n_l, n_(l-1))`` with ``n_0 = 3C``; hidden widths to 256, ``n_L = C_out`` to 16.
+        planes: a tensor ``(B, C, rows, columns)`` for each pair of ``plane_axes``, sizes free, or one tensor
+            ``(B, planes, C, h, w)``. C is 1 to 256, planes 1 to 16. Need not be contiguous. B may be 0.
+        weights: 1 to 6 tensors ``(n_l, n_(l-1))`` with ``n_0`` the features (3C of three concatenated planes); hidden widths
+            to 256, ``n_L = C_out`` to 16.
         biases: for each weight a tensor ``(n_l,)`` or None.
-        size: ``(H, W, D)``, the voxels of the whole volume along x, y, z. Voxel i of n has its centre at
-            ``(i + 1/2)/n * 2 - 1`` in the coordinates of ``grid_sample``.
+        size: ``(H, W, D)``, the voxels of the whole volume along x, y, z.
         box: ``((x0, x1), (y0, y1), (z0, z1))``, half-open ranges of voxels: decode this part alone. It equals the same
             part of the whole volume bit for bit. None: all of it.
-        activation: of the hidden layers: relu, leaky_relu (0.01), silu, softplus, tanh.
-        output_activation: none, sigmoid or clamp (to [0, 1]).
+        grid: "cells": voxel i of n has its centre at ``(i + 1/2)/n * 2 - 1`` in the coordinates of ``grid_sample``;
+            "corners": it lies at ``i/(n - 1) * 2 - 1``, as in ``torch.linspace(-1, 1, n)``.
+        bounds: numbers ``(3, 2)`` or ``(B, 3, 2)``: the grid runs from bounds[..., 0] to bounds[..., 1] along x, y, z instead
+            of from -1 to 1, which are the edges of the planes. It gets no gradient.
+        plane_axes: for each plane the coordinate (0: x, 1: y, 2: z) that runs over its rows and the one over its columns.
+            Pairs may repeat, also swapped. :mod:`tcam_ext.conventions` has those of other projects.
+        reduce: the first layer reads the planes' features one plane after the other ("concat"), one channel after the other
+            ("concat_channel_major", feature c P + p), or their "sum", "mean" or product ("prod"). The product does not commute
+            with the first layer: each voxel gathers features and multiplies them by W_1, as in :func:`decode_points`.
         align_corners: as in ``grid_sample``: -1 and 1 are the centres (True) or the outer edges (False) of the outer texels.
-        padding_mode: "border" or "zeros", as in ``grid_sample``.
+        padding_mode: "border", "zeros" or "reflection", as in ``grid_sample``.
+        activation: of the hidden layers, one for all or one for each: relu, leaky_relu (0.01), silu, softplus, tanh, gelu,
+            sine, half_sine ((sin z + 1)/2). ``name(p)`` sets the slope of leaky_relu, beta of softplus (log(1 + exp(p z))/p) or
+            the frequency of the sines (sin(p z)).
+        output_activation: none, sigmoid, clamp (to [0, 1]), affine_sigmoid (sigmoid(z)(1 + 2p) - p, p = 0.001: EG3D), softplus
+            (of z + p, p = 0), trunc_exp (exp(z + p), p = 0, with the gradient of exp(min(z + p, 15))), tanh; ``name(p)``.
+        return_preactivation: also return W_L h + b_L: users take a density and a colour from one output.
         compute_dtype: of the hidden layers' products: a floating dtype or "tf32". None: autocast's dtype under autocast,
             else the dtype of the planes. Sums are always float32 or better. On a CPU, bfloat16 uses bfloat16 dot products
             where the machine has them (AVX512_BF16); elsewhere it, float16 and "tf32" are computed in float32. On CUDA
@@ -66,8 +85,8 @@ def decode_grid(
             :func:`tcam_ext.reference.decode_grid`, plain PyTorch on any device, differentiable any number of times.
 
     Returns:
-        ``(B, C_out, H, W, D)``, or the box's size in place of (H, W, D). Differentiable once with respect to planes,
-        weights and biases. Results are the same bits for any number of threads.
+        ``(B, C_out, H, W, D)``, or the box's size in place of (H, W, D); with ``return_preactivation`` a pair. Differentiable
+        once with respect to planes, weights and biases. Results are the same bits for any number of threads.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message has its name, what was expected and what was got.
@@ -78,19 +97,29 @@ def decode_grid(
     dtype. Under autocast they may differ and are promoted.
     """
     checks.choice("impl", impl, IMPLS)
-    options = checks.Options(activation, output_activation, align_corners, padding_mode, compute_dtype)
+    options = checks.Options(plane_axes, reduce, align_corners, padding_mode, activation, output_activation, compute_dtype)
     if impl == "reference":
-        return reference.decode_grid(planes, weights, biases, size, box=box, out_dtype=out_dtype, **options._asdict())
-    call = checks.decode_grid(planes, weights, biases, size, box, options, out_dtype)
-    checks.native_limits(call)
-    volume: Tensor = DecodeGrid.apply(len(call.weights), _flat(call), call.out_dtype, *call.planes, *call.weights, *call.biases)
-    return volume
+        return reference.decode_grid(
+            planes,
+            weights,
+            biases,
+            size,
+            box=box,
+            grid=grid,
+            bounds=bounds,
+            out_dtype=out_dtype,
+            return_preactivation=return_preactivation,
+            **options._asdict(),
+        )
+    sampled, mlp = checks.decoder(checks.sampled(planes, options, 3), weights, biases, options, out_dtype)
+    voxels = checks.grid(sampled, size, box, grid, bounds)
+    checks.native_limits(sampled, mlp.weights)
 
+    def run(mlp: checks.Decoder) -> Tensor:
+        tensors, counts, sampling = _canonical(sampled, mlp)
+        return DecodeGrid.apply(counts, sampling, _grid(voxels), mlp.out_dtype, *tensors)
 
-def _flat(call: checks.DecodeGrid) -> tuple[Any, ...]:
-    """The options of library.py."""
-    (x0, x1), (y0, y1), (z0, z1) = call.box
-    return list(call.size), [x0, x1, y0, y1, z0, z1], *call.options[:4], call.compute
+    return _with_preactivation(run, mlp) if return_preactivation else run(mlp)
 
 
 def decode_grid_loss(
@@ -101,13 +130,17 @@ def decode_grid_loss(
     size: Sequence[int] | None = None,
     *,
     box: Sequence[Sequence[int]] | None = None,
+    grid: str = "cells",
+    bounds: Any = None,
     loss: str = "smooth_l1",
     beta: float = 0.3,
     reduction: str = "mean",
-    activation: str = "relu",
-    output_activation: str = "none",
+    plane_axes: PlaneAxes = checks.PLANE_AXES,
+    reduce: str = "concat",
     align_corners: bool = False,
     padding_mode: str = "border",
+    activation: str | Sequence[str] = "relu",
+    output_activation: str = "none",
     compute_dtype: torch.dtype | str | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -124,8 +157,8 @@ def decode_grid_loss(
     decoder's gradients are not.
 
     Args:
-        planes, weights, biases, box, activation, output_activation, align_corners, padding_mode, compute_dtype, impl: see
-            :func:`decode_grid`.
+        planes, weights, biases, box, grid, bounds, plane_axes, reduce, align_corners, padding_mode, activation,
+            output_activation, compute_dtype, impl: see :func:`decode_grid`.
         target: ``(B, C_out, H, W, D)``, or the box's size in place of (H, W, D); float32, float64, float16, bfloat16, or uint8,
             which stands for value/255. It gets no gradient.
         size: ``(H, W, D)``, the whole volume. None: that of the target, if there is no box.
@@ -143,7 +176,7 @@ def decode_grid_loss(
             requires a gradient.
     """
     checks.choice("impl", impl, IMPLS)
-    options = checks.Options(activation, output_activation, align_corners, padding_mode, compute_dtype)
+    options = checks.Options(plane_axes, reduce, align_corners, padding_mode, activation, output_activation, compute_dtype)
     if impl == "reference":
         return reference.decode_grid_loss(
             planes,
@@ -152,25 +185,273 @@ def decode_grid_loss(
             target,
             size,
             box=box,
+            grid=grid,
+            bounds=bounds,
             loss=loss,
             beta=beta,
             reduction=reduction,
             **options._asdict(),
         )
-    call, objective = checks.decode_grid_loss(planes, weights, biases, target, size, box, loss, beta, reduction, options)
-    checks.native_limits(call)
+    target, size = checks.target_and_size(target, size, box)
+    sampled, mlp = checks.decoder(checks.sampled(planes, options, 3), weights, biases, options, None)
+    voxels = checks.grid(sampled, size, box, grid, bounds)
+    objective = checks.objective(sampled, mlp, voxels, box is None, target, loss, beta, reduction)
+    checks.native_limits(sampled, mlp.weights)
     recording = torch.is_grad_enabled()
-    grad_planes = recording and any(p.requires_grad for p in call.planes)
-    grad_decoder = recording and any(t is not None and t.requires_grad for t in (*call.weights, *call.biases))
+    grad_planes = recording and any(p.requires_grad for p in sampled.planes)
+    grad_decoder = recording and any(t is not None and t.requires_grad for t in (*mlp.weights, *mlp.biases))
+    tensors, counts, sampling = _canonical(sampled, mlp)
     found: Tensor = DecodeGridLoss.apply(
-        len(call.weights),
-        (*_flat(call), loss, objective.beta, reduction == "none_batch"),
+        counts,
+        sampling,
+        _grid(voxels),
+        (loss, objective.beta, reduction == "none_batch"),
         objective.voxels,
-        grad_planes,
-        grad_decoder,
+        (grad_planes, grad_decoder),
         target,
-        *call.planes,
-        *call.weights,
-        *call.biases,
+        *tensors,
     )
     return found
+
+
+def decode_points(
+    planes: Tensor | Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    xyz: Tensor,
+    *,
+    batch_index: Tensor | None = None,
+    extra: Tensor | None = None,
+    bounds: Any = None,
+    plane_axes: PlaneAxes = checks.PLANE_AXES,
+    reduce: str = "concat",
+    align_corners: bool = False,
+    padding_mode: str = "border",
+    activation: str | Sequence[str] = "relu",
+    output_activation: str = "none",
+    return_preactivation: bool = False,
+    compute_dtype: torch.dtype | str | None = None,
+    out_dtype: torch.dtype | None = None,
+    impl: str = "auto",
+) -> Any:
+    r"""Decode arbitrary points from feature planes and an MLP: :func:`decode_grid` at coordinates of the caller's.
+
+    Points gather texels either of the planes or of the planes projected through the first layer (then that layer costs a sum
+    of four texels a plane), whichever takes fewer multiply-adds. Memory beyond inputs and outputs does not depend on the number
+    of points, in forward or in backward, which recomputes everything but its inputs.
+
+    Args:
+        planes, weights, biases, plane_axes, reduce, align_corners, padding_mode, activation, output_activation,
+            return_preactivation, compute_dtype, out_dtype, impl: see :func:`decode_grid`. ``plane_axes`` may count coordinates
+            up to 3, those of points (x, y, z, t).
+        xyz: ``(B, N, A)``, or any number of dimensions in place of N; A, the coordinates of a point, is 2 to 4. With
+            ``batch_index`` (or B = 1) also ``(N, A)``. -1 and 1 are the edges of the planes. Interpolation is in float32 or,
+            for float64 planes, in float64, whatever the dtype of xyz. NaN counts as -1; any value is safe.
+        batch_index: ``(N,)`` int64, the object that each point belongs to. (Out of range: IndexError on a CPU; on CUDA, where
+            checking would wait for the device, the result is NaN.)
+        extra: ``(B, N, E)``, features that the first layer reads after those of the planes, such as an encoding of xyz or of a
+            direction.
+        bounds: numbers ``(A, 2)`` or ``(B, A, 2)``: the box, in the units of xyz, whose sides are the edges of the planes, in
+            place of -1 and 1. It gets no gradient.
+
+    Returns:
+        ``(B, N, C_out)``, or ``(N, C_out)``; with ``return_preactivation`` a pair. Differentiable once with respect to planes,
+        weights, biases, xyz and extra. The gradient of a coordinate beyond the planes is 0 with padding "border", as in
+        ``grid_sample``. On a CPU results are the same bits for any number of threads.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError, RuntimeError: as :func:`decode_grid`.
+    """
+    checks.choice("impl", impl, IMPLS)
+    options = checks.Options(plane_axes, reduce, align_corners, padding_mode, activation, output_activation, compute_dtype)
+    if impl == "reference":
+        return reference.decode_points(
+            planes,
+            weights,
+            biases,
+            xyz,
+            batch_index=batch_index,
+            extra=extra,
+            bounds=bounds,
+            out_dtype=out_dtype,
+            return_preactivation=return_preactivation,
+            **options._asdict(),
+        )
+    width = extra.shape[-1] if isinstance(extra, Tensor) and extra.dim() else 0
+    sampled, mlp = checks.decoder(
+        checks.sampled(planes, options, checks.coordinates(xyz)), weights, biases, options, out_dtype, width
+    )
+    where = checks.points(sampled, xyz, batch_index, extra, bounds, library.storage_dtype(mlp.compute))
+    checks.native_limits(sampled, mlp.weights, points=True)
+    own = None if where.extra is None else where.extra.to(sampled.planes[0].dtype)
+
+    def run(mlp: checks.Decoder) -> Tensor:
+        tensors, counts, sampling = _canonical(sampled, mlp)
+        out: Tensor = DecodePoints.apply(counts, sampling, where.objects, mlp.out_dtype, *tensors, where.points, own)
+        return out.view(*where.leading, out.shape[1])
+
+    return _with_preactivation(run, mlp) if return_preactivation else run(mlp)
+
+
+def sample_points(
+    planes: Tensor | Sequence[Tensor],
+    xyz: Tensor,
+    *,
+    batch_index: Tensor | None = None,
+    bounds: Any = None,
+    plane_axes: PlaneAxes = checks.PLANE_AXES,
+    reduce: str = "concat",
+    align_corners: bool = False,
+    padding_mode: str = "border",
+    impl: str = "auto",
+) -> Tensor:
+    """The features of the planes at points, for projects with a decoder of their own.
+
+    Args:
+        planes, xyz, batch_index, bounds, plane_axes, reduce, align_corners, padding_mode, impl: see :func:`decode_points`.
+
+    Returns:
+        ``(B, N, features)``, in the dtype of the planes; features are P C (concat) or C. Differentiable once with respect to
+        planes and xyz.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError, RuntimeError: as :func:`decode_grid`.
+    """
+    checks.choice("impl", impl, IMPLS)
+    options = checks.Options(plane_axes, reduce, align_corners, padding_mode)
+    if impl == "reference":
+        return reference.sample_points(
+            planes,
+            xyz,
+            batch_index=batch_index,
+            bounds=bounds,
+            plane_axes=plane_axes,
+            reduce=reduce,
+            align_corners=align_corners,
+            padding_mode=padding_mode,
+        )
+    sampled = checks.sampled(planes, options, checks.coordinates(xyz))
+    dtype = sampled.planes[0].dtype
+    checks.one_dtype(dtype, sampled.planes[0].device)
+    compute = "float64" if dtype == torch.float64 else "float32"
+    where = checks.points(sampled, xyz, batch_index, None, bounds, library.storage_dtype(compute))
+    checks.native_limits(sampled, [], points=True)
+    mlp = checks.Decoder([], [], (), "none", compute, dtype)
+    tensors, counts, sampling = _canonical(sampled, mlp)
+    out: Tensor = DecodePoints.apply(counts, sampling, where.objects, dtype, *tensors, where.points, None)
+    if reduce == "concat_channel_major":
+        out = out.unflatten(1, (len(sampled.planes), -1)).mT.flatten(1)
+    return out.reshape(*where.leading, out.shape[1])
+
+
+def sample_grid(
+    planes: Tensor | Sequence[Tensor],
+    size: Sequence[int],
+    *,
+    box: Sequence[Sequence[int]] | None = None,
+    grid: str = "cells",
+    bounds: Any = None,
+    plane_axes: PlaneAxes = checks.PLANE_AXES,
+    reduce: str = "concat",
+    align_corners: bool = False,
+    padding_mode: str = "border",
+    impl: str = "auto",
+) -> Tensor:
+    """The features of the planes on a dense grid of voxels, for projects with a decoder of their own.
+
+    Each plane is resampled to the grid along its two axes and then spread along the third; no coordinates are made and nothing
+    is gathered a voxel.
+
+    Args:
+        planes, size, box, grid, bounds, plane_axes, reduce, align_corners, padding_mode, impl: see :func:`decode_grid`.
+
+    Returns:
+        ``(B, features, H, W, D)``, or the box's size in place of (H, W, D), in the dtype of the planes; features are P C
+        (concat) or C. Differentiable any number of times with respect to planes; deterministic.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as :func:`decode_grid`.
+    """
+    checks.choice("impl", impl, IMPLS)
+    if impl == "reference":
+        return reference.sample_grid(
+            planes,
+            size,
+            box=box,
+            grid=grid,
+            bounds=bounds,
+            plane_axes=plane_axes,
+            reduce=reduce,
+            align_corners=align_corners,
+            padding_mode=padding_mode,
+        )
+    sampled = checks.sampled(planes, checks.Options(plane_axes, reduce, align_corners, padding_mode), 3)
+    dtype = sampled.planes[0].dtype
+    checks.one_dtype(dtype, sampled.planes[0].device)
+    voxels = checks.grid(sampled, size, box, grid, bounds)
+    checks.native_limits(sampled, [])
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def resample(x: Tensor, dim: int, axis: int, limits: Tensor | None) -> Tensor:
+        lo, hi = voxels.box[axis]
+        bounds = None if limits is None else limits[axis]
+        y: Tensor = ResampleAxis.apply(
+            x.reshape(-1, x.shape[dim], x.shape[3] if dim == 2 else 1), False, x.shape[dim], voxels.size[axis], lo, hi,
+            align_corners, padding_mode, voxels.corners, bounds,
+        )  # fmt: skip
+        return y.view(*x.shape[:dim], hi - lo, *x.shape[dim + 1 :])
+
+    samples = []
+    for plane, (row, column) in zip(sampled.planes, sampled.plane_axes, strict=True):
+        plane = plane.to(wide)
+        if voxels.bounds is None:
+            sample = resample(resample(plane, 2, row, None), 3, column, None)
+        else:
+            parts = [
+                resample(resample(plane[b : b + 1], 2, row, limits), 3, column, limits)
+                for b, limits in enumerate(voxels.bounds)
+            ]
+            shape = plane.shape[0], plane.shape[1], voxels.shape[row], voxels.shape[column]
+            sample = torch.cat(parts) if parts else plane.new_zeros(shape)
+        if row > column:
+            sample = sample.mT
+        missing = ({0, 1, 2} - {row, column}).pop()
+        samples.append(sample.to(dtype).unsqueeze(2 + missing).expand(*plane.shape[:2], *voxels.shape))
+    return reference.reduce_planes(samples, reduce, 1)
+
+
+def _grid(voxels: checks.Grid) -> library.Grid:
+    return library.Grid(list(voxels.size), [x for pair in voxels.box for x in pair], voxels.corners, voxels.bounds)
+
+
+def _with_preactivation(run: Any, mlp: checks.Decoder) -> tuple[Tensor, Tensor]:
+    z = run(mlp._replace(output_activation="none", out_dtype=library.storage_dtype(mlp.compute)))
+    out = activations.output("output_activation", mlp.output_activation)(z)
+    return out.to(mlp.out_dtype), z.to(mlp.out_dtype)
+
+
+def _canonical(sampled: checks.Sampled, mlp: checks.Decoder) -> tuple[list[Tensor | None], tuple[int, int], library.Sampling]:
+    """Planes, weights and biases as the kernels take them, how many there are of the first two, and the options.
+
+    Rows run over the lower axis, and the first layer reads plane by plane.
+    """
+    planes, axes, weights = [], [], list(mlp.weights)
+    for p, (row, column) in zip(sampled.planes, sampled.plane_axes, strict=True):
+        planes.append(p if row < column else p.mT)
+        axes += sorted((row, column))
+    count = len(planes)
+    if sampled.reduce == "concat_channel_major" and weights:
+        first, own = weights[0][:, : sampled.features], weights[0][:, sampled.features :]
+        weights[0] = torch.cat((first.unflatten(1, (-1, count)).mT.flatten(1), own), 1)
+    reduce = {"prod": "product", "sum": "sum", "mean": "sum"}.get(sampled.reduce, "concat")
+    sampling = library.Sampling(
+        axes,
+        reduce if count > 1 else "concat",
+        1 / count if sampled.reduce == "mean" else 1.0,
+        sampled.align_corners,
+        sampled.padding_mode,
+        list(mlp.activation),
+        mlp.output_activation,
+        mlp.compute,
+    )
+    return [*planes, *weights, *mlp.biases], (count, len(weights)), sampling

@@ -1,54 +1,165 @@
 """Plain PyTorch twins of the fused ops: the same signatures, the specification one can read.
 
-They run on any device, in any floating dtype, and can be differentiated any number of times. They hold the concatenated
-features and every hidden layer of the box in memory: (3C + widths) numbers a voxel, which is what the fused ops avoid.
+They run on any device, in any floating dtype, and can be differentiated any number of times. They hold the features of the
+planes and every hidden layer of all points in memory, which is what the fused ops avoid.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tcam_ext import checks
-from tcam_ext.activations import ACTIVATIONS, OUTPUT_ACTIVATIONS
+from tcam_ext import activations, checks
 from tcam_ext.losses import LOSSES
 
-#: Texels below and above each voxel of an axis, and their weights.
-Taps = tuple[Tensor, Tensor, Tensor, Tensor]
+
+class Taps(NamedTuple):
+    """The texels below and above coordinates on an axis, and their weights."""
+
+    below: Tensor
+    above: Tensor
+    w_below: Tensor
+    w_above: Tensor
 
 
-def linear_taps(lo: int, hi: int, voxels: int, texels: int, align_corners: bool, padding_mode: str) -> Taps:
-    """Texels below and above voxel centres lo..hi-1 of an axis, and their weights (float64).
+def taps(coordinates: Tensor, texels: int, align_corners: bool, padding_mode: str) -> Taps:
+    """Of coordinates in [-1, 1] on an axis of m texels, as in ``grid_sample``: x = ((c + 1) m - 1)/2 in texels or, with
+    ``align_corners``, (c + 1)/2 (m - 1).
 
-    Voxel i of n has its centre at s = (i + 1/2)/n of the axis; in texels that is s*m - 1/2, or s*(m - 1) with
-    ``align_corners``. Padding "border" clamps the coordinate, "zeros" gives texels outside the plane weight zero.
+    Padding "border" clamps x to [0, m - 1], "reflection" first reflects it about the outer edges of the axis (with
+    ``align_corners`` about the outer centres), "zeros" gives texels outside the plane weight zero. NaN counts as -1.
     """
-    s = (torch.arange(lo, hi, dtype=torch.float64) + 0.5) / voxels
-    x = s * (texels - 1) if align_corners else s * texels - 0.5
-    if padding_mode == "border":
-        x = x.clamp(0, texels - 1)
-    below = x.floor()
+    m = texels
+    c = coordinates.nan_to_num(-1.0, posinf=torch.inf, neginf=-torch.inf)
+    x = ((c + 1) / 2 * (m - 1)).nan_to_num(0.0, torch.inf, -torch.inf) if align_corners else ((c + 1) * m - 1) / 2
+    if padding_mode == "zeros":
+        x = x.clamp(-1, m)  # beyond a texel's reach all is zero
+    else:
+        if padding_mode == "reflection":
+            begin, span = (0.0, m - 1) if align_corners else (-0.5, m)
+            y = (x - begin).abs()
+            if span:
+                turns = (y.detach() / span).floor()
+                y = torch.where(turns % 2 == 1, (turns + 1) * span - y, y - turns * span)
+            x = torch.where((y.detach() < (1 << 24) * span), begin + y, torch.zeros_like(y))
+        x = x.clamp(0, m - 1)
+    below = x.detach().floor()
     above = below + 1
     w_above = x - below
     w_below = 1 - w_above
-    if padding_mode == "zeros":
-        w_below = w_below * (below >= 0)
-        w_above = w_above * (above <= texels - 1)
-    return below.clamp(0, texels - 1).long(), above.clamp(0, texels - 1).long(), w_below, w_above
+    w_below = torch.where((below >= 0) & (below <= m - 1), w_below, torch.zeros_like(w_below))
+    w_above = torch.where(above <= m - 1, w_above, torch.zeros_like(w_above))
+    return Taps(below.clamp(0, m - 1).long(), above.clamp(0, m - 1).long(), w_below, w_above)
+
+
+def voxel_coordinates(lo: int, hi: int, voxels: int, corners: bool = False, bounds: Tensor | None = None) -> Tensor:
+    """Of voxels lo..hi-1 of n, float64: (i + 1/2)/n * 2 - 1, their centres, or with corners i/(n - 1) * 2 - 1; stretched from
+    [-1, 1] to ``bounds`` (2,)."""
+    i = torch.arange(lo, hi, dtype=torch.float64, device=None if bounds is None else bounds.device)
+    s = i / max(voxels - 1, 1) if corners else (i + 0.5) / voxels
+    return 2 * s - 1 if bounds is None else bounds[0] + (bounds[1] - bounds[0]) * s
+
+
+def linear_taps(lo: int, hi: int, voxels: int, texels: int, align_corners: bool, padding_mode: str) -> Taps:
+    """Of the centres of voxels lo..hi-1 of n."""
+    return taps(voxel_coordinates(lo, hi, voxels), texels, align_corners, padding_mode)
 
 
 def sample_plane(plane: Tensor, rows: Taps, columns: Taps) -> Tensor:
     """Bilinear samples of a plane (B, C, h, w) at every pair of row and column taps: (B, C, rows, columns)."""
-    for dim, (below, above, w_below, w_above) in ((2, rows), (3, columns)):
+    for dim, t in ((2, rows), (3, columns)):
         shape = [1, 1, 1, 1]
         shape[dim] = -1
-        wb, wa = (w.to(plane).view(shape) for w in (w_below, w_above))
-        plane = plane.index_select(dim, below.to(plane.device)) * wb + plane.index_select(dim, above.to(plane.device)) * wa
+        wb, wa = (w.to(plane).view(shape) for w in (t.w_below, t.w_above))
+        below, above = t.below.to(plane.device), t.above.to(plane.device)
+        plane = plane.index_select(dim, below) * wb + plane.index_select(dim, above) * wa
     return plane
+
+
+def reduce_planes(samples: list[Tensor], reduce: str, dim: int) -> Tensor:
+    """Of the samples of the planes, their features along ``dim``."""
+    if reduce == "concat":
+        return torch.cat(samples, dim)
+    stacked = torch.stack(samples, dim + 1)  # channels, then planes
+    if reduce == "concat_channel_major":
+        return stacked.flatten(dim, dim + 1)
+    return stacked.prod(dim + 1) if reduce == "prod" else getattr(stacked, reduce)(dim + 1)
+
+
+def _grid_features(planes: checks.Sampled, voxels: checks.Grid, dtype: torch.dtype) -> Tensor:
+    """(B, features, *box)"""
+
+    def one(planes_of: list[Tensor], bounds: Tensor | None) -> Tensor:
+        samples = []
+        for plane, axes in zip(planes_of, planes.plane_axes, strict=True):
+            row, column = (
+                taps(
+                    voxel_coordinates(*voxels.box[a], voxels.size[a], voxels.corners, None if bounds is None else bounds[a]),
+                    texels,
+                    planes.align_corners,
+                    planes.padding_mode,
+                )
+                for a, texels in zip(axes, plane.shape[2:], strict=True)
+            )
+            sample = sample_plane(plane, row, column)
+            if axes[0] > axes[1]:
+                sample = sample.mT
+            missing = ({0, 1, 2} - set(axes)).pop()
+            samples.append(sample.unsqueeze(2 + missing).expand(*plane.shape[:2], *voxels.shape))
+        return reduce_planes(samples, planes.reduce, 1)
+
+    converted = [p.to(dtype) for p in planes.planes]
+    if voxels.bounds is None:
+        return one(converted, None)
+    objects = [one([p[b : b + 1] for p in converted], voxels.bounds[b]) for b in range(planes.batch)]
+    return torch.cat(objects) if objects else one(converted, None)
+
+
+def _point_features(planes: checks.Sampled, points: checks.Points, dtype: torch.dtype) -> Tensor:
+    """(N, features)"""
+    n = points.points.shape[0]
+    objects = points.objects
+    if objects is None:
+        objects = torch.arange(n, device=points.points.device) // max(n // max(planes.batch, 1), 1)
+    samples = []
+    for plane, axes in zip(planes.planes, planes.plane_axes, strict=True):
+        rows, columns = plane.shape[2:]
+        texels = plane.to(dtype).permute(0, 2, 3, 1).flatten(0, 2)
+        r, c = (
+            taps(points.points[:, a], size, planes.align_corners, planes.padding_mode)
+            for a, size in zip(axes, (rows, columns), strict=True)
+        )
+        sample = texels.new_zeros(n, texels.shape[1])
+        for tr, wr in ((r.below, r.w_below), (r.above, r.w_above)):
+            for tc, wc in ((c.below, c.w_below), (c.above, c.w_above)):
+                sample = sample + (wr * wc).to(dtype).unsqueeze(1) * texels[(objects * rows + tr) * columns + tc]
+        samples.append(sample)
+    return reduce_planes(samples, planes.reduce, 1)
+
+
+def _storage(compute: str) -> torch.dtype:
+    return torch.float64 if compute == "float64" else torch.float32
+
+
+def _mlp(features: Tensor, mlp: checks.Decoder) -> Tensor:
+    """The last layer before its activation, of features (..., n_0)."""
+    compute = _storage(mlp.compute) if "tf32" in mlp.compute else getattr(torch, mlp.compute)
+    h = features.to(compute)
+    for layer, (w, b) in enumerate(zip(mlp.weights, mlp.biases, strict=True)):
+        if layer:
+            name = mlp.activation[layer - 1]
+            h = activations.hidden("activation", name)(h)
+        h = F.linear(h, w.to(compute), None if b is None else b.to(compute))
+    return h.to(_storage(mlp.compute))
+
+
+def _output(z: Tensor, mlp: checks.Decoder, return_preactivation: bool) -> Any:
+    out = activations.output("output_activation", mlp.output_activation)(z).to(mlp.out_dtype).contiguous()
+    return (out, z.to(mlp.out_dtype).contiguous()) if return_preactivation else out
 
 
 def decode_grid(
@@ -58,39 +169,22 @@ def decode_grid(
     size: Sequence[int],
     *,
     box: Sequence[Sequence[int]] | None = None,
+    grid: str = "cells",
+    bounds: Any = None,
     out_dtype: torch.dtype | None = None,
+    return_preactivation: bool = False,
     **options: Any,
-) -> Tensor:
+) -> Any:
     """:func:`tcam_ext.decode_grid` in plain PyTorch. Interpolation is in float32 or better, the MLP in ``compute_dtype``.
 
-    ``options``: activation, output_activation, align_corners, padding_mode, compute_dtype, as there.
+    ``options``: plane_axes, reduce, align_corners, padding_mode, activation, output_activation, compute_dtype, as there.
     """
-    call = checks.decode_grid(planes, weights, biases, size, box, checks.Options(**options), out_dtype)
-    storage = torch.float64 if call.compute == "float64" else torch.float32
-    compute = storage if "tf32" in call.compute else getattr(torch, call.compute)
-    (x0, x1), (y0, y1), (z0, z1) = call.box
-    xy, yz, xz = (p.to(storage) for p in call.planes)
-    texels = (xy.shape[2], xy.shape[3], yz.shape[3])
-    x, y, z = (
-        linear_taps(lo, hi, n, m, call.options.align_corners, call.options.padding_mode)
-        for (lo, hi), n, m in zip(call.box, call.size, texels, strict=True)
-    )
-    shape = (xy.shape[0], xy.shape[1], x1 - x0, y1 - y0, z1 - z0)
-    features = torch.cat(  # F_xy(x, y), F_yz(y, z), F_xz(x, z), in this order
-        (
-            sample_plane(xy, x, y).unsqueeze(4).expand(shape),
-            sample_plane(yz, y, z).unsqueeze(2).expand(shape),
-            sample_plane(xz, x, z).unsqueeze(3).expand(shape),
-        ),
-        dim=1,
-    )
-    h = features.movedim(1, -1).to(compute)
-    for layer, (w, b) in enumerate(zip(call.weights, call.biases, strict=True)):
-        if layer:
-            h = ACTIVATIONS[call.options.activation](h)
-        h = F.linear(h, w.to(compute), None if b is None else b.to(compute))
-    out = OUTPUT_ACTIVATIONS[call.options.output_activation](h.to(storage))
-    return out.movedim(-1, 1).to(call.out_dtype).contiguous()
+    opts = checks.Options(**options)
+    sampled, mlp = checks.decoder(checks.sampled(planes, opts, 3), weights, biases, opts, out_dtype)
+    voxels = checks.grid(sampled, size, box, grid, bounds)
+    features = _grid_features(sampled, voxels, _storage(mlp.compute))
+    z = _mlp(features.movedim(1, -1), mlp).movedim(-1, 1)
+    return _output(z, mlp, return_preactivation)
 
 
 def decode_grid_loss(
@@ -101,6 +195,8 @@ def decode_grid_loss(
     size: Sequence[int] | None = None,
     *,
     box: Sequence[Sequence[int]] | None = None,
+    grid: str = "cells",
+    bounds: Any = None,
     loss: str = "smooth_l1",
     beta: float = 0.3,
     reduction: str = "mean",
@@ -108,13 +204,82 @@ def decode_grid_loss(
 ) -> Tensor:
     """:func:`tcam_ext.decode_grid_loss` in plain PyTorch: the volume, the loss of each voxel, their mean. ``options``: see
     :func:`decode_grid`."""
-    call, compared = checks.decode_grid_loss(
-        planes, weights, biases, target, size, box, loss, beta, reduction, checks.Options(**options)
-    )
-    dtype = torch.float64 if call.planes[0].dtype == torch.float64 else torch.float32
+    opts = checks.Options(**options)
+    target, size = checks.target_and_size(target, size, box)
+    sampled, mlp = checks.decoder(checks.sampled(planes, opts, 3), weights, biases, opts, None)
+    voxels = checks.grid(sampled, size, box, grid, bounds)
+    compared = checks.objective(sampled, mlp, voxels, box is None, target, loss, beta, reduction)
+    dtype = torch.float64 if sampled.planes[0].dtype == torch.float64 else torch.float32
     volume = decode_grid(
-        call.planes, call.weights, call.biases, call.size, box=call.box, out_dtype=dtype, **call.options._asdict()
+        sampled.planes,
+        mlp.weights,
+        mlp.biases,
+        voxels.size,
+        box=voxels.box,
+        grid=grid,
+        bounds=bounds,
+        out_dtype=dtype,
+        **options,
     )
     want = target.to(dtype) / 255 if target.dtype == torch.uint8 else target.to(dtype)
     each = LOSSES[loss](volume, want, compared.beta)
     return each.flatten(1).mean(1) if reduction == "none_batch" else getattr(each, reduction)()
+
+
+def decode_points(
+    planes: Tensor | Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    xyz: Tensor,
+    *,
+    batch_index: Tensor | None = None,
+    extra: Tensor | None = None,
+    bounds: Any = None,
+    out_dtype: torch.dtype | None = None,
+    return_preactivation: bool = False,
+    **options: Any,
+) -> Any:
+    """:func:`tcam_ext.decode_points` in plain PyTorch. ``options``: see :func:`decode_grid`."""
+    opts = checks.Options(**options)
+    width = 0 if extra is None else extra.shape[-1]
+    sampled = checks.sampled(planes, opts, checks.coordinates(xyz))
+    sampled, mlp = checks.decoder(sampled, weights, biases, opts, out_dtype, width)
+    where = checks.points(sampled, xyz, batch_index, extra, bounds, _storage(mlp.compute))
+    features = _point_features(sampled, where, _storage(mlp.compute))
+    if where.extra is not None:
+        features = torch.cat((features, where.extra.to(features)), 1)
+    return _output(_mlp(features, mlp).unflatten(0, where.leading), mlp, return_preactivation)
+
+
+def sample_grid(
+    planes: Tensor | Sequence[Tensor],
+    size: Sequence[int],
+    *,
+    box: Sequence[Sequence[int]] | None = None,
+    grid: str = "cells",
+    bounds: Any = None,
+    **options: Any,
+) -> Tensor:
+    """:func:`tcam_ext.sample_grid` in plain PyTorch. ``options``: plane_axes, reduce, align_corners, padding_mode."""
+    sampled = checks.sampled(planes, checks.Options(**options), 3)
+    checks.one_dtype(sampled.planes[0].dtype, sampled.planes[0].device)
+    voxels = checks.grid(sampled, size, box, grid, bounds)
+    dtype = sampled.planes[0].dtype
+    return _grid_features(sampled, voxels, torch.promote_types(dtype, torch.float32)).to(dtype)
+
+
+def sample_points(
+    planes: Tensor | Sequence[Tensor],
+    xyz: Tensor,
+    *,
+    batch_index: Tensor | None = None,
+    bounds: Any = None,
+    **options: Any,
+) -> Tensor:
+    """:func:`tcam_ext.sample_points` in plain PyTorch. ``options``: plane_axes, reduce, align_corners, padding_mode."""
+    sampled = checks.sampled(planes, checks.Options(**options), checks.coordinates(xyz))
+    dtype = sampled.planes[0].dtype
+    checks.one_dtype(dtype, sampled.planes[0].device)
+    wide = torch.promote_types(dtype, torch.float32)
+    where = checks.points(sampled, xyz, batch_index, None, bounds, wide)
+    return _point_features(sampled, where, wide).to(dtype).unflatten(0, where.leading)

@@ -103,6 +103,52 @@ struct MathsF {
     return select(a < splat(0.3), near, select(x < splat(0), -far, far));
   }
 
+  // sin(x + quarters pi/2): x = n pi/2 + r, |r| <= pi/4, by three parts of pi/2 (Cody and Waite), polynomials of Cephes.
+  // Beyond 8192 the parts no longer hold: one libm call a lane.
+  TCAM_INLINE V sin_of(V x, int quarters) {
+    const VecI far = (x > splat(8192)) | (x < splat(-8192));
+    uint64_t words[TCAM_VECTOR_BYTES / 8], any = 0;
+    memcpy(words, &far, sizeof far);
+    for (int w = 0; w < TCAM_VECTOR_BYTES / 8; ++w) any |= words[w];
+    if (any) {
+      for (int l = 0; l < lanes; ++l) x[l] = quarters ? __builtin_cosf(x[l]) : __builtin_sinf(x[l]);
+      return x;
+    }
+    const V magic = splat(12582912.0);  // as in exp
+    const V n = (x * splat(0.6366197723675814) + magic) - magic;
+    V r = x - n * splat(1.5703125);
+    r = r - n * splat(4.837512969970703125e-4);
+    r = r - n * splat(7.549789948768648e-8);
+    const VecI ok = x == x;
+    const VecI q = __builtin_convertvector(ok ? n : V{}, VecI) + quarters;
+    const V r2 = r * r;
+    V s = splat(-1.9515295891e-4);
+    s = s * r2 + splat(8.3321608736e-3);
+    s = s * r2 + splat(-1.6666654611e-1);
+    s = s * r2 * r + r;
+    V c = splat(2.443315711809948e-5);
+    c = c * r2 + splat(-1.388731625493765e-3);
+    c = c * r2 + splat(4.166664568298827e-2);
+    c = c * r2 * r2 + (splat(1) - r2 * splat(0.5));
+    const V y = select((q & 1) != 0, c, s);
+    return select((q & 2) != 0, -y, y);
+  }
+  TCAM_INLINE V sin(V x) { return sin_of(x, 0); }
+  TCAM_INLINE V cos(V x) { return sin_of(x, 1); }
+
+  // Phi(x) = erfc(-x/sqrt 2)/2; erfc by Abramowitz and Stegun 7.1.26 (1.5e-7).
+  TCAM_INLINE V normal_cdf(V x) {
+    const V a = select(x < splat(0), -x, x) * splat(0.7071067811865476);
+    const V t = splat(1) / (splat(1) + a * splat(0.3275911));
+    V p = splat(1.061405429);
+    p = p * t + splat(-1.453152027);
+    p = p * t + splat(1.421413741);
+    p = p * t + splat(-0.284496736);
+    p = p * t + splat(0.254829592);
+    const V tail = p * t * exp(-a * a) * splat(0.5);
+    return select(x < splat(0), tail, splat(1) - tail);
+  }
+
   template <class To, class From>
   TCAM_INLINE To reinterpret(From v) {
     return (To)v;
@@ -126,7 +172,11 @@ struct MathsD {
   TCAM_LANES(exp)
   TCAM_LANES(log1p)
   TCAM_LANES(tanh)
+  TCAM_LANES(sin)
+  TCAM_LANES(cos)
+  TCAM_LANES(erfc)
 #undef TCAM_LANES
+  TCAM_INLINE V normal_cdf(V x) { return erfc(x * splat(-0.7071067811865476)) * splat(0.5); }
 };
 
 // ---- the three number formats of the products ------------------------------------------

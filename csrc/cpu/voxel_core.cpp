@@ -150,9 +150,9 @@ struct Walk {
   __attribute__((always_inline)) int next(int tile) {
     int n = 0;
     for (; n < tile && i < block.i1; ++n) {
-      a[n] = (i * maps.wide + j) * maps.stride;
-      b[n] = (j * maps.deep + k) * maps.stride;
-      g[n] = (i * maps.deep + k) * maps.stride;
+      a[n] = i * maps.a_i + j * maps.a_j;
+      b[n] = j * maps.b_j + k * maps.b_k;
+      g[n] = i * maps.g_i + k * maps.g_k;
       out[n] = (i * maps.wide + j) * maps.deep + k;
       if (++k == block.k1) {
         k = block.k0;
@@ -186,8 +186,8 @@ struct Scratch {
     z = reinterpret_cast<Real*>(take(max_tile * max_out * static_cast<long>(sizeof(Real))));
     for (int l = 1; l < d.layers; ++l) h[l] = !backward && l > 2 ? h[l - 2] : reinterpret_cast<Word*>(take(words));
     if (!backward) return;
-    const bool smooth = !slope_from_value(d.activation);
     for (int l = 1; l < d.layers; ++l) {
+      const bool smooth = !slope_from_value(d.activation[l].kind);
       pairs[l] = N::pack == 1 ? h[l] : reinterpret_cast<Word*>(take(words / N::pack));
       slope[l] = smooth ? reinterpret_cast<Real*>(take(reals)) : nullptr;
     }
@@ -199,7 +199,7 @@ struct Scratch {
 };
 
 template <class N>
-TCAM_INLINE void activate(Activation act, typename N::Vec z, typename N::Word* row, typename N::Real* slope_row, long c) {
+TCAM_INLINE void activate(Hidden<double> act, typename N::Vec z, typename N::Word* row, typename N::Real* slope_row, long c) {
   typedef Maths<typename N::Arith> A;
   const typename N::Vec y = A::value(act, z);
   N::put(row, c, y);
@@ -208,7 +208,7 @@ TCAM_INLINE void activate(Activation act, typename N::Vec z, typename N::Word* r
 
 // The smooth activations spill the register tile: their text is long, their cost is not here.
 template <class N, long pitch>
-__attribute__((noinline)) static void activate_tile(Activation act, const Tile<N>& t, typename N::Word* h,
+__attribute__((noinline)) static void activate_tile(Hidden<double> act, const Tile<N>& t, typename N::Word* h,
                                                     typename N::Real* slope) {
   for (int r = 0; r < register_rows; ++r)
     for (int v = 0; v < register_vectors; ++v)
@@ -242,25 +242,26 @@ TCAM_INLINE void hidden_layers(const Decoder& d, const Maps& maps, const Walk& w
     }
     const Real *at = a + walk.a[t], *bt = b + walk.b[t], *gt = g + walk.g[t];
     for (long c = 0; c < n1; c += N::lanes)
-      activate<N>(d.activation, load<Vec>(at + c) + (load<Vec>(bt + c) + load<Vec>(gt + c)), row, slope_row, c);
+      activate<N>(d.activation[1], load<Vec>(at + c) + (load<Vec>(bt + c) + load<Vec>(gt + c)), row, slope_row, c);
   }
   for (int l = 2; l < d.layers; ++l) {
     typename N::Word* out = s.h[l];
     Real* slope = backward ? s.slope[l] : nullptr;
-    times_packed<N, pitch>(
-        rows, (d.width[l - 1] + N::pack - 1) / N::pack, d.width[l], s.h[l - 1], d.forward[l], d.bias[l],
-        [&](const Tile<N>& t, long r, long c) __attribute__((always_inline)) {
-          // Columns are counted in reals, rows in words of `pitch`: a word row holds its reals in order.
-          if (d.activation == Activation::relu) {
+    times_packed<N, pitch>(rows, (d.width[l - 1] + N::pack - 1) / N::pack, d.width[l], s.h[l - 1], d.forward[l], d.bias[l],
+                           [&](const Tile<N>& t, long r, long c) __attribute__((always_inline)) {
+                             // Columns are counted in reals, rows in words of `pitch`: a word row holds its reals in order.
+                             if (d.activation[l].kind == Activation::relu) {
 #pragma GCC unroll 16
-            for (int i = 0; i < register_rows; ++i)
+                               for (int i = 0; i < register_rows; ++i)
 #pragma GCC unroll 4
-              for (int v = 0; v < register_vectors; ++v)
-                N::put(out + (r + i) * pitch, c + v * N::lanes, Maths<typename N::Arith>::value(Activation::relu, t.v[i][v]));
-          } else {
-            activate_tile<N, pitch>(d.activation, t, out + r * pitch + c / N::pack, slope ? slope + r * pitch + c : nullptr);
-          }
-        });
+                                 for (int v = 0; v < register_vectors; ++v)
+                                   N::put(out + (r + i) * pitch, c + v * N::lanes,
+                                          Maths<typename N::Arith>::value(Hidden<double>{Activation::relu, 0}, t.v[i][v]));
+                             } else {
+                               activate_tile<N, pitch>(d.activation[l], t, out + r * pitch + c / N::pack,
+                                                       slope ? slope + r * pitch + c : nullptr);
+                             }
+                           });
   }
 }
 
@@ -301,8 +302,7 @@ TCAM_INLINE void compare_tile(const Decoder& d, const Objective& objective, cons
   typedef Maths<typename N::Arith> A;
   typedef LossMaths<typename N::Arith> L;
   Real want[max_tile], value[max_tile];
-  for (int t = 0; t < count; ++t)
-    want[t] = Elements<Real>::read(target.data, target.dtype, o * target.channel_stride + target.offset + walk.out[t]);
+  for (int t = 0; t < count; ++t) want[t] = Elements<Real>::read(target.data, target.dtype, target.index(o, walk.out[t]));
   for (int t = count; t < count + N::lanes && t < max_tile; ++t) want[t] = 0;
   for (int t = 0; t < count; t += N::lanes) {
     const Vec x = load<Vec>(z + t), difference = A::output(d.output_activation, x) - load<Vec>(want + t);
@@ -339,8 +339,7 @@ static void forward_block(const Decoder& d, const Maps& maps, const Block& block
         continue;
       }
       for (int t = 0; t < count; t += N::lanes) store(z + t, A::output(d.output_activation, load<typename N::Vec>(z + t)));
-      for (int t = 0; t < count; ++t)
-        Elements<Real>::write(volume.data, volume.dtype, o * volume.channel_stride + volume.offset + walk.out[t], z[t]);
+      for (int t = 0; t < count; ++t) Elements<Real>::write(volume.data, volume.dtype, volume.index(o, walk.out[t]), z[t]);
     }
   }
   losses.add_to(objective);
@@ -380,7 +379,7 @@ static void backward_block(const Decoder& d, const Maps& maps, const Block& bloc
     const long rows = round_up(count, register_rows);
     const long voxel_words = (count + N::pack - 1) / N::pack;
     hidden_layers<N, pitch>(d, maps, walk, count, rows, s, true);
-    if (last > 1 && (objective || d.output_activation != OutputActivation::none)) last_layer<N, pitch>(d, rows, s);
+    if (last > 1 && (objective || d.output_activation.kind != OutputActivation::none)) last_layer<N, pitch>(d, rows, s);
 
     // delta_L = grad_output * output'(z_L), in place of z.
     for (long o = 0; o < n_out; ++o) {
@@ -390,8 +389,7 @@ static void backward_block(const Decoder& d, const Maps& maps, const Block& bloc
         continue;
       }
       for (int t = 0; t < count; t += N::lanes) store(z + t, A::output_slope(d.output_activation, load<Vec>(z + t)));
-      for (int t = 0; t < count; ++t)
-        z[t] *= Elements<Real>::read(volume.data, volume.dtype, o * volume.channel_stride + volume.offset + walk.out[t]);
+      for (int t = 0; t < count; ++t) z[t] *= Elements<Real>::read(volume.data, volume.dtype, volume.index(o, walk.out[t]));
     }
 
     if (last == 1) {
@@ -441,7 +439,7 @@ static void backward_block(const Decoder& d, const Maps& maps, const Block& bloc
                                  for (int v = 0; v < register_vectors; ++v) {
                                    const long row = (r + i) * pitch, at = c + v * N::lanes;
                                    const Vec k = slope ? load<Vec>(slope + row + at)
-                                                       : A::slope_of_value(d.activation, N::get(h + row, at));
+                                                       : A::slope_of_value(d.activation[l - 1], N::get(h + row, at));
                                    const Vec x = t.v[i][v] * k;
                                    column[v] += x;
                                    if (first)
@@ -457,9 +455,9 @@ static void backward_block(const Decoder& d, const Maps& maps, const Block& bloc
     Real *da = static_cast<Real*>(grad.da), *db = static_cast<Real*>(grad.db), *dg = static_cast<Real*>(grad.dg);
     for (long t = 0; t < count; ++t) {
       const Real* x = s.delta_1 + t * pitch;
-      add_row<N>(da + walk.a[t], x, maps.stride);
-      add_row<N>(db + walk.b[t], x, maps.stride);
-      add_row<N>(dg + walk.g[t], x, maps.stride);
+      if (da) add_row<N>(da + walk.a[t], x, maps.stride);
+      if (db) add_row<N>(db + walk.b[t], x, maps.stride);
+      if (dg) add_row<N>(dg + walk.g[t], x, maps.stride);
     }
   }
   losses.add_to(objective);
@@ -470,36 +468,45 @@ static void backward_block(const Decoder& d, const Maps& maps, const Block& bloc
 constexpr long texel_pitch = 272;  // 256 channels and 16 to spread cache sets
 
 template <class N>
-static void gather_texels(const typename N::Real* plane, long channels, long texels, long s, long count, long rows,
-                          typename N::Real* tile) {
-  const long padded = round_up(channels, columns_of<N>());
-  for (long c = 0; c < channels; ++c)
-    for (long t = 0; t < count; ++t) tile[t * texel_pitch + c] = plane[c * texels + s + t];
+static void load_features(const Features& f, long s, long count, long rows, typename N::Real* tile) {
+  typedef typename N::Real Real;
+  const long padded = round_up(f.channels, columns_of<N>());
+  const Real* data = static_cast<const Real*>(f.data) + s * f.row_stride;
+  if (f.channel_stride == 1) {
+    for (long t = 0; t < count; ++t)
+      for (long c = 0; c < f.channels; ++c) tile[t * texel_pitch + c] = data[t * f.row_stride + c];
+  } else {
+    for (long c = 0; c < f.channels; ++c)
+      for (long t = 0; t < count; ++t) tile[t * texel_pitch + c] = data[t * f.row_stride + c * f.channel_stride];
+  }
   for (long t = 0; t < rows; ++t)
-    for (long c = t < count ? channels : 0; c < padded; ++c) tile[t * texel_pitch + c] = 0;
+    for (long c = t < count ? f.channels : 0; c < padded; ++c) tile[t * texel_pitch + c] = 0;
 }
 
 template <class N>
-static void project(const void* plane, long channels, long texels, long s0, long s1, const void* weights, long n, void* out,
-                    long stride, void* scratch) {
+static void project(const Features& f, long s0, long s1, const void* weights, long n, void* out, long stride, bool add,
+                    void* scratch) {
   typedef typename N::Real Real;
+  typedef typename N::Vec Vec;
   Real* tile = static_cast<Real*>(scratch);
   for (long s = s0; s < s1; s += max_tile) {
     const long count = s1 - s < max_tile ? s1 - s : max_tile;
     const long rows = round_up(count, register_rows);
-    gather_texels<N>(static_cast<const Real*>(plane), channels, texels, s, count, rows, tile);
-    times_packed<N, texel_pitch>(rows, channels, n, tile, weights, nullptr,
+    load_features<N>(f, s, count, rows, tile);
+    times_packed<N, texel_pitch>(rows, f.channels, n, tile, weights, nullptr,
                                  [&](const Tile<N>& t, long r, long c) __attribute__((always_inline)) {
                                    for (int i = 0; i < register_rows && r + i < count; ++i)
-                                     for (int v = 0; v < register_vectors; ++v)
-                                       store(static_cast<Real*>(out) + (s + r + i) * stride + c + v * N::lanes, t.v[i][v]);
+                                     for (int v = 0; v < register_vectors; ++v) {
+                                       Real* to = static_cast<Real*>(out) + (s + r + i) * stride + c + v * N::lanes;
+                                       store(to, add ? load<Vec>(to) + t.v[i][v] : t.v[i][v]);
+                                     }
                                  });
   }
 }
 
 template <class N>
-static void unproject(const void* grad, long stride, const void* plane, long channels, long texels, long s0, long s1,
-                      const void* weights, long n, void* grad_plane, void* grad_weights, void* scratch) {
+static void unproject(const void* grad, long stride, const Features& f, long s0, long s1, const void* weights, long n,
+                      void* grad_features, void* grad_weights, void* scratch) {
   typedef typename N::Real Real;
   constexpr int nr = columns_of<N>();
   Real* features = static_cast<Real*>(scratch);
@@ -511,18 +518,91 @@ static void unproject(const void* grad, long stride, const void* plane, long cha
       for (long c = 0; c < stride; ++c)
         delta[t * texel_pitch + c] = t < count ? static_cast<const Real*>(grad)[(s + t) * stride + c] : Real(0);
     if (grad_weights) {
-      gather_texels<N>(static_cast<const Real*>(plane), channels, texels, s, count, rows, features);
-      add_outer<N, texel_pitch>(count, n, channels, delta, features, static_cast<Real*>(grad_weights), round_up(channels, nr));
+      load_features<N>(f, s, count, rows, features);
+      add_outer<N, texel_pitch>(count, n, f.channels, delta, features, static_cast<Real*>(grad_weights),
+                                round_up(f.channels, nr));
     }
     if (weights) {
-      times_packed<N, texel_pitch>(rows, n, channels, delta, weights, nullptr,
+      times_packed<N, texel_pitch>(rows, n, f.channels, delta, weights, nullptr,
                                    [&](const Tile<N>& t, long r, long c) __attribute__((always_inline)) {
                                      for (int i = 0; i < register_rows; ++i)
                                        for (int v = 0; v < register_vectors; ++v)
                                          store(features + (r + i) * texel_pitch + c + v * N::lanes, t.v[i][v]);
                                    });
-      for (long c = 0; c < channels; ++c)
-        for (long t = 0; t < count; ++t) static_cast<Real*>(grad_plane)[c * texels + s + t] = features[t * texel_pitch + c];
+      Real* out = static_cast<Real*>(grad_features) + s * f.row_stride;
+      for (long c = 0; c < f.channels; ++c)
+        for (long t = 0; t < count; ++t) out[t * f.row_stride + c * f.channel_stride] = features[t * texel_pitch + c];
+    }
+  }
+}
+
+// ---- texel rows of points ----------------------------------------------------------------
+
+template <class N>
+static void gather(const void* texels, const PointTaps& taps, long count, const void* bias, void* out, long out_stride,
+                   long n) {
+  typedef typename N::Real Real;
+  typedef typename N::Vec Vec;
+  const Real* from = static_cast<const Real*>(texels);
+  for (long t = 0; t < count; ++t) {
+    const int64_t* at = taps.at + t * taps.pitch;
+    const Real* w = static_cast<const Real*>(taps.weights) + t * taps.pitch;
+    Real* to = static_cast<Real*>(out) + t * out_stride;
+    long c = 0;
+    for (; c + 4 * N::lanes <= n; c += 4 * N::lanes) {  // four sums at once: a tap's weight and place are read once for them
+      Vec v[4];
+#pragma GCC unroll 4
+      for (int e = 0; e < 4; ++e) v[e] = bias ? load<Vec>(static_cast<const Real*>(bias) + c + e * N::lanes) : Vec{};
+      for (long q = 0; q < taps.taps; ++q) {
+        const Vec k = w[q] - Vec{};
+        const Real* row = from + at[q] + c;
+#pragma GCC unroll 4
+        for (int e = 0; e < 4; ++e) v[e] += k * load<Vec>(row + e * N::lanes);
+      }
+#pragma GCC unroll 4
+      for (int e = 0; e < 4; ++e) store(to + c + e * N::lanes, v[e]);
+    }
+    for (; c < n; c += N::lanes) {
+      Vec v = bias ? load<Vec>(static_cast<const Real*>(bias) + c) : Vec{};
+      for (long q = 0; q < taps.taps; ++q) v += (w[q] - Vec{}) * load<Vec>(from + at[q] + c);
+      store(to + c, v);
+    }
+  }
+}
+
+template <class N>
+static void scatter(void* texels, const PointTaps& taps, long count, const void* delta, long delta_stride, long c0, long c1) {
+  typedef typename N::Real Real;
+  typedef typename N::Vec Vec;
+  Real* to = static_cast<Real*>(texels);
+  for (long t = 0; t < count; ++t) {
+    const int64_t* at = taps.at + t * taps.pitch;
+    const Real* w = static_cast<const Real*>(taps.weights) + t * taps.pitch;
+    const Real* x = static_cast<const Real*>(delta) + t * delta_stride;
+    for (long q = 0; q < taps.taps; ++q) {
+      if (w[q] == 0) continue;  // outside, or exactly on a texel
+      const Vec k = w[q] - Vec{};
+      Real* row = to + at[q];
+      for (long c = c0; c < c1; c += N::lanes) store(row + c, load<Vec>(row + c) + k * load<Vec>(x + c));
+    }
+  }
+}
+
+template <class N>
+static void dot(const void* texels, const PointTaps& taps, long count, const void* delta, long delta_stride, long n,
+                void* dots) {
+  typedef typename N::Real Real;
+  typedef typename N::Vec Vec;
+  for (long t = 0; t < count; ++t) {
+    const int64_t* at = taps.at + t * taps.pitch;
+    const Real* x = static_cast<const Real*>(delta) + t * delta_stride;
+    for (long q = 0; q < taps.taps; ++q) {
+      const Real* row = static_cast<const Real*>(texels) + at[q];
+      Vec sum = {};
+      for (long c = 0; c < n; c += N::lanes) sum += load<Vec>(row + c) * load<Vec>(x + c);
+      Real lane[N::lanes];
+      store(lane, sum);
+      static_cast<Real*>(dots)[t * taps.pitch + q] = sum_lanes<Real, N::lanes>(lane);
     }
   }
 }
@@ -638,6 +718,9 @@ constexpr Engine full_engine() {
   Engine e = core_engine<N>();
   e.project = project<N>;
   e.unproject = unproject<N>;
+  e.gather = gather<N>;
+  e.scatter = scatter<N>;
+  e.dot = dot<N>;
   return e;
 }
 

@@ -1,9 +1,10 @@
-// What one instruction set offers to the orchestration in decode_grid.cpp: a table of
+// What one instruction set offers to the orchestration in mlp.h, grid.h and points.h: a table of
 // functions over raw pointers. All matrices of reals are row-major; `real` is float or
 // double as the table says; widths are padded with zeros to a multiple of `columns`.
 #pragma once
 #include "../maths/activation.h"
 #include "../maths/loss.h"
+#include "../problem.h"
 
 namespace tcam {
 
@@ -18,8 +19,8 @@ inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
 struct Decoder {
   int layers;
   long width[max_layers + 1];
-  Activation activation;
-  OutputActivation output_activation;
+  Hidden<double> activation[max_layers + 1];  // of layers 1 to layers-1
+  Final<double> output_activation;
   const void* forward[max_layers + 1];     // packed words, width[l-1] -> width[l]; l = 2..layers-1
   const void* transposed[max_layers + 1];  // packed words, width[l] -> width[l-1]; backward only, l = 2..layers
   const void* bias[max_layers + 1];        // reals, padded to `columns`
@@ -28,9 +29,11 @@ struct Decoder {
   long grad_bias_offset[max_layers + 1];
 };
 
-// One slab of i: a (slab, W, stride), b (W, D, stride), g (slab, D, stride), reals; h_1 = act(a + b + g).
+// z_1 of voxel (i, j, k) = a[i, j] + b[j, k] + g[i, k], rows of `stride` reals; the steps between rows are in reals, and 0
+// where all share one. Of a grid: one slab of i; of points: (1, points, 1) with their z_1 in a.
 struct Maps {
   const void *a, *b, *g;
+  long a_i, a_j, b_j, b_k, g_i, g_k;
   long wide, deep, stride;
 };
 
@@ -39,11 +42,14 @@ struct Block {
   long i0, i1, j0, j1, k0, k1;
 };
 
-// The volume (C_out, H, W, D) of one object, its gradient, or a target. `offset` is the slab's first voxel.
+// The volume (C_out, H, W, D) of one object or (points, C_out), its gradient, or a target. `offset` is the first voxel's.
 struct Volume {
   void* data;
   int dtype;
-  long channel_stride, offset;
+  long channel_stride, voxel_stride, offset;
+  __attribute__((always_inline)) long index(long channel, long voxel) const {
+    return channel * channel_stride + (offset + voxel) * voxel_stride;
+  }
 };
 
 // Compare the decoded volume with a target instead of writing it, or instead of reading its gradient.
@@ -53,11 +59,24 @@ struct Objective {
   double* sum;  // of the block: the losses of its voxels are added
 };
 
-// What backward adds to. da (slab, W, stride) belongs to the block's range of k, dg (slab, D, stride)
-// to its range of j, db (W, D, stride) and decoder to the block alone: no two threads share a sum.
+// What backward adds to, laid out as Maps. da belongs to the block's range of k, dg to its range of j, db and decoder to the
+// block alone: no two threads share a sum.
 struct BlockGradients {
-  void *da, *db, *dg;
-  void* decoder;  // null: the decoder is frozen
+  void *da, *db, *dg;  // null: not wanted
+  void* decoder;       // null: the decoder is frozen
+};
+
+// Element (s, c) at data[s * row_stride + c * channel_stride], reals.
+struct Features {
+  const void* data;
+  long channels, row_stride, channel_stride;
+};
+
+// The texel rows that points read: of point t, at[t * pitch + tap] (in reals) for `taps` taps, with weights (reals).
+struct PointTaps {
+  const int64_t* at;
+  const void* weights;
+  long pitch, taps;
 };
 
 struct Engine {
@@ -75,16 +94,22 @@ struct Engine {
   void (*backward)(const Decoder&, const Maps&, const Block&, const Volume& volume, const Objective*, const BlockGradients&,
                    int tile, void* scratch);
 
-  // Per texel products, real arithmetic (pack == 1 engines only). plane is (C, texels).
-  // out[s, :n] = W plane[:, s] for s in [s0, s1); weights packed C -> n.
-  void (*project)(const void* plane, long channels, long texels, long s0, long s1, const void* weights, long n, void* out,
-                  long stride, void* scratch);
-  // grad_plane[:, s] = W^T grad[s, :n] (weights packed n -> C; null: not wanted) and
-  // grad_weights (round_up(n, rows), padded C) += grad^T plane (null: not wanted).
-  void (*unproject)(const void* grad, long stride, const void* plane, long channels, long texels, long s0, long s1,
-                    const void* weights, long n, void* grad_plane, void* grad_weights, void* scratch);
+  // Products of feature rows, real arithmetic (pack == 1 engines only).
+  // out[s, :n] = (add: +=) W features[s] for s in [s0, s1); weights packed channels -> n.
+  void (*project)(const Features& features, long s0, long s1, const void* weights, long n, void* out, long stride, bool add,
+                  void* scratch);
+  // grad_features[s] = W^T grad[s, :n] (weights packed n -> channels; null: not wanted) and
+  // grad_weights (round_up(n, rows), padded channels) += grad^T features (null: not wanted).
+  void (*unproject)(const void* grad, long stride, const Features& features, long s0, long s1, const void* weights, long n,
+                    void* grad_features, void* grad_weights, void* scratch);
 
-  // dst[r, :] = sum over 4 taps of w[t] * src[t][r, :], plus bias (null: none); `stride` reals.
+  // out[t, :n] = bias (null: 0) + sum of the taps' rows; scatter adds [c0, c1) of delta[t] times the weights to the rows; dot
+  // puts <delta[t], row> of each tap at dots[t * pitch + tap]. n, c0, c1: multiples of a vector.
+  void (*gather)(const void* texels, const PointTaps& taps, long count, const void* bias, void* out, long out_stride, long n);
+  void (*scatter)(void* texels, const PointTaps& taps, long count, const void* delta, long delta_stride, long c0, long c1);
+  void (*dot)(const void* texels, const PointTaps& taps, long count, const void* delta, long delta_stride, long n, void* dots);
+
+  // dst = sum over 4 taps of w[t] * src[t], plus bias (null: none); `stride` reals.
   void (*bilinear_row)(const void* const src[4], const double w[4], const void* bias, void* dst, long stride);
   void (*add_scaled)(void* dst, const void* src, double w, long n);  // dst += w src
 

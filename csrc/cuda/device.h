@@ -9,6 +9,11 @@
 #include "../maths/bilinear.h"
 
 #define TCAM_DEVICE __device__ __forceinline__
+#if defined(TCAM_SIMT)
+#define TCAM_OUT_OF_LINE __attribute__((noinline))
+#else
+#define TCAM_OUT_OF_LINE __device__ __noinline__
+#endif
 
 namespace tcam {
 
@@ -85,9 +90,36 @@ struct Scalar {
   TCAM_MATHS float exp(float x) { return ::expf(x); }
   TCAM_MATHS float log1p(float x) { return ::log1pf(x); }
   TCAM_MATHS float tanh(float x) { return ::tanhf(x); }
+  TCAM_MATHS float sin(float x) { return ::sinf(x); }
+  TCAM_MATHS float cos(float x) { return ::cosf(x); }
+  TCAM_MATHS float normal_cdf(float x) { return 0.5f * ::erfcf(x * -0.70710678f); }
   TCAM_MATHS double exp(double x) { return ::exp(x); }
   TCAM_MATHS double log1p(double x) { return ::log1p(x); }
   TCAM_MATHS double tanh(double x) { return ::tanh(x); }
+  TCAM_MATHS double sin(double x) { return ::sin(x); }
+  TCAM_MATHS double cos(double x) { return ::cos(x); }
+  TCAM_MATHS double normal_cdf(double x) { return 0.5 * ::erfc(x * -0.7071067811865476); }
 };
+
+// The output activation. Those that need more than a few instructions are out of line: their registers are not the kernel's.
+template <class Real>
+TCAM_OUT_OF_LINE Real rare_output(Final<Real> a, Real z) {
+  return Maths<Scalar<Real>>::output(a, z);
+}
+template <class Real>
+TCAM_OUT_OF_LINE Real rare_output_slope(Final<Real> a, Real z) {
+  return Maths<Scalar<Real>>::output_slope(a, z);
+}
+TCAM_DEVICE bool is_rare(OutputActivation a) { return a != OutputActivation::none && a != OutputActivation::sigmoid; }
+template <class Real>
+TCAM_DEVICE Real output_of(Final<Real> a, Real z) {
+  if (is_rare(a.kind)) return rare_output(a, z);
+  return a.kind == OutputActivation::none ? z : Maths<Scalar<Real>>::sigmoid(z);
+}
+template <class Real>
+TCAM_DEVICE Real output_slope_of(Final<Real> a, Real z) {
+  if (is_rare(a.kind)) return rare_output_slope(a, z);
+  return a.kind == OutputActivation::none ? Real(1) : Maths<Scalar<Real>>::logistic_slope(z);
+}
 
 }  // namespace tcam

@@ -17,7 +17,7 @@ enum class Output { volume, losses, gradients };
 
 class Fused : public Planes<float> {
  public:
-  Fused(const tcam_decode_grid& problem, bool backward, void* workspace, cudaStream_t stream) : Planes(problem, stream) {
+  Fused(const tcam_problem& problem, bool backward, void* workspace, cudaStream_t stream) : Planes(problem, stream) {
     N_ = choose_width();
     if (!N_) return;
     Carver ws(workspace);
@@ -71,9 +71,9 @@ class Fused : public Planes<float> {
   int choose_width() const {
     const int L = p.layers;
     if (p.dtype != TCAM_F32 || (p.compute != TCAM_BF16 && p.compute != TCAM_F16)) return 0;
-    if (static_cast<Activation>(p.activation) != Activation::relu || L < 3 || L - 2 > fused_most_products ||
-        p.width[L] > fused_most_out)
-      return 0;
+    for (int l = 1; l < L; ++l)
+      if (activation(l).kind != Activation::relu) return 0;
+    if (L < 3 || L - 2 > fused_most_products || p.width[L] > fused_most_out) return 0;
     int64_t widest = 0;
     for (int l = 1; l < L; ++l) widest = p.width[l] > widest ? p.width[l] : widest;
     if (n_[0] > INT32_MAX / n_[1] || n_[0] * n_[1] > INT32_MAX / ceil_div(n_[2], 32)) return 0;  // steps are counted in int
@@ -156,6 +156,9 @@ class Fused : public Planes<float> {
     end_partials(ws, workspace, begin);
   }
 
+  static bool unbounded(OutputActivation a) {
+    return a == OutputActivation::none || a == OutputActivation::softplus || a == OutputActivation::trunc_exp;
+  }
   // Chooses the scales of float16: for a gradient from its largest magnitude; for an objective from its largest slope, which is
   // 1 or, of mse, twice the largest difference. (An output without bounds is taken to be no larger than the target or 1.)
   void look_at(const void* volume, const tcam_objective* objective) override {
@@ -169,7 +172,7 @@ class Fused : public Planes<float> {
     } else if (static_cast<Loss>(objective->loss) == Loss::mse) {
       read = largest(volume, objective->target_dtype, voxels);
       factor = 2.f;
-      if (static_cast<OutputActivation>(p.output_activation) == OutputActivation::none) exponent = scale_exponent_open;
+      if (unbounded(output_activation().kind)) exponent = scale_exponent_open;
     }
     check(launch(scale_kernel, 1, 1, 0, stream_, largest_, read, offset, factor, exponent, scale_));
     const int weights = largest(weights_[p.layers], TCAM_F32, static_cast<int64_t>(n_out()) * width(p.layers - 1));
@@ -196,18 +199,17 @@ class Fused : public Planes<float> {
   void walk_in(int64_t object, void* volume, const tcam_objective* objective, double* losses, bool backward) {
     const int L = p.layers, N = N_, dtype = objective ? objective->target_dtype : p.out_dtype;
     if (object == 0) pad<T>(backward);
-    map<T>(1, taps_[1], n_[1], nullptr);
+    map<T>(1, 0, n_[1], nullptr);
     const int64_t voxels = n_[0] * n_[1] * n_[2];
     const Launches all = launches(backward ? Output::gradients : objective ? Output::losses : Output::volume);
     for (int64_t i0 = 0; i0 < n_[0] && !status_; i0 += slab_) {
       const int64_t ni = n_[0] - i0 < slab_ ? n_[0] - i0 : slab_;
-      map<T>(0, taps_[0] + i0, ni, biases_[1]);
-      map<T>(2, taps_[0] + i0, ni, nullptr);
+      map<T>(0, i0, ni, biases_[1]);
+      map<T>(2, i0, ni, nullptr);
       char* at = static_cast<char*>(volume) + (object * width(L) * voxels + i0 * n_[1] * n_[2]) * dtype_bytes(dtype);
-      const OutputActivation output = static_cast<OutputActivation>(p.output_activation);
       if (!all.count) {
-        const FusedForward call = {slab_maps(ni), panels_, panel_biases_, last_, last_bias_, n_out(),
-                                   output,        at,      dtype,         voxels};
+        const FusedForward call = {slab_maps(ni),       panels_, panel_biases_, last_, last_bias_, n_out(),
+                                   output_activation(), at,      dtype,         voxels};
         check(T::dtype == TCAM_BF16 ? fused_forward_bfloat16(call, N, products(), device_, stream_)
                                     : fused_forward_float16(call, N, products(), device_, stream_));
         continue;
@@ -225,7 +227,7 @@ class Fused : public Planes<float> {
       call.volume = at;
       call.dtype = dtype;
       call.channel_stride = voxels;
-      call.output_activation = output;
+      call.output_activation = output_activation();
       call.compares = objective != nullptr;
       if (objective) call.loss = static_cast<Loss>(objective->loss), call.beta = objective->beta;
       call.scale = factor_ ? scale_ : nullptr;
@@ -282,12 +284,12 @@ class Fused : public Planes<float> {
                    factor_ ? scale_ + 2 : nullptr, nullptr, width(L - 1), width(L - 2), N, top_, nullptr));
   }
 
-  // Map q (0: A, 1: B, 2: G) at `nx` rows.
+  // Map q (0: A, 1: B, 2: G) at the `nx` rows from x0 on.
   template <class T>
-  void map(int q, const Tap<float>* rows, int64_t nx, const float* bias) {
-    const int columns_axis = q == 0 ? 1 : 2;
-    check(launch(map_kernel<T>, blocks(ceil_div(nx * n_[columns_axis], warps)), threads, 0, stream_, projected_[q],
-                 static_cast<int>(columns_[q]), width(1), N_, rows, taps_[columns_axis], nx, n_[columns_axis], bias, maps_[q]));
+  void map(int q, int64_t x0, int64_t nx, const float* bias) {
+    const int64_t ny = n_[q == 0 ? 1 : 2];
+    check(launch(map_kernel<T>, blocks(ceil_div(nx * ny, warps)), threads, 0, stream_, projected(q), width(1), N_, x0, nx, ny,
+                 bias, maps_[q]));
   }
 
   void write_gradients() override {

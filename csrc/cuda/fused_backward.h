@@ -40,7 +40,7 @@ struct FusedBackward {
   const void* volume;  // the slab's first voxel: of the target, or of the gradient of the volume
   int dtype;
   int64_t channel_stride;
-  OutputActivation output_activation;
+  Final<float> output_activation;
   bool compares;
   Loss loss;
   double beta;
@@ -186,7 +186,6 @@ struct FusedBackwardKernel {
   // The loss and dy there.
   TCAM_DEVICE static void finish(const FusedBackward& p, const float (&out)[MT][4], const Lane<N>& lane, const Seen& seen,
                                  float (&dy)[4], double& loss) {
-    using M = Maths<Scalar<float>>;
     using L = LossMaths<Scalar<float>>;
     const bool one = p.n_out == 1;
     const float scale = p.scale ? *p.scale : 1.f;
@@ -200,11 +199,11 @@ struct FusedBackwardKernel {
         for (int q = 1; q < 4; ++q) y = lane.t == q ? out[q >> 1][(q & 1) * 2] + out[q >> 1][(q & 1) * 2 + 1] : y;
       float slope = Elements<float>::value(seen.loaded[n], p.dtype);
       if (p.compares) {
-        const float difference = M::output(p.output_activation, y) - slope;
+        const float difference = output_of(p.output_activation, y) - slope;
         loss += static_cast<double>(L::value(p.loss, difference, p.beta));
         slope = L::slope(p.loss, difference, p.beta);
       }
-      dy[n] = slope * M::output_slope(p.output_activation, y) * scale;
+      dy[n] = slope * output_slope_of(p.output_activation, y) * scale;
     }
   }
 

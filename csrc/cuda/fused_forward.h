@@ -20,7 +20,7 @@ struct FusedForward {
   const float* last;        // (n_out, N)
   const float* last_bias;   // (n_out) or null
   int n_out;
-  OutputActivation output_activation;
+  Final<float> output_activation;
   void* volume;  // the slab's first voxel of one object, (C_out, ...)
   int dtype;
   int64_t channel_stride;
@@ -121,7 +121,6 @@ struct FusedForwardKernel {
 
   // Rows g and g + 8 of each m; lane t of a quad holds output t, or the one output as all lanes do.
   TCAM_DEVICE static void write(const FusedForward& p, const float (&out)[MT][4], int i, int j, int k0, int g, int t) {
-    using M = Maths<Scalar<float>>;
     const FusedMaps& maps = p.maps;
     if (i >= maps.ni || j >= maps.nj) return;
     const int64_t row = (static_cast<int64_t>(i) * maps.nj + j) * maps.nk;
@@ -135,7 +134,7 @@ struct FusedForwardKernel {
 #pragma unroll
       for (int r = 0; r < 4; ++r) x = q == r ? out[r >> 1][(r & 1) * 2] + out[r >> 1][(r & 1) * 2 + 1] : x;
       if (k0 + q * 8 + g < maps.nk && (one || t < p.n_out))
-        Elements<float>::write(p.volume, p.dtype, to + q * 8, M::output(p.output_activation, x));
+        Elements<float>::write(p.volume, p.dtype, to + q * 8, output_of(p.output_activation, x));
     }
   }
 };

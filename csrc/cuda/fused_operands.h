@@ -9,17 +9,18 @@ namespace tcam {
 
 // ---- operands -------------------------------------------------------------------------------
 
-// map (nx, ny, padded) = the plane at every (x, y), with bias, rounded; zero in the padding. A warp takes an (x, y).
+// map (nx, ny, padded) = the sum of the planes at every (x0 + x, y), with bias, rounded; zero in the padding. A warp takes an
+// (x, y).
 template <class T>
-__global__ void __launch_bounds__(threads)
-    map_kernel(const float* plane, int columns, int n, int padded, const Tap<float>* rows, const Tap<float>* cols, int64_t nx,
-               int64_t ny, const float* bias, uint16_t* map) {
+__global__ void __launch_bounds__(threads) map_kernel(PlaneList<float> planes, int n, int padded, int64_t x0, int64_t nx,
+                                                      int64_t ny, const float* bias, uint16_t* map) {
   const int lane = threadIdx.x % 32;
   for (int64_t v = blockIdx.x * static_cast<int64_t>(warps) + threadIdx.x / 32; v < nx * ny;
        v += static_cast<int64_t>(gridDim.x) * warps) {
-    const Tap<float> x = rows[v / ny], y = cols[v % ny];
     for (int c = lane; c < padded; c += 32) {
-      const float sum = c < n ? bilinear(plane, columns, n, c, x, y) + (bias ? bias[c] : 0.f) : 0.f;
+      float sum = bias && c < n ? bias[c] : 0.f;
+      for (int q = 0; q < planes.count && c < n; ++q)
+        sum += bilinear(planes.plane[q], planes.columns[q], n, c, planes.rows_at[q][x0 + v / ny], planes.columns_at[q][v % ny]);
       map[v * padded + c] = T::round(sum);
     }
   }

@@ -9,23 +9,17 @@
 extern "C" {
 #endif
 
-// See cpu/decode_grid.h; every pointer but the arrays of pointers is device memory, the workspace aligned to 256 bytes.
+// See cpu/decode.h; every pointer but the arrays of pointers is device memory, the workspace aligned to 256 bytes.
 // problem->tile: voxels a region (0: the default).
-int64_t tcam_decode_grid_cuda_workspace(const tcam_decode_grid* problem, int backward);
-int tcam_decode_grid_cuda(const tcam_decode_grid* problem, const void* const planes[3], const void* const* weights,
-                          const void* const* biases, void* volume, void* workspace, int device, void* stream);
-int tcam_decode_grid_backward_cuda(const tcam_decode_grid* problem, const void* grad_volume, const void* const planes[3],
-                                   const void* const* weights, const void* const* biases, void* const grad_planes[3],
-                                   void* const* grad_weights, void* const* grad_biases, void* workspace, int device,
-                                   void* stream);
-int tcam_decode_grid_loss_cuda(const tcam_decode_grid* problem, const tcam_objective* objective, const void* const planes[3],
-                               const void* const* weights, const void* const* biases, double* losses,
-                               void* const grad_planes[3], void* const* grad_weights, void* const* grad_biases, void* workspace,
-                               int device, void* stream);
-
-// See tcam_resample_plane_cpu; pointers are device memory.
-int tcam_resample_plane_cuda(const void* plane, int64_t m0, int64_t m1, int64_t channels, int64_t n0, int64_t n1,
-                             int align_corners, int padding, int dtype, void* out, int device, void* stream);
+int64_t tcam_decode_cuda_workspace(const tcam_problem* problem, int backward);
+int tcam_decode_cuda(const tcam_problem* problem, const tcam_inputs* inputs, void* out, void* workspace, int device,
+                     void* stream);
+int tcam_decode_backward_cuda(const tcam_problem* problem, const void* grad_out, const tcam_inputs* inputs,
+                              const tcam_gradients* gradients, void* workspace, int device, void* stream);
+int tcam_decode_loss_cuda(const tcam_problem* problem, const tcam_objective* objective, const tcam_inputs* inputs,
+                          double* losses, const tcam_gradients* gradients, void* workspace, int device, void* stream);
+int tcam_resample_axis_cuda(const tcam_resample* problem, const double bounds[2], const void* in, void* out, int device,
+                            void* stream);
 
 int tcam_cuda_info(int* runtime, int* driver, int* devices);
 const char* tcam_cuda_error(int status);

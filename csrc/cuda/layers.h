@@ -33,10 +33,8 @@ struct Region {
 
 template <class Real>
 struct Sampled {
-  const Real* projected[3];  // (rows, columns, n) of the planes xy, yz, xz
-  int columns[3];
-  const Tap<Real>* taps[3];  // of the axes x, y, z
-  const Real* bias;          // null: none
+  PlaneList<Real> planes;
+  const Real* bias;  // null: none
   int n;
 };
 
@@ -45,12 +43,13 @@ template <class Real>
 __global__ void __launch_bounds__(threads) first_layer_kernel(Sampled<Real> s, Region region, Real* z) {
   const int lane = threadIdx.x % 32;
   for (int v = blockIdx.x * warps + threadIdx.x / 32; v < region.voxels(); v += gridDim.x * warps) {
-    const Tap<Real> x = s.taps[0][region.i(v)], y = s.taps[1][region.j(v)], w = s.taps[2][region.k(v)];
+    const int64_t at[3] = {region.i(v), region.j(v), region.k(v)};
     for (int c = lane; c < s.n; c += 32) {
-      const Real sum =
-          bilinear(s.projected[0], s.columns[0], s.n, c, x, y) +
-          (bilinear(s.projected[1], s.columns[1], s.n, c, y, w) + bilinear(s.projected[2], s.columns[2], s.n, c, x, w));
-      z[static_cast<int64_t>(v) * s.n + c] = s.bias ? sum + s.bias[c] : sum;
+      Real sum = s.bias ? s.bias[c] : Real(0);
+      for (int q = 0; q < s.planes.count; ++q)
+        sum += bilinear(s.planes.plane[q], s.planes.columns[q], s.n, c, s.planes.rows_at[q][at[s.planes.row_axis[q]]],
+                        s.planes.columns_at[q][at[s.planes.column_axis[q]]]);
+      z[static_cast<int64_t>(v) * s.n + c] = sum;
     }
   }
 }
@@ -63,17 +62,17 @@ struct Activated {
   static constexpr bool columns_adjacent = true;
   const Real* z;
   int64_t pitch;
-  Activation activation;
+  Hidden<Real> activation;
   TCAM_DEVICE Real load(int64_t r, int64_t c) const { return z[r * pitch + c]; }
   TCAM_DEVICE Real value(Real x) const { return Maths<Scalar<Real>>::value(activation, x); }
 };
 
 // a'(z), with the conventions of maths/activation.h.
 template <class Real>
-TCAM_DEVICE Real slope_at(Activation activation, Real z) {
+TCAM_DEVICE Real slope_at(Hidden<Real> activation, Real z) {
   using M = Maths<Scalar<Real>>;
   const Real value = M::value(activation, z);
-  return slope_from_value(activation) ? M::slope_of_value(activation, value) : M::slope(activation, z, value);
+  return slope_from_value(activation.kind) ? M::slope_of_value(activation, value) : M::slope(activation, z, value);
 }
 
 template <class Real>
@@ -81,7 +80,7 @@ struct WriteDelta {
   Real* out;
   const Real* z;
   int64_t pitch;
-  Activation activation;
+  Hidden<Real> activation;
   TCAM_DEVICE void operator()(int, int64_t r, int c, Real sum) const {
     out[r * pitch + c] = sum * slope_at(activation, z[r * pitch + c]);
   }
@@ -94,8 +93,8 @@ template <class Real>
 struct LastLayer {
   const Real *z, *weight, *bias;  // weight (n_out, n_in); null with one layer, where z is the output itself
   int n_in, n_out;
-  Activation activation;
-  OutputActivation output_activation;
+  Hidden<Real> activation;
+  Final<Real> output_activation;
   void* volume;  // of one object: written, or the gradient, or the target
   int dtype;
   int64_t channel_stride;
@@ -126,16 +125,16 @@ __global__ void __launch_bounds__(threads) last_layer_kernel(LastLayer<Real> p, 
       if (lane) continue;
       const int64_t at = o * p.channel_stride + region.in_box(v);
       if (what == Finish::write) {
-        Elements<Real>::write(p.volume, p.dtype, at, M::output(p.output_activation, sum));
+        Elements<Real>::write(p.volume, p.dtype, at, output_of(p.output_activation, sum));
         continue;
       }
       Real delta = Elements<Real>::read(p.volume, p.dtype, at);
       if (what == Finish::compare) {
-        const Real difference = M::output(p.output_activation, sum) - delta;
+        const Real difference = output_of(p.output_activation, sum) - delta;
         total += static_cast<double>(L::value(p.loss, difference, p.beta));
         delta = L::slope(p.loss, difference, p.beta);
       }
-      if (p.delta) p.delta[static_cast<int64_t>(v) * p.n_out + o] = delta * M::output_slope(p.output_activation, sum);
+      if (p.delta) p.delta[static_cast<int64_t>(v) * p.n_out + o] = delta * output_slope_of(p.output_activation, sum);
     }
     if (what == Finish::compare && lane == 0) p.losses[v] = total;
   }
@@ -144,7 +143,7 @@ __global__ void __launch_bounds__(threads) last_layer_kernel(LastLayer<Real> p, 
 // delta_(L-1) = (delta_L W_L) a'(z_(L-1)): C_out is small, so an element is a few products.
 template <class Real>
 __global__ void __launch_bounds__(threads) last_delta_kernel(const Real* delta, int n_out, const Real* weight, const Real* z,
-                                                             int n, Activation activation, int64_t elements, Real* out) {
+                                                             int n, Hidden<Real> activation, int64_t elements, Real* out) {
   for (int64_t e = blockIdx.x * static_cast<int64_t>(threads) + threadIdx.x; e < elements;
        e += static_cast<int64_t>(gridDim.x) * threads) {
     const int64_t v = e / n, c = e % n;
@@ -161,11 +160,9 @@ class Layers : public Planes<Real> {
   using Base = Planes<Real>;
   using Base::add_axis_sum, Base::blocks, Base::channel_threads, Base::check, Base::width;
   using Base::biases_, Base::da_, Base::db_, Base::dg_, Base::n_, Base::p, Base::status_, Base::stream_, Base::weights_;
-  using Base::columns_, Base::projected_, Base::taps_;
 
  public:
-  Layers(const tcam_decode_grid& problem, bool backward, void* workspace, cudaStream_t stream)
-      : Base(problem, stream), activation_(static_cast<Activation>(problem.activation)) {
+  Layers(const tcam_problem& problem, bool backward, void* workspace, cudaStream_t stream) : Base(problem, stream) {
     choose_region(backward);
     Carver ws(workspace);
     this->carve_planes(ws, backward);
@@ -174,7 +171,6 @@ class Layers : public Planes<Real> {
   }
 
  private:
-  Activation activation_;
   int64_t region_size_[3], most_ = 0;
   Real *z_[TCAM_MAX_LAYERS + 1] = {}, *delta_[2] = {};
   double* losses_ = nullptr;
@@ -262,15 +258,10 @@ class Layers : public Planes<Real> {
   // z of layers 1 to L-1; the pointer is to the last of them (to z_1 with one layer).
   const Real* hidden_layers(const Region& region) {
     const int64_t voxels = region.voxels();
-    const Sampled<Real> sampled = {
-        {projected_[0], projected_[1], projected_[2]},
-        {static_cast<int>(columns_[0]), static_cast<int>(columns_[1]), static_cast<int>(columns_[2])},
-        {taps_[0], taps_[1], taps_[2]},
-        biases_[1],
-        width(1)};
+    const Sampled<Real> sampled = {this->projected(-1), biases_[1], width(1)};
     check(launch(first_layer_kernel<Real>, blocks(ceil_div(voxels, warps)), threads, 0, stream_, sampled, region, z_[1]));
     for (int l = 2; l < p.layers; ++l)
-      check(product(voxels, width(l), width(l - 1), 0, Activated<Real>{z_[l - 1], width(l - 1), activation_},
+      check(product(voxels, width(l), width(l - 1), 0, Activated<Real>{z_[l - 1], width(l - 1), this->activation(l - 1)},
                     Transposed<Real>{weights_[l], width(l - 1)}, WriteRows<Real>{z_[l], width(l), biases_[l]}));
     return z_[p.layers > 1 ? p.layers - 1 : 1];
   }
@@ -284,8 +275,8 @@ class Layers : public Planes<Real> {
                                   biases_[L],
                                   L > 1 ? width(L - 1) : width(1),
                                   width(L),
-                                  activation_,
-                                  static_cast<OutputActivation>(p.output_activation),
+                                  this->activation(L - 1),
+                                  this->output_activation(),
                                   static_cast<char*>(volume) + object * width(L) * stride * dtype_bytes(dtype),
                                   dtype,
                                   stride,
@@ -313,7 +304,7 @@ class Layers : public Planes<Real> {
       const int n = width(l), m = width(l - 1);
       if (p.grad_decoder) {
         const Transposed<Real> a = {delta, n};
-        const Activated<Real> b = {z_[l - 1], m, activation_};
+        const Activated<Real> b = {z_[l - 1], m, this->activation(l - 1)};
         const AddPartial<Real> add = {weight_partials_[l], n, m};
         check(n <= 16 ? gemm<Scalars<Real, 16>>(n, m, voxels, voxel_chunk, a, b, add, stream_)
                       : product(n, m, voxels, voxel_chunk, a, b, add));
@@ -323,10 +314,10 @@ class Layers : public Planes<Real> {
       Real* next = delta_[(l - 1) & 1];
       if (l == p.layers)
         check(launch(last_delta_kernel<Real>, blocks(ceil_div(voxels * m, threads)), threads, 0, stream_, delta, n, weights_[l],
-                     z_[l - 1], m, activation_, voxels * m, next));
+                     z_[l - 1], m, this->activation(l - 1), voxels * m, next));
       else
         check(product(voxels, m, n, 0, Rows<Real>{delta, n}, Rows<Real>{weights_[l], m},
-                      WriteDelta<Real>{next, z_[l - 1], m, activation_}));
+                      WriteDelta<Real>{next, z_[l - 1], m, this->activation(l - 1)}));
     }
     const int64_t slice = static_cast<int64_t>(region.nj) * region.nk, row = region.nk;
     const int n1 = width(1);

@@ -16,23 +16,34 @@ inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b
 // ---- the axes ----------------------------------------------------------------------------
 
 template <class Real>
-struct Tap {
+struct VoxelTap {
   int lo, hi;
   Real w_lo, w_hi;
 };
 
+// Of voxels first, first + 1, ... of `size`, weights times `scale`; see voxel_tap.
 template <class Real>
-__global__ void taps_kernel(int64_t first, int64_t count, int64_t size, int texels, bool align_corners, bool zeros,
-                            Tap<Real>* out) {
+__global__ void taps_kernel(int64_t first, int64_t count, int64_t size, Axis axis, bool corners, const double* bounds,
+                            double scale, VoxelTap<Real>* out) {
   for (int64_t x = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; x < count;
        x += static_cast<int64_t>(gridDim.x) * blockDim.x) {
-    const Taps t = linear_taps(first + x, size, texels, align_corners, zeros);
-    out[x] = {t.lo, t.hi, static_cast<Real>(t.w_lo), static_cast<Real>(t.w_hi)};
+    const Tap<double> t = voxel_tap(axis, first + x, size, corners, bounds);
+    out[x] = {t.lo, t.hi, static_cast<Real>(t.w_lo * scale), static_cast<Real>(t.w_hi * scale)};
   }
 }
 
+// Planes that a map or a voxel sums: (rows, columns, n) each, with the taps of its rows and columns.
 template <class Real>
-TCAM_DEVICE Real bilinear(const Real* plane, int columns, int n, int c, const Tap<Real>& t, const Tap<Real>& u) {
+struct PlaneList {
+  int count;
+  const Real* plane[TCAM_MAX_PLANES];
+  int columns[TCAM_MAX_PLANES];
+  int row_axis[TCAM_MAX_PLANES], column_axis[TCAM_MAX_PLANES];
+  const VoxelTap<Real>*rows_at[TCAM_MAX_PLANES], *columns_at[TCAM_MAX_PLANES];
+};
+
+template <class Real>
+TCAM_DEVICE Real bilinear(const Real* plane, int columns, int n, int c, const VoxelTap<Real>& t, const VoxelTap<Real>& u) {
   const Real* lo = plane + static_cast<int64_t>(t.lo) * columns * n + c;
   const Real* hi = plane + static_cast<int64_t>(t.hi) * columns * n + c;
   const int64_t a = static_cast<int64_t>(u.lo) * n, b = static_cast<int64_t>(u.hi) * n;
@@ -151,9 +162,9 @@ static __global__ void __launch_bounds__(threads) add_total_kernel(const double*
 
 // ---- back to texels ---------------------------------------------------------------------------
 
-// The first entry of a table of taps whose texel below is at least `texel` (they never descend).
+// The first entry of an ascending table of taps whose texel below is at least `texel`.
 template <class Real>
-TCAM_DEVICE int64_t first_tap(const Tap<Real>* taps, int64_t count, int texel) {
+TCAM_DEVICE int64_t first_tap(const VoxelTap<Real>* taps, int64_t count, int texel) {
   int64_t lo = 0, hi = count;
   while (lo < hi) {
     const int64_t middle = (lo + hi) / 2;
@@ -166,17 +177,20 @@ TCAM_DEVICE int64_t first_tap(const Tap<Real>* taps, int64_t count, int texel) {
 }
 
 // The adjoint of linear interpolation along one axis: out[r, y, :] = sum over x of w(x, r) in[x, y, :], x ascending: a gather,
-// because the voxels that read a texel are neighbours. in is [x*x_step + y*y_step], out [r*r_step + y*y_out].
+// because the voxels that read a texel are neighbours where the taps ascend; where they do not, all are looked at.
+// in is [x*x_step + y*y_step], out [r*r_step + y*y_out].
 template <class Real>
-__global__ void gather_axis_kernel(const Real* in, const Tap<Real>* taps, int64_t count, int n, int texels, int64_t ny,
-                                   int64_t x_step, int64_t y_step, Real* out, int64_t r_step, int64_t y_out) {
+__global__ void gather_axis_kernel(const Real* in, const VoxelTap<Real>* taps, bool ascending, int64_t count, int n, int texels,
+                                   int64_t ny, int64_t x_step, int64_t y_step, Real* out, int64_t r_step, int64_t y_out) {
   for (int64_t b = blockIdx.x; b < texels * ny; b += gridDim.x) {
     const int r = static_cast<int>(b / ny);
-    const int64_t y = b % ny, begin = first_tap(taps, count, r - 1), end = first_tap(taps, count, r + 1);
+    const int64_t y = b % ny, begin = ascending ? first_tap(taps, count, r - 1) : 0,
+                  end = ascending ? first_tap(taps, count, r + 1) : count;
     for (int c = threadIdx.x; c < n; c += blockDim.x) {
       Real sum = 0;
       for (int64_t x = begin; x < end; ++x) {
-        const Tap<Real> t = taps[x];
+        const VoxelTap<Real> t = taps[x];
+        if (t.lo != r && t.hi != r) continue;
         const Real w = (t.lo == r ? t.w_lo : Real(0)) + (t.hi == r ? t.w_hi : Real(0));
         sum += w * in[(x * x_step + y * y_step) * n + c];
       }
@@ -195,40 +209,36 @@ class Planes {
   int64_t bytes() const { return bytes_; }  // of the workspace
 
   // With an objective: the losses, `volume` being the target.
-  cudaError_t forward(const void* const planes[3], const void* const* weights, const void* const* biases, void* volume,
-                      const tcam_objective* objective, double* losses) {
-    set(weights, biases);
-    prepare();
+  cudaError_t forward(const tcam_inputs& in, void* volume, const tcam_objective* objective, double* losses) {
+    set(in);
     if (objective) clear(losses, p.batch * sizeof(double));
     for (int64_t object = 0; object < p.batch && !status_; ++object) {
-      project(planes, object);
+      project(in, object);
       walk(object, volume, objective, losses, false);
     }
     return status_;
   }
 
   // `volume` is the gradient of the volume or, with an objective, its target.
-  cudaError_t backward(const void* volume, const tcam_objective* objective, double* losses, const void* const planes[3],
-                       const void* const* weights, const void* const* biases, void* const grad_planes[3],
-                       void* const* grad_weights, void* const* grad_biases) {
+  cudaError_t backward(const tcam_inputs& in, const void* volume, const tcam_objective* objective, double* losses,
+                       const tcam_gradients& to) {
     const bool per_object = objective && objective->per_object;
-    set(weights, biases);
-    prepare();
+    set(in);
     if (objective) clear(losses, p.batch * sizeof(double));
     look_at(volume, objective);
     for (int64_t object = 0; object < p.batch && !status_; ++object) {
       if (object == 0 || per_object) clear(cleared_, cleared_bytes_);
-      project(planes, object);
+      project(in, object);
       clear(da_, n_[0] * n_[1] * width(1) * sizeof(Real));
       clear(db_, n_[1] * n_[2] * width(1) * sizeof(Real));
       clear(dg_, n_[0] * n_[2] * width(1) * sizeof(Real));
       walk(object, const_cast<void*>(volume), objective, losses, true);
-      maps_to_planes(planes, grad_planes, object);
+      maps_to_planes(in, to, object);
       if (p.grad_decoder && (per_object || object == p.batch - 1)) {
         for (int l = 1; l <= p.layers; ++l) {
           const int64_t row = per_object ? object : 0;
-          Real* bias = static_cast<Real*>(grad_biases[l - 1]);
-          grad_weight_[l] = static_cast<Real*>(grad_weights[l - 1]) + row * p.width[l] * p.width[l - 1];
+          Real* bias = static_cast<Real*>(to.biases[l - 1]);
+          grad_weight_[l] = static_cast<Real*>(to.weights[l - 1]) + row * p.width[l] * p.width[l - 1];
           grad_bias_[l] = bias ? bias + row * p.width[l] : nullptr;
         }
         write_first_gradients();
@@ -239,21 +249,18 @@ class Planes {
   }
 
  protected:
-  const tcam_decode_grid& p;
+  const tcam_problem& p;
   cudaStream_t stream_;
   cudaError_t status_ = cudaSuccess;
-  int64_t n_[3], rows_[3], columns_[3], bytes_ = 0;
+  int64_t n_[3], bytes_ = 0;
   const Real *weights_[TCAM_MAX_LAYERS + 1] = {}, *biases_[TCAM_MAX_LAYERS + 1] = {};
-  Tap<Real>* taps_[3];
-  Real *projected_[3], *da_ = nullptr, *db_ = nullptr, *dg_ = nullptr;
+  Real *da_ = nullptr, *db_ = nullptr, *dg_ = nullptr;
   Real *grad_weight_[TCAM_MAX_LAYERS + 1] = {}, *grad_bias_[TCAM_MAX_LAYERS + 1] = {};  // of the object; null: not there
   char* cleared_ = nullptr;  // the partial sums of the decoder's gradients
   int64_t cleared_bytes_ = 0;
 
-  Planes(const tcam_decode_grid& problem, cudaStream_t stream) : p(problem), stream_(stream) {
-    const int64_t h = p.planes[0], w = p.planes[1], d = p.planes[2];
-    const int64_t rows[3] = {h, w, h}, columns[3] = {w, d, d};
-    for (int q = 0; q < 3; ++q) n_[q] = p.hi[q] - p.lo[q], rows_[q] = rows[q], columns_[q] = columns[q];
+  Planes(const tcam_problem& problem, cudaStream_t stream) : p(problem), stream_(stream) {
+    for (int a = 0; a < 3; ++a) n_[a] = p.hi[a] - p.lo[a];
   }
 
   // The road's own part: from the projections of an object to its volume or losses; backward also adds to dA, dB, dG and to the
@@ -262,8 +269,33 @@ class Planes {
   virtual void write_gradients() = 0;
   virtual void look_at(const void*, const tcam_objective*) {}  // at the gradient or the target, before backward
 
+  Hidden<Real> activation(int layer) const {  // of layers 1 to L-1; any for layer 0
+    const tcam_activation& a = p.activation[layer > 0 ? layer - 1 : 0];
+    return {static_cast<Activation>(a.kind), static_cast<Real>(a.parameter)};
+  }
+  Final<Real> output_activation() const {
+    return {static_cast<OutputActivation>(p.output_activation.kind), static_cast<Real>(p.output_activation.parameter)};
+  }
   int width(int layer) const { return static_cast<int>(p.width[layer]); }
-  int64_t texels(int q) const { return rows_[q] * columns_[q]; }
+  int64_t rows(int q) const { return p.planes[q].rows; }
+  int64_t columns(int q) const { return p.planes[q].columns; }
+  int64_t texels(int q) const { return rows(q) * columns(q); }
+  // Which map a plane is part of: 0: A (x, y), 1: B (y, z), 2: G (x, z).
+  int map_of(int q) const { return p.planes[q].row_axis == 1 ? 1 : p.planes[q].column_axis == 1 ? 0 : 2; }
+
+  // The projected planes of a map (-1: all).
+  PlaneList<Real> projected(int map) const {
+    PlaneList<Real> list = {};
+    for (int q = 0; q < p.plane_count; ++q) {
+      if (map >= 0 && map_of(q) != map) continue;
+      const int e = list.count++;
+      list.plane[e] = projected_[q];
+      list.columns[e] = static_cast<int>(columns(q));
+      list.row_axis[e] = p.planes[q].row_axis, list.column_axis[e] = p.planes[q].column_axis;
+      list.rows_at[e] = row_taps_[q], list.columns_at[e] = column_taps_[q];
+    }
+    return list;
+  }
   int64_t texel_chunk(int q) const { return ceil_div(texels(q), texel_splits); }
   int64_t row_chunk() const { return ceil_div(n_[0] * n_[1], row_splits); }
   Real* reals(Carver& ws, int64_t count) {
@@ -281,23 +313,31 @@ class Planes {
 
   void carve_planes(Carver& ws, bool backward) {
     const int n1 = width(1);
-    for (int a = 0; a < 3; ++a)
-      taps_[a] = reinterpret_cast<Tap<Real>*>(ws.take(n_[a] * static_cast<int64_t>(sizeof(Tap<Real>))));
-    for (int q = 0; q < 3; ++q) projected_[q] = reals(ws, texels(q) * n1);
+    auto taps = [&](int axis) {
+      return reinterpret_cast<VoxelTap<Real>*>(ws.take(n_[axis] * static_cast<int64_t>(sizeof(VoxelTap<Real>))));
+    };
+    for (int q = 0; q < p.plane_count; ++q) {
+      row_taps_[q] = taps(p.planes[q].row_axis);
+      column_taps_[q] = taps(p.planes[q].column_axis);
+      projected_[q] = reals(ws, texels(q) * n1);
+    }
     if (!backward) return;
     da_ = reals(ws, n_[0] * n_[1] * n1);
     db_ = reals(ws, n_[1] * n_[2] * n1);
     dg_ = reals(ws, n_[0] * n_[2] * n1);
-    int64_t most_between = 0;
-    for (int64_t size : {rows_[0] * n_[1], rows_[1] * n_[2], rows_[2] * n_[2]})
-      most_between = size > most_between ? size : most_between;
+    int64_t most_between = 0, most_texels = 0;
+    for (int q = 0; q < p.plane_count; ++q) {
+      const int64_t between = rows(q) * n_[p.planes[q].column_axis];
+      most_between = between > most_between ? between : most_between;
+      most_texels = texels(q) > most_texels ? texels(q) : most_texels;
+    }
     between_ = reals(ws, most_between * n1);
-    for (int q = 0; q < 3; ++q) grad_projected_[q] = reals(ws, texels(q) * n1);
+    grad_projected_ = reals(ws, most_texels * n1);
   }
   // After it the road takes its own partial sums, and calls end_partials.
   int64_t begin_partials(Carver& ws) {
     const int64_t begin = ws.used();
-    for (int q = 0; q < 3; ++q) first_partials_[q] = reals(ws, texel_splits * width(1) * p.channels);
+    for (int b = 0; b < first_blocks(); ++b) first_partials_[b] = reals(ws, texel_splits * width(1) * p.channels);
     first_bias_partials_ = reals(ws, row_splits * width(1));
     return begin;
   }
@@ -317,55 +357,69 @@ class Planes {
   }
 
  private:
-  Real *between_ = nullptr, *grad_projected_[3] = {}, *first_partials_[3] = {}, *first_bias_partials_ = nullptr;
+  VoxelTap<Real>*row_taps_[TCAM_MAX_PLANES] = {}, *column_taps_[TCAM_MAX_PLANES] = {};
+  Real *projected_[TCAM_MAX_PLANES] = {}, *first_partials_[TCAM_MAX_PLANES] = {}, *first_bias_partials_ = nullptr;
+  Real *between_ = nullptr, *grad_projected_ = nullptr;
+  bool ascending_ = true;  // the taps
 
-  void set(const void* const* weights, const void* const* biases) {
+  void set(const tcam_inputs& in) {
     for (int l = 1; l <= p.layers; ++l) {
-      weights_[l] = static_cast<const Real*>(weights[l - 1]);
-      biases_[l] = static_cast<const Real*>(biases[l - 1]);
+      weights_[l] = static_cast<const Real*>(in.weights[l - 1]);
+      biases_[l] = static_cast<const Real*>(in.biases[l - 1]);
     }
+    ascending_ = p.padding != TCAM_PAD_REFLECTION && !in.bounds;
+    if (!in.bounds) place(nullptr);
   }
 
-  void prepare() {
-    for (int a = 0; a < 3; ++a)
-      check(launch(taps_kernel<Real>, blocks(ceil_div(n_[a], threads)), threads, 0, stream_, p.lo[a], n_[a], p.size[a],
-                   static_cast<int>(p.planes[a]), p.align_corners != 0, p.padding == TCAM_PAD_ZEROS, taps_[a]));
+  void place(const double* bounds) {
+    for (int q = 0; q < p.plane_count; ++q)
+      for (bool row : {true, false}) {
+        const int a = row ? p.planes[q].row_axis : p.planes[q].column_axis;
+        const Axis axis = {static_cast<int>(row ? rows(q) : columns(q)), p.align_corners != 0, p.padding};
+        check(launch(taps_kernel<Real>, blocks(ceil_div(n_[a], threads)), threads, 0, stream_, p.lo[a], n_[a], p.size[a], axis,
+                     p.corners != 0, bounds ? bounds + 2 * a : nullptr, row ? p.plane_scale : 1.,
+                     row ? row_taps_[q] : column_taps_[q]));
+      }
   }
 
-  const Real* plane(const void* const planes[3], int q, int64_t object) const {
+  const Real* plane(const void* const* planes, int q, int64_t object) const {
     return static_cast<const Real*>(planes[q]) + object * p.channels * texels(q);
   }
-  const Real* first_weight(int q) const { return weights_[1] + q * p.channels; }  // of W_1 = [W_xy | W_yz | W_xz]
+  // W_1 = [W_0 | W_1 | ...], a block of columns for each plane, or one for their sum.
+  int first_blocks() const { return p.reduce == TCAM_CONCAT ? p.plane_count : 1; }
+  int first_block(int q) const { return p.reduce == TCAM_CONCAT ? q : 0; }
+  const Real* first_weight(int q) const { return weights_[1] + first_block(q) * p.channels; }
 
-  void project(const void* const planes[3], int64_t object) {
-    for (int q = 0; q < 3; ++q)
-      check(gemm<Scalars<Real, 64>>(texels(q), width(1), p.channels, 0, Transposed<Real>{plane(planes, q, object), texels(q)},
-                                    Transposed<Real>{first_weight(q), 3 * p.channels},
-                                    WriteRows<Real>{projected_[q], width(1), nullptr}, stream_));
+  void project(const tcam_inputs& in, int64_t object) {
+    if (in.bounds) place(in.bounds + object * 6);
+    for (int q = 0; q < p.plane_count; ++q)
+      check(gemm<Scalars<Real, 64>>(
+          texels(q), width(1), p.channels, 0, Transposed<Real>{plane(in.planes, q, object), texels(q)},
+          Transposed<Real>{first_weight(q), p.width[0]}, WriteRows<Real>{projected_[q], width(1), nullptr}, stream_));
   }
 
-  void gather(const Real* in, int axis, int64_t ny, int64_t x_step, int64_t y_step, Real* out, int64_t r_step, int64_t y_out) {
-    check(launch(gather_axis_kernel<Real>, blocks(p.planes[axis] * ny), channel_threads(width(1)), 0, stream_, in, taps_[axis],
-                 n_[axis], width(1), static_cast<int>(p.planes[axis]), ny, x_step, y_step, out, r_step, y_out));
+  void gather(const Real* in, const VoxelTap<Real>* taps, int64_t count, int64_t texels, int64_t ny, int64_t x_step,
+              int64_t y_step, Real* out, int64_t r_step, int64_t y_out) {
+    check(launch(gather_axis_kernel<Real>, blocks(texels * ny), channel_threads(width(1)), 0, stream_, in, taps, ascending_,
+                 count, width(1), static_cast<int>(texels), ny, x_step, y_step, out, r_step, y_out));
   }
 
-  void maps_to_planes(const void* const planes[3], void* const grad_planes[3], int64_t object) {
+  void maps_to_planes(const tcam_inputs& in, const tcam_gradients& to, int64_t object) {
     const Real* maps[3] = {da_, db_, dg_};
-    const int axes[3][2] = {{0, 1}, {1, 2}, {0, 2}};
-    for (int q = 0; q < 3; ++q) {
-      const int u = axes[q][0], v = axes[q][1];
-      gather(maps[q], u, n_[v], n_[v], 1, between_, n_[v], 1);                      // voxels to texels along rows,
-      gather(between_, v, rows_[q], 1, n_[v], grad_projected_[q], 1, columns_[q]);  // then along columns
+    for (int q = 0; q < p.plane_count; ++q) {
+      const int64_t nu = n_[p.planes[q].row_axis], nv = n_[p.planes[q].column_axis];
+      gather(maps[map_of(q)], row_taps_[q], nu, rows(q), nv, nv, 1, between_, nv, 1);  // voxels to texels along rows,
+      gather(between_, column_taps_[q], nv, columns(q), rows(q), 1, nv, grad_projected_, 1, columns(q));  // then along columns
       if (p.grad_decoder)
         check(gemm<Scalars<Real, 64>>(width(1), static_cast<int>(p.channels), texels(q), texel_chunk(q),
-                                      Transposed<Real>{grad_projected_[q], width(1)},
-                                      Transposed<Real>{plane(planes, q, object), texels(q)},
-                                      AddPartial<Real>{first_partials_[q], width(1), p.channels}, stream_));
+                                      Transposed<Real>{grad_projected_, width(1)},
+                                      Transposed<Real>{plane(in.planes, q, object), texels(q)},
+                                      AddPartial<Real>{first_partials_[first_block(q)], width(1), p.channels}, stream_));
       if (p.grad_planes)
         check(gemm<Scalars<Real, 64>>(
-            texels(q), static_cast<int>(p.channels), width(1), 0, Rows<Real>{grad_projected_[q], width(1)},
-            Rows<Real>{first_weight(q), 3 * p.channels},
-            WriteTransposed<Real>{static_cast<Real*>(grad_planes[q]) + object * p.channels * texels(q), texels(q)}, stream_));
+            texels(q), static_cast<int>(p.channels), width(1), 0, Rows<Real>{grad_projected_, width(1)},
+            Rows<Real>{first_weight(q), p.width[0]},
+            WriteTransposed<Real>{static_cast<Real*>(to.planes[q]) + object * p.channels * texels(q), texels(q)}, stream_));
     }
     if (p.grad_decoder)
       check(launch(add_column_sums_kernel<Real>, static_cast<unsigned>(ceil_div(n_[0] * n_[1], row_chunk())),
@@ -374,9 +428,9 @@ class Planes {
 
   void write_first_gradients() {
     const int64_t n1 = width(1);
-    for (int q = 0; q < 3; ++q)
-      combine({first_partials_[q], texel_splits, n1 * p.channels, p.channels}, n1, p.channels, nullptr,
-              grad_weight_[1] + q * p.channels, 3 * p.channels);
+    for (int b = 0; b < first_blocks(); ++b)
+      combine({first_partials_[b], texel_splits, n1 * p.channels, p.channels}, n1, p.channels, nullptr,
+              grad_weight_[1] + b * p.channels, p.width[0]);
     if (grad_bias_[1]) combine({first_bias_partials_, row_splits, n1, n1}, 1, n1, nullptr, grad_bias_[1], n1);
   }
 };

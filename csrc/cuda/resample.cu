@@ -1,4 +1,4 @@
-// Resampling of a channels-last plane to a grid of voxels: the maps A, B, G of decode_grid.
+// Linear interpolation along one axis of an array, from texels to voxels and back: what sample_grid is made of.
 #include "../maths/bilinear.h"
 #include "../problem.h"
 #include "device.h"
@@ -7,48 +7,93 @@
 namespace tcam {
 namespace {
 
-// plane (m0, m1, channels) and out (n0, n1, channels), row-major, distinct. A block owns one
-// voxel (i, j) at a time (grid-stride over n0*n1), its threads the channels: reads of the four
-// texels and the write are coalesced, and the taps are computed once a voxel by every thread
-// (a dozen double operations against a memory-bound row).
+constexpr int threads = 256;
+
+struct Along {
+  int64_t outer, inner, n, size, lo;  // n voxels, from lo on, of `size`
+  Axis axis;
+  bool corners, ascending;
+  TCAM_DEVICE Tap<double> tap(int64_t i, const double* bounds) const { return voxel_tap(axis, lo + i, size, corners, bounds); }
+};
+
+// out (outer, n, inner): an element a thread.
 template <class Real>
-__global__ void resample_plane_kernel(const Real* __restrict__ plane, int m0, int m1, int channels, long long n0, long long n1,
-                                      bool align_corners, bool zeros, Real* __restrict__ out) {
-  for (long long v = blockIdx.x; v < n0 * n1; v += gridDim.x) {
-    const Taps t = linear_taps(v / n1, n0, m0, align_corners, zeros);
-    const Taps u = linear_taps(v % n1, n1, m1, align_corners, zeros);
-    const Real w00 = static_cast<Real>(t.w_lo * u.w_lo), w01 = static_cast<Real>(t.w_lo * u.w_hi),
-               w10 = static_cast<Real>(t.w_hi * u.w_lo), w11 = static_cast<Real>(t.w_hi * u.w_hi);
-    const Real* p00 = plane + (static_cast<long long>(t.lo) * m1 + u.lo) * channels;
-    const Real* p01 = plane + (static_cast<long long>(t.lo) * m1 + u.hi) * channels;
-    const Real* p10 = plane + (static_cast<long long>(t.hi) * m1 + u.lo) * channels;
-    const Real* p11 = plane + (static_cast<long long>(t.hi) * m1 + u.hi) * channels;
-    for (int c = threadIdx.x; c < channels; c += blockDim.x)
-      out[v * channels + c] = w00 * p00[c] + w01 * p01[c] + w10 * p10[c] + w11 * p11[c];
+__global__ void __launch_bounds__(threads) resample_kernel(Along a, const double* bounds, const Real* in, Real* out) {
+  const int64_t count = a.outer * a.n * a.inner;
+  for (int64_t e = blockIdx.x * static_cast<int64_t>(threads) + threadIdx.x; e < count;
+       e += static_cast<int64_t>(gridDim.x) * threads) {
+    const int64_t x = e % a.inner, i = e / a.inner % a.n, o = e / a.inner / a.n;
+    const Tap<double> t = a.tap(i, bounds);
+    const Real* from = in + o * a.axis.texels * a.inner + x;
+    out[e] = static_cast<Real>(t.w_lo) * from[t.lo * a.inner] + static_cast<Real>(t.w_hi) * from[t.hi * a.inner];
+  }
+}
+
+// Its adjoint, out (outer, texels, inner): blocks of a row of the grid own a texel, so that no sum needs atomics. The voxels
+// that read it are neighbours where their taps ascend; where they do not, all are looked at.
+template <class Real>
+__global__ void __launch_bounds__(threads) resample_adjoint_kernel(Along a, const double* bounds, const Real* in, Real* out) {
+  Shared shared;
+  int64_t* range = shared.take<int64_t>(2);
+  for (int64_t r = blockIdx.y; r < a.axis.texels; r += gridDim.y) {
+    if (threadIdx.x < 2) {  // the first voxel whose texel below is at least r - 1, and r + 1
+      int64_t lo = 0, hi = a.n;
+      if (!a.ascending) lo = hi = threadIdx.x ? a.n : 0;
+      while (lo < hi) {
+        const int64_t middle = (lo + hi) / 2;
+        if (a.tap(middle, bounds).lo < r - 1 + 2 * static_cast<int64_t>(threadIdx.x))
+          lo = middle + 1;
+        else
+          hi = middle;
+      }
+      range[threadIdx.x] = lo;
+    }
+    __syncthreads();
+    const int64_t begin = range[0], end = range[1];
+    for (int64_t e = blockIdx.x * static_cast<int64_t>(threads) + threadIdx.x; e < a.outer * a.inner;
+         e += static_cast<int64_t>(gridDim.x) * threads) {
+      const int64_t x = e % a.inner, o = e / a.inner;
+      Real sum = 0;
+      for (int64_t i = begin; i < end; ++i) {
+        const Tap<double> t = a.tap(i, bounds);
+        const double w = (t.lo == r ? t.w_lo : 0.) + (t.hi == r ? t.w_hi : 0.);
+        if (w != 0) sum += static_cast<Real>(w) * in[(o * a.n + i) * a.inner + x];
+      }
+      out[(o * a.axis.texels + r) * a.inner + x] = sum;
+    }
+    __syncthreads();  // range is read
   }
 }
 
 template <class Real>
-cudaError_t resample(const void* plane, int64_t m0, int64_t m1, int64_t channels, int64_t n0, int64_t n1, bool align_corners,
-                     bool zeros, void* out, cudaStream_t stream) {
-  const int threads = channels >= 128 ? 128 : channels > 32 ? 64 : 32;
-  const int64_t voxels = n0 * n1;
-  const unsigned blocks = static_cast<unsigned>(voxels < 65536 ? voxels : 65536);
-  return launch(resample_plane_kernel<Real>, blocks, threads, 0, stream, static_cast<const Real*>(plane), static_cast<int>(m0),
-                static_cast<int>(m1), static_cast<int>(channels), n0, n1, align_corners, zeros, static_cast<Real*>(out));
+cudaError_t resample(const tcam_resample& p, const double* bounds, const void* in, void* out, cudaStream_t stream) {
+  const Along a = {p.outer,        p.inner,
+                   p.hi - p.lo,    p.size,
+                   p.lo,           {static_cast<int>(p.texels), p.align_corners != 0, p.padding},
+                   p.corners != 0, p.padding != TCAM_PAD_REFLECTION && !bounds};
+  auto blocks = [](int64_t elements, int64_t most) {
+    const int64_t wanted = (elements + threads - 1) / threads;
+    return static_cast<unsigned>(wanted < most ? wanted : most);
+  };
+  const Real* from = static_cast<const Real*>(in);
+  if (!p.adjoint)
+    return launch(resample_kernel<Real>, blocks(a.outer * a.n * a.inner, 65535), threads, 0, stream, a, bounds, from,
+                  static_cast<Real*>(out));
+  const dim3 grid(blocks(a.outer * a.inner, 1024), static_cast<unsigned>(p.texels < 65535 ? p.texels : 65535));
+  return launch(resample_adjoint_kernel<Real>, grid, threads, 2 * sizeof(int64_t) + 16, stream, a, bounds, from,
+                static_cast<Real*>(out));
 }
 
 }  // namespace
 }  // namespace tcam
 
-extern "C" int tcam_resample_plane_cuda(const void* plane, int64_t m0, int64_t m1, int64_t channels, int64_t n0, int64_t n1,
-                                        int align_corners, int padding, int dtype, void* out, int device, void* stream) {
+extern "C" int tcam_resample_axis_cuda(const tcam_resample* problem, const double bounds[2], const void* in, void* out,
+                                       int device, void* stream) {
   tcam::DeviceGuard guard(device);
   if (guard.status() != cudaSuccess) return guard.status();
-  const bool zeros = padding == TCAM_PAD_ZEROS;
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
-  return dtype == TCAM_F64 ? tcam::resample<double>(plane, m0, m1, channels, n0, n1, align_corners, zeros, out, s)
-                           : tcam::resample<float>(plane, m0, m1, channels, n0, n1, align_corners, zeros, out, s);
+  return problem->dtype == TCAM_F64 ? tcam::resample<double>(*problem, bounds, in, out, s)
+                                    : tcam::resample<float>(*problem, bounds, in, out, s);
 }
 
 extern "C" int tcam_cuda_info(int* runtime, int* driver, int* devices) {

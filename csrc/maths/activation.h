@@ -1,5 +1,5 @@
 // The activations, written once. `M` supplies the arithmetic of a value type V (a CPU
-// vector, a scalar on a device): exp, tanh, log1p, select, splat.
+// vector, a scalar on a device): exp, tanh, log1p, sin, cos, normal_cdf, select, splat.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -10,17 +10,30 @@
 
 namespace tcam {
 
-// One list names them for C++ and, through the bindings, for Python (activations.py).
-#define TCAM_HIDDEN_ACTIVATIONS(X) X(relu) X(leaky_relu) X(silu) X(softplus) X(tanh)
-#define TCAM_OUTPUT_ACTIVATIONS(X) X(none) X(sigmoid) X(clamp)
+// One list names them for C++ and, through the bindings, for Python (activations.py, where their parameters p and formulas
+// are).
+#define TCAM_HIDDEN_ACTIVATIONS(X) X(relu) X(leaky_relu) X(silu) X(softplus) X(tanh) X(gelu) X(sine) X(half_sine)
+#define TCAM_OUTPUT_ACTIVATIONS(X) X(none) X(sigmoid) X(clamp) X(affine_sigmoid) X(softplus) X(trunc_exp) X(tanh)
 
 #define TCAM_ENUM(name) name,
 enum class Activation : int { TCAM_HIDDEN_ACTIVATIONS(TCAM_ENUM) };
 enum class OutputActivation : int { TCAM_OUTPUT_ACTIVATIONS(TCAM_ENUM) };
 #undef TCAM_ENUM
 
-constexpr double leaky_slope = 0.01;       // torch.nn.functional.leaky_relu's default
+// One with its parameter, as the kernels take it; Real is the type that they compute in.
+template <class Real>
+struct Hidden {
+  Activation kind;
+  Real p;
+};
+template <class Real>
+struct Final {
+  OutputActivation kind;
+  Real p;
+};
+
 constexpr double softplus_threshold = 20;  // torch.nn.functional.softplus's default
+constexpr double trunc_exp_most = 15;      // beyond it trunc_exp's gradient grows no more
 
 // relu and leaky_relu keep the sign of their argument: the slope follows from the value.
 TCAM_MATHS constexpr bool slope_from_value(Activation a) { return a == Activation::relu || a == Activation::leaky_relu; }
@@ -31,59 +44,93 @@ struct Maths {
 
   TCAM_MATHS V sigmoid(V z) { return M::splat(1) / (M::splat(1) + M::exp(-z)); }
 
+  // e/(1 + e)^2 with e = exp(-|z|): s (1 - s) of the sigmoid without its cancellation where s is close to 1.
+  TCAM_MATHS V logistic_slope(V z) {
+    const V e = M::exp(M::select(z < M::splat(0), z, -z)), d = M::splat(1) + e;
+    return e / (d * d);
+  }
+
+  // log(1 + exp(z)), z itself above torch's threshold.
+  TCAM_MATHS V softplus(V z) {
+    const V e = M::exp(M::select(z < M::splat(0), z, -z));  // max(z, 0) + log(1 + exp(-|z|))
+    const V soft = M::select(z < M::splat(0), M::splat(0), z) + M::log1p(e);
+    return M::select(z > M::splat(softplus_threshold), z, soft);
+  }
+  TCAM_MATHS V softplus_slope(V z) { return M::select(z > M::splat(softplus_threshold), M::splat(1), sigmoid(z)); }
+
   // a(z). A NaN argument gives NaN.
-  TCAM_MATHS V value(Activation a, V z) {
-    switch (a) {
+  template <class Real>
+  TCAM_MATHS V value(Hidden<Real> a, V z) {
+    switch (a.kind) {
       case Activation::relu: return M::select(z < M::splat(0), M::splat(0), z);
-      case Activation::leaky_relu: return M::select(z < M::splat(0), z * M::splat(leaky_slope), z);
+      case Activation::leaky_relu: return M::select(z < M::splat(0), z * M::splat(a.p), z);
       case Activation::silu: return z * sigmoid(z);
-      case Activation::softplus: {
-        // max(z, 0) + log(1 + exp(-|z|)); torch returns z itself above its threshold.
-        const V e = M::exp(M::select(z < M::splat(0), z, -z));
-        const V soft = M::select(z < M::splat(0), M::splat(0), z) + M::log1p(e);
-        return M::select(z > M::splat(softplus_threshold), z, soft);
-      }
+      case Activation::softplus: return softplus(z * M::splat(a.p)) * M::splat(1 / a.p);
       case Activation::tanh: return M::tanh(z);
+      case Activation::gelu: return z * M::normal_cdf(z);
+      case Activation::sine: return M::sin(z * M::splat(a.p));
+      case Activation::half_sine: return (M::sin(z * M::splat(a.p)) + M::splat(1)) * M::splat(0.5);
     }
     return z;
   }
 
   // a'(z) of the smooth activations.
-  TCAM_MATHS V slope(Activation a, V z, V value) {
-    switch (a) {
+  template <class Real>
+  TCAM_MATHS V slope(Hidden<Real> a, V z, V value) {
+    switch (a.kind) {
       case Activation::silu: {
         const V s = sigmoid(z);
         return s + value * (M::splat(1) - s);
       }
-      case Activation::softplus: return M::select(z > M::splat(softplus_threshold), M::splat(1), sigmoid(z));
+      case Activation::softplus: return softplus_slope(z * M::splat(a.p));
       case Activation::tanh: return M::splat(1) - value * value;
+      case Activation::gelu: {
+        const V density = M::exp(z * z * M::splat(-0.5)) * M::splat(0.3989422804014327);  // 1/sqrt(2 pi)
+        return M::normal_cdf(z) + z * density;
+      }
+      case Activation::sine: return M::cos(z * M::splat(a.p)) * M::splat(a.p);
+      case Activation::half_sine: return M::cos(z * M::splat(a.p)) * M::splat(a.p / 2);
       default: return M::splat(1);
     }
   }
 
   // a'(z) of relu and leaky_relu, from a(z). Zero slope (leaky: the leak) at 0, as in torch.
-  TCAM_MATHS V slope_of_value(Activation a, V value) {
-    const V below = a == Activation::relu ? M::splat(0) : M::splat(leaky_slope);
+  template <class Real>
+  TCAM_MATHS V slope_of_value(Hidden<Real> a, V value) {
+    const V below = a.kind == Activation::relu ? M::splat(0) : M::splat(a.p);
     return M::select(value > M::splat(0), M::splat(1), below);
   }
 
-  TCAM_MATHS V output(OutputActivation a, V z) {
-    switch (a) {
+  template <class Real>
+  TCAM_MATHS V output(Final<Real> a, V z) {
+    switch (a.kind) {
       case OutputActivation::sigmoid: return sigmoid(z);
       case OutputActivation::clamp: return M::select(z < M::splat(0), M::splat(0), M::select(z > M::splat(1), M::splat(1), z));
+      case OutputActivation::affine_sigmoid: return sigmoid(z) * M::splat(1 + 2 * a.p) - M::splat(a.p);
+      case OutputActivation::softplus: return softplus(z + M::splat(a.p));
+      case OutputActivation::trunc_exp: return M::exp(z + M::splat(a.p));
+      case OutputActivation::tanh: return M::tanh(z);
       default: return z;
     }
   }
 
   // d output / d z; clamp passes the gradient on [0, 1] inclusive, as torch.clamp does.
-  TCAM_MATHS V output_slope(OutputActivation a, V z) {
-    switch (a) {
-      case OutputActivation::sigmoid: {
-        const V s = sigmoid(z);
-        return s * (M::splat(1) - s);
+  template <class Real>
+  TCAM_MATHS V output_slope(Final<Real> a, V z) {
+    switch (a.kind) {
+      case OutputActivation::sigmoid:
+      case OutputActivation::affine_sigmoid: {
+        const V slope = logistic_slope(z);
+        return a.kind == OutputActivation::sigmoid ? slope : slope * M::splat(1 + 2 * a.p);
       }
       case OutputActivation::clamp:
         return M::select(z < M::splat(0), M::splat(0), M::select(z > M::splat(1), M::splat(0), M::splat(1)));
+      case OutputActivation::softplus: return softplus_slope(z + M::splat(a.p));
+      case OutputActivation::trunc_exp: {
+        const V x = z + M::splat(a.p);
+        return M::exp(M::select(x > M::splat(trunc_exp_most), M::splat(trunc_exp_most), x));
+      }
+      case OutputActivation::tanh: return logistic_slope(z + z) * M::splat(4);  // tanh z = 2 sigmoid(2z) - 1
       default: return M::splat(1);
     }
   }

@@ -1,5 +1,6 @@
-// Linear interpolation along one axis, written once for host and device.
+// Linear interpolation along one axis of texels, written once for host and device.
 #pragma once
+#include "../problem.h"
 
 #if defined(__CUDACC__)
 #define TCAM_HD __host__ __device__ inline
@@ -9,32 +10,78 @@
 
 namespace tcam {
 
-// The two texels that a voxel reads on one axis, and their weights.
-struct Taps {
+// The two texels that a coordinate lies between, their weights, and what these change by per unit of the coordinate.
+template <class T>
+struct Tap {
   int lo, hi;
-  double w_lo, w_hi;
+  T w_lo, w_hi, d_lo, d_hi;
 };
 
-// Voxel i of n has its centre at s = (i + 1/2)/n of the axis. In texels that is
-// s*m - 1/2 (align_corners false: texels are cells) or s*(m - 1) (true: texels are
-// corners). Padding "border" clamps the coordinate, "zeros" drops taps outside.
-TCAM_HD Taps linear_taps(long long i, long long n, int m, bool align_corners, bool zeros) {
-  const double s = (static_cast<double>(i) + 0.5) / static_cast<double>(n);
-  double x = align_corners ? s * (m - 1) : s * m - 0.5;
-  if (!zeros) x = x < 0 ? 0 : (x > m - 1 ? m - 1 : x);
-  int f = static_cast<int>(x);
-  if (x < f) --f;  // floor; x > -1 always
-  Taps t;
-  t.w_hi = x - f;
-  t.w_lo = 1.0 - t.w_hi;
-  t.lo = f;
-  t.hi = f + 1;
-  if (t.lo < 0) t.lo = 0, t.w_lo = 0;
-  if (t.hi > m - 1) {
-    t.hi = m - 1;
-    if (zeros) t.w_hi = 0;
+// An axis of `texels` texels: a coordinate of -1 is the outer edge of the first (align_corners false) or its centre (true), 1
+// that of the last, as in torch's grid_sample.
+struct Axis {
+  int texels;
+  bool align_corners;
+  int padding;  // tcam_padding
+};
+
+// x in texels (0: the first centre) and its derivative to the tap. NaN (infinity times no texels) counts as 0.
+template <class T>
+TCAM_HD Tap<T> tap_at(const Axis& axis, T x, T dx) {
+  const int m = axis.texels;
+  if (x != x) x = 0;
+  if (axis.padding == TCAM_PAD_ZEROS) {  // beyond a texel's reach all is zero
+    if (x < -1) x = -1, dx = 0;
+    if (x > m) x = static_cast<T>(m), dx = 0;
+  } else {
+    if (axis.padding == TCAM_PAD_REFLECTION) {  // about the edges of the axis
+      const T begin = axis.align_corners ? T(0) : T(-0.5), span = static_cast<T>(axis.align_corners ? m - 1 : m);
+      T y = x - begin;
+      if (y < 0) y = -y, dx = -dx;
+      const T turns = y / span;  // infinite where nothing can be told
+      if (turns < T(1 << 24)) {
+        const int whole = static_cast<int>(turns);
+        y -= static_cast<T>(whole) * span;
+        if (whole & 1) y = span - y, dx = -dx;
+        x = begin + y;
+      } else {
+        x = 0;
+      }
+    }
+    if (!(x > 0)) x = 0, dx = 0;
+    if (!(x < m - 1)) x = static_cast<T>(m - 1), dx = 0;
   }
+  int floor = static_cast<int>(x);
+  if (x < static_cast<T>(floor)) --floor;
+  Tap<T> t;
+  t.w_hi = x - static_cast<T>(floor);
+  t.w_lo = 1 - t.w_hi;
+  t.d_lo = -dx, t.d_hi = dx;
+  t.lo = floor, t.hi = floor + 1;
+  if (t.lo < 0) t.lo = 0, t.w_lo = 0, t.d_lo = 0;
+  if (t.lo > m - 1) t.lo = m - 1, t.w_lo = 0, t.d_lo = 0;
+  if (t.hi > m - 1) t.hi = m - 1, t.w_hi = 0, t.d_hi = 0;
   return t;
+}
+
+// A coordinate; NaN counts as -1.
+template <class T>
+TCAM_HD Tap<T> coordinate_tap(const Axis& axis, T coordinate) {
+  const bool nan = coordinate != coordinate;
+  if (nan) coordinate = -1;
+  const T m = static_cast<T>(axis.texels);
+  const T x = axis.align_corners ? (coordinate + 1) * T(0.5) * (m - 1) : ((coordinate + 1) * m - 1) * T(0.5);
+  return tap_at<T>(axis, x, nan ? T(0) : axis.align_corners ? (m - 1) * T(0.5) : m * T(0.5));
+}
+
+// Voxel i of n. It lies at the share (i + 1/2)/n of the axis or, with corners, at i/(n - 1) (at 0 where n is 1); `bounds`
+// (null: -1 and 1) are the coordinates of the shares 0 and 1.
+TCAM_HD Tap<double> voxel_tap(const Axis& axis, long long i, long long n, bool corners, const double* bounds) {
+  double s = corners ? (n > 1 ? static_cast<double>(i) / static_cast<double>(n - 1) : 0.)
+                     : (static_cast<double>(i) + 0.5) / static_cast<double>(n);
+  if (bounds) s = (bounds[0] + (bounds[1] - bounds[0]) * s + 1) * 0.5;
+  if (s != s) s = 0;
+  return tap_at<double>(axis, axis.align_corners ? s * (axis.texels - 1) : s * axis.texels - 0.5, 0.);
 }
 
 }  // namespace tcam

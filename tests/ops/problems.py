@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tcam_ext import reference
+from tcam_ext import activations, checks, reference
 from tcam_ext.activations import ACTIVATIONS, OUTPUT_ACTIVATIONS
 
 FORWARD_LIMIT = {"float64": 1e-12, "float32": 1e-5, "tf32": 1e-3, "bfloat16": 1e-2}
@@ -57,12 +57,41 @@ def make(
     **options: Any,
 ) -> Problem:
     """A random problem in float64 with activations of order one in every layer."""
-    h, w, d = texels
-    planes = [torch.randn(batch, channels, *s, dtype=torch.float64) for s in ((h, w), (w, d), (h, d))]
-    n = (3 * channels, *widths)
+    axes = options.get("plane_axes", checks.PLANE_AXES)
+    planes = [torch.randn(batch, channels, *(texels[a] for a in pair), dtype=torch.float64) for pair in axes]
+    n = (features(channels, options), *widths)
     weights = [torch.randn(n[i + 1], n[i], dtype=torch.float64) * (2 / n[i]) ** 0.5 for i in range(len(widths))]
     biases: list[Tensor | None] = [0.2 * torch.randn(m, dtype=torch.float64) if bias else None for m in widths]
     return Problem(planes, weights, biases, size, options)
+
+
+def features(channels: int, options: dict[str, Any]) -> int:
+    """What the first layer reads."""
+    planes = len(options.get("plane_axes", checks.PLANE_AXES))
+    return channels * planes if options.get("reduce", "concat").startswith("concat") else channels
+
+
+#: Activations with parameters that are not the default.
+PARAMETERS = ["leaky_relu(0.2)", "softplus(3)", "sine(2)", "half_sine(1.5)"]
+OUTPUT_PARAMETERS = ["affine_sigmoid(0.1)", "softplus(-1)", "trunc_exp(-1)"]
+#: Which coordinates run over rows and columns of planes; repeats, swaps, one plane, pairs that no plane has.
+axes = st.lists(st.permutations(range(3)).map(lambda p: tuple(p[:2])), min_size=1, max_size=5).map(tuple)
+
+
+@st.composite
+def sampling(draw: Any) -> dict[str, Any]:
+    return {
+        "plane_axes": draw(st.one_of(st.just(checks.PLANE_AXES), axes)),
+        "reduce": draw(st.sampled_from(checks.REDUCTIONS_OF_PLANES)),
+        "align_corners": draw(st.booleans()),
+        "padding_mode": draw(st.sampled_from(checks.PADDING_MODES)),
+    }
+
+
+bounds = st.one_of(
+    st.none(),
+    st.lists(st.tuples(st.floats(-2, 2), st.floats(-2, 2)).filter(lambda b: abs(b[0] - b[1]) > 0.1), min_size=3, max_size=3),
+)
 
 
 @st.composite
@@ -74,10 +103,11 @@ def problems(draw: Any, **fixed: Any) -> Problem:
     )
     widths = tuple(draw(st.lists(st.integers(1, 40), max_size=4))) + (draw(st.integers(1, 5)),)
     options = {
-        "activation": draw(st.sampled_from(sorted(ACTIVATIONS))),
-        "output_activation": draw(st.sampled_from(sorted(OUTPUT_ACTIVATIONS))),
-        "align_corners": draw(st.booleans()),
-        "padding_mode": draw(st.sampled_from(["border", "zeros"])),
+        "activation": draw(st.sampled_from(sorted(ACTIVATIONS) + PARAMETERS)),
+        "output_activation": draw(st.sampled_from(sorted(OUTPUT_ACTIVATIONS) + OUTPUT_PARAMETERS)),
+        **draw(sampling()),
+        "grid": draw(st.sampled_from(checks.GRIDS)),
+        "bounds": draw(bounds),
     }
     torch.manual_seed(draw(st.integers(0, 2**31)))
     return make(
@@ -89,6 +119,23 @@ def problems(draw: Any, **fixed: Any) -> Problem:
         bias=draw(st.booleans()),
         **{**options, **fixed},
     )
+
+
+def flat_options(problem: Problem, compute: str = "float64") -> tuple[Any, ...]:
+    """The options and the grid of library.py, for three concatenated planes."""
+    o = {
+        "activation": "relu",
+        "output_activation": "none",
+        "align_corners": False,
+        "padding_mode": "border",
+        **problem.options,
+    }
+    box = [x for n in problem.size for x in (0, n)]
+    activation = [o["activation"]] * (len(problem.weights) - 1)
+    return (
+        [0, 1, 1, 2, 0, 2], "concat", 1.0, o["align_corners"], o["padding_mode"], activation, o["output_activation"], compute,
+        list(problem.size), box, False, None,
+    )  # fmt: skip
 
 
 def relative(got: Tensor, want: Tensor) -> float:
@@ -124,8 +171,8 @@ def masked_reference(
     the other side, and no limit applies. Multiply grad_output by it.
     """
     act = problem.options.get("activation", "relu")
+    names = [act] * (len(problem.weights) - 1) if isinstance(act, str) else act
     r = rounding or (lambda t: t)
-    leak = 0.0 if act == "relu" else 0.01
     options = {k: v for k, v in problem.options.items() if k not in ("activation", "output_activation")}
 
     def first(p: Problem) -> Tensor:
@@ -136,11 +183,13 @@ def masked_reference(
     given = [t.double() for t in preactivations or []]
     z, mirror_z = first(problem), given.pop(0) if given else first(problem.to(torch.float64)).detach()
     trusted = torch.ones(z.shape[:-1], dtype=torch.float64)
-    for w, b in zip(problem.weights[1:], problem.biases[1:], strict=True):
+    for name, w, b in zip(names, problem.weights[1:], problem.biases[1:], strict=True):
+        apply = activations.hidden("activation", name)
+        leak = 0.0 if name == "relu" else apply.parameter
         trusted *= (mirror_z.abs() > margin).all(-1)
-        mirror_h = r(ACTIVATIONS[act](mirror_z))
+        mirror_h = r(apply(mirror_z))
         slope = leak + (1 - leak) * (mirror_z > 0).to(z)
-        h = z * slope if act in PIECEWISE_LINEAR else ACTIVATIONS[act](z)
+        h = z * slope if name.split("(")[0] in PIECEWISE_LINEAR else apply(z)
         z = torch.nn.functional.linear(h, w, b)
         bias = None if b is None else b.detach()
         mirror_z = given.pop(0) if given else torch.nn.functional.linear(mirror_h, r(w.detach()), bias)
@@ -151,7 +200,7 @@ def masked_reference(
         inside = (mirror_z >= 0) & (mirror_z <= 1)
         out = torch.where(inside, z, mirror_z.clamp(0, 1))
     else:
-        out = OUTPUT_ACTIVATIONS[out_name](z)
+        out = activations.output("output_activation", out_name)(z)
     return out.movedim(-1, 1), trusted.unsqueeze(1)
 
 

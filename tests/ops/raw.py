@@ -14,23 +14,43 @@ import torch
 from problems import Problem
 from torch import Tensor
 
-from tcam_ext import _C
+from tcam_ext import _C, activations, checks
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4}
 
 
-class DecodeGrid(ctypes.Structure):  # tcam_decode_grid of problem.h
+class Activation(ctypes.Structure):  # tcam_activation of problem.h
+    _fields_ = [("kind", ctypes.c_int32), ("parameter", ctypes.c_double)]
+
+
+class Plane(ctypes.Structure):  # tcam_plane
+    _fields_ = [
+        ("row_axis", ctypes.c_int32),
+        ("column_axis", ctypes.c_int32),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+    ]
+
+
+class Decode(ctypes.Structure):  # tcam_problem
     _fields_ = [
         ("batch", ctypes.c_int64),
         ("channels", ctypes.c_int64),
-        ("planes", ctypes.c_int64 * 3),
+        ("plane_count", ctypes.c_int32),
+        ("reduce", ctypes.c_int32),
+        ("plane_scale", ctypes.c_double),
+        ("planes", Plane * 16),
+        ("points", ctypes.c_int64),
         ("size", ctypes.c_int64 * 3),
         ("lo", ctypes.c_int64 * 3),
         ("hi", ctypes.c_int64 * 3),
+        ("corners", ctypes.c_int32),
+        ("axes", ctypes.c_int32),
+        ("extra", ctypes.c_int64),
         ("width", ctypes.c_int64 * 7),
         ("layers", ctypes.c_int32),
-        ("activation", ctypes.c_int32),
-        ("output_activation", ctypes.c_int32),
+        ("activation", Activation * 6),
+        ("output_activation", Activation),
         ("align_corners", ctypes.c_int32),
         ("padding", ctypes.c_int32),
         ("dtype", ctypes.c_int32),
@@ -38,9 +58,20 @@ class DecodeGrid(ctypes.Structure):  # tcam_decode_grid of problem.h
         ("out_dtype", ctypes.c_int32),
         ("grad_planes", ctypes.c_int32),
         ("grad_decoder", ctypes.c_int32),
+        ("grad_points", ctypes.c_int32),
+        ("grad_extra", ctypes.c_int32),
         ("threads", ctypes.c_int32),
+        ("formulation", ctypes.c_int32),
         ("tile", ctypes.c_int32),
     ]
+
+
+class Inputs(ctypes.Structure):  # tcam_inputs
+    _fields_ = [(name, ctypes.c_void_p) for name in ("planes", "weights", "biases", "bounds", "points", "objects", "extra")]
+
+
+class Gradients(ctypes.Structure):  # tcam_gradients
+    _fields_ = [(name, ctypes.c_void_p) for name in ("planes", "weights", "biases", "points", "extra")]
 
 
 class Objective(ctypes.Structure):  # tcam_objective
@@ -69,8 +100,8 @@ class Kernels:
     suffix: str  # "cpu" or "cuda"
     more: tuple[Any, ...] = ()  # cuda: device, stream
 
-    def _workspace(self, problem: DecodeGrid, backward: bool) -> int:
-        size_of = getattr(self.library, f"tcam_decode_grid_{self.suffix}_workspace")
+    def _workspace(self, problem: Decode, backward: bool) -> int:
+        size_of = getattr(self.library, f"tcam_decode_{self.suffix}_workspace")
         size_of.restype = ctypes.c_int64
         return int(size_of(ctypes.byref(problem), int(backward)))
 
@@ -78,7 +109,7 @@ class Kernels:
         """Bytes that a float32 decode, or its backward, asks for."""
         return self._workspace(self._problem(p, compute, None, (backward, backward), 2, 0, torch.float32), backward)
 
-    def _call(self, op: str, problem: DecodeGrid, backward: bool, *arguments: Any) -> None:
+    def _call(self, op: str, problem: Decode, backward: bool, *arguments: Any) -> None:
         raw = np.full(self._workspace(problem, backward) + 256, 0xFF, np.uint8)
         workspace = ctypes.c_void_p((raw.ctypes.data + 255) // 256 * 256)
         status = getattr(self.library, f"tcam_{op}_{self.suffix}")(ctypes.byref(problem), *arguments, workspace, *self.more)
@@ -87,34 +118,40 @@ class Kernels:
 
     def _problem(
         self, p: Problem, compute: int, box: Any, grads: tuple[bool, bool], threads: int, tile: int, out_dtype: torch.dtype
-    ) -> DecodeGrid:
-        o = {"activation": "relu", "output_activation": "none", "align_corners": False, "padding_mode": "border", **p.options}
-        c, h, w = p.planes[0].shape[1:]
-        widths = [3 * c, *(m.shape[0] for m in p.weights)]
+    ) -> Decode:
+        defaults = {"plane_axes": checks.PLANE_AXES, "reduce": "concat", "activation": "relu", "output_activation": "none"}
+        o = {**defaults, "align_corners": False, "padding_mode": "border", "grid": "cells", **p.options}
         lo, hi = zip(*(box or [(0, n) for n in p.size]), strict=True)
-        return DecodeGrid(
-            p.planes[0].shape[0],
-            c,
-            (h, w, p.planes[1].shape[3]),
-            p.size,
-            lo,
-            hi,
-            (*widths, *[0] * (7 - len(widths))),
-            len(p.weights),
-            _C.activations.index(o["activation"]),
-            _C.output_activations.index(o["output_activation"]),
-            o["align_corners"],
-            ["border", "zeros"].index(o["padding_mode"]),
-            DTYPES[p.planes[0].dtype],
-            compute,
-            DTYPES[out_dtype],
-            *grads,
-            threads,
-            tile,
+        problem = Decode(
+            batch=p.planes[0].shape[0], channels=p.planes[0].shape[1], plane_count=len(p.planes), points=-1, axes=3
         )
+        problem.reduce = {"concat": 0, "sum": 1, "mean": 1, "prod": 2}[o["reduce"]]
+        problem.plane_scale = 1 / len(p.planes) if o["reduce"] == "mean" else 1.0
+        for q, (plane, axes) in enumerate(zip(p.planes, o["plane_axes"], strict=True)):
+            problem.planes[q] = Plane(*axes, *plane.shape[2:])
+        problem.size[:], problem.lo[:], problem.hi[:] = p.size, lo, hi
+        problem.corners = o["grid"] == "corners"
+        widths = [w.shape[1] for w in p.weights] + [p.weights[-1].shape[0]]
+        problem.width[: len(widths)] = widths
+        problem.layers = len(p.weights)
+        names = [o["activation"]] * (len(p.weights) - 1) if isinstance(o["activation"], str) else o["activation"]
+        for layer, name in enumerate(names):
+            problem.activation[layer] = Activation(*activations.hidden("activation", name)[:2])
+        problem.output_activation = Activation(*activations.output("output_activation", o["output_activation"])[:2])
+        problem.align_corners = o["align_corners"]
+        problem.padding = checks.PADDING_MODES.index(o["padding_mode"])
+        problem.dtype, problem.compute, problem.out_dtype = DTYPES[p.planes[0].dtype], compute, DTYPES[out_dtype]
+        problem.grad_planes, problem.grad_decoder = grads
+        problem.threads, problem.tile = threads, tile
+        return problem
 
-    def _inputs(self, p: Problem) -> tuple[Any, Any, Any]:
-        return _pointers(p.planes), _pointers(p.weights), _pointers(p.biases)
+    def _inputs(self, p: Problem) -> Any:
+        """To be kept while the call runs."""
+        bounds = p.options.get("bounds")
+        batch = p.planes[0].shape[0]
+        kept = [_pointers(p.planes), _pointers(p.weights), _pointers(p.biases)]
+        kept.append(None if bounds is None else torch.tensor(bounds, dtype=torch.float64).expand(batch, 3, 2).contiguous())
+        return Inputs(*(ctypes.addressof(k) for k in kept[:3]), None if bounds is None else kept[3].data_ptr()), kept
 
     def forward(self, p: Problem, compute: int | None = None, box: Any = None, out_dtype: Any = None, threads=2, tile=0):
         dtype = out_dtype or p.planes[0].dtype
@@ -123,25 +160,28 @@ class Kernels:
         out = _nan(
             (problem.batch, p.weights[-1].shape[0], *(b - a for a, b in zip(problem.lo, problem.hi, strict=True))), dtype
         )
-        self._call("decode_grid", problem, False, *self._inputs(p), ctypes.c_void_p(out.data_ptr()))
+        inputs, _kept = self._inputs(p)
+        self._call("decode", problem, False, ctypes.byref(inputs), ctypes.c_void_p(out.data_ptr()))
         return out
 
-    def _gradients(self, p: Problem, grads: tuple[bool, bool], leading: tuple[int, ...] = ()) -> tuple[list[Any], list[Tensor]]:
+    def _gradients(self, p: Problem, grads: tuple[bool, bool], leading: tuple[int, ...] = ()) -> tuple[Any, Any, list[Tensor]]:
         planes = [_nan(t.shape, t.dtype) if grads[0] else None for t in p.planes]
         weights = [_nan((*leading, *t.shape), t.dtype) if grads[1] else None for t in p.weights]
         biases = [None if t is None or not grads[1] else _nan((*leading, *t.shape), t.dtype) for t in p.biases]
-        return [_pointers(planes), _pointers(weights), _pointers(biases)], [
-            t for t in (*planes, *weights, *biases) if t is not None
-        ]
+        kept = [_pointers(group) for group in (planes, weights, biases)]
+        to = Gradients(*(ctypes.addressof(k) for k in kept), None, None)
+        return to, kept, [t for t in (*planes, *weights, *biases) if t is not None]
 
     def backward(
         self, p: Problem, grad: Tensor, compute: int | None = None, box: Any = None, grads=(True, True), threads=2, tile=0
     ) -> list[Tensor]:
         compute = DTYPES[p.planes[0].dtype] if compute is None else compute
         problem = self._problem(p, compute, box, grads, threads, tile, grad.dtype)
-        pointers, found = self._gradients(p, grads)
+        to, _kept, found = self._gradients(p, grads)
         grad = grad.contiguous()
-        self._call("decode_grid_backward", problem, True, ctypes.c_void_p(grad.data_ptr()), *self._inputs(p), *pointers)
+        inputs, _also_kept = self._inputs(p)
+        out = ctypes.c_void_p(grad.data_ptr())
+        self._call("decode_backward", problem, True, out, ctypes.byref(inputs), ctypes.byref(to))
         return found
 
     def loss(
@@ -153,10 +193,11 @@ class Kernels:
         problem = self._problem(p, compute, box, grads, threads, tile, torch.float32)
         target = target.contiguous()
         objective = Objective(target.data_ptr(), DTYPES[target.dtype], _C.losses.index(loss), beta, per_object)
-        pointers, found = self._gradients(p, grads, (problem.batch,) if per_object else ())
+        to, _kept, found = self._gradients(p, grads, (problem.batch,) if per_object else ())
+        inputs, _also_kept = self._inputs(p)
         losses = _nan((problem.batch,), torch.float64)
         self._call(
-            "decode_grid_loss", problem, any(grads), ctypes.byref(objective), *self._inputs(p),
-            ctypes.c_void_p(losses.data_ptr()), *pointers,
+            "decode_loss", problem, any(grads), ctypes.byref(objective), ctypes.byref(inputs),
+            ctypes.c_void_p(losses.data_ptr()), ctypes.byref(to),
         )  # fmt: skip
         return [losses, *found]

@@ -54,12 +54,15 @@ def odd_objects(rng):
 
 
 def valid(rng):
-    """Arguments that a kernel would run on, to be spoiled one by one."""
-    c, h, w, d = (rng.randint(1, 4) for _ in range(4))
+    """Arguments that a kernel would run on, to be spoiled one by one, and the shape of the result."""
+    c, *texels = (rng.randint(1, 4) for _ in range(4))
     widths = [rng.randint(1, 9) for _ in range(rng.randint(0, 2))] + [rng.randint(1, 3)]
     dtype = rng.choice([torch.float32, torch.float64])
-    n = [3 * c, *widths]
-    planes = [torch.randn(1, c, *s, dtype=dtype) for s in ((h, w), (w, d), (h, d))]
+    pairs = [rng.choice([(0, 1), (1, 2), (0, 2)]) for _ in range(rng.randint(1, 4))]
+    reduce, on_grid, extra = rng.randint(0, 2), rng.random() < 0.5, rng.randint(0, 2)
+    n = [(len(pairs) if reduce == 0 else 1) * c + (0 if on_grid else extra), *widths]
+    batch = rng.randint(1, 2)
+    planes = [torch.randn(batch, c, texels[a], texels[b], dtype=dtype) for a, b in pairs]
     weights = [torch.randn(n[i + 1], n[i], dtype=dtype) for i in range(len(widths))]
     biases = [rng.choice([None, torch.randn(m, dtype=dtype)]) for m in widths]
     size = [rng.randint(1, 5) for _ in range(3)]
@@ -68,20 +71,33 @@ def valid(rng):
         lo = rng.randint(0, s - 1)
         box += [lo, rng.randint(lo + 1, s)]
     code = 0 if dtype == torch.float32 else 1
-    options = [
-        size,
-        box,
-        rng.randint(0, 4),
-        rng.randint(0, 2),
-        rng.random() < 0.5,
-        rng.randint(0, 1),
-        code,
-        code,
-        1,
-        0,
-    ]
-    out = torch.empty(1, widths[-1], box[1] - box[0], box[3] - box[2], box[5] - box[4], dtype=dtype)
-    return planes, weights, biases, options, out
+    options = dict(
+        plane_axes=pairs,
+        reduce=reduce,
+        plane_scale=1.0,
+        size=size,
+        box=box,
+        corners=rng.random() < 0.5,
+        axes=3,
+        activation=[(rng.randint(0, 7), 1.0) for _ in widths[1:]],
+        output_activation=(rng.randint(0, 6), 0.5),
+        align_corners=rng.random() < 0.5,
+        padding=rng.randint(0, 2),
+        compute=code,
+        out_dtype=code,
+        formulation=rng.randint(0, 2) if reduce < 2 else 0,
+    )
+    bounds = points = objects = own = None
+    if on_grid:
+        shape = (batch, widths[-1], box[1] - box[0], box[3] - box[2], box[5] - box[4])
+        bounds = rng.choice([None, torch.randn(batch, 3, 2, dtype=torch.float64)])
+    else:
+        count = batch * rng.randint(1, 9)
+        shape = (count, widths[-1])
+        points = torch.randn(count, 3, dtype=dtype)
+        objects = rng.choice([None, torch.randint(0, batch, (count,))])
+        own = torch.randn(count, extra, dtype=dtype) if extra else None
+    return [planes, weights, biases, bounds, points, objects, own], options, torch.empty(shape, dtype=dtype)
 
 
 def spoil(rng, value, odd):
@@ -109,53 +125,58 @@ def test_random_calls_raise_and_never_crash():
     memory = torch.empty(1 << 22, dtype=torch.uint8)  # enough for most of these problems; else the call must refuse it
     outcomes = {"ok": 0, "refused": 0}
     for _ in range(CALLS):
-        planes, weights, biases, options, out = valid(rng)
-        arguments = [planes, weights, biases, options, out]
+        tensors, options, out = valid(rng)
         for _ in range(rng.randint(0, 2)):
-            i = rng.randrange(5)
-            arguments[i] = spoil(rng, arguments[i], odd)
-        planes, weights, biases, options, out = arguments
-        if not isinstance(options, list):  # a tensor of 2^40 elements would be walked through here, not in the binding
-            continue
+            if rng.random() < 0.5:
+                i = rng.randrange(len(tensors))
+                tensors[i] = spoil(rng, tensors[i], odd)
+            else:
+                name = rng.choice(list(options))
+                options[name] = spoil(rng, options[name], odd)
         try:
-            o = _C.Options(*options)
+            o = _C.Options()
             which = rng.randrange(4)
+            wanted = {"grad_planes": which > 0, "grad_decoder": which > 0, "grad_points": which == 1, "grad_extra": which == 1}
+            for name, value in {**options, **wanted}.items():
+                setattr(o, name, value)
+            if which == 3:
+                x, to = (rng.choice([rng.choice(odd), torch.randn(3, rng.randint(1, 5), 2)]) for _ in range(2))
+                numbers = [rng.choice([1, 2, 3, 4, 5, 0, -1, 2**40]) for _ in range(4)]
+                _C.resample_axis(
+                    x, to, *numbers, rng.random() < 0.5, rng.randint(-1, 3), rng.random() < 0.5,
+                    rng.choice([None, None, rng.choice(odd)]), rng.random() < 0.5, rng.choice([1, 2, 0, -5, 2**31 - 1]),
+                )  # fmt: skip
+                outcomes["ok"] += 1
+                continue
+            call = _C.Call(*tensors, o)
+            # A small workspace of one's own, and now and then one that is too small or no tensor at all.
+            workspace = memory if rng.random() < 0.95 else rng.choice([*odd, memory[:1000]])
+            if rng.random() < 0.1:
+                out = rng.choice(odd)
             if which == 0:
-                # A small workspace of one's own, and now and then one that is too small or no tensor at all.
-                _C.decode_grid_workspace(planes, weights, biases, o, False, False, False)
-                workspace = memory if rng.random() < 0.95 else rng.choice([*odd, memory[:1000]])
-                _C.decode_grid(planes, weights, biases, o, out, workspace)
-            elif which in (1, 2):
-                if not all(isinstance(x, list) for x in (planes, weights, biases)):
-                    continue
-                gp = [torch.empty_like(p) for p in planes]
-                gd = [
-                    *(torch.empty_like(w) for w in weights),
-                    *(None if b is None else torch.empty_like(b) for b in biases),
-                ]
+                call.workspace(False)
+                call.forward(out, workspace)
+            else:
+                gp = [torch.empty_like(p) for p in tensors[0]]
+                gd = [None if t is None else torch.empty_like(t) for t in (*tensors[1], *tensors[2])]
                 if rng.random() < 0.2:
                     gp = spoil(rng, gp, odd)
                 if rng.random() < 0.2:
                     gd = spoil(rng, gd, odd)
                 if which == 1:
-                    _C.decode_grid_backward(out, planes, weights, biases, o, gp, gd, memory)
+                    own = [None if t is None else torch.empty_like(t) for t in (tensors[4], tensors[6])]
+                    if rng.random() < 0.2:
+                        own[rng.randrange(2)] = rng.choice(odd)
+                    call.backward(out, gp, gd, *own, workspace)
                 else:
                     target = rng.choice([out, torch.zeros_like(out, dtype=torch.uint8), rng.choice(odd)])
-                    extra = [rng.randint(0, 2), 0.3, rng.random() < 0.3, torch.empty(1, dtype=torch.float64)]
+                    more = [rng.randint(0, 2), 0.3, rng.random() < 0.3, torch.empty(1, dtype=torch.float64)]
                     if rng.random() < 0.2:
                         where = rng.randrange(4)
-                        extra[where] = spoil(rng, extra[where], odd)
-                    _C.decode_grid_loss(target, planes, weights, biases, o, *extra, gp, gd, memory)
-            else:
-                _C.resample_plane(
-                    rng.choice([rng.choice(odd), torch.randn(3, 4, 2)]),
-                    rng.choice([rng.choice(odd), torch.empty(5, 6, 2)]),
-                    rng.random() < 0.5,
-                    rng.randint(-1, 2),
-                    rng.choice([1, 2, 0, -5, 2**31 - 1]),
-                )
+                        more[where] = spoil(rng, more[where], odd)
+                    call.loss(target, *more, gp, gd, workspace)
             outcomes["ok"] += 1
-        except (TypeError, ValueError, RuntimeError, OverflowError, BufferError, AttributeError):
+        except (TypeError, ValueError, RuntimeError, OverflowError, BufferError, AttributeError, IndexError):
             outcomes["refused"] += 1
     assert min(outcomes.values()) > CALLS / 10, outcomes
 
@@ -166,4 +187,4 @@ def test_a_fake_tensor_is_refused():
     with FakeTensorMode():
         fake = torch.empty(3, 4, 2)
     with pytest.raises(TypeError, match=r"expected a torch.Tensor"):
-        _C.resample_plane(fake, torch.empty(5, 6, 2), False, 0, 1)
+        _C.resample_axis(fake, torch.empty(3, 6, 2), 4, 6, 0, 6, False, 0, False, None, False, 1)

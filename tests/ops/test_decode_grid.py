@@ -23,20 +23,6 @@ ISAS = [isa for isa in ("portable", "avx2", "avx512", "avx512bf16")]
 OPERATING_POINT = dict(channels=42, texels=(16, 16, 16), widths=(128, 128, 128, 128, 1), size=(11, 13, 17))
 
 
-def flat_options(problem, compute="float64"):
-    o = {
-        "activation": "relu",
-        "output_activation": "none",
-        "align_corners": False,
-        "padding_mode": "border",
-        **problem.options,
-    }
-    box = [x for n in problem.size for x in (0, n)]
-    return (
-        list(problem.size), box, o["activation"], o["output_activation"], o["align_corners"], o["padding_mode"], compute,
-    )  # fmt: skip
-
-
 # ---- values ----------------------------------------------------------------------------
 
 
@@ -227,7 +213,7 @@ def test_a_volume_of_several_slabs_is_the_sum_of_its_parts():
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_bits_do_not_depend_on_threads_tiles_or_runs(size, activation, threads):
     p = problems.make(channels=6, widths=(40, 33, 2), size=size, activation=activation, batch=2).to(torch.float32)
-    options = flat_options(p, "float32")
+    options = problems.flat_options(p, "float32")
     grad = torch.randn(2, 2, *size)
 
     def run(count, tile):
@@ -308,7 +294,7 @@ def test_stacked_planes_and_strided_tensors():
 @pytest.mark.parametrize("device", problems.DEVICES)
 def test_opcheck(device, widths, bias):
     p = problems.make(widths=widths, bias=bias).to(torch.float32, device=device)
-    options = flat_options(p, "float32")
+    options = problems.flat_options(p, "float32")
     torch.library.opcheck(library.decode_grid, (p.planes, p.weights, p.biases, *options, torch.float32))
     grad = torch.randn(1, widths[-1], *p.size, device=device)
     for wanted in ((True, True), (True, False), (False, True)):
@@ -447,9 +433,10 @@ import sys, torch
 sys.path.insert(0, {tests!r})
 import problems, tcam_ext
 from tcam_ext import _C
+from tcam_ext.activations import ACTIVATIONS
 assert _C.cpu_isa() == {isa!r}
 torch.manual_seed(1)
-for activation in ("relu", "leaky_relu", "silu", "softplus", "tanh"):
+for activation in ACTIVATIONS:
     for widths in ((33, 17, 2), (128, 128, 1), (160, 16), (3,)):
         p = problems.make(channels=7, widths=widths, size=(9, 10, 11), activation=activation, output_activation="sigmoid")
         for dtype, limit in ((torch.float32, 1e-4), (torch.float64, 1e-11)):

@@ -121,10 +121,9 @@ def test_boxes_add_up_to_the_whole(reduction):
 @pytest.mark.parametrize("size", [(40, 24, 32), (5, 1, 700), (1, 300, 9)])
 @pytest.mark.parametrize("grads", [(True, True), (False, False)])
 def test_bits_do_not_depend_on_threads_or_tiles(size, grads, threads):
-    p = problems.make(channels=6, widths=(40, 33, 3), size=size, batch=2).to(torch.float32)
+    p = problems.make(channels=6, widths=(40, 33, 3), size=size, batch=2, output_activation="sigmoid").to(torch.float32)
     target = random_target(p, torch.float16)
-    box = [x for n in size for x in (0, n)]
-    options = (list(size), box, "relu", "sigmoid", False, "border", "float32", "smooth_l1", 0.3, True, *grads)
+    options = (*problems.flat_options(p, "float32"), "smooth_l1", 0.3, True, *grads)
 
     def run(count, tile):
         threads(count)
@@ -195,8 +194,7 @@ def test_gradcheck(loss, reduction):
 @pytest.mark.parametrize("device", problems.DEVICES)
 def test_opcheck(device, per_object):
     p = problems.make(batch=2).to(torch.float32, device=device)
-    box = [x for n in p.size for x in (0, n)]
-    options = (list(p.size), box, "relu", "none", False, "border", "float32", "l1", 0.3, per_object)
+    options = (*problems.flat_options(p, "float32"), "l1", 0.3, per_object)
     for wanted in ((True, True), (True, False), (False, True), (False, False)):
         arguments = (random_target(p, torch.uint8).to(device), p.planes, p.weights, p.biases, *options, *wanted)
         torch.library.opcheck(library.decode_grid_loss, arguments)

@@ -14,6 +14,7 @@ import torch
 from problems import FUSED_BACKWARD, FUSED_FORWARD, HALF
 
 from tcam_ext import reference
+from tcam_ext.activations import ACTIVATIONS
 from tcam_ext.losses import LOSSES
 
 pytestmark = simt.skip_where_it_cannot_run
@@ -51,7 +52,7 @@ def gradients(volume, tensors, grad):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu", "softplus", "tanh"])
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_values_and_gradients(kernels, shape, activation, dtype):
     p = problems.make(**shape, activation=activation, output_activation="sigmoid")
@@ -64,6 +65,34 @@ def test_values_and_gradients(kernels, shape, activation, dtype):
     for tile in (0, 40):  # several regions
         got = kernels.backward(mine, grad.to(dtype), tile=tile)
         assert problems.gradient_error(got, want) < problems.GRADIENT_LIMIT[name]
+
+
+#: Planes over any pairs of axes, reductions, paddings and grids, which both roads share.
+SAMPLINGS = [
+    dict(plane_axes=((0, 1), (0, 2), (0, 2), (1, 2)), reduce="sum", padding_mode="reflection",
+         bounds=[(-1.6, 0.7), (2, -1), (-0.5, 0.4)]),
+    dict(plane_axes=((0, 2), (0, 1)), reduce="mean", padding_mode="zeros", grid="corners", align_corners=True),
+    dict(plane_axes=((1, 2),), padding_mode="border", grid="corners", bounds=[(-0.3, 1.4), (-3, -2), (0.9, -1.2)]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("compute", [0, 3])
+def test_planes_and_grids_of_other_projects(kernels, sampling, compute):
+    p = problems.make(channels=4, texels=(4, 5, 6), widths=(40, 33, 2), size=(6, 5, 34), batch=2, **sampling)
+    p32 = p.to(torch.float32)
+    if compute:  # the fused kernels; their masks are their own
+        want = p.call(reference.decode_grid)
+        assert problems.relative(kernels.forward(p32, compute), want) < problems.FORWARD_LIMIT["bfloat16"]
+        p.options["activation"], compute = "tanh", 5  # and TensorFloat-32
+        p32 = p.to(torch.float32)
+    exact = p.to(torch.float64, requires_grad=True)
+    out, trusted = problems.masked_reference(exact)
+    limit = "tf32" if compute else "float32"
+    assert problems.relative(kernels.forward(p32, compute), out) < problems.FORWARD_LIMIT[limit]
+    grad = torch.randn_like(out) * trusted
+    want = gradients(out, exact.tensors, grad)
+    assert problems.gradient_error(kernels.backward(p32, grad.float(), compute), want) < problems.GRADIENT_LIMIT[limit]
 
 
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=IDS[:4])  # the fifth is constant: its rounding does not average out

@@ -16,7 +16,7 @@ from tcam_diff.autodecoder.config import FitConfig
 from tcam_diff.autodecoder.planes import init_planes, rms_norm, texel_noise, total_variation
 from tcam_diff.evaluation.metrics import psnr_of_mse
 from tcam_ext import _C
-from tcam_ext.reference import linear_taps, sample_plane
+from tcam_ext.reference import Taps, linear_taps, sample_plane
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
@@ -144,7 +144,7 @@ class Fitter:
             order = torch.randperm(s**3, generator=self.generators["regions"]).tolist()
             self.starts = [(o // (s * s), o // s % s, o % s) for o in order]
         start = [o % n for o, n in zip(self.starts.pop(), self.size, strict=True)]
-        x, y, z = ((a[o::s], b[o::s], c[o::s], d[o::s]) for o, (a, b, c, d) in zip(start, self.taps, strict=True))
+        x, y, z = (Taps(*(t[o::s] for t in taps)) for o, taps in zip(start, self.taps, strict=True))
         sampled = [sample_plane(planes[0], x, y), sample_plane(planes[1], y, z), sample_plane(planes[2], x, z)]
         return sampled, self.target[:, :, start[0] :: s, start[1] :: s, start[2] :: s]
 

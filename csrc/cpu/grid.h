@@ -1,0 +1,303 @@
+// decode_grid on the CPU where it separates (kernels.md, fact 2): concatenation or sum of the planes.
+//
+// Forward: project each plane through its block of W_1 (texels x n_1), resample the projections to maps A (slab, W), B (W, D),
+// G (slab, D) one slab of i at a time, planes over the same pair of axes into the same map, and walk the slab's voxels in
+// blocks of (j, k). Backward walks the same blocks, which add their sums of the first layer's gradient into parts of their own;
+// parts are combined in block order and carried back to texels, then through W_1 to the planes.
+#pragma once
+#include <cmath>
+
+#include "../maths/bilinear.h"
+#include "mlp.h"
+
+namespace tcam {
+
+constexpr long texel_chunks = 16;  // a plane, in project and unproject: fixed, so that sums have one order
+
+// How a grid is cut into slabs of i, and a slab into blocks of (j, k).
+struct Partition {
+  static constexpr long max_bytes = 32l << 20;  // of a slab's maps and gradient parts
+  long n[3];                                    // the box, in voxels
+  long slab, j_chunks, k_chunks;
+
+  Partition(const tcam_problem& p, bool backward) {
+    for (int d = 0; d < 3; ++d) n[d] = p.hi[d] - p.lo[d];
+    const long voxels = n[0] * n[1] * n[2];
+    const long wanted = std::min<long>(std::max<long>(voxels / 2048, 1), backward ? 64 : 1024);
+    const long side = std::max<long>(1, std::lround(std::sqrt(static_cast<double>(wanted))));
+    j_chunks = std::max<long>(1, std::min(n[1], side));
+    k_chunks = std::max<long>(1, std::min(n[2], wanted / j_chunks));
+    j_chunks = std::max<long>(1, std::min(n[1], wanted / k_chunks));
+    const Engine& real = pick_engine(p.dtype == TCAM_F64 ? 1 : 0);
+    const long row = round_up(p.width[1], real.columns) * real.real_bytes;
+    long per_i = (n[1] + n[2]) * row;
+    if (backward) per_i += (k_chunks * n[1] + j_chunks * n[2]) * row;
+    slab = std::max<long>(1, std::min(n[0], max_bytes / std::max<long>(per_i, 1)));
+  }
+};
+
+template <class Real>
+class Grid {
+ public:
+  Grid(const tcam_problem& problem, bool backward, Carver& ws)
+      : p(problem), w(problem, backward), m(problem, backward, w.j_chunks * w.k_chunks, ws), first(m, texel_chunks, ws) {
+    for (int q = 0; q < p.plane_count; ++q) {
+      const tcam_plane& s = p.planes[q];
+      planes.push_back({s.row_axis + s.column_axis == 1 ? 0
+                        : s.row_axis == 1               ? 1
+                                                        : 2,
+                        s.row_axis,
+                        s.column_axis,
+                        s.rows,
+                        s.columns,
+                        {},
+                        {},
+                        ws.take(m.row_bytes(s.rows * s.columns)),
+                        nullptr,
+                        nullptr});
+    }
+    a = ws.take(m.row_bytes(w.slab * w.n[1]));
+    b = ws.take(m.row_bytes(w.n[1] * w.n[2]));
+    g = ws.take(m.row_bytes(w.slab * w.n[2]));
+    if (backward) {
+      for (Plane& q : planes) {
+        q.grad_projected = ws.take(m.row_bytes(q.texels()));
+        q.grad_rows = ws.take(m.row_bytes(q.rows * w.n[q.column_axis]));
+      }
+      da = ws.take(m.row_bytes(w.k_chunks * w.slab * w.n[1]));
+      db = ws.take(m.row_bytes(w.n[1] * w.n[2]));
+      dg = ws.take(m.row_bytes(w.j_chunks * w.slab * w.n[2]));
+      bias_rows = ws.take(m.row_bytes(w.n[1]));
+    }
+  }
+
+  // With an objective (null: none) `volume` is its target, and losses (B) are written.
+  void forward(const tcam_inputs& in, void* volume, const tcam_objective* objective, double* losses) {
+    prepare(in);
+    const int dtype = objective ? objective->target_dtype : p.out_dtype;
+    for (long object = 0; object < p.batch; ++object) {
+      project(object, in);
+      m.clear_losses();
+      for (long i0 = 0; i0 < w.n[0]; i0 += w.slab) {
+        const long ni = std::min(w.slab, w.n[0] - i0);
+        const Maps maps = slab_maps(i0, ni);
+        const Volume v = slab_of(volume, dtype, object, i0);
+        parallel_for(m.blocks, m.threads,
+                     [&](long task, int thread) { m.forward_block(maps, block(task, ni), v, objective, task, thread); });
+      }
+      if (objective) losses[object] = m.total_loss();
+    }
+  }
+
+  // `volume` is the gradient of the volume or, with an objective, its target.
+  void backward(const tcam_inputs& in, const void* volume, const tcam_objective* objective, double* losses,
+                const tcam_gradients& to) {
+    prepare(in);
+    const int dtype = objective ? objective->target_dtype : p.out_dtype;
+    const bool per_object = objective && objective->per_object;
+    for (long object = 0; object < p.batch; ++object) {
+      if (object == 0 || per_object) {
+        m.clear_gradients();
+        first.clear_gradients();
+        zero(bias_rows, m.row_bytes(w.n[1]), m.threads);
+      }
+      project(object, in);
+      m.clear_losses();
+      zero(db, m.row_bytes(w.n[1] * w.n[2]), m.threads);
+      for (Plane& q : planes) zero(q.grad_rows, m.row_bytes(q.rows * w.n[q.column_axis]), m.threads);
+      for (long i0 = 0; i0 < w.n[0]; i0 += w.slab) {
+        const long ni = std::min(w.slab, w.n[0] - i0);
+        const Maps maps = slab_maps(i0, ni);
+        zero(da, m.row_bytes(w.k_chunks * w.slab * w.n[1]), m.threads);
+        zero(dg, m.row_bytes(w.j_chunks * w.slab * w.n[2]), m.threads);
+        const Volume v = slab_of(const_cast<void*>(volume), dtype, object, i0);
+        parallel_for(m.blocks, m.threads, [&](long task, int thread) {
+          const long kc = task % w.k_chunks, jc = task / w.k_chunks;
+          m.backward_block(maps, block(task, ni), v, objective, da + m.row_bytes(kc * w.slab * w.n[1]), db,
+                           dg + m.row_bytes(jc * w.slab * w.n[2]), task, thread);
+        });
+        combine_slab(i0, ni);
+      }
+      if (objective) losses[object] = m.total_loss();
+      gradients_to_texels();
+      unproject(object, in, to);
+      if (p.grad_decoder && (per_object || object == p.batch - 1)) {
+        const long row = per_object ? object : 0;
+        first.write_gradient(to, row);
+        if (to.biases[0]) write_bias(static_cast<Real*>(to.biases[0]) + row * m.n1);
+        m.write_gradients(to, row);
+      }
+    }
+  }
+
+ private:
+  struct Plane {
+    int map, row_axis, column_axis;  // map 0: A, 1: B, 2: G
+    long rows, columns;
+    std::vector<Tap<double>> row_taps, column_taps;
+    char *projected, *grad_projected, *grad_rows;  // grad_rows (rows, voxels of the column axis)
+    long texels() const { return rows * columns; }
+  };
+  const tcam_problem& p;
+  const Partition w;
+  Mlp<Real> m;
+  FirstLayer<Real> first;
+  std::vector<Plane> planes;
+  char *a, *b, *g;
+  char *da, *db, *dg, *bias_rows;
+
+  static Real* reals(char* p) { return reinterpret_cast<Real*>(p); }
+  Volume slab_of(void* base, int dtype, long object, long i0) const {
+    const long voxels = w.n[0] * w.n[1] * w.n[2];
+    return {static_cast<char*>(base) + object * p.width[p.layers] * voxels * dtype_bytes(dtype), dtype, voxels, 1,
+            i0 * w.n[1] * w.n[2]};
+  }
+  Block block(long task, long ni) const {
+    const Range j = chunk(w.n[1], w.j_chunks, task / w.k_chunks), k = chunk(w.n[2], w.k_chunks, task % w.k_chunks);
+    return {0, ni, j.lo, j.hi, k.lo, k.hi};
+  }
+  Features features(const Plane& plane, const void* data, long object) const {
+    return {static_cast<const Real*>(data) + object * p.channels * plane.texels(), static_cast<long>(p.channels), 1,
+            plane.texels()};
+  }
+
+  void prepare(const tcam_inputs& in) {
+    m.pack(in);
+    first.pack(in);
+    if (!in.bounds) place(nullptr);
+  }
+  void place(const double* bounds) {
+    for (Plane& q : planes) {
+      auto taps = [&](int axis, long texels, double scale) {
+        std::vector<Tap<double>> t;
+        for (long i = p.lo[axis]; i < p.hi[axis]; ++i) {
+          t.push_back(voxel_tap({static_cast<int>(texels), p.align_corners != 0, p.padding}, i, p.size[axis], p.corners != 0,
+                                bounds ? bounds + 2 * axis : nullptr));
+          t.back().w_lo *= scale, t.back().w_hi *= scale;
+        }
+        return t;
+      };
+      q.row_taps = taps(q.row_axis, q.rows, p.plane_scale);
+      q.column_taps = taps(q.column_axis, q.columns, 1.0);
+    }
+  }
+
+  void project(long object, const tcam_inputs& in) {
+    const long chunks = first.chunks;
+    if (in.bounds) place(in.bounds + object * 6);
+    parallel_for(p.plane_count * chunks, m.threads, [&](long task, int thread) {
+      const Plane& q = planes[static_cast<size_t>(task / chunks)];
+      const Range s = chunk(q.texels(), chunks, task % chunks);
+      m.real.project(features(q, in.planes[task / chunks], object), s.lo, s.hi, first.weights(first.block_of(task / chunks)),
+                     m.n1, q.projected, m.stride, false, m.scratch(thread));
+    });
+    parallel_for(w.n[1], m.threads, [&](long j, int) { map_row(1, j, w.n[2], nullptr, b + m.row_bytes(j * w.n[2])); });
+  }
+
+  // Row `x` of a map: the sum of its planes, and of `bias` (null: none).
+  void map_row(int map, long x, long columns, const void* bias, char* out) {
+    bool started = false;
+    auto start = [&](long y) -> const void* { return started ? out + m.row_bytes(y) : bias; };
+    for (const Plane& q : planes) {
+      if (q.map != map) continue;
+      const Tap<double>& t = q.row_taps[static_cast<size_t>(x)];
+      for (long y = 0; y < columns; ++y) {
+        const Tap<double>& u = q.column_taps[static_cast<size_t>(y)];
+        auto row = [&](long r, long c) { return q.projected + m.row_bytes(r * q.columns + c); };
+        const void* src[4] = {row(t.lo, u.lo), row(t.lo, u.hi), row(t.hi, u.lo), row(t.hi, u.hi)};
+        const double k[4] = {t.w_lo * u.w_lo, t.w_lo * u.w_hi, t.w_hi * u.w_lo, t.w_hi * u.w_hi};
+        m.real.bilinear_row(src, k, start(y), out + m.row_bytes(y), m.stride);
+      }
+      started = true;
+    }
+    for (long y = 0; !started && y < columns; ++y) {  // no plane has this pair of axes
+      if (bias)
+        std::memcpy(out + m.row_bytes(y), bias, m.row_bytes(1));
+      else
+        std::memset(out + m.row_bytes(y), 0, m.row_bytes(1));
+    }
+  }
+
+  Maps slab_maps(long i0, long ni) {
+    parallel_for(2 * ni, m.threads, [&](long task, int) {
+      const long i = task / 2;
+      if (task % 2)
+        map_row(2, i0 + i, w.n[2], nullptr, g + m.row_bytes(i * w.n[2]));
+      else  // b_1 rides on A
+        map_row(0, i0 + i, w.n[1], first.bias(), a + m.row_bytes(i * w.n[1]));
+    });
+    const long s = m.stride, wide = w.n[1], deep = w.n[2];
+    return {a, b, g, wide * s, s, deep * s, s, deep * s, s, wide, deep, s};
+  }
+
+  // to[t.lo], to[t.hi] += from, with the tap's weights; rows `step` apart.
+  void spread(const Tap<double>& t, Real* to, long step, const Real* from) {
+    m.real.add_scaled(to + t.lo * step, from, t.w_lo, m.stride);
+    m.real.add_scaled(to + t.hi * step, from, t.w_hi, m.stride);
+  }
+
+  // Sum the parts of dA and dG in block order and carry them along i to plane rows.
+  void combine_slab(long i0, long ni) {
+    auto combine = [&](int map, char* parts, long count, long columns, long x) {
+      for (long i = 0; i < ni; ++i) {
+        Real* total = reals(parts) + (i * columns + x) * m.stride;
+        for (long q = 1; q < count; ++q) m.real.add_scaled(total, total + q * w.slab * columns * m.stride, 1.0, m.stride);
+        for (const Plane& q : planes)
+          if (q.map == map)
+            spread(q.row_taps[static_cast<size_t>(i0 + i)], reals(q.grad_rows) + x * m.stride, columns * m.stride, total);
+        if (map == 0) m.real.add_scaled(reals(bias_rows) + x * m.stride, total, 1.0, m.stride);
+      }
+    };
+    parallel_for(w.n[1] + w.n[2], m.threads, [&](long x, int) {
+      if (x < w.n[1])
+        combine(0, da, w.k_chunks, w.n[1], x);
+      else
+        combine(2, dg, w.j_chunks, w.n[2], x - w.n[1]);
+    });
+  }
+
+  void gradients_to_texels() {
+    parallel_for(w.n[2], m.threads, [&](long k, int) {
+      for (const Plane& q : planes)
+        for (long j = 0; q.map == 1 && j < w.n[1]; ++j)
+          spread(q.row_taps[static_cast<size_t>(j)], reals(q.grad_rows) + k * m.stride, w.n[2] * m.stride,
+                 reals(db) + (j * w.n[2] + k) * m.stride);
+    });
+    for (const Plane& q : planes) {  // then along the columns
+      zero(q.grad_projected, m.row_bytes(q.texels()), m.threads);
+      const long voxels = w.n[q.column_axis];
+      parallel_for(q.rows, m.threads, [&](long r, int) {
+        for (long y = 0; y < voxels; ++y)
+          spread(q.column_taps[static_cast<size_t>(y)], reals(q.grad_projected) + r * q.columns * m.stride, m.stride,
+                 reals(q.grad_rows) + (r * voxels + y) * m.stride);
+      });
+    }
+  }
+
+  void unproject(long object, const tcam_inputs& in, const tcam_gradients& to) {
+    const long chunks = first.chunks;
+    // Planes that share a block of weights also share its partial sums: one plane after the other.
+    for (long from = 0, until; from < p.plane_count; from = until) {
+      until = p.reduce == TCAM_CONCAT ? p.plane_count : from + 1;
+      parallel_for((until - from) * chunks, m.threads, [&](long task, int thread) {
+        const long plane = from + task / chunks, block = first.block_of(plane);
+        const Plane& q = planes[static_cast<size_t>(plane)];
+        const Range s = chunk(q.texels(), chunks, task % chunks);
+        const Features f = features(q, in.planes[plane], object);
+        m.real.unproject(q.grad_projected, m.stride, f, s.lo, s.hi, p.grad_planes ? first.transposed(block) : nullptr, m.n1,
+                         p.grad_planes ? const_cast<void*>(features(q, to.planes[plane], object).data) : nullptr,
+                         first.partial(block, task % chunks), m.scratch(thread));
+      });
+    }
+  }
+
+  void write_bias(Real* bias) const {
+    for (long r = 0; r < m.n1; ++r) {
+      Real sum = 0;
+      for (long j = 0; j < w.n[1]; ++j) sum += reals(bias_rows)[j * m.stride + r];
+      bias[r] = sum;
+    }
+  }
+};
+
+}  // namespace tcam

@@ -1,0 +1,248 @@
+// The layers above the first on the CPU: what happens around the voxel loop of voxel_core.cpp.
+//
+// The voxels of a piece of work (a slab of a grid, a wave of points) are partitioned into blocks; a block adds its sums of the
+// decoder's gradients into a part of its own, and parts are combined in block order. The partition depends on the problem
+// alone, never on the threads, and each sum has one order: equal inputs give equal bits.
+#pragma once
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "../carver.h"
+#include "../maths/half.h"
+#include "isa.h"
+#include "parallel.h"
+
+namespace tcam {
+
+constexpr int forward_tile = 48, backward_tile = 96;  // measured: docs/performance.md
+
+struct Range {
+  long lo, hi;
+};
+inline Range chunk(long n, long chunks, long c) { return {n * c / chunks, n * (c + 1) / chunks}; }
+
+inline const Engine& pick_engine(int kind) {
+  const Engine* e = instruction_set().engine(kind);
+  return e ? *e : *instruction_set().engine(0);  // no bfloat16 instructions: float32 products serve, and round less
+}
+
+inline void zero(void* at, long bytes, int threads) {
+  constexpr long piece = 1l << 20;
+  parallel_for((bytes + piece - 1) / piece, threads,
+               [&](long t, int) { std::memset(static_cast<char*>(at) + t * piece, 0, std::min(piece, bytes - t * piece)); });
+}
+
+template <class Real>
+class Mlp {
+ public:
+  const tcam_problem& p;
+  const Engine& core;  // of the hidden layers
+  const Engine& real;  // of texels and maps: float32 or float64
+  const bool backward;
+  const long n1, stride, blocks;  // width of layer 1, padded; blocks of a piece of work
+  const int threads;
+
+  Mlp(const tcam_problem& problem, bool back, long block_count, Carver& ws)
+      : p(problem),
+        core(pick_engine(p.compute == TCAM_BF16 ? 2
+                         : p.dtype == TCAM_F64  ? 1
+                                                : 0)),
+        real(pick_engine(p.dtype == TCAM_F64 ? 1 : 0)),
+        backward(back),
+        n1(p.layers ? p.width[1] : 0),
+        stride(round_up(n1, real.columns)),
+        blocks(block_count),
+        threads(std::max(1, static_cast<int>(p.threads))),
+        tile_(static_cast<int>(std::min<long>(round_up(p.tile > 0 ? p.tile
+                                                       : back     ? backward_tile
+                                                                  : forward_tile,
+                                                       12),
+                                              max_tile))) {
+    const int L = p.layers;
+    decoder_.layers = L;
+    for (int l = 1; l < L; ++l)
+      decoder_.activation[l] = {static_cast<Activation>(p.activation[l - 1].kind), p.activation[l - 1].parameter};
+    decoder_.output_activation = {static_cast<OutputActivation>(p.output_activation.kind), p.output_activation.parameter};
+    for (int l = 0; l <= L; ++l) decoder_.width[l] = p.width[l];
+    for (int l = 2; l <= L; ++l) {
+      const long in = p.width[l - 1], out = p.width[l];
+      if (l < L) decoder_.forward[l] = ws.take(words(in) * round_up(out, core.columns) * core.word_bytes);
+      decoder_.bias[l] = ws.take(round_up(out, core.columns) * core.real_bytes);
+      if (backward) decoder_.transposed[l] = ws.take(words(out) * round_up(in, core.columns) * core.word_bytes);
+    }
+    if (L > 1) decoder_.last = ws.take(p.width[L] * last_stride() * core.word_bytes);
+    losses_ = reinterpret_cast<double*>(ws.take(blocks * static_cast<long>(sizeof(double))));
+    const long each = std::max(core.scratch_bytes(decoder_, backward), real.scratch_bytes(decoder_, backward));
+    for (int t = 0; t < threads; ++t) scratch_.push_back(ws.take(each));
+    if (!backward || !p.grad_decoder) return;
+    for (int l = 2; l <= L; ++l) {
+      decoder_.grad_offset[l] = block_sums_;
+      block_sums_ += round_up(p.width[l], core.rows) * round_up(p.width[l - 1], core.columns);
+      decoder_.grad_bias_offset[l] = block_sums_;
+      block_sums_ += round_up(p.width[l], core.columns);
+    }
+    block_sums_ = round_up(block_sums_, 16);
+    sums_ = reinterpret_cast<Real*>(ws.take(blocks * block_sums_ * core.real_bytes));
+  }
+
+  long row_bytes(long rows) const { return rows * stride * real.real_bytes; }
+  char* scratch(int thread) const { return scratch_[static_cast<size_t>(thread)]; }
+
+  void pack(const tcam_inputs& in) {
+    for (int l = 2; l <= p.layers; ++l) {
+      const long m = p.width[l - 1], n = p.width[l];
+      if (l < p.layers) core.pack_panels(in.weights[l - 1], 1, m, m, n, const_cast<void*>(decoder_.forward[l]));
+      if (backward) core.pack_panels(in.weights[l - 1], m, 1, n, m, const_cast<void*>(decoder_.transposed[l]));
+      copy_bias(const_cast<void*>(decoder_.bias[l]), in.biases[l - 1], n, round_up(n, core.columns));
+    }
+    if (p.layers > 1)
+      core.pack_rows(in.weights[p.layers - 1], p.width[p.layers], p.width[p.layers - 1], const_cast<void*>(decoder_.last),
+                     last_stride());
+  }
+  static void copy_bias(void* dst, const void* bias, long n, long padded) {
+    std::memset(dst, 0, static_cast<size_t>(padded) * sizeof(Real));
+    if (bias) std::memcpy(dst, bias, static_cast<size_t>(n) * sizeof(Real));
+  }
+
+  void clear_losses() { zero(losses_, blocks * static_cast<long>(sizeof(double)), 1); }
+  void clear_gradients() {
+    if (sums_) zero(sums_, blocks * block_sums_ * core.real_bytes, threads);
+  }
+  double total_loss() const {
+    double sum = 0;
+    for (long q = 0; q < blocks; ++q) sum += losses_[q];
+    return sum;
+  }
+
+  // Of one block, on one thread. With an objective (null: none) `volume` is its target.
+  void forward_block(const Maps& maps, const Block& block, const Volume& volume, const tcam_objective* objective, long task,
+                     int thread) const {
+    const Objective compare = objective_of(objective, task);
+    core.forward(decoder_, maps, block, volume, objective ? &compare : nullptr, tile_, scratch(thread));
+  }
+  // `volume` is the gradient of the volume or, with an objective, its target.
+  void backward_block(const Maps& maps, const Block& block, const Volume& volume, const tcam_objective* objective, void* da,
+                      void* db, void* dg, long task, int thread) const {
+    const Objective compare = objective_of(objective, task);
+    const BlockGradients grads = {da, db, dg, sums_ ? sums_ + task * block_sums_ : nullptr};
+    core.backward(decoder_, maps, block, volume, objective ? &compare : nullptr, grads, tile_, scratch(thread));
+  }
+
+  // Of layers 2 and up, to place `object`.
+  void write_gradients(const tcam_gradients& to, long object) const {
+    for (int l = 2; l <= p.layers; ++l) {
+      const long in = p.width[l - 1], out = p.width[l], padded = round_up(in, core.columns);
+      Real* weight = static_cast<Real*>(to.weights[l - 1]) + object * out * in;
+      Real* bias = to.biases[l - 1] ? static_cast<Real*>(to.biases[l - 1]) + object * out : nullptr;
+      parallel_for(out, threads, [&](long r, int) {
+        for (long x = 0; x < in; ++x) {
+          Real sum = 0;
+          for (long q = 0; q < blocks; ++q) sum += sums_[q * block_sums_ + decoder_.grad_offset[l] + r * padded + x];
+          weight[r * in + x] = sum;
+        }
+        if (bias) {
+          Real sum = 0;
+          for (long q = 0; q < blocks; ++q) sum += sums_[q * block_sums_ + decoder_.grad_bias_offset[l] + r];
+          bias[r] = sum;
+        }
+      });
+    }
+  }
+
+ private:
+  int tile_;
+  Decoder decoder_{};
+  long block_sums_ = 0;  // reals of decoder gradients a block
+  Real* sums_ = nullptr;
+  double* losses_;
+  std::vector<char*> scratch_;
+
+  long words(long reals) const { return (reals + core.pack - 1) / core.pack; }
+  long last_stride() const {  // words of a row of the last layer
+    return round_up(words(p.width[p.layers - 1]), core.columns / 2);
+  }
+  Objective objective_of(const tcam_objective* o, long task) const {
+    if (!o) return {};
+    return {static_cast<Loss>(o->loss), o->beta, losses_ + task};
+  }
+};
+
+// The first layer's weights W_1 = [W_0 | W_1 | ...], one block of columns for each matrix of features that it multiplies (the
+// planes, or their sum or product; a point's own), and partial sums of their gradients: one for each fixed chunk of work.
+template <class Real>
+class FirstLayer {
+ public:
+  const long chunks;
+
+  FirstLayer(const Mlp<Real>& mlp, long chunk_count, Carver& ws) : chunks(chunk_count), m(mlp), p(mlp.p) {
+    const long planes = p.reduce == TCAM_CONCAT ? p.plane_count : 1;
+    for (long q = 0; q < planes; ++q) add(ws, p.channels);
+    for (long e = 0; e < p.extra; e += TCAM_MAX_WIDTH) add(ws, std::min<long>(p.extra - e, TCAM_MAX_WIDTH));
+    bias_ = ws.take(m.stride * m.real.real_bytes);
+  }
+
+  long blocks() const { return static_cast<long>(blocks_.size()); }
+  long block_of(long plane) const { return p.reduce == TCAM_CONCAT ? plane : 0; }
+  long width(long b) const { return blocks_[static_cast<size_t>(b)].width; }
+  const void* weights(long b) const { return blocks_[static_cast<size_t>(b)].packed; }
+  const void* transposed(long b) const { return blocks_[static_cast<size_t>(b)].transposed; }
+  const void* bias() const { return bias_; }
+  // Of a chunk: (round_up(n_1, rows), padded width); null: not wanted.
+  void* partial(long b, long chunk) const {
+    const Part& part = blocks_[static_cast<size_t>(b)];
+    return part.partials ? part.partials + chunk * part_size(part.width) : nullptr;
+  }
+
+  void pack(const tcam_inputs& in) {
+    if (!p.layers) return;
+    const Real* w1 = static_cast<const Real*>(in.weights[0]);
+    for (const Part& b : blocks_) {
+      m.real.pack_panels(w1 + b.column, 1, p.width[0], b.width, m.n1, b.packed);
+      if (m.backward) m.real.pack_panels(w1 + b.column, p.width[0], 1, m.n1, b.width, b.transposed);
+    }
+    Mlp<Real>::copy_bias(bias_, in.biases[0], m.n1, m.stride);
+  }
+  void clear_gradients() {
+    for (const Part& b : blocks_)
+      if (b.partials) zero(b.partials, chunks * part_size(b.width) * m.real.real_bytes, m.threads);
+  }
+  void write_gradient(const tcam_gradients& to, long object) const {
+    Real* weight = static_cast<Real*>(to.weights[0]) + object * m.n1 * p.width[0];
+    for (const Part& b : blocks_) {
+      const long padded = round_up(b.width, m.real.columns), size = part_size(b.width);
+      parallel_for(m.n1, m.threads, [&](long r, int) {
+        for (long x = 0; x < b.width; ++x) {
+          Real sum = 0;
+          for (long c = 0; c < chunks; ++c) sum += b.partials[c * size + r * padded + x];
+          weight[r * p.width[0] + b.column + x] = sum;
+        }
+      });
+    }
+  }
+
+ private:
+  struct Part {
+    long width, column;
+    void *packed, *transposed;
+    Real* partials;
+  };
+  const Mlp<Real>& m;
+  const tcam_problem& p;
+  std::vector<Part> blocks_;
+  char* bias_;
+
+  long part_size(long width) const { return round_up(m.n1, m.real.rows) * round_up(width, m.real.columns); }
+  void add(Carver& ws, long width) {
+    Part b = {width, blocks_.empty() ? 0 : blocks_.back().column + blocks_.back().width, nullptr, nullptr, nullptr};
+    const long bytes = m.real.real_bytes;
+    if (p.layers) {
+      b.packed = ws.take(width * m.stride * bytes);
+      if (m.backward) b.transposed = ws.take(m.n1 * round_up(width, m.real.columns) * bytes);
+      if (m.backward && p.grad_decoder) b.partials = reinterpret_cast<Real*>(ws.take(chunks * part_size(width) * bytes));
+    }
+    blocks_.push_back(b);
+  }
+};
+
+}  // namespace tcam

@@ -1,0 +1,57 @@
+// The ops on CUDA. A grid that separates takes one of two roads: the tensor-core kernels of fused.h where they serve the
+// problem and the device, the general road of layers.h for every other shape.
+#include "fused.h"
+#include "launch.h"
+#include "layers.h"
+
+namespace tcam {
+namespace {
+
+template <class F>
+int with_road(const tcam_problem& problem, Output output, void* workspace, int device, void* stream, F f) {
+  DeviceGuard guard(device);
+  if (guard.status() != cudaSuccess) return guard.status();
+  const cudaStream_t s = static_cast<cudaStream_t>(stream);
+  const bool backward = output == Output::gradients;
+  if (problem.dtype == TCAM_F64) {
+    Layers<double> road(problem, backward, workspace, s);
+    return f(road);
+  }
+  Fused fused(problem, backward, workspace, s);
+  if (fused.serves(output)) return f(fused);
+  Layers<float> road(problem, backward, workspace, s);
+  return f(road);
+}
+
+}  // namespace
+}  // namespace tcam
+
+extern "C" int64_t tcam_decode_cuda_workspace(const tcam_problem* problem, int backward) {
+  if (problem->dtype == TCAM_F64) return tcam::Layers<double>(*problem, backward != 0, nullptr, nullptr).bytes();
+  const int64_t general = tcam::Layers<float>(*problem, backward != 0, nullptr, nullptr).bytes();
+  const int64_t fused = tcam::Fused(*problem, backward != 0, nullptr, nullptr).bytes();
+  return fused > general ? fused : general;
+}
+
+extern "C" int tcam_decode_cuda(const tcam_problem* problem, const tcam_inputs* inputs, void* out, void* workspace, int device,
+                                void* stream) {
+  return tcam::with_road(*problem, tcam::Output::volume, workspace, device, stream,
+                         [&](auto& road) { return road.forward(*inputs, out, nullptr, nullptr); });
+}
+
+extern "C" int tcam_decode_backward_cuda(const tcam_problem* problem, const void* grad_out, const tcam_inputs* inputs,
+                                         const tcam_gradients* gradients, void* workspace, int device, void* stream) {
+  return tcam::with_road(*problem, tcam::Output::gradients, workspace, device, stream,
+                         [&](auto& road) { return road.backward(*inputs, grad_out, nullptr, nullptr, *gradients); });
+}
+
+extern "C" int tcam_decode_loss_cuda(const tcam_problem* problem, const tcam_objective* objective, const tcam_inputs* inputs,
+                                     double* losses, const tcam_gradients* gradients, void* workspace, int device,
+                                     void* stream) {
+  const bool backward = problem->grad_planes || problem->grad_decoder;
+  return tcam::with_road(*problem, backward ? tcam::Output::gradients : tcam::Output::losses, workspace, device, stream,
+                         [&](auto& road) {
+                           if (!backward) return road.forward(*inputs, const_cast<void*>(objective->target), objective, losses);
+                           return road.backward(*inputs, objective->target, objective, losses, *gradients);
+                         });
+}
