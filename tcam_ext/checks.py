@@ -246,7 +246,7 @@ def target_and_size(target: Any, size: Any, box: Any) -> tuple[Tensor, Any]:
     return target, list(target.shape[2:]) if size is None else size
 
 
-def native_limits(planes: Sampled, weights: Sequence[Tensor], points: bool = False) -> None:
+def native_limits(planes: Sampled, weights: Sequence[Tensor]) -> None:
     """What the kernels serve. The message names impl="reference", which has no such limits."""
     advice = 'impl="reference" has no such limit'
     channels = planes.planes[0].shape[1]
@@ -266,10 +266,6 @@ def native_limits(planes: Sampled, weights: Sequence[Tensor], points: bool = Fal
     if device.type == "cuda" and not _C.has_cuda:
         raise NotImplementedError(
             'tcam_ext was built without CUDA: install it where nvcc is found, or use impl="reference", or CPU tensors'
-        )
-    if device.type == "cuda" and (points or planes.reduce == "prod"):
-        raise NotImplementedError(
-            'decode_points, sample_points and reduce="prod" have no CUDA kernel yet; use impl="reference", or CPU tensors'
         )
     if device.type not in ("cpu", "cuda", "meta"):
         raise NotImplementedError(f'no native kernel for {device.type} tensors; use impl="reference", or CPU or CUDA tensors')

@@ -282,7 +282,7 @@ def decode_points(
         checks.sampled(planes, options, checks.coordinates(xyz)), weights, biases, options, out_dtype, width
     )
     where = checks.points(sampled, xyz, batch_index, extra, bounds, library.storage_dtype(mlp.compute))
-    checks.native_limits(sampled, mlp.weights, points=True)
+    checks.native_limits(sampled, mlp.weights)
     own = None if where.extra is None else where.extra.to(sampled.planes[0].dtype)
 
     def run(mlp: checks.Decoder) -> Tensor:
@@ -335,7 +335,7 @@ def sample_points(
     checks.one_dtype(dtype, sampled.planes[0].device)
     compute = "float64" if dtype == torch.float64 else "float32"
     where = checks.points(sampled, xyz, batch_index, None, bounds, library.storage_dtype(compute))
-    checks.native_limits(sampled, [], points=True)
+    checks.native_limits(sampled, [])
     mlp = checks.Decoder([], [], (), "none", compute, dtype)
     tensors, counts, sampling = _canonical(sampled, mlp)
     out: Tensor = DecodePoints.apply(counts, sampling, where.objects, dtype, *tensors, where.points, None)

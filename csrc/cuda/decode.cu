@@ -1,11 +1,14 @@
-// The ops on CUDA. A grid that separates takes one of two roads: the tensor-core kernels of fused.h where they serve the
-// problem and the device, the general road of layers.h for every other shape.
+// The ops on CUDA. Points, and grids that do not separate, take the road of points.h; other grids one of two: the tensor-core
+// kernels of fused.h where they serve the problem and the device, the general road of layers.h for every other shape.
 #include "fused.h"
 #include "launch.h"
 #include "layers.h"
+#include "points.h"
 
 namespace tcam {
 namespace {
+
+bool walks_points(const tcam_problem& p) { return p.points >= 0 || p.reduce == TCAM_PRODUCT; }
 
 template <class F>
 int with_road(const tcam_problem& problem, Output output, void* workspace, int device, void* stream, F f) {
@@ -13,6 +16,14 @@ int with_road(const tcam_problem& problem, Output output, void* workspace, int d
   if (guard.status() != cudaSuccess) return guard.status();
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   const bool backward = output == Output::gradients;
+  if (walks_points(problem)) {
+    if (problem.dtype == TCAM_F64) {
+      Points<double> road(problem, backward, workspace, s);
+      return f(road);
+    }
+    Points<float> road(problem, backward, workspace, s);
+    return f(road);
+  }
   if (problem.dtype == TCAM_F64) {
     Layers<double> road(problem, backward, workspace, s);
     return f(road);
@@ -27,6 +38,10 @@ int with_road(const tcam_problem& problem, Output output, void* workspace, int d
 }  // namespace tcam
 
 extern "C" int64_t tcam_decode_cuda_workspace(const tcam_problem* problem, int backward) {
+  if (tcam::walks_points(*problem)) {
+    if (problem->dtype == TCAM_F64) return tcam::Points<double>(*problem, backward != 0, nullptr, nullptr).bytes();
+    return tcam::Points<float>(*problem, backward != 0, nullptr, nullptr).bytes();
+  }
   if (problem->dtype == TCAM_F64) return tcam::Layers<double>(*problem, backward != 0, nullptr, nullptr).bytes();
   const int64_t general = tcam::Layers<float>(*problem, backward != 0, nullptr, nullptr).bytes();
   const int64_t fused = tcam::Fused(*problem, backward != 0, nullptr, nullptr).bytes();

@@ -4,6 +4,7 @@
 #include "../maths/half.h"
 #include "planes.h"
 #include "ptx.h"
+#include "scale.h"
 
 namespace tcam {
 
@@ -52,37 +53,7 @@ static __global__ void __launch_bounds__(threads) pad_last_kernel(const float* w
 
 // ---- scales for float16 -------------------------------------------------------------------------
 
-constexpr int scale_blocks = 1024;
 constexpr int scale_exponent = 10;      // of the largest dl/dy: room for 6 doublings above, for 24 halvings below
 constexpr int scale_exponent_open = 4;  // where dl/dy has no bound: mse of an output without one
-
-// The largest magnitude of each block's numbers; one that is not finite counts as infinity.
-static __global__ void __launch_bounds__(threads) largest_kernel(const void* values, int dtype, int64_t count, float* largest) {
-  Shared shared;
-  float* all = shared.take<float>(threads);
-  float most = 0.f;
-  for (int64_t e = blockIdx.x * static_cast<int64_t>(threads) + threadIdx.x; e < count;
-       e += static_cast<int64_t>(gridDim.x) * threads) {
-    const float x = fabsf(Elements<float>::read(values, dtype, e));
-    most = x <= 3.4028234663852886e38f ? fmaxf(most, x) : INFINITY;
-  }
-  most = reduce_block(most, all, [](float a, float b) { return fmaxf(a, b); });
-  if (threadIdx.x == 0) largest[blockIdx.x] = most;
-}
-
-// scale[0]: the power of two that brings factor * (offset + the largest magnitude) to 2^exponent or next below; scale[1]: its
-// inverse. 1 where there is none.
-static __global__ void scale_kernel(const float* largest, int blocks, float offset, float factor, int exponent, float* scale) {
-  float most = 0.f;
-  for (int b = 0; b < blocks; ++b) most = fmaxf(most, largest[b]);
-  most = factor * (offset + most);
-  int own = exponent;
-  if (most > 0.f && most <= 3.4028234663852886e38f) frexpf(most, &own);
-  const int by = own - exponent < -100 ? -100 : own - exponent > 100 ? 100 : own - exponent;
-  scale[0] = ldexpf(1.f, -by);
-  scale[1] = ldexpf(1.f, by);
-}
-// both[1] = a[1] b[1]
-static __global__ void both_scales_kernel(const float* a, const float* b, float* both) { *both = a[1] * b[1]; }
 
 }  // namespace tcam

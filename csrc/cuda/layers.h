@@ -97,7 +97,7 @@ struct LastLayer {
   Final<Real> output_activation;
   void* volume;  // of one object: written, or the gradient, or the target
   int dtype;
-  int64_t channel_stride;
+  int64_t channel_stride, voxel_stride;
   Loss loss;
   double beta;
   Real* delta;     // (voxels, n_out); null: not wanted
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(threads) last_layer_kernel(LastLayer<Real> p, 
         sum = z[o];
       }
       if (lane) continue;
-      const int64_t at = o * p.channel_stride + region.in_box(v);
+      const int64_t at = o * p.channel_stride + region.in_box(v) * p.voxel_stride;
       if (what == Finish::write) {
         Elements<Real>::write(p.volume, p.dtype, at, output_of(p.output_activation, sum));
         continue;
@@ -157,20 +157,28 @@ __global__ void __launch_bounds__(threads) last_delta_kernel(const Real* delta, 
 
 template <class Real>
 class Layers : public Planes<Real> {
+ protected:
   using Base = Planes<Real>;
   using Base::add_axis_sum, Base::blocks, Base::channel_threads, Base::check, Base::width;
   using Base::biases_, Base::da_, Base::db_, Base::dg_, Base::n_, Base::p, Base::status_, Base::stream_, Base::weights_;
 
  public:
   Layers(const tcam_problem& problem, bool backward, void* workspace, cudaStream_t stream) : Base(problem, stream) {
-    choose_region(backward);
+    choose_region(backward, 0);
     Carver ws(workspace);
     this->carve_planes(ws, backward);
-    carve(ws, backward, workspace);
+    carve_layers(ws, backward);
+    if (backward && p.grad_decoder) {
+      const int64_t begin = this->begin_partials(ws);
+      carve_partials(ws);
+      this->end_partials(ws, workspace, begin);
+    }
     this->bytes_ = ws.used();
   }
 
- private:
+ protected:
+  Layers(const tcam_problem& problem, cudaStream_t stream) : Base(problem, stream) {}  // points.h carves for itself
+
   int64_t region_size_[3], most_ = 0;
   Real *z_[TCAM_MAX_LAYERS + 1] = {}, *delta_[2] = {};
   double* losses_ = nullptr;
@@ -179,9 +187,9 @@ class Layers : public Planes<Real> {
   int64_t splits() const { return ceil_div(most_, voxel_chunk); }
   int64_t bias_splits() const { return ceil_div(most_, bias_chunk); }
 
-  // As many whole rows and slices as the voxels allowed, from the problem alone.
-  void choose_region(bool backward) {
-    int64_t each = sizeof(double), widest = 1;  // bytes a voxel
+  // As many whole rows and slices as the voxels allowed, from the problem alone; `more`: bytes a voxel that others need.
+  void choose_region(bool backward, int64_t more) {
+    int64_t each = sizeof(double) + more, widest = 1;  // bytes a voxel
     for (int l = 1; l <= p.layers; ++l) {
       widest = width(l) > widest ? width(l) : widest;
       if (backward) each += width(l) * sizeof(Real);
@@ -196,7 +204,7 @@ class Layers : public Planes<Real> {
     most_ = region_size_[0] * region_size_[1] * region_size_[2];
   }
 
-  void carve(Carver& ws, bool backward, void* workspace) {
+  void carve_layers(Carver& ws, bool backward) {
     const int L = p.layers;
     auto reals = [&](int64_t count) { return Base::reals(ws, count); };
     losses_ = reinterpret_cast<double*>(ws.take(most_ * static_cast<int64_t>(sizeof(double))));
@@ -210,19 +218,24 @@ class Layers : public Planes<Real> {
     for (int l = 1; l < L || l == 1; ++l) z_[l] = reals(most_ * width(l));
     delta_[0] = reals(most_ * widest);
     delta_[1] = reals(most_ * widest);
-    if (!p.grad_decoder) return;
-    const int64_t begin = this->begin_partials(ws);
-    for (int l = 2; l <= L; ++l) {
-      weight_partials_[l] = reals(splits() * width(l) * width(l - 1));
-      bias_partials_[l] = reals(bias_splits() * width(l));
+  }
+  void carve_partials(Carver& ws) {
+    for (int l = 2; l <= p.layers; ++l) {
+      weight_partials_[l] = Base::reals(ws, splits() * width(l) * width(l - 1));
+      bias_partials_[l] = Base::reals(ws, bias_splits() * width(l));
     }
-    this->end_partials(ws, workspace, begin);
   }
 
   void walk(int64_t object, void* volume, const tcam_objective* objective, double* losses, bool backward) override {
     for_each_region([&](const Region& region) {
-      const Real* z = hidden_layers(region);
-      last_layer(z, region, object, volume, objective, losses, backward ? delta_[p.layers & 1] : nullptr);
+      const Sampled<Real> sampled = {this->projected(-1), biases_[1], width(1)};
+      check(launch(first_layer_kernel<Real>, blocks(ceil_div(region.voxels(), warps)), threads, 0, stream_, sampled, region,
+                   z_[1]));
+      hidden_layers(region.voxels());
+      const int64_t stride = n_[0] * n_[1] * n_[2];
+      const int dtype = objective ? objective->target_dtype : p.out_dtype;
+      void* at = static_cast<char*>(volume) + object * width(p.layers) * stride * dtype_bytes(dtype);
+      last_layer(region, {at, stride, 1}, objective, losses + object, backward ? delta_[p.layers & 1] : nullptr);
       if (backward) walk_back(region);
     });
   }
@@ -255,21 +268,20 @@ class Layers : public Planes<Real> {
     return gemm<Scalars<Real, 64>>(m, n, k, k_chunk, a, b, store, stream_);
   }
 
-  // z of layers 1 to L-1; the pointer is to the last of them (to z_1 with one layer).
-  const Real* hidden_layers(const Region& region) {
-    const int64_t voxels = region.voxels();
-    const Sampled<Real> sampled = {this->projected(-1), biases_[1], width(1)};
-    check(launch(first_layer_kernel<Real>, blocks(ceil_div(voxels, warps)), threads, 0, stream_, sampled, region, z_[1]));
+  // z of layers 2 to L-1, from z_1.
+  void hidden_layers(int64_t voxels) {
     for (int l = 2; l < p.layers; ++l)
       check(product(voxels, width(l), width(l - 1), 0, Activated<Real>{z_[l - 1], width(l - 1), this->activation(l - 1)},
                     Transposed<Real>{weights_[l], width(l - 1)}, WriteRows<Real>{z_[l], width(l), biases_[l]}));
-    return z_[p.layers > 1 ? p.layers - 1 : 1];
   }
 
-  void last_layer(const Real* z, const Region& region, int64_t object, void* volume, const tcam_objective* objective,
-                  double* losses, Real* delta) {
+  struct Layout {
+    void* data;
+    int64_t channel_stride, voxel_stride;
+  };
+  void last_layer(const Region& region, const Layout& volume, const tcam_objective* objective, double* loss, Real* delta) {
     const int L = p.layers, dtype = objective ? objective->target_dtype : p.out_dtype;
-    const int64_t stride = n_[0] * n_[1] * n_[2];
+    const Real* z = z_[L > 1 ? L - 1 : 1];
     const LastLayer<Real> last = {z,
                                   L > 1 ? weights_[L] : nullptr,
                                   biases_[L],
@@ -277,9 +289,10 @@ class Layers : public Planes<Real> {
                                   width(L),
                                   this->activation(L - 1),
                                   this->output_activation(),
-                                  static_cast<char*>(volume) + object * width(L) * stride * dtype_bytes(dtype),
+                                  volume.data,
                                   dtype,
-                                  stride,
+                                  volume.channel_stride,
+                                  volume.voxel_stride,
                                   objective ? static_cast<Loss>(objective->loss) : Loss::mse,
                                   objective ? objective->beta : 0,
                                   delta,
@@ -292,13 +305,12 @@ class Layers : public Planes<Real> {
         break;
       case Finish::compare:
         check(launch(last_layer_kernel<Real, Finish::compare>, grid, threads, 0, stream_, last, region));
-        check(launch(add_total_kernel, 1, threads, reduce_bytes, stream_, losses_, region.voxels(), losses + object));
+        check(launch(add_total_kernel, 1, threads, reduce_bytes, stream_, losses_, region.voxels(), loss));
     }
   }
 
-  // From delta_L in delta_[L & 1] to the maps dA, dB, dG, and to the partial sums of the decoder's gradients.
-  void walk_back(const Region& region) {
-    const int64_t voxels = region.voxels();
+  // From delta_L in delta_[L & 1] to delta_1 in delta_[1], and to the partial sums of the decoder's gradients.
+  void back_to_first(int64_t voxels) {
     for (int l = p.layers; l >= 2; --l) {
       const Real* delta = delta_[l & 1];
       const int n = width(l), m = width(l - 1);
@@ -319,6 +331,9 @@ class Layers : public Planes<Real> {
         check(product(voxels, m, n, 0, Rows<Real>{delta, n}, Rows<Real>{weights_[l], m},
                       WriteDelta<Real>{next, z_[l - 1], m, this->activation(l - 1)}));
     }
+  }
+  void walk_back(const Region& region) {
+    back_to_first(region.voxels());
     const int64_t slice = static_cast<int64_t>(region.nj) * region.nk, row = region.nk;
     const int n1 = width(1);
     add_axis_sum(delta_[1], da_ + (region.i0 * n_[1] + region.j0) * n1, n_[1], region.ni, region.nj, region.nk, slice, row, 1);

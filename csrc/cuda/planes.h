@@ -235,12 +235,7 @@ class Planes {
       walk(object, const_cast<void*>(volume), objective, losses, true);
       maps_to_planes(in, to, object);
       if (p.grad_decoder && (per_object || object == p.batch - 1)) {
-        for (int l = 1; l <= p.layers; ++l) {
-          const int64_t row = per_object ? object : 0;
-          Real* bias = static_cast<Real*>(to.biases[l - 1]);
-          grad_weight_[l] = static_cast<Real*>(to.weights[l - 1]) + row * p.width[l] * p.width[l - 1];
-          grad_bias_[l] = bias ? bias + row * p.width[l] : nullptr;
-        }
+        place_gradients(to, per_object ? object : 0);
         write_first_gradients();
         write_gradients();
       }
@@ -356,17 +351,29 @@ class Planes {
                  static_cast<int>(nx), static_cast<int>(ny), static_cast<int>(ns), x_step, y_step, s_step, map, pitch));
   }
 
- private:
+ protected:
   VoxelTap<Real>*row_taps_[TCAM_MAX_PLANES] = {}, *column_taps_[TCAM_MAX_PLANES] = {};
   Real *projected_[TCAM_MAX_PLANES] = {}, *first_partials_[TCAM_MAX_PLANES] = {}, *first_bias_partials_ = nullptr;
   Real *between_ = nullptr, *grad_projected_ = nullptr;
   bool ascending_ = true;  // the taps
 
-  void set(const tcam_inputs& in) {
+  void set_layers(const tcam_inputs& in) {
     for (int l = 1; l <= p.layers; ++l) {
       weights_[l] = static_cast<const Real*>(in.weights[l - 1]);
       biases_[l] = static_cast<const Real*>(in.biases[l - 1]);
     }
+  }
+  // Where the decoder's gradients go, of `row` of those that have a leading axis.
+  void place_gradients(const tcam_gradients& to, int64_t row) {
+    for (int l = 1; l <= p.layers; ++l) {
+      Real* bias = static_cast<Real*>(to.biases[l - 1]);
+      grad_weight_[l] = static_cast<Real*>(to.weights[l - 1]) + row * p.width[l] * p.width[l - 1];
+      grad_bias_[l] = bias ? bias + row * p.width[l] : nullptr;
+    }
+  }
+
+  void set(const tcam_inputs& in) {
+    set_layers(in);
     ascending_ = p.padding != TCAM_PAD_REFLECTION && !in.bounds;
     if (!in.bounds) place(nullptr);
   }

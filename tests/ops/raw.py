@@ -6,7 +6,7 @@ Outputs and workspaces start as NaN bytes, so that reading what was not written 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -131,11 +131,12 @@ class Kernels:
             problem.planes[q] = Plane(*axes, *plane.shape[2:])
         problem.size[:], problem.lo[:], problem.hi[:] = p.size, lo, hi
         problem.corners = o["grid"] == "corners"
-        widths = [w.shape[1] for w in p.weights] + [p.weights[-1].shape[0]]
+        widths = [w.shape[1] for w in p.weights] + [p.weights[-1].shape[0]] if p.weights else []
         problem.width[: len(widths)] = widths
         problem.layers = len(p.weights)
-        names = [o["activation"]] * (len(p.weights) - 1) if isinstance(o["activation"], str) else o["activation"]
-        for layer, name in enumerate(names):
+        hidden = max(len(p.weights) - 1, 0)
+        names = [o["activation"]] * hidden if isinstance(o["activation"], str) else o["activation"]
+        for layer, name in enumerate(names[:hidden]):
             problem.activation[layer] = Activation(*activations.hidden("activation", name)[:2])
         problem.output_activation = Activation(*activations.output("output_activation", o["output_activation"])[:2])
         problem.align_corners = o["align_corners"]
@@ -201,3 +202,33 @@ class Kernels:
             ctypes.c_void_p(losses.data_ptr()), ctypes.byref(to),
         )  # fmt: skip
         return [losses, *found]
+
+    def points(
+        self, p: Problem, xyz: Tensor, grad: Tensor | None = None, *,
+        objects: Tensor | None = None, extra: Tensor | None = None,
+        formulation: int = 0, compute: int | None = None, layers: bool = True, tile: int = 0,
+    ) -> list[Tensor]:  # fmt: skip
+        """decode_points at (N, axes), or without layers sample_points; with ``grad`` the gradients: planes, weights, biases,
+        points, extra."""
+        dtype = p.planes[0].dtype
+        if not layers:
+            p = replace(p, weights=[], biases=[])
+        compute = DTYPES[dtype] if compute is None else compute
+        problem = self._problem(p, compute, None, (True, layers), 2, tile, dtype)
+        problem.points, problem.axes, problem.formulation = xyz.shape[0], xyz.shape[1], formulation
+        problem.extra = 0 if extra is None else extra.shape[1]
+        problem.grad_points, problem.grad_extra = 1, extra is not None
+        inputs, _kept = self._inputs(p)
+        inputs.points, inputs.objects, inputs.extra = (None if t is None else t.data_ptr() for t in (xyz, objects, extra))
+        if grad is None:
+            planes = len(p.planes) if problem.reduce == 0 else 1
+            n_out = p.weights[-1].shape[0] if layers else planes * p.planes[0].shape[1]
+            out = _nan((xyz.shape[0], n_out), dtype)
+            self._call("decode", problem, False, ctypes.byref(inputs), ctypes.c_void_p(out.data_ptr()))
+            return [out]
+        to, _also_kept, found = self._gradients(p, (True, layers))
+        more = [_nan(t.shape, dtype) for t in (xyz, extra) if t is not None]
+        to.points, to.extra = more[0].data_ptr(), more[1].data_ptr() if extra is not None else None
+        grad = grad.contiguous()
+        self._call("decode_backward", problem, True, ctypes.c_void_p(grad.data_ptr()), ctypes.byref(inputs), ctypes.byref(to))
+        return [*found, *more]

@@ -396,3 +396,111 @@ def test_no_fused_backward_fits_and_the_general_road_serves(kernels):
     got = kernels.backward(p, grad, 3)
     kernels.library.simt_device(227 << 10, 2)
     assert all(torch.equal(a, b) for a, b in zip(got, kernels.backward(p, grad, 5), strict=True))
+
+
+# ---- points ------------------------------------------------------------------------------------
+
+POINTS = [
+    dict(widths=(40, 33, 2), batch=2, activation="silu"),
+    dict(widths=(17, 3), plane_axes=((0, 1), (0, 2), (0, 2), (1, 2)), reduce="mean", padding_mode="reflection",
+         activation="tanh"),
+    dict(widths=(9, 8, 1), plane_axes=((0, 2), (0, 1)), reduce="prod", padding_mode="zeros", align_corners=True,
+         activation=["sine", "tanh"]),
+    dict(widths=(5,), plane_axes=((1, 2),)),
+]  # fmt: skip
+
+
+def point_case(shape, extra=0, n=301):
+    p = problems.make(channels=4, texels=(4, 5, 6), **shape)
+    if extra:
+        p.weights[0] = torch.cat((p.weights[0], torch.randn(p.weights[0].shape[0], extra, dtype=torch.float64)), 1)
+    batch = p.planes[0].shape[0]
+    xyz = torch.rand(n, 3, dtype=torch.float64) * 3 - 1.5
+    return p, xyz, torch.randint(0, batch, (n,)), torch.randn(n, extra, dtype=torch.float64) if extra else None
+
+
+@pytest.mark.parametrize("shape", POINTS, ids=lambda s: str(s["widths"]))
+@pytest.mark.parametrize("formulation", [0, 1, 2])
+@pytest.mark.parametrize("extra", [0, 3])
+def test_points(kernels, shape, formulation, extra):
+    if formulation == 1 and shape.get("reduce") == "prod":
+        pytest.skip("a product is not projected")
+    p, xyz, objects, own = point_case(shape, extra)
+    inputs = [t.requires_grad_() for t in [*p.tensors, xyz, *([own] if extra else [])]]
+    want = reference.decode_points(p.planes, p.weights, p.biases, xyz, batch_index=objects, extra=own, **p.options)
+    mine = p.to(torch.float64)
+    arguments = dict(objects=objects, extra=None if own is None else own.detach(), formulation=formulation)
+    grad = torch.randn_like(want)
+    wanted = gradients(want, inputs, grad)
+    for tile in (0, 70):  # several waves
+        (got,) = kernels.points(mine, xyz.detach(), **arguments, tile=tile)
+        assert problems.relative(got, want) < 1e-12
+        found = kernels.points(mine, xyz.detach(), grad, **arguments, tile=tile)
+        assert problems.gradient_error(found, wanted) < 1e-10
+
+
+@pytest.mark.parametrize("shape", POINTS, ids=lambda s: str(s["widths"]))
+def test_samples_of_points(kernels, shape):
+    p, xyz, objects, _ = point_case(shape)
+    inputs = [t.requires_grad_() for t in [*p.planes, xyz]]
+    options = {k: v for k, v in p.options.items() if k != "activation"}
+    want = reference.sample_points(p.planes, xyz, batch_index=objects, **options)
+    mine, where = p.to(torch.float64), xyz.detach()
+    (got,) = kernels.points(mine, where, objects=objects, layers=False)
+    assert problems.relative(got, want) < 1e-12
+    grad = torch.randn_like(want)
+    found = kernels.points(mine, where, grad, objects=objects, layers=False, tile=70)
+    assert problems.gradient_error(found, gradients(want, inputs, grad)) < 1e-10
+
+
+def test_a_product_of_planes_on_a_grid(kernels):
+    sampling = {**SAMPLINGS[0], "reduce": "prod"}
+    p = problems.make(channels=4, widths=(9, 8, 2), size=(5, 4, 17), batch=2, activation="silu", **sampling)
+    exact = p.to(torch.float64, requires_grad=True)
+    want = exact.call(reference.decode_grid)
+    assert problems.relative(kernels.forward(p), want) < 1e-12
+    target, grad = torch.rand_like(want.detach()), torch.randn_like(want)
+    each = (want - target).square().flatten(1).sum(1)
+    of_losses = list(torch.autograd.grad(each.sum(), exact.tensors, retain_graph=True))
+    assert problems.gradient_error(kernels.backward(p, grad, tile=60), gradients(want, exact.tensors, grad)) < 1e-10
+    losses, *found = kernels.loss(p, target, "mse", per_object=True)
+    torch.testing.assert_close(losses, each.detach())
+    summed = [g.sum(0) if i >= len(p.planes) else g for i, g in enumerate(found)]
+    assert problems.gradient_error(summed, of_losses) < 1e-10
+
+
+@pytest.mark.parametrize("formulation", [1, 2])
+def test_gradients_of_points_have_one_value(kernels, schedule, formulation):
+    """Atomic additions of integers: the same bits in whichever order they happen."""
+    p, xyz, objects, own = point_case(POINTS[0], 2, n=900)
+    p, arguments = p.to(torch.float32), dict(objects=objects, extra=own.float(), formulation=formulation, compute=5)
+    grad = torch.randn(900, 2)
+    found = []
+    for name in SCHEDULES:
+        schedule(name)
+        found.append(kernels.points(p, xyz.float(), grad, **arguments))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    exact = p.to(torch.float64, True)
+    where, mine = xyz.float().double().requires_grad_(), own.float().double().requires_grad_()
+    want = reference.decode_points(
+        exact.planes, exact.weights, exact.biases, where, batch_index=objects, extra=mine, **p.options
+    )
+    wanted = gradients(want, [*exact.tensors, where, mine], grad.double())
+    assert problems.gradient_error(found[0], wanted) < problems.GRADIENT_LIMIT["tf32"]
+
+
+def test_points_without_an_object_and_gradients_that_are_not_finite(kernels):
+    p, xyz, objects, _ = point_case(POINTS[0], n=40)
+    p32, where = p.to(torch.float32), xyz.float()
+    bad = objects.clone()
+    bad[3], bad[7] = 2, -1
+    (got,) = kernels.points(p32, where, objects=bad)
+    (want,) = kernels.points(p32, where, objects=objects)
+    keep = torch.ones(40, dtype=torch.bool)
+    keep[[3, 7]] = False
+    assert got[~keep].isnan().all()
+    assert torch.equal(got[keep], want[keep])
+    grad = torch.ones(40, 2)
+    grad[5, 0] = float("inf")
+    found = kernels.points(p32, where, grad, objects=objects)
+    assert not any(g.isfinite().all() for g in found[:3])

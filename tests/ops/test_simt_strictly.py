@@ -112,7 +112,7 @@ FAULTS = {
     "the last row tile is missing": ("gemm.h", "(m + Tile::rows - 1) / Tile::rows", "m > Tile::rows ? m / Tile::rows : 1"),
     "the last depth is not read": ("gemm.h", "if (k0 + depth < end)", "if (k0 + 2 * depth < end)"),
     "weights of the taps swapped": ("planes.h", "t.w_lo * (u.w_lo", "t.w_lo * (u.w_hi"),
-    "texels above forgotten": ("planes.h", "end = first_tap(taps, count, r + 1)", "end = first_tap(taps, count, r)"),
+    "texels above forgotten": ("planes.h", "first_tap(taps, count, r + 1)", "first_tap(taps, count, r)"),
     "a region's sum replaces the one before": (
         "planes.h",
         "map_pitch + y) * n + c] += sum",
@@ -147,7 +147,7 @@ FAULTS = {
         "at / 2 % 4 * 8 + at / 8 % 4 * 2",
         "at / 8 % 4 * 8 + at / 2 % 4 * 2",
     ),
-    "no scale": ("fused_operands.h", "frexpf(most, &own);", ";"),
+    "no scale": ("scale.h", "frexpf(most, &own);", ";"),
     "a scale that is not undone": ("fused.h", "    factor_ = scale_ + 4;", "    factor_ = scale_ + 1;"),
     "a tile of the sums over i forgotten": ("fused.h", "add_axis_sum(partial_g_", "if (i0 == 0) add_axis_sum(partial_g_"),
     "the bias of the layer below the last": ("fused_sums.h", "sum * p.bias[r]", "sum"),

@@ -37,6 +37,11 @@ T __shfl_sync(uint32_t mask, T value, int lane) {
   return simt::shuffle(3, mask, value, [=](int) { return lane; });
 }
 
+template <class T>
+T atomicAdd(T* at, T value) {
+  return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
+}
+
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
