@@ -7,7 +7,7 @@
 extern "C" {
 #endif
 
-enum { TCAM_MAX_LAYERS = 6, TCAM_MAX_WIDTH = 256, TCAM_MAX_OUT = 16, TCAM_MAX_PLANES = 16, TCAM_MAX_AXES = 4 };
+enum { TCAM_MAX_LAYERS = 6, TCAM_MAX_WIDTH = 256, TCAM_MAX_OUT = 64, TCAM_MAX_PLANES = 16, TCAM_MAX_AXES = 4 };
 
 typedef enum { TCAM_F32 = 0, TCAM_F64 = 1, TCAM_F16 = 2, TCAM_BF16 = 3, TCAM_U8 = 4, TCAM_TF32 = 5, TCAM_I64 = 6 } tcam_dtype;
 typedef enum { TCAM_PAD_BORDER = 0, TCAM_PAD_ZEROS = 1, TCAM_PAD_REFLECTION = 2 } tcam_padding;

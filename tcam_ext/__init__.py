@@ -11,7 +11,7 @@ from tcam_ext._binary import load as _load
 
 _load(torch)
 
-from tcam_ext import reference  # noqa: E402
+from tcam_ext import conventions, reference  # noqa: E402
 from tcam_ext._version import __version__  # noqa: E402
 from tcam_ext.nn import TriplaneDecoder  # noqa: E402
 from tcam_ext.ops import decode_grid, decode_grid_loss, decode_points, sample_grid, sample_points  # noqa: E402
@@ -19,6 +19,7 @@ from tcam_ext.ops import decode_grid, decode_grid_loss, decode_points, sample_gr
 __all__ = [
     "TriplaneDecoder",
     "__version__",
+    "conventions",
     "decode_grid",
     "decode_grid_loss",
     "decode_points",

@@ -57,6 +57,7 @@ OUTPUT_ACTIVATIONS: dict[str, Formula] = {
     "softplus": Formula(lambda z, p: F.softplus(z + p), 0.0),
     "trunc_exp": Formula(lambda z, p: _TruncExp.apply(z + p), 0.0),  # its gradient is that of exp(min(z + p, 15))
     "tanh": Formula(lambda z, p: torch.tanh(z)),
+    "half_sine": Formula(lambda z, p: (torch.sin(p * z) + 1) / 2, 1.0),
 }
 
 

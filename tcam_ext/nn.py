@@ -22,7 +22,7 @@ class TriplaneDecoder(nn.Module):
     Args:
         channels: C of the planes; the first layer reads 3C features of three concatenated planes.
         widths: of the hidden layers, each 1 to 256. TCAM-Diff: (128, 128, 128, 128).
-        out_channels: 1 to 16.
+        out_channels: 1 to 64.
         extra_channels: features that points bring themselves (:meth:`points`, ``extra``).
         plane_axes, reduce, align_corners, padding_mode, activation, output_activation: see :func:`tcam_ext.decode_grid`.
         bias: whether the layers have biases.

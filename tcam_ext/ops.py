@@ -51,7 +51,7 @@ def decode_grid(
         planes: a tensor ``(B, C, rows, columns)`` for each pair of ``plane_axes``, sizes free, or one tensor
             ``(B, planes, C, h, w)``. C is 1 to 256, planes 1 to 16. Need not be contiguous. B may be 0.
         weights: 1 to 6 tensors ``(n_l, n_(l-1))`` with ``n_0`` the features (3C of three concatenated planes); hidden widths
-            to 256, ``n_L = C_out`` to 16.
+            to 256, ``n_L = C_out`` to 64.
         biases: for each weight a tensor ``(n_l,)`` or None.
         size: ``(H, W, D)``, the voxels of the whole volume along x, y, z.
         box: ``((x0, x1), (y0, y1), (z0, z1))``, half-open ranges of voxels: decode this part alone. It equals the same
@@ -71,7 +71,8 @@ def decode_grid(
             sine, half_sine ((sin z + 1)/2). ``name(p)`` sets the slope of leaky_relu, beta of softplus (log(1 + exp(p z))/p) or
             the frequency of the sines (sin(p z)).
         output_activation: none, sigmoid, clamp (to [0, 1]), affine_sigmoid (sigmoid(z)(1 + 2p) - p, p = 0.001: EG3D), softplus
-            (of z + p, p = 0), trunc_exp (exp(z + p), p = 0, with the gradient of exp(min(z + p, 15))), tanh; ``name(p)``.
+            (of z + p, p = 0), trunc_exp (exp(z + p), p = 0, with the gradient of exp(min(z + p, 15))), tanh,
+            half_sine ((sin(p z) + 1)/2); ``name(p)``.
         return_preactivation: also return W_L h + b_L: users take a density and a colour from one output.
         compute_dtype: of the hidden layers' products: a floating dtype or "tf32". None: autocast's dtype under autocast,
             else the dtype of the planes. Sums are always float32 or better. On a CPU, bfloat16 uses bfloat16 dot products

@@ -9,8 +9,8 @@
 namespace tcam {
 
 constexpr int max_tile = 96;  // voxels (rows) a tile, at most; a multiple of every `rows`
-constexpr int max_layers = 6;
-constexpr int max_out = 16;
+constexpr int max_layers = TCAM_MAX_LAYERS;
+constexpr int max_out = TCAM_MAX_OUT;
 
 inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
 

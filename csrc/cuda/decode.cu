@@ -18,10 +18,10 @@ int with_road(const tcam_problem& problem, Output output, void* workspace, int d
   const bool backward = output == Output::gradients;
   if (walks_points(problem)) {
     if (problem.dtype == TCAM_F64) {
-      Points<double> road(problem, backward, workspace, s);
+      PointLayers<double> road(problem, backward, workspace, s);
       return f(road);
     }
-    Points<float> road(problem, backward, workspace, s);
+    PointLayers<float> road(problem, backward, workspace, s);
     return f(road);
   }
   if (problem.dtype == TCAM_F64) {
@@ -39,8 +39,8 @@ int with_road(const tcam_problem& problem, Output output, void* workspace, int d
 
 extern "C" int64_t tcam_decode_cuda_workspace(const tcam_problem* problem, int backward) {
   if (tcam::walks_points(*problem)) {
-    if (problem->dtype == TCAM_F64) return tcam::Points<double>(*problem, backward != 0, nullptr, nullptr).bytes();
-    return tcam::Points<float>(*problem, backward != 0, nullptr, nullptr).bytes();
+    if (problem->dtype == TCAM_F64) return tcam::PointLayers<double>(*problem, backward != 0, nullptr, nullptr).bytes();
+    return tcam::PointLayers<float>(*problem, backward != 0, nullptr, nullptr).bytes();
   }
   if (problem->dtype == TCAM_F64) return tcam::Layers<double>(*problem, backward != 0, nullptr, nullptr).bytes();
   const int64_t general = tcam::Layers<float>(*problem, backward != 0, nullptr, nullptr).bytes();

@@ -234,14 +234,14 @@ __global__ void __launch_bounds__(threads) fill_rows_kernel(const Real* bias, in
 }
 
 template <class Real>
-class Points : public Layers<Real> {
+class PointLayers : public Layers<Real> {
   using Base = Layers<Real>;
   using Base::blocks, Base::channel_threads, Base::check, Base::clear, Base::columns, Base::rows, Base::texels, Base::width;
   using Base::delta_, Base::most_, Base::n_, Base::p, Base::region_size_, Base::status_, Base::stream_, Base::weights_,
       Base::z_;
 
  public:
-  Points(const tcam_problem& problem, bool backward, void* workspace, cudaStream_t stream)
+  PointLayers(const tcam_problem& problem, bool backward, void* workspace, cudaStream_t stream)
       : Base(problem, stream), grid_(p.points < 0), held_(grid_ ? 1 : p.batch) {
     n_[2] = grid_ ? n_[0] * n_[1] * n_[2] : p.points;
     n_[0] = n_[1] = 1;

@@ -13,7 +13,7 @@ namespace tcam {
 // One list names them for C++ and, through the bindings, for Python (activations.py, where their parameters p and formulas
 // are).
 #define TCAM_HIDDEN_ACTIVATIONS(X) X(relu) X(leaky_relu) X(silu) X(softplus) X(tanh) X(gelu) X(sine) X(half_sine)
-#define TCAM_OUTPUT_ACTIVATIONS(X) X(none) X(sigmoid) X(clamp) X(affine_sigmoid) X(softplus) X(trunc_exp) X(tanh)
+#define TCAM_OUTPUT_ACTIVATIONS(X) X(none) X(sigmoid) X(clamp) X(affine_sigmoid) X(softplus) X(trunc_exp) X(tanh) X(half_sine)
 
 #define TCAM_ENUM(name) name,
 enum class Activation : int { TCAM_HIDDEN_ACTIVATIONS(TCAM_ENUM) };
@@ -110,6 +110,7 @@ struct Maths {
       case OutputActivation::softplus: return softplus(z + M::splat(a.p));
       case OutputActivation::trunc_exp: return M::exp(z + M::splat(a.p));
       case OutputActivation::tanh: return M::tanh(z);
+      case OutputActivation::half_sine: return (M::sin(z * M::splat(a.p)) + M::splat(1)) * M::splat(0.5);
       default: return z;
     }
   }
@@ -130,6 +131,7 @@ struct Maths {
         const V x = z + M::splat(a.p);
         return M::exp(M::select(x > M::splat(trunc_exp_most), M::splat(trunc_exp_most), x));
       }
+      case OutputActivation::half_sine: return M::cos(z * M::splat(a.p)) * M::splat(a.p / 2);
       case OutputActivation::tanh: return logistic_slope(z + z) * M::splat(4);  // tanh z = 2 sigmoid(2z) - 1
       default: return M::splat(1);
     }

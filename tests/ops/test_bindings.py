@@ -80,7 +80,7 @@ def valid(rng):
         corners=rng.random() < 0.5,
         axes=3,
         activation=[(rng.randint(0, 7), 1.0) for _ in widths[1:]],
-        output_activation=(rng.randint(0, 6), 0.5),
+        output_activation=(rng.randint(0, 7), 0.5),
         align_corners=rng.random() < 0.5,
         padding=rng.randint(0, 2),
         compute=code,

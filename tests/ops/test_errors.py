@@ -110,7 +110,7 @@ def test_the_reference_checks_the_same(change):
     [
         (problems.make(channels=257, widths=(4, 1)), "planes.*256.*257"),
         (problems.make(widths=(300, 1)), r"weights\[0\].*256.*300"),
-        (problems.make(widths=(8, 17)), r"weights\[1\].*16.*17"),
+        (problems.make(widths=(8, 65)), r"weights\[1\].*64.*65"),
         (problems.make(widths=(4,) * 7), "weights.*6 layers.*7"),
     ],
 )

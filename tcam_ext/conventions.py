@@ -1,0 +1,154 @@
+"""How other triplane projects lay out, sample and decode their planes, as options of the ops of this package.
+
+    tcam_ext.decode_points(planes, weights, biases, xyz, **conventions.eg3d.options)
+    tcam_ext.sample_points(planes, xyz, **conventions.eg3d.sampling)
+    tcam_ext.decode_grid(planes, weights, biases, size, grid=conventions.nfd.grid, **conventions.nfd.options)
+
+Read from the projects' sources in late 2026; docs/coordinates.md draws them. Coordinates are theirs, scaled so that -1 and 1
+are the ends of the planes (``bounds`` does that).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tcam_ext.checks import PLANE_AXES
+
+
+@dataclass(frozen=True)
+class Convention:
+    """Of one project. ``grid``: how its dense volumes lie; the other options: see :func:`tcam_ext.decode_grid`."""
+
+    name: str
+    plane_axes: tuple[tuple[int, int], ...]
+    reduce: str
+    align_corners: bool
+    padding_mode: str
+    grid: str
+    activation: str | tuple[str, ...] = "relu"
+    output_activation: str = "none"
+    note: str = ""
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The options of sample_points and sample_grid."""
+        return {name: getattr(self, name) for name in ("plane_axes", "reduce", "align_corners", "padding_mode")}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of decode_points, decode_grid and decode_grid_loss."""
+        return {**self.sampling, "activation": self.activation, "output_activation": self.output_activation}
+
+
+tcam = Convention(
+    "tcam", PLANE_AXES, "concat", False, "border", "cells", "relu", "sigmoid", "TCAM-Diff; the defaults of this package."
+)
+nfd = Convention(
+    "nfd",
+    ((1, 0), (2, 1), (2, 0)),
+    "sum",
+    True,
+    "zeros",
+    "corners",
+    ("sine", "relu", "relu"),
+    note="Fourier features are a layer of sines: weights 2 pi B twice, biases 0 and pi/2. NFD's fitting code multiplies the "
+    'planes by default: reduce="prod".',
+)
+eg3d = Convention(
+    "eg3d",
+    ((1, 0), (2, 0), (1, 2)),
+    "mean",
+    False,
+    "zeros",
+    "corners",
+    "softplus",
+    note="With the plane axes of the fix (issue 67). Colours are affine_sigmoid of the outputs after the first, the density.",
+)
+eg3d_legacy = Convention(
+    "eg3d_legacy",
+    ((1, 0), (2, 0), (0, 2)),
+    "mean",
+    False,
+    "zeros",
+    "corners",
+    "softplus",
+    note="As released, for its checkpoints: two planes over x and z, none over y and z.",
+)
+openlrm = Convention(
+    "openlrm",
+    ((1, 0), (2, 0), (1, 2)),
+    "concat",
+    False,
+    "zeros",
+    "corners",
+    "relu",
+    note="InstantMesh and Direct3D too. The density is softplus of the first output minus 1.",
+)
+triposr = Convention(
+    "triposr",
+    ((1, 0), (2, 0), (2, 1)),
+    "concat",
+    False,
+    "zeros",
+    "corners",
+    "silu",
+    note="The density is trunc_exp of the first output minus 1, colours are sigmoids. stable-fast-3d has align_corners=True.",
+)
+ssdnerf = Convention(
+    "ssdnerf",
+    ((1, 0), (2, 0), (2, 1)),
+    "concat_channel_major",
+    False,
+    "border",
+    "corners",
+    "silu",
+    note="Ragged scenes: batch_index. The density is trunc_exp of its output.",
+)
+semcity = Convention(
+    "semcity",
+    ((0, 1), (0, 2), (1, 2)),
+    "sum",
+    False,
+    "border",
+    "corners",
+    "relu",
+    note="Its decoder appends a positional encoding and skips: sample_points, then its own layers.",
+)
+blaze3dm = Convention(
+    "blaze3dm",
+    ((1, 2), (0, 1), (0, 2)),
+    "concat",
+    False,
+    "zeros",
+    "cells",
+    "half_sine",
+    "half_sine",
+    note="Coordinates and volumes in the order z, y, x. The positional encoding is `extra`.",
+)
+kplanes = Convention(
+    "kplanes",
+    ((1, 0), (2, 0), (2, 1)),
+    "prod",
+    True,
+    "border",
+    "corners",
+    "relu",
+    note="One scale; several scales are several calls, or sample_points and torch.cat.",
+)
+kplanes_4d = Convention(
+    "kplanes_4d",
+    ((1, 0), (2, 0), (3, 0), (2, 1), (3, 1), (3, 2)),
+    "prod",
+    True,
+    "border",
+    "corners",
+    "relu",
+    note="With time as the fourth coordinate: points alone.",
+)
+
+#: By name.
+CONVENTIONS = {
+    c.name: c
+    for c in (tcam, nfd, eg3d, eg3d_legacy, openlrm, triposr, ssdnerf, semcity, blaze3dm, kplanes, kplanes_4d)
+}  # fmt: skip

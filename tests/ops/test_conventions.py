@@ -1,0 +1,195 @@
+"""Other projects' sampling and decoding, restated from their formulas in plain PyTorch, equals ours with their preset.
+
+Each formula below is written for that project's own tensors and coordinates: which of them ``grid_sample`` gets in which order
+is the point. Planes are random and of unequal sizes, so that any swapped axis, plane or channel shows.
+"""
+
+from __future__ import annotations
+
+import math
+
+import problems
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.functional import grid_sample
+
+import tcam_ext
+from tcam_ext import conventions
+from tcam_ext.conventions import CONVENTIONS
+
+C, N = 4, 150
+
+
+def sample(plane, u, v, align_corners=False, padding_mode="zeros"):
+    """grid_sample of a plane (B, C, rows, columns) at u along its columns and v along its rows: (B, N, C)."""
+    where = torch.stack((u, v), -1).unsqueeze(1)
+    return grid_sample(plane, where, align_corners=align_corners, padding_mode=padding_mode)[:, :, 0].mT
+
+
+def layers(h, weights, biases, activation):
+    for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
+        h = F.linear(activation(h), w, b) if i else F.linear(h, w, b)
+    return h
+
+
+def tcam(p, xyz):
+    xy, yz, xz = p.planes
+    x, y, z = xyz.unbind(-1)
+    border = {"padding_mode": "border"}
+    f = torch.cat((sample(xy, y, x, **border), sample(yz, z, y, **border), sample(xz, z, x, **border)), -1)
+    return torch.sigmoid(layers(f, p.weights, p.biases, torch.relu))
+
+
+def nfd(p, xyz):
+    """Sum, then Gaussian Fourier features, then two layers of ReLU (the Fourier layer is the first of the weights)."""
+    x, y, z = xyz.unbind(-1)
+    f = sum(sample(q, u, v, align_corners=True) for q, (u, v) in zip(p.planes, ((x, y), (y, z), (x, z)), strict=True))
+    half = p.weights[0].shape[0] // 2
+    projected = 2 * math.pi * F.linear(f, p.weights[0][:half] / (2 * math.pi))
+    h = torch.cat((projected.sin(), projected.cos()), -1)
+    h = torch.relu(F.linear(h, p.weights[1], p.biases[1]))
+    h = torch.relu(F.linear(h, p.weights[2], p.biases[2]))
+    return F.linear(h, p.weights[3], p.biases[3])
+
+
+def eg3d(p, xyz):
+    """Axes (x, y), (x, z), (z, y), the mean, softplus."""
+    x, y, z = xyz.unbind(-1)
+    f = torch.stack([sample(q, u, v) for q, (u, v) in zip(p.planes, ((x, y), (x, z), (z, y)), strict=True)]).mean(0)
+    return layers(f, p.weights, p.biases, F.softplus)
+
+
+def eg3d_legacy(p, xyz):
+    """Its plane axes are matrices that project coordinates by their inverse; as released the third is (z, x)."""
+    x, y, z = xyz.unbind(-1)
+    f = torch.stack([sample(q, u, v) for q, (u, v) in zip(p.planes, ((x, y), (x, z), (z, x)), strict=True)]).mean(0)
+    return layers(f, p.weights, p.biases, F.softplus)
+
+
+def openlrm(p, xyz):
+    x, y, z = xyz.unbind(-1)
+    f = torch.cat([sample(q, u, v) for q, (u, v) in zip(p.planes, ((x, y), (x, z), (z, y)), strict=True)], -1)
+    return layers(f, p.weights, p.biases, torch.relu)
+
+
+def triposr(p, xyz):
+    pairs = (xyz[..., [0, 1]], xyz[..., [0, 2]], xyz[..., [1, 2]])
+    f = torch.cat([sample(q, *uv.unbind(-1)) for q, uv in zip(p.planes, pairs, strict=True)], -1)
+    return layers(f, p.weights, p.biases, F.silu)
+
+
+def ssdnerf(p, xyz):
+    """Features in the order channel, plane."""
+    pairs = (xyz[..., [0, 1]], xyz[..., [0, 2]], xyz[..., [1, 2]])
+    f = torch.stack([sample(q, *uv.unbind(-1), padding_mode="border") for q, uv in zip(p.planes, pairs, strict=True)], -1)
+    return layers(f.flatten(-2), p.weights, p.biases, F.silu)
+
+
+def semcity(p, xyz):
+    """Planes (X, Y), (X, Z), (Y, Z), sampled at the flipped pair of coordinates."""
+    pairs = (xyz[..., [0, 1]], xyz[..., [0, 2]], xyz[..., [1, 2]])
+    f = sum(sample(q, *uv.flip(-1).unbind(-1), padding_mode="border") for q, uv in zip(p.planes, pairs, strict=True))
+    return layers(f, p.weights, p.biases, torch.relu)
+
+
+def blaze3dm(p, zyx):
+    """Coordinates z, y, x are flipped first; (sin + 1)/2 after every layer, the last too."""
+    x, y, z = zyx.flip(-1).unbind(-1)
+    f = torch.cat([sample(q, u, v) for q, (u, v) in zip(p.planes, ((x, y), (y, z), (x, z)), strict=True)], -1)
+
+    def half_sine(h):
+        return (h.sin() + 1) / 2
+
+    return half_sine(layers(f, p.weights, p.biases, half_sine))
+
+
+def kplanes(p, points):
+    """A plane for every pair of coordinates, (res[b], res[a]) for the pair (a, b); their product."""
+    pairs = [(a, b) for a in range(points.shape[-1]) for b in range(a + 1, points.shape[-1])]
+    f = torch.ones(())
+    for q, (a, b) in zip(p.planes, pairs, strict=True):
+        f = f * sample(q, points[..., a], points[..., b], align_corners=True, padding_mode="border")
+    return layers(f, p.weights, p.biases, torch.relu)
+
+
+FORMULAS = dict(
+    tcam=tcam, nfd=nfd, eg3d=eg3d, eg3d_legacy=eg3d_legacy, openlrm=openlrm, triposr=triposr, ssdnerf=ssdnerf, semcity=semcity,
+    blaze3dm=blaze3dm, kplanes=kplanes, kplanes_4d=kplanes,
+)  # fmt: skip
+
+
+def problem(name):
+    c = CONVENTIONS[name]
+    widths = {"nfd": (12, 10, 9, 1), "eg3d": (16, 33), "eg3d_legacy": (16, 33)}.get(name, (16, 12, 4))
+    p = problems.make(channels=C, texels=(5, 6, 7, 3), widths=widths, batch=2, **c.options)
+    if name == "nfd":  # sines, and sines a quarter turn on
+        half = torch.randn(6, C, dtype=torch.float64)
+        p.weights[0] = torch.cat((half, half))
+        p.biases[0] = torch.cat((torch.zeros(6), torch.ones(6))).double() * (math.pi / 2)
+    return p.to(torch.float64, requires_grad=True)
+
+
+def test_every_convention_has_a_formula():
+    assert FORMULAS.keys() == CONVENTIONS.keys()
+    assert all(CONVENTIONS[name] is getattr(conventions, name) for name in FORMULAS)
+
+
+@pytest.mark.parametrize("name", sorted(FORMULAS))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_points(name, dtype):
+    p = problem(name)
+    axes = 4 if name.endswith("4d") else 3
+    xyz = (torch.rand(2, N, axes, dtype=torch.float64) * 2.4 - 1.2).requires_grad_()
+    want = FORMULAS[name](p, xyz)
+    mine, where = p.to(dtype, requires_grad=True), xyz.detach().to(dtype, copy=True).requires_grad_()
+    got = tcam_ext.decode_points(mine.planes, mine.weights, mine.biases, where, **CONVENTIONS[name].options)
+    exact = dtype == torch.float64
+    assert problems.relative(got, want) < (1e-12 if exact else 1e-5)
+    if not exact:  # masks flip where relu does
+        return
+    grad = torch.randn_like(want)
+    inputs = [*p.tensors, xyz]
+    wanted = torch.autograd.grad(want, inputs, grad, allow_unused=True)
+    found = torch.autograd.grad(got, [*mine.tensors, where], grad)
+    for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
+        if name == "nfd" and inputs[i] is p.weights[0]:  # its frequencies are one tensor in both halves
+            a = a[:6] + a[6:]
+            b = b[:6]
+        if b is not None:  # (nfd has no bias there)
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", sorted(set(FORMULAS) - {"kplanes_4d"}))
+@pytest.mark.parametrize("impl", ["native", "reference"])
+def test_grids(name, impl):
+    """The dense volume is the formula at its voxels."""
+    p, c, size = problem(name), CONVENTIONS[name], (4, 6, 5)
+    axes = [
+        torch.linspace(-1, 1, n, dtype=torch.float64)
+        if c.grid == "corners"
+        else (torch.arange(n, dtype=torch.float64) + 0.5) / n * 2 - 1
+        for n in size
+    ]
+    xyz = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).view(1, -1, 3).expand(2, -1, -1)
+    want = FORMULAS[name](p, xyz).mT.reshape(2, -1, *size)
+    got = tcam_ext.decode_grid(p.planes, p.weights, p.biases, size, grid=c.grid, impl=impl, **c.options)
+    assert problems.relative(got, want) < 1e-12
+    features = tcam_ext.sample_grid(p.planes, size, grid=c.grid, impl=impl, **c.sampling)
+    points = tcam_ext.sample_points(p.planes, xyz, impl=impl, **c.sampling)
+    torch.testing.assert_close(features.flatten(2).mT, points, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", sorted(FORMULAS))
+def test_a_swapped_axis_fails(name):
+    """An asymmetric phantom: no other assignment of a plane's axes gives the same values."""
+    p, c = problem(name), CONVENTIONS[name]
+    axes = 4 if name.endswith("4d") else 3
+    xyz = torch.rand(2, N, axes, dtype=torch.float64) * 2 - 1
+    want = FORMULAS[name](p, xyz)
+    for q, (row, column) in enumerate(c.plane_axes):
+        other = min(set(range(axes)) - {row, column})
+        for pair in ((column, row), (row, other)):
+            changed = (*c.plane_axes[:q], pair, *c.plane_axes[q + 1 :])
+            got = tcam_ext.decode_points(p.planes, p.weights, p.biases, xyz, **{**c.options, "plane_axes": changed})
+            assert problems.relative(got, want) > 1e-3
