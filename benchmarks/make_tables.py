@@ -48,6 +48,21 @@ def fits_table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def points_table(found: dict[str, Any]) -> str:
+    lines = [
+        circumstances(found),
+        "",
+        "| case | points | what | rival | median s | spread | Mpoint/s | ratio | peak MB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in found["rows"]:
+        lines.append(
+            f"| {r['case']} | {r['points']} | {r['what']} | {r['rival']} | {r['seconds']:.3f} | {r['low']:.3f} to {r['high']:.3f} | "
+            f"{r['mpoints']:.2f} | {number(r['ratio'], 2)} | {number(r['memory_mb'], 0)} |"
+        )
+    return "\n".join(lines)
+
+
 def decode_table(found: dict[str, Any]) -> str:
     lines = [
         circumstances(found),
@@ -76,7 +91,8 @@ def main() -> None:
 
     def fill(match: re.Match[str]) -> str:
         path = ROOT / "benchmarks" / "results" / f"{match[1]}.json"
-        table = fits_table if match[1].startswith("fit_") else decode_table
+        kind = match[1].split("_")[0]
+        table = {"fit": fits_table, "points": points_table, "sample": points_table}.get(kind, decode_table)
         return f"<!-- table {match[1]} -->\n{table(json.loads(path.read_text()))}\n<!-- end -->"
 
     filled = re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", fill, page, flags=re.S)

@@ -227,7 +227,7 @@ class Grid {
         map_row(0, i0 + i, w.n[1], first.bias(), a + m.row_bytes(i * w.n[1]));
     });
     const long s = m.stride, wide = w.n[1], deep = w.n[2];
-    return {a, b, g, wide * s, s, deep * s, s, deep * s, s, wide, deep, s};
+    return {a, b, g, wide * s, s, deep * s, s, deep * s, s, wide, deep, s, nullptr};
   }
 
   // to[t.lo], to[t.hi] += from, with the tap's weights; rows `step` apart.

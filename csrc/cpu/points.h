@@ -1,5 +1,6 @@
 // decode_points, sample_points, and grids that do not separate (the product of the planes), on the CPU.
 //
+// A wave's points are walked in the order of a space-filling curve, so that neighbours read and write texels that are in cache.
 // Points go in waves of up to 64 blocks of 384. A block gathers its points' texel rows, either of the planes projected through
 // the first layer (which leaves a sum of 4 rows a plane) or of the planes themselves (then the first layer is a product), puts
 // the first layer's outputs in rows, and hands them to the voxel loop as a grid of (1, points, 1). On the way back each block
@@ -36,6 +37,12 @@ class Points {
     auto reals = [&](long n) { return reinterpret_cast<Real*>(ws.take(n * bytes)); };
     texels_ = reals(rows * pitch);
     at_ = reinterpret_cast<int64_t*>(ws.take(wave * taps * 8));
+    if (!grid) {
+      order_ = reinterpret_cast<int32_t*>(ws.take(wave * 4));
+      key_ = reinterpret_cast<uint16_t*>(ws.take(wave * 2));
+      bucket_ = reinterpret_cast<int32_t*>(ws.take((keys + 1) * 4));
+    }
+    if (p.extra) own_ = reals(wave * p.extra);
     weight_ = reals(wave * taps);
     if (p.layers) {
       z_ = reals(wave * m.stride);
@@ -51,6 +58,7 @@ class Points {
     }
     if (!projected) grad_sampled_ = reals(samples * wave * channels);
     if (p.reduce == TCAM_PRODUCT) grad_product_ = reals(wave * channels);
+    if (p.grad_extra) grad_own_ = reals(wave * p.extra);
     if (!p.grad_points) return;
     by_row_ = reals(wave * taps);
     by_column_ = reals(wave * taps);
@@ -64,6 +72,7 @@ class Points {
       m.clear_losses();
       for (long begin = 0; begin < count; begin += wave_points()) {
         const Wave wave = {in, out, objective, object, begin, std::min(wave_points(), count - begin)};
+        sort(wave);
         parallel_for(m.blocks, m.threads, [&](long task, int thread) {
           const Range t = chunk(wave.points, m.blocks, task);
           if (t.lo == t.hi) return;
@@ -95,6 +104,7 @@ class Points {
       if (grad_texels_) zero(grad_texels_, texel_rows_ * pitch * m.real.real_bytes, m.threads);
       for (long begin = 0; begin < count; begin += wave_points()) {
         const Wave wave = {in, const_cast<void*>(out), objective, object, begin, std::min(wave_points(), count - begin)};
+        sort(wave);
         parallel_for(m.blocks, m.threads, [&](long task, int thread) {
           const Range t = chunk(wave.points, m.blocks, task);
           if (t.lo == t.hi) return;
@@ -123,8 +133,9 @@ class Points {
 
  private:
   static constexpr long most_blocks = 64, block_points = 384;
-  static constexpr long slice = 32;                   // channels that one thread adds to texels
-  static constexpr long most_texel_bytes = 1l << 30;  // of projected planes
+  static constexpr int key_bits = 5, keys = 1 << 3 * key_bits;  // cells of the curve: 32 along each of three axes
+  static constexpr long slice = 32;                             // channels that one thread adds to texels
+  static constexpr long most_texel_bytes = 1l << 30;            // of projected planes
 
   struct Wave {
     const tcam_inputs& in;
@@ -144,6 +155,9 @@ class Points {
   std::vector<long> base_;       // of each plane, in texels_
   long texel_rows_ = 0;
   int64_t* at_;
+  int32_t *order_ = nullptr, *bucket_ = nullptr;  // of the wave: its points in the order of their keys
+  uint16_t* key_ = nullptr;
+  Real *own_ = nullptr, *grad_own_ = nullptr;  // features that points bring themselves, in that order
   Real *texels_, *weight_, *z_ = nullptr, *zero_ = nullptr, *sampled_ = nullptr, *product_ = nullptr;
   Real *grad_texels_ = nullptr, *delta_ = nullptr, *bias_rows_ = nullptr, *grad_sampled_ = nullptr, *grad_product_ = nullptr;
   Real *by_row_ = nullptr, *by_column_ = nullptr, *dots_ = nullptr;
@@ -181,10 +195,10 @@ class Points {
     return {static_cast<const Real*>(planes) + object * p.channels * texels(q), static_cast<long>(p.channels), 1, texels(q)};
   }
   Features rows(const Real* data) const { return {data, static_cast<long>(p.channels), channels, 1}; }
-  Features extra(const Wave& wave, const void* all, long block) const {
-    const long at = (block - planes_blocks()) * TCAM_MAX_WIDTH;
-    return {static_cast<const Real*>(all) + wave.begin * p.extra + at, first.width(block), static_cast<long>(p.extra), 1};
+  Features own(const Real* rows, long block) const {
+    return {rows + (block - planes_blocks()) * TCAM_MAX_WIDTH, first.width(block), static_cast<long>(p.extra), 1};
   }
+  long place_of(long t) const { return order_ ? order_[t] : t; }  // in the wave, of the point walked as number t
   long planes_blocks() const { return p.reduce == TCAM_CONCAT ? p.plane_count : 1; }
 
   // f(plane, object's place in texels_, object, first texel, last) over chunks of all texels held.
@@ -213,12 +227,34 @@ class Points {
     });
   }
 
+  // The order of the wave's points along a space-filling curve; equal keys keep theirs.
+  void sort(const Wave& wave) {
+    if (!order_) return;
+    const Real* points = static_cast<const Real*>(wave.in.points) + wave.begin * p.axes;
+    parallel_for(m.blocks, m.threads, [&](long task, int) {
+      const Range range = chunk(wave.points, m.blocks, task);
+      for (long t = range.lo; t < range.hi; ++t) {
+        int key = 0;
+        for (int a = 0; a < 3 && a < p.axes; ++a) {
+          const Real c = (points[t * p.axes + a] + 1) * Real(1 << (key_bits - 1));
+          const int cell = c > 0 ? (c < (1 << key_bits) ? static_cast<int>(c) : (1 << key_bits) - 1) : 0;
+          for (int b = 0; b < key_bits; ++b) key |= (cell >> b & 1) << (3 * b + a);
+        }
+        key_[t] = static_cast<uint16_t>(key);
+      }
+    });
+    std::memset(bucket_, 0, (keys + 1) * sizeof(int32_t));
+    for (long t = 0; t < wave.points; ++t) ++bucket_[key_[t] + 1];
+    for (long k = 0; k < keys; ++k) bucket_[k + 1] += bucket_[k];
+    for (long t = 0; t < wave.points; ++t) order_[bucket_[key_[t]]++] = static_cast<int32_t>(t);
+  }
+
   // The taps of the wave's points [t.lo, t.hi).
   void place(const Wave& wave, Range range) {
     const long wide = p.hi[1] - p.lo[1], deep = p.hi[2] - p.lo[2];
     const Real* points = static_cast<const Real*>(wave.in.points);
     for (long t = range.lo; t < range.hi; ++t) {
-      const long n = wave.begin + t;
+      const long n = wave.begin + place_of(t);
       const long slot = grid ? 0 : wave.in.objects ? static_cast<long>(wave.in.objects[n]) : n / (p.points / p.batch);
       long voxel[3] = {};
       if (grid) voxel[0] = n / (wide * deep), voxel[1] = n / deep % wide, voxel[2] = n % deep;
@@ -252,7 +288,7 @@ class Points {
     return {at_ + at, weight_ + at, taps, samples == 1 ? taps : 4};
   }
 
-  Maps maps(const Wave& wave) const { return {z_, zero_, zero_, 0, m.stride, 0, 0, 0, 0, wave.points, 1, m.stride}; }
+  Maps maps(const Wave& wave) const { return {z_, zero_, zero_, 0, m.stride, 0, 0, 0, 0, wave.points, 1, m.stride, order_}; }
   Volume volume(const Wave& wave) const {
     const int dtype = wave.objective ? wave.objective->target_dtype : p.out_dtype;
     const long n_out = p.width[p.layers];
@@ -281,8 +317,11 @@ class Points {
         m.real.project(rows(product_ ? product_ : sample(sampled_, b)), t.lo, t.hi, first.weights(b), m.n1, z_, m.stride, true,
                        m.scratch(thread));
     }
+    const Real* brought = static_cast<const Real*>(wave.in.extra) + wave.begin * p.extra;
+    for (long x = t.lo; own_ && x < t.hi; ++x)
+      std::memcpy(own_ + x * p.extra, brought + place_of(x) * p.extra, static_cast<size_t>(p.extra) * sizeof(Real));
     for (long b = planes_blocks(); b < first.blocks(); ++b)
-      m.real.project(extra(wave, wave.in.extra, b), t.lo, t.hi, first.weights(b), m.n1, z_, m.stride, true, m.scratch(thread));
+      m.real.project(own(own_, b), t.lo, t.hi, first.weights(b), m.n1, z_, m.stride, true, m.scratch(thread));
   }
 
   // From delta_1 (without layers: from the gradient of the features) to the gradients of the samples, of a point's own features
@@ -313,12 +352,13 @@ class Points {
             sample(grad_sampled_, s)[e] = x;
           }
     }
-    for (long b = planes_blocks(); p.layers && b < first.blocks(); ++b) {
-      const Features f = extra(wave, wave.in.extra, b);
-      m.real.unproject(delta_, m.stride, f, t.lo, t.hi, p.grad_extra ? first.transposed(b) : nullptr, m.n1,
-                       p.grad_extra ? const_cast<void*>(extra(wave, to.extra, b).data) : nullptr, first.partial(b, task),
+    for (long b = planes_blocks(); p.layers && b < first.blocks(); ++b)
+      m.real.unproject(delta_, m.stride, own(own_, b), t.lo, t.hi, grad_own_ ? first.transposed(b) : nullptr, m.n1,
+                       grad_own_ ? const_cast<void*>(own(grad_own_, b).data) : nullptr, first.partial(b, task),
                        m.scratch(thread));
-    }
+    Real* gradient = static_cast<Real*>(to.extra) + wave.begin * p.extra;
+    for (long x = t.lo; grad_own_ && x < t.hi; ++x)
+      std::memcpy(gradient + place_of(x) * p.extra, grad_own_ + x * p.extra, static_cast<size_t>(p.extra) * sizeof(Real));
   }
   void clear_padding(Real* rows, Range t) const {
     for (long x = t.lo; x < t.hi; ++x)
@@ -332,7 +372,7 @@ class Points {
     for (long x = t.lo; x < t.hi; ++x)
       for (long b = 0; b < matrices; ++b)
         for (long e = 0; e < c; ++e)
-          f(((wave.begin + x) * matrices + b) * c + e, b * wave_points() * channels + x * channels + e);
+          f(((wave.begin + place_of(x)) * matrices + b) * c + e, b * wave_points() * channels + x * channels + e);
   }
   void write_features(const Wave& wave, Range t) {
     const Real* from = product_ ? product_ : sampled_;
@@ -362,7 +402,7 @@ class Points {
           sum[p.planes[q].row_axis] += dots_[e] * by_row_[e];
           sum[p.planes[q].column_axis] += dots_[e] * by_column_[e];
         }
-      for (int a = 0; a < p.axes; ++a) out[t * p.axes + a] = sum[a];
+      for (int a = 0; a < p.axes; ++a) out[place_of(t) * p.axes + a] = sum[a];
     }
   }
 

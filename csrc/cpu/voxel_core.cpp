@@ -153,7 +153,7 @@ struct Walk {
       a[n] = i * maps.a_i + j * maps.a_j;
       b[n] = j * maps.b_j + k * maps.b_k;
       g[n] = i * maps.g_i + k * maps.g_k;
-      out[n] = (i * maps.wide + j) * maps.deep + k;
+      out[n] = maps.order ? maps.order[j] : (i * maps.wide + j) * maps.deep + k;
       if (++k == block.k1) {
         k = block.k0;
         if (++j == block.j1) j = block.j0, ++i;
@@ -574,11 +574,28 @@ template <class N>
 static void scatter(void* texels, const PointTaps& taps, long count, const void* delta, long delta_stride, long c0, long c1) {
   typedef typename N::Real Real;
   typedef typename N::Vec Vec;
+  constexpr long ahead = 16;
   Real* to = static_cast<Real*>(texels);
   for (long t = 0; t < count; ++t) {
     const int64_t* at = taps.at + t * taps.pitch;
     const Real* w = static_cast<const Real*>(taps.weights) + t * taps.pitch;
     const Real* x = static_cast<const Real*>(delta) + t * delta_stride;
+    if (t + ahead < count)  // a slice of each row: no prefetcher of the machine's sees it coming
+      for (long c = c0; c < c1; c += 64 / static_cast<long>(sizeof(Real))) __builtin_prefetch(x + ahead * delta_stride + c);
+    if (taps.taps == 4 && w[0] != 0 && w[1] != 0 && w[2] != 0 && w[3] != 0) {
+      // Four rows, all different: read before any is written. Rows of a plane lie powers of two apart, and a read behind a
+      // write whose address agrees in its last 12 bits waits for it.
+      const Vec k[4] = {w[0] - Vec{}, w[1] - Vec{}, w[2] - Vec{}, w[3] - Vec{}};
+      for (long c = c0; c < c1; c += N::lanes) {
+        const Vec d = load<Vec>(x + c);
+        Vec v[4];
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; ++q) v[q] = load<Vec>(to + at[q] + c) + k[q] * d;
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; ++q) store(to + at[q] + c, v[q]);
+      }
+      continue;
+    }
     for (long q = 0; q < taps.taps; ++q) {
       if (w[q] == 0) continue;  // outside, or exactly on a texel
       const Vec k = w[q] - Vec{};

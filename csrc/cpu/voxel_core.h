@@ -35,6 +35,7 @@ struct Maps {
   const void *a, *b, *g;
   long a_i, a_j, b_j, b_k, g_i, g_k;
   long wide, deep, stride;
+  const int32_t* order;  // of points: which of the volume's a row of a is; null: in order
 };
 
 // Part of a slab that one thread walks, k fastest, then j, then i.
