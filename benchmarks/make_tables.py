@@ -57,8 +57,8 @@ def points_table(found: dict[str, Any]) -> str:
     ]
     for r in found["rows"]:
         lines.append(
-            f"| {r['case']} | {r['points']} | {r['what']} | {r['rival']} | {r['seconds']:.3f} | {r['low']:.3f} to {r['high']:.3f} | "
-            f"{r['mpoints']:.2f} | {number(r['ratio'], 2)} | {number(r['memory_mb'], 0)} |"
+            f"| {r['case']} | {r['points']} | {r['what']} | {r['rival']} | {r['seconds']:.3f} | {r['low']:.3f} to "
+            f"{r['high']:.3f} | {r['mpoints']:.2f} | {number(r['ratio'], 2)} | {number(r['memory_mb'], 0)} |"
         )
     return "\n".join(lines)
 

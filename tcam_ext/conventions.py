@@ -29,6 +29,7 @@ class Convention:
     activation: str | tuple[str, ...] = "relu"
     output_activation: str = "none"
     note: str = ""
+    coordinates: str = "xyzt"  # what the project calls its coordinates, in their order
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -125,6 +126,7 @@ blaze3dm = Convention(
     "half_sine",
     "half_sine",
     note="Coordinates and volumes in the order z, y, x. The positional encoding is `extra`.",
+    coordinates="zyx",
 )
 kplanes = Convention(
     "kplanes",

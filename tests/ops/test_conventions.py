@@ -137,12 +137,13 @@ def test_every_convention_has_a_formula():
 
 @pytest.mark.parametrize("name", sorted(FORMULAS))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_points(name, dtype):
+@pytest.mark.parametrize("device", problems.DEVICES)
+def test_points(device, name, dtype):
     p = problem(name)
     axes = 4 if name.endswith("4d") else 3
     xyz = (torch.rand(2, N, axes, dtype=torch.float64) * 2.4 - 1.2).requires_grad_()
     want = FORMULAS[name](p, xyz)
-    mine, where = p.to(dtype, requires_grad=True), xyz.detach().to(dtype, copy=True).requires_grad_()
+    mine, where = p.to(dtype, True, device), xyz.detach().to(device, dtype, copy=True).requires_grad_()
     got = tcam_ext.decode_points(mine.planes, mine.weights, mine.biases, where, **CONVENTIONS[name].options)
     exact = dtype == torch.float64
     assert problems.relative(got, want) < (1e-12 if exact else 1e-5)
@@ -151,7 +152,7 @@ def test_points(name, dtype):
     grad = torch.randn_like(want)
     inputs = [*p.tensors, xyz]
     wanted = torch.autograd.grad(want, inputs, grad, allow_unused=True)
-    found = torch.autograd.grad(got, [*mine.tensors, where], grad)
+    found = [g.cpu() for g in torch.autograd.grad(got, [*mine.tensors, where], grad.to(device))]
     for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
         if name == "nfd" and inputs[i] is p.weights[0]:  # its frequencies are one tensor in both halves
             a = a[:6] + a[6:]

@@ -77,7 +77,8 @@ def test_the_reference_samples_as_grid_sample_does(align_corners, padding_mode, 
 @settings(max_examples=150)
 @given(case=point_problems(), formulation=st.sampled_from([AUTO, PROJECTED, FEATURES]))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_values_and_gradients_equal_the_float64_reference(case, formulation, dtype):
+@pytest.mark.parametrize("device", problems.DEVICES)
+def test_values_and_gradients_equal_the_float64_reference(device, case, formulation, dtype):
     p, xyz = case
     if p.options["activation"].split("(")[0] in problems.PIECEWISE_LINEAR and dtype == torch.float32:
         p.options["activation"] = "silu"  # masks would flip
@@ -85,8 +86,8 @@ def test_values_and_gradients_equal_the_float64_reference(case, formulation, dty
     reduce = p.options["reduce"]
     # A coordinate's rounding moves it across the kink at a texel's centre: none that is exact in float32 does.
     xyz = xyz.float().double()
-    exact, mine = p.to(torch.float64, requires_grad=True), p.to(dtype, requires_grad=True)
-    where, there = (xyz.to(t, copy=True).requires_grad_() for t in (torch.float64, dtype))
+    exact, mine = p.to(torch.float64, requires_grad=True), p.to(dtype, requires_grad=True, device=device)
+    where, there = (xyz.to(d, t, copy=True).requires_grad_() for d, t in (("cpu", torch.float64), (device, dtype)))
     want = reference.decode_points(exact.planes, exact.weights, exact.biases, where, **p.options)
     real, direct = library.decode_points, library.decode_points_backward
     try:
@@ -97,7 +98,7 @@ def test_values_and_gradients_equal_the_float64_reference(case, formulation, dty
         assert got.shape == want.shape
         assert problems.relative(got, want) < problems.FORWARD_LIMIT[name]
         grad = torch.randn_like(want)
-        found = torch.autograd.grad(got, [*mine.tensors, there], grad.to(dtype))
+        found = torch.autograd.grad(got, [*mine.tensors, there], grad.to(device, dtype))
     finally:
         library.decode_points, library.decode_points_backward = real, direct
     *wanted, want_xyz = torch.autograd.grad(want, [*exact.tensors, where], grad)
@@ -106,7 +107,7 @@ def test_values_and_gradients_equal_the_float64_reference(case, formulation, dty
     if dtype == torch.float64 or p.options["padding_mode"] != "reflection":  # far reflections lose a float32's last bits
         close = _smooth(xyz, p) if dtype == torch.float32 else torch.ones_like(xyz, dtype=torch.bool)
         scale = want_xyz.norm().clamp_min(max(1e-3 * max(float(w.norm()) for w in wanted), 1e-30))
-        assert float(((xyz_grad.double() - want_xyz) * close).norm() / scale) < problems.GRADIENT_LIMIT[name]
+        assert float(((xyz_grad.cpu().double() - want_xyz) * close).norm() / scale) < problems.GRADIENT_LIMIT[name]
 
 
 def _smooth(xyz, p):
@@ -122,9 +123,10 @@ def _smooth(xyz, p):
 @settings(max_examples=60)
 @given(sampling=problems.sampling(), bounds=problems.bounds, grid=st.sampled_from(checks.GRIDS), seed=st.integers(0, 2**31))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_sample_grid_equals_the_reference(sampling, bounds, grid, seed, dtype):
+@pytest.mark.parametrize("device", problems.DEVICES)
+def test_sample_grid_equals_the_reference(device, sampling, bounds, grid, seed, dtype):
     torch.manual_seed(seed)
-    p = problems.make(texels=(3, 4, 6), batch=2, **sampling).to(dtype, requires_grad=True)
+    p = problems.make(texels=(3, 4, 6), batch=2, **sampling).to(dtype, requires_grad=True, device=device)
     box = ((1, 5), (0, 7), (2, 8))
     got = tcam_ext.sample_grid(p.planes, p.size, box=box, grid=grid, bounds=bounds, **sampling)
     exact = p.to(torch.float64, requires_grad=True)
@@ -132,7 +134,7 @@ def test_sample_grid_equals_the_reference(sampling, bounds, grid, seed, dtype):
     assert got.shape == want.shape
     assert problems.relative(got, want) < problems.FORWARD_LIMIT[str(dtype)[6:]]
     grad = torch.randn_like(want)
-    found = torch.autograd.grad(got, p.planes, grad.to(dtype))
+    found = torch.autograd.grad(got, p.planes, grad.to(device, dtype))
     assert problems.gradient_error(found, torch.autograd.grad(want, exact.planes, grad)) < 1e-5
 
 
