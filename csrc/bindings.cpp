@@ -266,14 +266,17 @@ class Call {
     points_ = Tensor(points, "points");
     if (points_.shape.size() != 2) throw py::value_error("points: expected 2 dimensions");
     points_.expect("points", {points_.shape[0], o.axes}, p_.dtype, device_);
+    for (const Tensor& t : planes_)  // coordinates in float32 do not tell more texels apart
+      if (p_.dtype == TCAM_F32 && (t.shape[2] > 1 << 24 || t.shape[3] > 1 << 24))
+        throw py::value_error("planes: points take up to 2^24 texels an axis in float32");
     p_.points = points_.shape[0];
     if (p_.points && !p_.batch) throw py::value_error("points: expected none without planes");
     if (objects.is_none()) {
       if (p_.batch && p_.points % p_.batch) throw py::value_error("points: expected as many for each object");
       return;
     }
-    objects_ = Tensor(objects, "objects");
-    objects_.expect("objects", {p_.points}, TCAM_I64, device_);
+    objects_ = Tensor(objects, "batch_index");
+    objects_.expect("batch_index", {p_.points}, TCAM_I64, device_);
     if (device_.type != device_cpu) return;  // on a GPU nothing waits for the data: the kernel gives NaN there
     for (int64_t i = 0; i < p_.points; ++i)
       if (static_cast<const int64_t*>(objects_.data)[i] < 0 || static_cast<const int64_t*>(objects_.data)[i] >= p_.batch)

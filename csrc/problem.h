@@ -21,7 +21,7 @@ typedef struct {
 // What becomes of the samples of several planes.
 typedef enum { TCAM_CONCAT = 0, TCAM_SUM = 1, TCAM_PRODUCT = 2 } tcam_reduce;
 
-// What points gather (kernels.md, "Arbitrary points"): the planes' features, or these projected through the first layer.
+// What points gather: the planes' features, or these projected through the first layer.
 typedef enum { TCAM_AUTO = 0, TCAM_PROJECTED = 1, TCAM_FEATURES = 2 } tcam_formulation;
 
 // A plane (B, C, rows, columns): which coordinate runs over its rows, which over its columns; row_axis < column_axis.

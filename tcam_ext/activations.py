@@ -32,8 +32,8 @@ class Formula(NamedTuple):
     """What an activation computes, of z and its parameter."""
 
     function: Callable[[Tensor, float], Tensor]
-    parameter: float = math.nan  # default; nan: it has none
-    least: float = -math.inf  # of the parameter
+    parameter: float | None = None  # default; None: it has none
+    least: float | None = None  # of the parameter
 
 
 #: Hidden activations. ``name(p)`` gives another parameter than the default.
@@ -81,16 +81,16 @@ def parse(argument: str, value: Any, table: dict[str, Formula]) -> Activation:
     formula = table[name]
     parameter = formula.parameter
     if given is not None:
-        if math.isnan(parameter):
+        if parameter is None:
             raise ValueError(f"{argument}: {name} takes no parameter, got {value!r}")
         try:
             parameter = float(given)
         except ValueError:
             parameter = math.nan
-        if not (math.isfinite(parameter) and parameter >= formula.least):
-            least = "" if formula.least == -math.inf else f" of at least {formula.least:g}"
+        if not math.isfinite(parameter) or (formula.least is not None and parameter < formula.least):
+            least = "" if formula.least is None else f" of at least {formula.least:g}"
             raise ValueError(f"{argument}: expected {name}(p) with a number p{least}, got {value!r}")
-    return Activation(list(table).index(name), 0.0 if math.isnan(parameter) else parameter, formula.function)
+    return Activation(list(table).index(name), 0.0 if parameter is None else parameter, formula.function)
 
 
 def hidden(argument: str, value: str) -> Activation:

@@ -40,17 +40,19 @@ class DecodeGrid(torch.autograd.Function):
         out_dtype: torch.dtype,
         *tensors: Tensor | None,
     ) -> Tensor:
-        ctx.counts, ctx.options, ctx.grid = counts, options, grid
-        ctx.save_for_backward(*tensors)
+        ctx.counts, ctx.options, ctx.grid = counts, options, grid._replace(bounds=None)
+        ctx.save_for_backward(*tensors, grid.bounds)  # all of them: torch sees when one was changed in between
         return library.decode_grid(*_split(counts, tensors), *options, *grid, out_dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_volume: Tensor) -> tuple[Any, ...]:
         _refuse_second_derivative("decode_grid")
-        groups = _split(ctx.counts, ctx.saved_tensors)
+        *tensors, bounds = ctx.saved_tensors
+        groups = _split(ctx.counts, tensors)
+        grid = ctx.grid._replace(bounds=bounds)
         wanted = _split(ctx.counts, ctx.needs_input_grad[4:])
         flags = any(wanted[0]), any(wanted[1] + wanted[2])
-        found = library.decode_grid_backward(grad_volume, *groups, *ctx.options, *ctx.grid, *flags)
+        found = library.decode_grid_backward(grad_volume, *groups, *ctx.options, *grid, *flags)
         return *[None] * 4, *_in_order(found, groups, [flags[0], flags[1], flags[1]])
 
 
@@ -110,19 +112,19 @@ class DecodePoints(torch.autograd.Function):
         out_dtype: torch.dtype,
         *tensors: Tensor | None,
     ) -> Tensor:
-        ctx.counts, ctx.options, ctx.objects = (*counts, counts[1]), options, objects
-        ctx.save_for_backward(*tensors)
+        ctx.counts, ctx.options = (*counts, counts[1]), options
+        ctx.save_for_backward(*tensors, objects)
         *inputs, (points, extra) = _split(ctx.counts, tensors)
         return library.decode_points(*inputs, *options, points, objects, extra, out_dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         _refuse_second_derivative("decode_points" if ctx.counts[1] else "sample_points")
-        *inputs, (points, extra) = _split(ctx.counts, ctx.saved_tensors)
+        *inputs, (points, extra, objects) = _split(ctx.counts, ctx.saved_tensors)
         wanted = _split(ctx.counts, ctx.needs_input_grad[4:])
         grad_planes, grad_decoder, (grad_points, grad_extra) = any(wanted[0]), any(wanted[1] + wanted[2]), wanted[3]
         found = library.decode_points_backward(
-            grad_out, *inputs, *ctx.options, points, ctx.objects, extra, grad_planes, grad_decoder, grad_points, grad_extra
+            grad_out, *inputs, *ctx.options, points, objects, extra, grad_planes, grad_decoder, grad_points, grad_extra
         )
         groups = [*inputs, [points], [extra]]
         return *[None] * 4, *_in_order(found, groups, [grad_planes, grad_decoder, grad_decoder, grad_points, grad_extra])
@@ -133,12 +135,15 @@ class ResampleAxis(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, adjoint: bool, *options: Any) -> Tensor:
-        ctx.adjoint, ctx.options = adjoint, options
+        *ctx.options, bounds = options
+        ctx.adjoint = adjoint
+        ctx.save_for_backward(bounds)
         return library.resample_axis(x, *options, adjoint)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return ResampleAxis.apply(grad, not ctx.adjoint, *ctx.options), None, *[None] * len(ctx.options)
+        options = (*ctx.options, *ctx.saved_tensors)
+        return ResampleAxis.apply(grad, not ctx.adjoint, *options), None, *[None] * len(options)
 
 
 def _in_order(found: Any, groups: Sequence[Sequence[Any]], wanted: Sequence[bool]) -> list[Tensor | None]:

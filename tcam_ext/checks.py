@@ -187,24 +187,32 @@ def points(planes: Sampled, xyz: Any, batch_index: Any, extra: Any, bounds: Any,
             )
         if objects.dtype != torch.int64 or objects.device != device:
             raise TypeError(f"batch_index: expected int64 on {device}, got {objects.dtype} on {objects.device}")
+        objects = objects.contiguous()
+        _check_objects(objects, batch)
         leading: tuple[int, ...] = (xyz.shape[0],)
     else:
         leading = tuple(xyz.shape[:-1])
         if leading[0] != batch and not (xyz.dim() == 2 and batch == 1):
             raise ValueError(f"xyz: expected (B, N, {axes}) with B = {batch} as planes have, got {tuple(xyz.shape)}")
-    flat = xyz.reshape(-1, axes).to(dtype)
-    if bounds is not None:
-        box = _bounds(bounds, batch, axes, device).to(dtype)
+    flat = xyz.reshape(-1, axes)
+    if bounds is not None and batch:
+        box = _bounds(bounds, batch, axes, device)
+        wide = torch.promote_types(xyz.dtype, dtype)  # a box far from the origin would lose its points in a narrower dtype
+        lo, per_unit = box[..., 0].to(wide), (2 / (box[..., 1] - box[..., 0])).to(wide)
         if objects is not None:
-            box = box[objects]
-        elif batch > 1:
-            box = box.repeat_interleave(flat.shape[0] // batch, 0)
-        flat = (flat - box[..., 0]) / (box[..., 1] - box[..., 0]) * 2 - 1
+            known = objects.clamp(0, batch - 1)  # the kernel says what becomes of the others
+            flat = (flat.to(wide) - lo[known]) * per_unit[known] - 1
+        else:
+            each = flat.to(wide).view(batch, -1, axes)
+            flat = ((each - lo.unsqueeze(1)) * per_unit.unsqueeze(1) - 1).view(-1, axes)
+    flat = flat.to(dtype)
     if extra is not None:
         if not isinstance(extra, Tensor) or tuple(extra.shape[:-1]) != leading:
             got = tuple(extra.shape) if isinstance(extra, Tensor) else _type(extra)
             raise ValueError(f"extra: expected a tensor {(*leading, 'E')} beside xyz {tuple(xyz.shape)}, got {got}")
-        extra = extra.reshape(-1, extra.shape[-1])
+        if extra.device != device or not extra.dtype.is_floating_point:
+            raise TypeError(f"extra: expected a floating dtype on {device}, got {extra.dtype} on {extra.device}")
+        extra = extra.reshape(flat.shape[0], extra.shape[-1]) if extra.shape[-1] else None
     return Points(flat, objects, extra, leading)
 
 
@@ -237,6 +245,16 @@ def objective(
         raise ValueError(f"beta: expected a finite number >= 0, got {beta}")
     count = math.prod(want[1:]) if reduction == "none_batch" else math.prod(want) if reduction == "mean" else 1
     return Objective(cast(float, beta) * 1.0, count)
+
+
+def _check_objects(objects: Tensor, batch: int) -> None:
+    """On CUDA this would wait for the device."""
+    if objects.device.type != "cpu" or torch.compiler.is_compiling() or not objects.numel():
+        return
+    wrong = ((objects < 0) | (objects >= batch)).nonzero()
+    if len(wrong):
+        i = int(wrong[0, 0])
+        raise IndexError(f"batch_index[{i}]: expected 0 to {batch - 1}, got {int(objects[i])}")
 
 
 def target_and_size(target: Any, size: Any, box: Any) -> tuple[Tensor, Any]:

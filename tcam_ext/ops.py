@@ -239,7 +239,8 @@ def decode_points(
 
     Points gather texels either of the planes or of the planes projected through the first layer (then that layer costs a sum
     of four texels a plane), whichever takes fewer multiply-adds. Memory beyond inputs and outputs does not depend on the number
-    of points, in forward or in backward, which recomputes everything but its inputs.
+    of points, in forward or in backward, which recomputes everything but its inputs. (``bounds``, and another dtype of xyz than
+    the kernel's, make a copy of xyz.)
 
     Args:
         planes, weights, biases, plane_axes, reduce, align_corners, padding_mode, activation, output_activation,
@@ -247,7 +248,7 @@ def decode_points(
             up to 3, those of points (x, y, z, t).
         xyz: ``(B, N, A)``, or any number of dimensions in place of N; A, the coordinates of a point, is 2 to 4. With
             ``batch_index`` (or B = 1) also ``(N, A)``. -1 and 1 are the edges of the planes. Interpolation is in float32 or,
-            for float64 planes, in float64, whatever the dtype of xyz. NaN counts as -1; any value is safe.
+            where ``compute_dtype`` is float64, in float64, whatever the dtype of xyz. NaN counts as -1; any value is safe.
         batch_index: ``(N,)`` int64, the object that each point belongs to. (Out of range: IndexError on a CPU; on CUDA, where
             checking would wait for the device, the result is NaN.)
         extra: ``(B, N, E)``, features that the first layer reads after those of the planes, such as an encoding of xyz or of a
@@ -417,8 +418,13 @@ def sample_grid(
         if row > column:
             sample = sample.mT
         missing = ({0, 1, 2} - {row, column}).pop()
-        samples.append(sample.to(dtype).unsqueeze(2 + missing).expand(*plane.shape[:2], *voxels.shape))
-    return reference.reduce_planes(samples, reduce, 1)
+        samples.append(sample.unsqueeze(2 + missing).expand(*plane.shape[:2], *voxels.shape))
+    if reduce.startswith("concat"):
+        return reference.reduce_planes([s.to(dtype) for s in samples], reduce, 1)
+    features = samples[0]
+    for sample in samples[1:]:  # one volume at a time
+        features = features * sample if reduce == "prod" else features + sample
+    return (features / len(samples) if reduce == "mean" else features).to(dtype).contiguous()
 
 
 def _grid(voxels: checks.Grid) -> library.Grid:

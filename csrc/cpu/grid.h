@@ -1,4 +1,4 @@
-// decode_grid on the CPU where it separates (kernels.md, fact 2): concatenation or sum of the planes.
+// decode_grid on the CPU where it separates into maps over pairs of axes: concatenation or sum of the planes.
 //
 // Forward: project each plane through its block of W_1 (texels x n_1), resample the projections to maps A (slab, W), B (W, D),
 // G (slab, D) one slab of i at a time, planes over the same pair of axes into the same map, and walk the slab's voxels in

@@ -174,9 +174,9 @@ class Fused : public Planes<float> {
       factor = 2.f;
       if (unbounded(output_activation().kind)) exponent = scale_exponent_open;
     }
-    check(launch(scale_kernel, 1, 1, 0, stream_, largest_, read, offset, factor, exponent, scale_));
+    check(launch(scale_kernel, 1, 1, 0, stream_, largest_, read, offset, factor, exponent, 1.f, scale_));
     const int weights = largest(weights_[p.layers], TCAM_F32, static_cast<int64_t>(n_out()) * width(p.layers - 1));
-    check(launch(scale_kernel, 1, 1, 0, stream_, largest_, weights, 0.f, 1.f, 0, scale_ + 2));
+    check(launch(scale_kernel, 1, 1, 0, stream_, largest_, weights, 0.f, 1.f, 0, 1.f, scale_ + 2));
     check(launch(both_scales_kernel, 1, 1, 0, stream_, scale_, scale_ + 2, scale_ + 4));
     top_factor_ = scale_ + 1;
     factor_ = scale_ + 4;

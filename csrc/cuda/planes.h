@@ -1,6 +1,6 @@
-// What both roads of decode_grid share on CUDA: from the planes to their projections (kernels.md, fact 1), and from the
-// gradients of the first layer's maps dA, dB, dG back to the planes and to the first layer. The maps go to texels by a gather,
-// so no sum needs atomics and each has one order.
+// What both roads of decode_grid share on CUDA: from the planes to their projections (sampling and the first layer commute),
+// and from the gradients of the first layer's maps dA, dB, dG back to the planes and to the first layer. The maps go to texels
+// by a gather, so no sum needs atomics and each has one order.
 #pragma once
 #include "../carver.h"
 #include "../maths/loss.h"

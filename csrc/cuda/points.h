@@ -108,16 +108,13 @@ __global__ void __launch_bounds__(threads)
     }
 }
 
-// sums += fixed / scale, and fixed becomes 0. NaN where the wave's largest is not finite.
+// sums += fixed * *unit, and fixed becomes 0.
 template <class Real>
-__global__ void __launch_bounds__(threads) add_fixed_kernel(unsigned long long* fixed, int64_t count, const float* scale,
-                                                            const float* largest, int blocks, Real* sums) {
-  bool finite = true;
-  for (int b = 0; b < blocks; ++b) finite = finite && largest[b] <= 3.4028234663852886e38f;
-  const double unit = finite ? static_cast<double>(scale[1]) : NAN;
+__global__ void __launch_bounds__(threads)
+    add_fixed_kernel(unsigned long long* fixed, int64_t count, const float* unit, Real* sums) {
   for (int64_t e = blockIdx.x * static_cast<int64_t>(threads) + threadIdx.x; e < count;
        e += static_cast<int64_t>(gridDim.x) * threads) {
-    sums[e] += static_cast<Real>(static_cast<double>(static_cast<long long>(fixed[e])) * unit);
+    sums[e] += static_cast<Real>(static_cast<double>(static_cast<long long>(fixed[e])) * static_cast<double>(*unit));
     fixed[e] = 0;
   }
 }
@@ -348,7 +345,7 @@ class PointLayers : public Layers<Real> {
   int64_t texel_rows_ = 0, base_[TCAM_MAX_PLANES] = {};
   Real *texel_values_ = nullptr, *sampled_ = nullptr, *product_ = nullptr, *grad_texels_ = nullptr, *grad_sampled_ = nullptr,
        *grad_product_ = nullptr;
-  Real *first_partials_[TCAM_MAX_PLANES + 64] = {}, *first_bias_partials_ = nullptr;
+  Real *first_partials_[TCAM_MAX_PLANES + 1] = {}, *first_bias_partials_ = nullptr;
   Corners<Real>* corners_ = nullptr;
   unsigned long long* fixed_ = nullptr;
   float *largest_ = nullptr, *scale_ = nullptr;
@@ -484,7 +481,7 @@ class PointLayers : public Layers<Real> {
                                         WriteRows<Real>{sample(grad, b), p.channels, nullptr}, stream_));
       }
       if (!p.layers) features(out, region, true);
-      if (grad_product_)
+      if (grad_product_ && (p.grad_planes || p.grad_points))
         check(launch(product_back_kernel<Real>, element_blocks(count * p.channels), threads, 0, stream_, sampled_,
                      grad_product_, samples_, most_ * p.channels, count * p.channels, grad_sampled_));
     }
@@ -523,13 +520,13 @@ class PointLayers : public Layers<Real> {
       check(launch(largest_kernel, grid, threads, reduce_bytes, stream_, delta, dtype, values, largest_ + read));
       read += static_cast<int>(grid);
     }
-    check(launch(scale_kernel, 1, 1, 0, stream_, largest_, read, 0.f, 1.f, fixed_exponent, scale_));
+    check(launch(scale_kernel, 1, 1, 0, stream_, largest_, read, 0.f, 1.f, fixed_exponent, NAN, scale_));
     for (int s = 0; s < parts; ++s)
       check(launch(scatter_points_kernel<Real>, blocks(ceil_div(count, warps)), threads, 0, stream_, corners_, p.plane_count,
                    parts == 1 ? 0 : s, parts == 1 ? p.plane_count : s + 1, count,
                    projected_ ? delta_[1] : sample(grad_sampled_, s), row_, scale_, fixed_));
     check(launch(add_fixed_kernel<Real>, element_blocks(texel_rows_ * row_), threads, 0, stream_, fixed_, texel_rows_ * row_,
-                 scale_, largest_, read, grad_texels_));
+                 scale_ + 1, grad_texels_));
   }
 
   void to_planes(const tcam_inputs& in, int64_t round, const tcam_gradients& to) {

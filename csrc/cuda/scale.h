@@ -22,16 +22,17 @@ static __global__ void __launch_bounds__(threads) largest_kernel(const void* val
 }
 
 // scale[0]: the power of two that brings factor * (offset + the largest magnitude) to 2^exponent or next below; scale[1]: its
-// inverse. 1 where there is none.
-static __global__ void scale_kernel(const float* largest, int blocks, float offset, float factor, int exponent, float* scale) {
+// inverse. 1 where there is none; the inverse is `without` where the largest is not finite.
+static __global__ void scale_kernel(const float* largest, int blocks, float offset, float factor, int exponent, float without,
+                                    float* scale) {
   float most = 0.f;
   for (int b = 0; b < blocks; ++b) most = fmaxf(most, largest[b]);
   most = factor * (offset + most);
   int own = exponent;
   if (most > 0.f && most <= 3.4028234663852886e38f) frexpf(most, &own);
-  const int by = own - exponent < -100 ? -100 : own - exponent > 100 ? 100 : own - exponent;
+  const int by = own - exponent < -126 ? -126 : own - exponent > 126 ? 126 : own - exponent;
   scale[0] = ldexpf(1.f, -by);
-  scale[1] = ldexpf(1.f, by);
+  scale[1] = most <= 3.4028234663852886e38f ? ldexpf(1.f, by) : without;
 }
 // both[1] = a[1] b[1]
 static __global__ void both_scales_kernel(const float* a, const float* b, float* both) { *both = a[1] * b[1]; }

@@ -74,6 +74,13 @@ class Gradients(ctypes.Structure):  # tcam_gradients
     _fields_ = [(name, ctypes.c_void_p) for name in ("planes", "weights", "biases", "points", "extra")]
 
 
+class Resample(ctypes.Structure):  # tcam_resample
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("outer", "inner", "texels", "size", "lo", "hi")),
+        *((name, ctypes.c_int32) for name in ("align_corners", "padding", "corners", "adjoint", "dtype", "threads")),
+    ]
+
+
 class Objective(ctypes.Structure):  # tcam_objective
     _fields_ = [
         ("target", ctypes.c_void_p),
@@ -202,6 +209,25 @@ class Kernels:
             ctypes.c_void_p(losses.data_ptr()), ctypes.byref(to),
         )  # fmt: skip
         return [losses, *found]
+
+    def resample(self, x: Tensor, texels: int, size: int, lo: int, hi: int, bounds: Any = None, **options: Any) -> Tensor:
+        """tcam_resample_axis of x (outer, n, inner)."""
+        o = {"align_corners": False, "padding_mode": "border", "grid": "cells", "adjoint": False, **options}
+        problem = Resample(x.shape[0], x.shape[2], texels, size, lo, hi)
+        problem.align_corners, problem.padding = o["align_corners"], checks.PADDING_MODES.index(o["padding_mode"])
+        problem.corners, problem.adjoint, problem.dtype, problem.threads = (
+            o["grid"] == "corners",
+            o["adjoint"],
+            DTYPES[x.dtype],
+            2,
+        )
+        out = _nan((x.shape[0], texels if o["adjoint"] else hi - lo, x.shape[2]), x.dtype)
+        limits = None if bounds is None else (ctypes.c_double * 2)(*bounds)
+        arguments = (ctypes.byref(problem), limits, ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr()))
+        status = getattr(self.library, f"tcam_resample_axis_{self.suffix}")(*arguments, *self.more)
+        if self.suffix == "cuda":
+            assert status == 0
+        return out
 
     def points(
         self, p: Problem, xyz: Tensor, grad: Tensor | None = None, *,

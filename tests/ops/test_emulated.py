@@ -93,7 +93,7 @@ def test_values_and_gradients(kernels, shape, activation, name, compute):
 
 def test_bfloat16_gradients_are_as_good_as_torchs_own(kernels, capsys):
     """Rounding flips some relu masks, and no care removes that: the unmasked error is compared with that of torch's own
-    decode in bfloat16 (kernels.md, "Accuracy")."""
+    decode in bfloat16 (docs/performance.md, "Accuracy")."""
     p = problems.make(channels=42, texels=(16, 16, 16), widths=(128, 128, 128, 1), size=(16, 16, 16))
     exact = p.to(torch.float64, requires_grad=True)
     out = exact.call(problems.reference.decode_grid)

@@ -345,6 +345,61 @@ def test_compiles_without_graph_breaks():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["softplus", "leaky_relu(0.2)", "sine"])
+def test_compiles_for_any_size_with_activations_that_have_parameters(activation):
+    torch._dynamo.reset()
+    p = problems.make().to(torch.float32)
+    compiled = torch.compile(
+        lambda xyz: tcam_ext.decode_points(
+            p.planes, p.weights, p.biases, xyz, activation=activation, output_activation="trunc_exp(-1)"
+        ),
+        fullgraph=True,
+        dynamic=True,
+    )
+    for n in (40, 50):
+        assert compiled(coordinates(1, n).float()).shape == (1, n, 2)
+
+
+def test_a_change_between_forward_and_backward_is_noticed():
+    p = problems.make(batch=2).to(torch.float32, True)
+    index, bounds = torch.zeros(9, dtype=torch.int64), torch.tensor([[[-1.0, 1.0]] * 3] * 2, dtype=torch.float64)
+    out = tcam_ext.decode_points(p.planes, p.weights, p.biases, coordinates(1, 9)[0].float(), batch_index=index)
+    index.fill_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+    out = p.call(tcam_ext.decode_grid, bounds=bounds)
+    bounds.mul_(0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_batch_index_of_any_strides_and_no_extra_features():
+    p = problems.make(batch=2).to(torch.float64)
+    index = torch.arange(12).remainder(2)[::2].contiguous() + torch.arange(6).remainder(2)
+    strided = torch.stack((index, index), 1)[:, 0]
+    xyz, mlp = coordinates(1, 6)[0], (p.planes, p.weights, p.biases)
+    want = tcam_ext.decode_points(*mlp, xyz, batch_index=index)
+    for impl in ("native", "reference"):
+        got = tcam_ext.decode_points(*mlp, xyz, batch_index=strided, extra=torch.empty(6, 0), impl=impl)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_bounds_far_from_the_origin():
+    """A box of one unit at 1e8, points in float64, planes in float32."""
+    p = problems.make().to(torch.float32)
+    unit = torch.rand(1, 50, 3, dtype=torch.float64)
+    got = tcam_ext.sample_points(p.planes, 1e8 + unit, bounds=[(1e8, 1e8 + 1)] * 3)
+    torch.testing.assert_close(got, tcam_ext.sample_points(p.planes, unit * 2 - 1), rtol=1e-4, atol=1e-5)
+
+
+def test_half_planes_are_reduced_before_they_are_rounded():
+    p = problems.make(batch=2).to(torch.bfloat16)
+    for reduce in ("sum", "mean", "prod"):
+        got, want = (tcam_ext.sample_grid(p.planes, (4, 5, 6), reduce=reduce, impl=i) for i in ("native", "reference"))
+        torch.testing.assert_close(got, want)
+
+
 # ---- bad input ----------------------------------------------------------------------------------
 
 P = problems.make(batch=2).to(torch.float32)
@@ -376,9 +431,10 @@ def test_bad_input(change, error, message, impl):
 
 
 def test_an_object_that_is_not_there():
-    index = torch.tensor([0, 1, 2, 0, 1])
-    with pytest.raises(IndexError, match=r"batch_index\[2\].*0 to 1.*2"):
-        tcam_ext.decode_points(P.planes, P.weights, P.biases, XYZ[0], batch_index=index)
+    index = torch.tensor([0, 1, 2, 0, -1])
+    for more in ({}, {"bounds": [(0.0, 1.0)] * 3}, {"impl": "reference"}):
+        with pytest.raises(IndexError, match=r"batch_index\[2\].*0 to 1.*2"):
+            tcam_ext.decode_points(P.planes, P.weights, P.biases, XYZ[0], batch_index=index, **more)
 
 
 def test_no_second_derivative():

@@ -504,3 +504,23 @@ def test_points_without_an_object_and_gradients_that_are_not_finite(kernels):
     grad[5, 0] = float("inf")
     found = kernels.points(p32, where, grad, objects=objects)
     assert not any(g.isfinite().all() for g in found[:3])
+
+
+@pytest.mark.parametrize("options", [
+    dict(),
+    dict(padding_mode="zeros", align_corners=True, grid="corners"),
+    dict(padding_mode="reflection", bounds=(2.5, -1.7)),
+    dict(padding_mode="zeros", bounds=(-1.4, 0.3)),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize(("texels", "size", "lo", "hi"), [(5, 17, 2, 15), (9, 4, 0, 4), (1, 3, 0, 3)])
+def test_resampling_an_axis_and_back(kernels, options, texels, size, lo, hi):
+    bounds = options.get("bounds")
+    limits = None if bounds is None else torch.tensor(bounds, dtype=torch.float64)
+    where = reference.voxel_coordinates(lo, hi, size, options.get("grid") == "corners", limits)
+    t = reference.taps(where, texels, options.get("align_corners", False), options.get("padding_mode", "border"))
+    x = torch.randn(3, texels, 7, dtype=torch.float64, requires_grad=True)
+    want = t.w_below[:, None] * x[:, t.below] + t.w_above[:, None] * x[:, t.above]
+    torch.testing.assert_close(kernels.resample(x.detach(), texels, size, lo, hi, **options), want, rtol=1e-12, atol=1e-12)
+    grad = torch.randn_like(want)
+    back = kernels.resample(grad, texels, size, lo, hi, adjoint=True, **options)
+    torch.testing.assert_close(back, gradients(want, [x], grad)[0], rtol=1e-12, atol=1e-12)

@@ -33,7 +33,7 @@ def test_address_and_undefined_behaviour(tmp_path):
     preload = f"{runtime('libasan.so')} {runtime('libubsan.so')}"
     flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
     selected = "(values and float64 and silu) or box or (losses and mse) or dtypes"
-    selected += " or (mirror and bfloat16) or (fused_gradients and bfloat16)"
+    selected += " or (mirror and bfloat16) or (fused_gradients and bfloat16) or points or product_of or resampling"
     done = run_tests(simt.build(tmp_path, *flags), selected, preload, ASAN_OPTIONS="detect_leaks=0")
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -56,6 +56,10 @@ for order in (0, 1, 2):
     kernels.loss(deep, torch.rand(1, 2, 2, 3, 33), "mse", compute=3)
     kernels.loss(deep, torch.rand(1, 2, 2, 3, 33), "mse", compute=3, grads=(True, False))
     kernels.library.simt_device(227 << 10, 2)
+    xyz, grad = torch.rand(90, 3) * 2 - 1, torch.rand(90, 2)
+    for formulation in (1, 2):
+        kernels.points(p, xyz, grad, formulation=formulation, tile=50)
+    kernels.resample(torch.rand(2, 9, 3), 4, 9, 0, 9, adjoint=True)
 print("finished")
 """
 
@@ -151,6 +155,18 @@ FAULTS = {
     "a scale that is not undone": ("fused.h", "    factor_ = scale_ + 4;", "    factor_ = scale_ + 1;"),
     "a tile of the sums over i forgotten": ("fused.h", "add_axis_sum(partial_g_", "if (i0 == 0) add_axis_sum(partial_g_"),
     "the bias of the layer below the last": ("fused_sums.h", "sum * p.bias[r]", "sum"),
+    "two corners of a point swapped": ("points.h", "begin + r.hi * p.columns[q] + c.lo", "begin + r.hi * p.columns[q] + c.hi"),
+    "a wave's texels replace the one before": ("points.h", "sums[e] += static_cast<Real>", "sums[e] = static_cast<Real>"),
+    "a wave's integers are added again": ("points.h", "fixed[e] = 0;", ";"),
+    "floats for integers": ("points.h", "fixed_exponent = 45", "fixed_exponent = 4"),
+    "the slope of one axis for the other": (
+        "points.h",
+        "if (a == p.row_axis[q]) sum[a] += by_row",
+        "if (a == p.row_axis[q]) sum[a] += by_column",
+    ),
+    "a point's object forgotten": ("points.h", "(object < 0 ? 0 : object) * p.rows", "0 * p.rows"),
+    "a texel's voxels begin too late": ("resample.cu", "< r - 1 + 2 *", "< r + 2 *"),
+    "no barrier before the next texel": ("resample.cu", "__syncthreads();  // range is read", ""),
     "no barrier before the tree": ("planes.h", "[threadIdx.x] = own;\n  " + BARRIER, "[threadIdx.x] = own;\n"),
 }
 
@@ -158,5 +174,5 @@ FAULTS = {
 @pytest.mark.parametrize("fault", sorted(FAULTS))
 def test_a_planted_fault_is_found(fault, tmp_path):
     library = simt.build(tmp_path, csrc=mutated(tmp_path, *FAULTS[fault]))
-    done = run_tests(library, "(values and relu and float64) or losses or fused or loses")
+    done = run_tests(library, "(values and relu and float64) or losses or fused or loses or points or product_of or resampling")
     assert done.returncode != 0, f"{fault}: not found"
