@@ -102,23 +102,26 @@ struct Scalar {
 };
 
 // The output activation. Those that need more than a few instructions are out of line: their registers are not the kernel's.
-template <class Real>
+// Without `sines` there is no half_sine, whose range reduction would cost the kernels of fused.h registers even so.
+template <bool sines, class Real>
 TCAM_OUT_OF_LINE Real rare_output(Final<Real> a, Real z) {
+  if (!sines && a.kind == OutputActivation::half_sine) return z;
   return Maths<Scalar<Real>>::output(a, z);
 }
-template <class Real>
+template <bool sines, class Real>
 TCAM_OUT_OF_LINE Real rare_output_slope(Final<Real> a, Real z) {
+  if (!sines && a.kind == OutputActivation::half_sine) return z;
   return Maths<Scalar<Real>>::output_slope(a, z);
 }
 TCAM_DEVICE bool is_rare(OutputActivation a) { return a != OutputActivation::none && a != OutputActivation::sigmoid; }
-template <class Real>
+template <bool sines, class Real>
 TCAM_DEVICE Real output_of(Final<Real> a, Real z) {
-  if (is_rare(a.kind)) return rare_output(a, z);
+  if (is_rare(a.kind)) return rare_output<sines>(a, z);
   return a.kind == OutputActivation::none ? z : Maths<Scalar<Real>>::sigmoid(z);
 }
-template <class Real>
+template <bool sines, class Real>
 TCAM_DEVICE Real output_slope_of(Final<Real> a, Real z) {
-  if (is_rare(a.kind)) return rare_output_slope(a, z);
+  if (is_rare(a.kind)) return rare_output_slope<sines>(a, z);
   return a.kind == OutputActivation::none ? Real(1) : Maths<Scalar<Real>>::logistic_slope(z);
 }
 

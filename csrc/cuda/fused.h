@@ -73,6 +73,7 @@ class Fused : public Planes<float> {
     if (p.dtype != TCAM_F32 || (p.compute != TCAM_BF16 && p.compute != TCAM_F16)) return 0;
     for (int l = 1; l < L; ++l)
       if (activation(l).kind != Activation::relu) return 0;
+    if (output_activation().kind == OutputActivation::half_sine) return 0;
     if (L < 3 || L - 2 > fused_most_products || p.width[L] > fused_most_out) return 0;
     int64_t widest = 0;
     for (int l = 1; l < L; ++l) widest = p.width[l] > widest ? p.width[l] : widest;

@@ -199,11 +199,11 @@ struct FusedBackwardKernel {
         for (int q = 1; q < 4; ++q) y = lane.t == q ? out[q >> 1][(q & 1) * 2] + out[q >> 1][(q & 1) * 2 + 1] : y;
       float slope = Elements<float>::value(seen.loaded[n], p.dtype);
       if (p.compares) {
-        const float difference = output_of(p.output_activation, y) - slope;
+        const float difference = output_of<false>(p.output_activation, y) - slope;
         loss += static_cast<double>(L::value(p.loss, difference, p.beta));
         slope = L::slope(p.loss, difference, p.beta);
       }
-      dy[n] = slope * output_slope_of(p.output_activation, y) * scale;
+      dy[n] = slope * output_slope_of<false>(p.output_activation, y) * scale;
     }
   }
 

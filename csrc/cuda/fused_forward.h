@@ -134,7 +134,7 @@ struct FusedForwardKernel {
 #pragma unroll
       for (int r = 0; r < 4; ++r) x = q == r ? out[r >> 1][(r & 1) * 2] + out[r >> 1][(r & 1) * 2 + 1] : x;
       if (k0 + q * 8 + g < maps.nk && (one || t < p.n_out))
-        Elements<float>::write(p.volume, p.dtype, to + q * 8, output_of(p.output_activation, x));
+        Elements<float>::write(p.volume, p.dtype, to + q * 8, output_of<false>(p.output_activation, x));
     }
   }
 };

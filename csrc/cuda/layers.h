@@ -125,16 +125,16 @@ __global__ void __launch_bounds__(threads) last_layer_kernel(LastLayer<Real> p, 
       if (lane) continue;
       const int64_t at = o * p.channel_stride + region.in_box(v) * p.voxel_stride;
       if (what == Finish::write) {
-        Elements<Real>::write(p.volume, p.dtype, at, output_of(p.output_activation, sum));
+        Elements<Real>::write(p.volume, p.dtype, at, output_of<true>(p.output_activation, sum));
         continue;
       }
       Real delta = Elements<Real>::read(p.volume, p.dtype, at);
       if (what == Finish::compare) {
-        const Real difference = output_of(p.output_activation, sum) - delta;
+        const Real difference = output_of<true>(p.output_activation, sum) - delta;
         total += static_cast<double>(L::value(p.loss, difference, p.beta));
         delta = L::slope(p.loss, difference, p.beta);
       }
-      if (p.delta) p.delta[static_cast<int64_t>(v) * p.n_out + o] = delta * output_slope_of(p.output_activation, sum);
+      if (p.delta) p.delta[static_cast<int64_t>(v) * p.n_out + o] = delta * output_slope_of<true>(p.output_activation, sum);
     }
     if (what == Finish::compare && lane == 0) p.losses[v] = total;
   }

@@ -80,8 +80,11 @@ def test_the_reference_samples_as_grid_sample_does(align_corners, padding_mode, 
 @pytest.mark.parametrize("device", problems.DEVICES)
 def test_values_and_gradients_equal_the_float64_reference(device, case, formulation, dtype):
     p, xyz = case
-    if p.options["activation"].split("(")[0] in problems.PIECEWISE_LINEAR and dtype == torch.float32:
-        p.options["activation"] = "silu"  # masks would flip
+    if dtype == torch.float32:  # where there are kinks, rounding puts some points on their other side
+        if p.options["activation"].split("(")[0] in problems.PIECEWISE_LINEAR:
+            p.options["activation"] = "silu"
+        if p.options["output_activation"] == "clamp":
+            p.options["output_activation"] = "sigmoid"
     name = str(dtype).removeprefix("torch.")
     reduce = p.options["reduce"]
     # A coordinate's rounding moves it across the kink at a texel's centre: none that is exact in float32 does.

@@ -36,7 +36,7 @@ SPILLS = [
     (r"fused_backward_kernel<.*, 128>", 64),
     (r"delta_sums_kernel<.*, 128>", 192),  # the compiler has all sixteen loads on their way, and waits for memory anyway
     (r"gemm_kernel<", 16),
-    (r"last_layer_kernel<double, .*2>", 32),  # float64 with a loss: once a voxel, beside its layers in memory
+    (r"last_layer_kernel<double, .*2>", 64),  # float64 with a loss: around the call of a rare output activation
 ]
 #: Looked at first where a block has less shared memory than the wide backward kernel asks for: it never runs there.
 SPILLS_SMALL = [(r"fused_backward_kernel<.*, 128>", 320)]
@@ -111,7 +111,7 @@ def loops(cubin: Path, kernel: str) -> list[Counter[str]]:
 #: Local memory holds what is read once a step: loop counters, addresses, the sums of the loss, what the call of a rare output
 #: activation may overwrite.
 STEADY = [
-    ("fused_forward_bfloat16.cu", "Li128ELi2ELi12ELi1ELi3E", 784, 232, 192, 7),
+    ("fused_forward_bfloat16.cu", "Li128ELi2ELi12ELi1ELi3E", 784, 232, 192, 9),
     ("fused_backward_bfloat16.cu", "Li128E", 528, 168, 200, 4),
     ("fused_backward_bfloat16.cu", "Li128E", 256, 64, 64, 0),
     ("fused_backward_bfloat16.cu", "Li128E", 72, 16, 0, 0),
