@@ -29,7 +29,8 @@ test: build
 	$(BIN)/python -m pytest
 
 test-all: build test-releases
-	$(BIN)/python -m pytest -m "exhaustive or not exhaustive"
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m exhaustive -n auto
 
 test-releases: build
 	$(BIN)/tox

@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <array>
 #include <limits>
 
@@ -141,8 +142,9 @@ class Call {
     const Tensor to = output(out, "out");
     void* scratch = workspace_of(workspace, false);
     const tcam_inputs in = inputs();
-    run_on([&] { tcam_decode_cpu(&p_, &in, to.data, scratch); },
-           TCAM_ON_CUDA(tcam_decode_cuda(&p_, &in, to.data, scratch, device, stream)));
+    run_on(
+        device_, [&] { tcam_decode_cpu(&p_, &in, to.data, scratch); },
+        TCAM_ON_CUDA(tcam_decode_cuda(&p_, &in, to.data, scratch, device, stream)));
   }
 
   void backward(py::handle grad_out, const py::list& planes, const py::list& decoder, py::object points, py::object extra,
@@ -151,8 +153,9 @@ class Call {
     const Gradients to(*this, planes, decoder, points, extra, false);
     void* scratch = workspace_of(workspace, true);
     const tcam_inputs in = inputs();
-    run_on([&] { tcam_decode_backward_cpu(&p_, grad.data, &in, &to.gradients, scratch); },
-           TCAM_ON_CUDA(tcam_decode_backward_cuda(&p_, grad.data, &in, &to.gradients, scratch, device, stream)));
+    run_on(
+        device_, [&] { tcam_decode_backward_cpu(&p_, grad.data, &in, &to.gradients, scratch); },
+        TCAM_ON_CUDA(tcam_decode_backward_cuda(&p_, grad.data, &in, &to.gradients, scratch, device, stream)));
   }
 
   void loss(py::handle target, int loss, double beta, bool per_object, py::handle losses, const py::list& planes,
@@ -170,8 +173,9 @@ class Call {
     void* scratch = workspace_of(workspace, p_.grad_planes || p_.grad_decoder);
     const tcam_inputs in = inputs();
     double* to_sums = static_cast<double*>(sums.data);
-    run_on([&] { tcam_decode_loss_cpu(&p_, &objective, &in, to_sums, &to.gradients, scratch); },
-           TCAM_ON_CUDA(tcam_decode_loss_cuda(&p_, &objective, &in, to_sums, &to.gradients, scratch, device, stream)));
+    run_on(
+        device_, [&] { tcam_decode_loss_cpu(&p_, &objective, &in, to_sums, &to.gradients, scratch); },
+        TCAM_ON_CUDA(tcam_decode_loss_cuda(&p_, &objective, &in, to_sums, &to.gradients, scratch, device, stream)));
   }
 
  private:
@@ -236,7 +240,7 @@ class Call {
       weight_data_.push_back(weights_[l].data);
       bias_data_.push_back(biases_[l].data);
     }
-    if (o.activation.size() + 1 != weights.size() && !weights.empty())
+    if (o.activation.size() + 1 != std::max<size_t>(weights.size(), 1))
       throw py::value_error("activation: expected one for each hidden layer");
     for (size_t l = 0; l < o.activation.size(); ++l)
       p_.activation[l] = {between("activation", o.activation[l].first, 0, hidden_count - 1), o.activation[l].second};
@@ -318,12 +322,6 @@ class Call {
     if (device_.type == device_cpu && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
     return reinterpret_cast<void*>((begin + workspace_alignment - 1) & ~(workspace_alignment - 1));
-  }
-
-  // cpu() or cuda(device, stream), which returns a status, as the device asks; without the GIL.
-  template <class Cpu, class Cuda>
-  void run_on(Cpu cpu, Cuda cuda) const {
-    tcam::run_on(device_, cpu, cuda);
   }
 
   // Tensors for the gradients, checked; `per_object`: those of the decoder have a leading axis B.

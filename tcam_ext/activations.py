@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -74,10 +74,12 @@ class Activation(NamedTuple):
 
 def parse(argument: str, value: Any, table: dict[str, Formula]) -> Activation:
     """ "name" or "name(parameter)"; ``argument`` is what the message calls it."""
-    match = re.fullmatch(r"(\w+)(?:\((.+)\))?", value) if isinstance(value, str) else None
-    if match is None or match[1] not in table:
-        raise ValueError(f"{argument}: expected one of {', '.join(table)}, got {value!r}")
-    name, given = match.groups()
+    name, given = value, None
+    if not isinstance(value, str) or value not in table:
+        match = re.fullmatch(r"(\w+)\((.+)\)", value) if isinstance(value, str) else None
+        if match is None or match[1] not in table:
+            raise ValueError(f"{argument}: expected one of {', '.join(table)}, got {value!r}")
+        name, given = match.groups()
     formula = table[name]
     parameter = formula.parameter
     if given is not None:
@@ -99,6 +101,19 @@ def hidden(argument: str, value: str) -> Activation:
 
 def output(argument: str, value: str) -> Activation:
     return parse(argument, value, OUTPUT_ACTIVATIONS)
+
+
+def hidden_layers(activation: Any, layers: int) -> tuple[str, ...]:
+    """The activation of each hidden layer, checked, of one name for all or one for each."""
+    if isinstance(activation, str):
+        hidden("activation", activation)
+        return (activation,) * layers
+    if not isinstance(activation, Sequence) or len(activation) != layers:
+        names = ", ".join(ACTIVATIONS)
+        raise ValueError(f"activation: expected one of {names}, or one for each of {layers} hidden layers, got {activation!r}")
+    for i, name in enumerate(activation):
+        hidden(f"activation[{i}]", name)
+    return tuple(activation)
 
 
 class Elementwise(nn.Module):

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from tcam_ext import _C, activations
-from tcam_ext.activations import ACTIVATIONS
 from tcam_ext.losses import LOSSES
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -119,29 +118,18 @@ def decoder(
         checked_planes, checked_weights, checked_biases = _promote(checked_planes, checked_weights, checked_biases)
     dtype = checked_planes[0].dtype
     one_dtype(dtype, device, planes=checked_planes, weights=checked_weights, biases=checked_biases)
-    hidden = len(checked_weights) - 1
-    names = [options.activation] * hidden if isinstance(options.activation, str) else options.activation
-    if not isinstance(names, Sequence) or len(names) != hidden:
-        raise ValueError(
-            f"activation: expected one of {', '.join(ACTIVATIONS)}, or one for each of {hidden} hidden layers, got {names!r}"
-        )
-    for i, name in enumerate(names):
-        activations.hidden("activation" if isinstance(options.activation, str) else f"activation[{i}]", name)
+    hidden = activations.hidden_layers(options.activation, len(checked_weights) - 1)
     activations.output("output_activation", options.output_activation)
-    check_out_dtype(out_dtype)
+    if out_dtype is not None and out_dtype not in DTYPES:
+        raise TypeError(f"out_dtype: expected None, float32, float64, float16 or bfloat16, got {out_dtype!r}")
     return planes._replace(planes=checked_planes), Decoder(
         checked_weights,
         checked_biases,
-        tuple(names),
+        hidden,
         options.output_activation,
         _compute(options.compute_dtype, autocast, dtype, device),
         dtype if out_dtype is None else out_dtype,
     )
-
-
-def check_out_dtype(out_dtype: Any) -> None:
-    if out_dtype is not None and out_dtype not in DTYPES:
-        raise TypeError(f"out_dtype: expected None, float32, float64, float16 or bfloat16, got {out_dtype!r}")
 
 
 def one_dtype(dtype: torch.dtype, device: torch.device, **groups: Any) -> None:

@@ -46,11 +46,7 @@ class TriplaneDecoder(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        hidden = [activation] * len(widths) if isinstance(activation, str) else list(activation)
-        if len(hidden) != len(widths):
-            raise ValueError(f"activation: expected one, or one for each of {len(widths)} hidden layers, got {activation!r}")
-        for name in hidden:
-            activations.hidden("activation", name)
+        activations.hidden_layers(activation, len(widths))
         activations.output("output_activation", output_activation)
         checks.choice("padding_mode", padding_mode, checks.PADDING_MODES)
         checks.choice("reduce", reduce, checks.REDUCTIONS_OF_PLANES)
@@ -164,7 +160,7 @@ class TriplaneDecoder(nn.Module):
     def sequential(self) -> nn.Sequential:
         """The same MLP, without its output activation, as an ``nn.Sequential`` over features, sharing the parameters."""
         *layers, last = self.layers()
-        names = [self.activation] * len(layers) if isinstance(self.activation, str) else self.activation
+        names = activations.hidden_layers(self.activation, len(layers))
         modules: list[nn.Module] = []
         for layer, name in zip(layers, names, strict=True):
             modules += [layer, activations.Elementwise(name)]

@@ -327,10 +327,7 @@ def sample_points(
             xyz,
             batch_index=batch_index,
             bounds=bounds,
-            plane_axes=plane_axes,
-            reduce=reduce,
-            align_corners=align_corners,
-            padding_mode=padding_mode,
+            **options._asdict(),
         )
     sampled = checks.sampled(planes, options, checks.coordinates(xyz))
     dtype = sampled.planes[0].dtype
@@ -375,19 +372,10 @@ def sample_grid(
         ValueError, TypeError, NotImplementedError: as :func:`decode_grid`.
     """
     checks.choice("impl", impl, IMPLS)
+    options = checks.Options(plane_axes, reduce, align_corners, padding_mode)
     if impl == "reference":
-        return reference.sample_grid(
-            planes,
-            size,
-            box=box,
-            grid=grid,
-            bounds=bounds,
-            plane_axes=plane_axes,
-            reduce=reduce,
-            align_corners=align_corners,
-            padding_mode=padding_mode,
-        )
-    sampled = checks.sampled(planes, checks.Options(plane_axes, reduce, align_corners, padding_mode), 3)
+        return reference.sample_grid(planes, size, box=box, grid=grid, bounds=bounds, **options._asdict())
+    sampled = checks.sampled(planes, options, 3)
     dtype = sampled.planes[0].dtype
     checks.one_dtype(dtype, sampled.planes[0].device)
     voxels = checks.grid(sampled, size, box, grid, bounds)

@@ -7,6 +7,7 @@
 // writes its rows' gradients; then a thread owns some channels of one plane and adds the wave's rows to the texels, points
 // ascending: no atomics, and one order for every sum.
 #pragma once
+#include "../formulation.h"
 #include "../maths/bilinear.h"
 #include "mlp.h"
 
@@ -22,7 +23,7 @@ class Points {
         count(grid ? (p.hi[0] - p.lo[0]) * (p.hi[1] - p.lo[1]) * (p.hi[2] - p.lo[2]) : p.points),
         m(problem, backward, std::min<long>(most_blocks, std::max<long>(1, (count + block_points - 1) / block_points)), ws),
         first(m, m.blocks, ws),
-        projected(choose_projected()),
+        projected(gathers_projections(p, objects, count, m.row_bytes(1))),
         samples(p.reduce == TCAM_SUM ? 1 : p.plane_count),
         channels(round_up(p.channels, m.real.columns)),
         pitch(projected ? m.stride : channels),
@@ -135,7 +136,6 @@ class Points {
   static constexpr long most_blocks = 64, block_points = 384;
   static constexpr int key_bits = 5, keys = 1 << 3 * key_bits;  // cells of the curve: 32 along each of three axes
   static constexpr long slice = 32;                             // channels that one thread adds to texels
-  static constexpr long most_texel_bytes = 1l << 30;            // of projected planes
 
   struct Wave {
     const tcam_inputs& in;
@@ -162,18 +162,6 @@ class Points {
   Real *grad_texels_ = nullptr, *delta_ = nullptr, *bias_rows_ = nullptr, *grad_sampled_ = nullptr, *grad_product_ = nullptr;
   Real *by_row_ = nullptr, *by_column_ = nullptr, *dots_ = nullptr;
 
-  // Whichever costs fewer multiply-adds, while the projected planes do not take too much memory.
-  bool choose_projected() const {
-    if (!p.layers || p.reduce == TCAM_PRODUCT || p.formulation == TCAM_FEATURES) return false;
-    if (p.formulation == TCAM_PROJECTED) return true;
-    double texels = 0;
-    for (int q = 0; q < p.plane_count; ++q) texels += static_cast<double>(p.planes[q].rows * p.planes[q].columns);
-    texels *= static_cast<double>(objects);
-    if (texels * static_cast<double>(m.row_bytes(1)) > most_texel_bytes) return false;
-    const double n = static_cast<double>(count), c = static_cast<double>(p.channels), n1 = static_cast<double>(m.n1);
-    const double gathered = 4. * p.plane_count, features = p.reduce == TCAM_SUM ? c : c * p.plane_count;
-    return texels * c * n1 + n * gathered * n1 < n * (gathered * c + features * n1);
-  }
   bool wants_texels() const { return p.grad_planes || (projected && p.grad_decoder); }
   long rounds() const { return grid ? p.batch : 1; }
   long wave_points() const { return m.blocks * block_points; }

@@ -351,9 +351,9 @@ class Planes {
                  static_cast<int>(nx), static_cast<int>(ny), static_cast<int>(ns), x_step, y_step, s_step, map, pitch));
   }
 
- protected:
   VoxelTap<Real>*row_taps_[TCAM_MAX_PLANES] = {}, *column_taps_[TCAM_MAX_PLANES] = {};
-  Real *projected_[TCAM_MAX_PLANES] = {}, *first_partials_[TCAM_MAX_PLANES] = {}, *first_bias_partials_ = nullptr;
+  Real* projected_[TCAM_MAX_PLANES] = {};
+  Real *first_partials_[TCAM_MAX_PLANES + 1] = {}, *first_bias_partials_ = nullptr;  // points.h has a block more
   Real *between_ = nullptr, *grad_projected_ = nullptr;
   bool ascending_ = true;  // the taps
 

@@ -142,8 +142,7 @@ class Kernels:
         problem.width[: len(widths)] = widths
         problem.layers = len(p.weights)
         hidden = max(len(p.weights) - 1, 0)
-        names = [o["activation"]] * hidden if isinstance(o["activation"], str) else o["activation"]
-        for layer, name in enumerate(names[:hidden]):
+        for layer, name in enumerate(activations.hidden_layers(o["activation"], hidden)):
             problem.activation[layer] = Activation(*activations.hidden("activation", name)[:2])
         problem.output_activation = Activation(*activations.output("output_activation", o["output_activation"])[:2])
         problem.align_corners = o["align_corners"]

@@ -188,3 +188,12 @@ def test_a_fake_tensor_is_refused():
         fake = torch.empty(3, 4, 2)
     with pytest.raises(TypeError, match=r"expected a torch.Tensor"):
         _C.resample_axis(fake, torch.empty(3, 6, 2), 4, 6, 0, 6, False, 0, False, None, False, 1)
+
+
+def test_activations_beside_no_layers_are_refused():
+    """They are copied to an array of fixed length: too many once wrote past its end where there was no weight."""
+    o = _C.Options()
+    o.plane_axes = [(0, 1)]
+    o.activation = [(0, 1.0)] * 1000
+    with pytest.raises(ValueError, match="activation"):
+        _C.Call([torch.zeros(1, 2, 3, 3)], [], [], None, torch.zeros(4, 3), None, None, o)
