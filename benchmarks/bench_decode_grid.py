@@ -134,9 +134,10 @@ class Case:
                     g += t
         return [out, *grads]
 
-    def ours(self, compute: torch.dtype | str, what: str) -> list[Tensor]:
+    def ours(self, compute: torch.dtype | str, what: str, noise: str | None = None) -> list[Tensor]:
         mlp = (self.planes, self.weights, self.biases)
-        options = {"activation": self.decoder.activation, "output_activation": "sigmoid", "compute_dtype": compute}
+        options: dict[str, Any] = {} if noise is None else {"noise_std": 0.32, "noise_seed": 1, "noise_mode": noise}
+        options |= {"activation": self.decoder.activation, "output_activation": "sigmoid", "compute_dtype": compute}
         if what == "loss+gradients":
             loss = tcam_ext.decode_grid_loss(*mlp, self.other, **options)
             return [loss.detach(), *torch.autograd.grad(loss, self.inputs)]
@@ -169,6 +170,10 @@ class Case:
             "ours tf32": lambda: lambda: self.ours("tf32", what),
             "ours bfloat16": lambda: lambda: self.ours(torch.bfloat16, what),
             "ours float16": lambda: lambda: self.ours(torch.float16, what),
+            "ours float32, point noise": lambda: lambda: self.ours(torch.float32, what, "point"),
+            "ours float32, texel noise": lambda: lambda: self.ours(torch.float32, what, "texel"),
+            "ours bfloat16, point noise": lambda: lambda: self.ours(torch.bfloat16, what, "point"),
+            "ours bfloat16, texel noise": lambda: lambda: self.ours(torch.bfloat16, what, "texel"),
         }
         return {n: everyone[n]() for n in names if self.differs(n, what)}
 
@@ -185,6 +190,8 @@ RIVALS = {
         "factored PyTorch float32",
         "ours float32",
         "ours bfloat16",
+        "ours float32, point noise",
+        "ours float32, texel noise",
     ],
     "cuda": [
         "naive float32",
@@ -197,6 +204,8 @@ RIVALS = {
         "ours tf32",
         "ours bfloat16",
         "ours float16",
+        "ours bfloat16, point noise",
+        "ours bfloat16, texel noise",
     ],
 }
 
@@ -206,7 +215,7 @@ def finish(r: harness.Row, case: Case, peak: dict[str, float]) -> harness.Row:
     if case.hidden_flop:
         r.gflops = case.hidden_flop * PRODUCTS[r.what] / r.seconds / 1e9
         if r.rival.startswith("ours"):
-            kind = r.rival.removeprefix("ours ")
+            kind = r.rival.removeprefix("ours ").split(",")[0]
             r.of_peak = r.gflops / (peak.get(kind) or peak["float32"])
     return r
 

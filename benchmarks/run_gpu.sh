@@ -49,8 +49,8 @@ want profile && step profile "$python" $bench --cases tcam --sizes 256 --rivals 
 # torch's caching allocator would hide overruns inside its segments, and hand out blocks that look initialised.
 want sanitize && for tool in memcheck racecheck initcheck; do
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest -m gpu -x \
-    tests/ops/test_decode_grid.py tests/ops/test_decode_grid_loss.py tests/ops/test_cuda.py tests/ops/test_conventions.py \
-    -k "axes or compute_dtype or one_layer or decode_then_loss or mirror or conventions"
+    tests/ops/test_decode_grid.py tests/ops/test_decode_grid_loss.py tests/ops/test_cuda.py tests/ops/test_conventions.py tests/ops/test_noise.py \
+    -k "axes or compute_dtype or one_layer or decode_then_loss or mirror or conventions or normals or own"
 done
 # On request: the host's CPU may be one that the CPU kernels' figures are missing for.
 if want cpu; then

@@ -13,6 +13,7 @@
 #include <limits>
 
 #include "cpu/decode.h"
+#include "formulation.h"
 #include "maths/activation.h"
 #include "maths/loss.h"
 #include "tensor.h"
@@ -80,7 +81,8 @@ void run_on(DLDevice device, Cpu cpu, Cuda cuda) {
 struct Options {                                // what is not a tensor; library.py sets it
   std::vector<std::pair<int, int>> plane_axes;  // (row axis, column axis) of each plane, ascending
   int reduce = TCAM_CONCAT;
-  double plane_scale = 1;
+  double plane_scale = 1, noise_std = 0;
+  uint64_t noise_seed = 0;
   Sizes size, box;  // of a grid
   int corners = 0, axes = 3;
   std::vector<std::pair<int, double>> activation;  // of each hidden layer: kind, parameter
@@ -97,6 +99,7 @@ T between(const char* name, T value, T least, T most) {
 }
 
 constexpr uintptr_t workspace_alignment = 256;
+constexpr int64_t max_noise_objects = 1 << 27;  // what NoiseKey holds
 
 // The tensors and the problem of one call, checked against each other. It keeps the tensors alive.
 class Call {
@@ -110,10 +113,13 @@ class Call {
       take_grid(bounds, o);
     else
       take_points(points, objects, o);
-    if (p_.extra && (points.is_none() || extra_.shape != Sizes{p_.points, p_.extra}))
-      throw py::value_error("extra: expected shape (points, features)");
+    if (p_.extra && extra_.shape != Sizes{place_count(), p_.extra})
+      throw py::value_error("extra: expected shape (points, or voxels of the box for each object, features)");
     p_.axes = between("axes", o.axes, 2, int(TCAM_MAX_AXES));
     p_.align_corners = o.align_corners != 0;
+    p_.noise_std = p_.layers ? o.noise_std : 0;
+    p_.noise_seed = o.noise_seed;
+    if (p_.noise_std != 0 && p_.batch > max_noise_objects) throw py::value_error("planes: too many objects for noise");
     p_.padding = between("padding", o.padding, int(TCAM_PAD_BORDER), int(TCAM_PAD_REFLECTION));
     const bool rounded = o.compute == TCAM_BF16 || o.compute == TCAM_F16 || o.compute == TCAM_TF32;
     if (o.compute != p_.dtype && !(rounded && p_.dtype == TCAM_F32))
@@ -159,7 +165,7 @@ class Call {
   }
 
   void loss(py::handle target, int loss, double beta, bool per_object, py::handle losses, const py::list& planes,
-            const py::list& decoder, py::handle workspace) const {
+            const py::list& decoder, py::object extra, py::handle workspace) const {
     if (p_.points >= 0) throw py::value_error("loss: of a grid alone");
     const Tensor want(target, "target"), sums(losses, "losses");
     want.expect("target", out_shape(), want.dtype, device_);
@@ -167,10 +173,10 @@ class Call {
     sums.expect("losses", {p_.batch}, TCAM_F64, device_);
     between("loss", loss, 0, loss_count - 1);
     if (!(beta >= 0)) throw py::value_error("beta: expected a number >= 0");
-    const Gradients to(*this, planes, decoder, py::none(), py::none(), per_object);
+    const Gradients to(*this, planes, decoder, py::none(), extra, per_object);
     not_empty();
     const tcam_objective objective = {want.data, want.dtype, loss, beta, per_object};
-    void* scratch = workspace_of(workspace, p_.grad_planes || p_.grad_decoder);
+    void* scratch = workspace_of(workspace, loss_wants_gradients(p_));
     const tcam_inputs in = inputs();
     double* to_sums = static_cast<double*>(sums.data);
     run_on(
@@ -288,6 +294,10 @@ class Call {
                               ", got " + std::to_string(static_cast<const int64_t*>(objects_.data)[i]));
   }
 
+  int64_t place_count() const {  // that are decoded
+    if (p_.points >= 0) return p_.points;
+    return product({p_.batch, p_.hi[0] - p_.lo[0], p_.hi[1] - p_.lo[1], p_.hi[2] - p_.lo[2]});
+  }
   Sizes out_shape() const {
     const int64_t features = p_.layers ? p_.width[p_.layers] : p_.width[0];
     if (p_.points >= 0) return {p_.points, features};
@@ -389,6 +399,24 @@ void resample_axis(py::handle x, py::handle out, int64_t texels, int64_t size, i
       TCAM_ON_CUDA(tcam_resample_axis_cuda(&problem, at, in.data, to.data, device, stream)));
 }
 
+// out (objects, ...) float32: standard normals of a seed and a stream of maths/noise.h.
+void normals(py::handle out, int of, uint64_t seed, int threads) {
+  const Tensor to(out, "out");
+  if (to.shape.empty() || to.dtype != TCAM_F32) throw py::value_error("out: expected float32 of one dimension or more");
+  between("stream", of, 0, 31);
+  if (to.shape[0] > max_noise_objects) throw py::value_error("out: too many objects for noise");
+  if (!to.count) return;
+  const tcam_normals problem = {seed, to.shape[0], to.count / to.shape[0], of, threads};
+  if (problem.count > int64_t(1) << 33) throw py::value_error("out: too many numbers an object");
+  float* at = static_cast<float*>(to.data);
+  run_on(to.device, [&] { tcam_normals_cpu(&problem, at); }, TCAM_ON_CUDA(tcam_normals_cuda(&problem, at, device, stream)));
+}
+
+std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
+  tcam_philox_cpu(counter.data(), key[0], key[1]);
+  return counter;
+}
+
 py::dict cuda_info() {
   py::dict info;
 #ifdef TCAM_WITH_CUDA
@@ -444,6 +472,8 @@ PYBIND11_MODULE(_C, m) {
   TCAM_OPTION(plane_axes)
   TCAM_OPTION(reduce)
   TCAM_OPTION(plane_scale)
+  TCAM_OPTION(noise_std)
+  TCAM_OPTION(noise_seed)
   TCAM_OPTION(size)
   TCAM_OPTION(box)
   TCAM_OPTION(corners)
@@ -471,4 +501,6 @@ PYBIND11_MODULE(_C, m) {
       .def("backward", &Call::backward)
       .def("loss", &Call::loss);
   m.def("resample_axis", &resample_axis);
+  m.def("normals", &normals, py::arg("out"), py::arg("stream"), py::arg("seed"), py::arg("threads"));
+  m.def("philox", &philox, py::arg("counter"), py::arg("key"));
 }

@@ -49,6 +49,9 @@ typedef struct {
   tcam_activation activation[TCAM_MAX_LAYERS];  // of layers 1 to layers-1, from index 0
   tcam_activation output_activation;
   int32_t align_corners, padding;
+  double noise_std;  // normal noise of so much is added to the reduced features of the planes, 0: none, as maths/noise.h has
+  uint64_t
+      noise_seed;     // it; keys have the object and the voxel of the whole grid, or the point of the object (see tcam_inputs)
   int32_t dtype;      // of planes, weights, biases, coordinates and their gradients: TCAM_F32 or TCAM_F64
   int32_t compute;    // of the hidden layers' products: equal to dtype, or TCAM_BF16, TCAM_F16 or TCAM_TF32 with TCAM_F32
   int32_t out_dtype;  // of the volume and of its gradient
@@ -65,8 +68,9 @@ typedef struct {
   const void* const* biases;   // layers, each *
   const double* bounds;        // *(B, 3, 2): the coordinates that a grid's axes run from and to; null: -1 and 1
   const void* points;          // (points, axes) coordinates; of a grid: null
-  const int64_t* objects;      // *(points): whose planes a point reads; null: points/batch points each, in order
-  const void* extra;           // (points, extra)
+  const int64_t* objects;      // *(points): whose planes a point reads; null: points/batch points each, in order. (With it the
+                               // noise of a point belongs to its number among all.)
+  const void* extra;           // (points, extra); of a grid (B, voxels of the box, extra)
 } tcam_inputs;
 
 // Where the gradients wanted go; all are overwritten.
@@ -93,6 +97,14 @@ typedef struct {
   int32_t dtype;  // TCAM_F32 or TCAM_F64
   int32_t threads;
 } tcam_resample;
+
+// Standard normals (objects, count), float32, of a seed and a stream of maths/noise.h: the noise of a plane's texels.
+typedef struct {
+  uint64_t seed;
+  int64_t objects, count;
+  int32_t stream;
+  int32_t threads;
+} tcam_normals;
 
 #ifdef __cplusplus
 }

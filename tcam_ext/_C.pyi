@@ -16,6 +16,8 @@ class Options:
     plane_axes: Sequence[tuple[int, int]]
     reduce: int
     plane_scale: float
+    noise_std: float
+    noise_seed: int
     size: Sequence[int]
     box: Sequence[int]
     corners: bool
@@ -66,6 +68,7 @@ class Call:
         losses: Tensor,
         planes: list[Tensor],
         decoder: list[Tensor | None],
+        extra: Tensor | None,
         workspace: Tensor,
     ) -> None: ...
 
@@ -77,6 +80,8 @@ def cpu_peak_flops(kind: int, seconds: float, threads: int) -> float: ...
 
 has_cuda: bool
 
+def normals(out: Tensor, stream: int, seed: int, threads: int) -> None: ...
+def philox(counter: Sequence[int], key: Sequence[int]) -> list[int]: ...
 def cuda_info() -> dict[str, Any]: ...
 def resample_axis(
     x: Tensor,

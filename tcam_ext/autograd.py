@@ -28,7 +28,7 @@ def _split(counts: Sequence[int], tensors: Any) -> list[list[Any]]:
 class DecodeGrid(torch.autograd.Function):
     """decode_grid and its gradient: saves the inputs, and backward recomputes everything else.
 
-    ``counts``: of planes, and of weights; ``tensors``: planes, weights, biases.
+    ``counts``: of planes, and of weights; ``tensors``: planes, weights, biases, extra (or None), which ``grid`` is without.
     """
 
     @staticmethod
@@ -40,20 +40,20 @@ class DecodeGrid(torch.autograd.Function):
         out_dtype: torch.dtype,
         *tensors: Tensor | None,
     ) -> Tensor:
-        ctx.counts, ctx.options, ctx.grid = counts, options, grid._replace(bounds=None)
+        ctx.counts, ctx.options, ctx.grid = (*counts, counts[1]), options, grid._replace(bounds=None)
         ctx.save_for_backward(*tensors, grid.bounds)  # all of them: torch sees when one was changed in between
-        return library.decode_grid(*_split(counts, tensors), *options, *grid, out_dtype)
+        *inputs, (extra,) = _split(ctx.counts, tensors)
+        return library.decode_grid(*inputs, *options, *grid._replace(extra=extra), out_dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_volume: Tensor) -> tuple[Any, ...]:
         _refuse_second_derivative("decode_grid")
-        *tensors, bounds = ctx.saved_tensors
-        groups = _split(ctx.counts, tensors)
-        grid = ctx.grid._replace(bounds=bounds)
+        *inputs, (extra, bounds) = _split(ctx.counts, ctx.saved_tensors)
+        grid = ctx.grid._replace(bounds=bounds, extra=extra)
         wanted = _split(ctx.counts, ctx.needs_input_grad[4:])
-        flags = any(wanted[0]), any(wanted[1] + wanted[2])
-        found = library.decode_grid_backward(grad_volume, *groups, *ctx.options, *grid, *flags)
-        return *[None] * 4, *_in_order(found, groups, [flags[0], flags[1], flags[1]])
+        flags = any(wanted[0]), any(wanted[1] + wanted[2]), wanted[3][0]
+        found = library.decode_grid_backward(grad_volume, *inputs, *ctx.options, *grid, *flags)
+        return *[None] * 4, *_in_order(found, [*inputs, [extra]], [flags[0], flags[1], flags[1], flags[2]])
 
 
 class DecodeGridLoss(torch.autograd.Function):
@@ -70,14 +70,16 @@ class DecodeGridLoss(torch.autograd.Function):
         grid: library.Grid,
         objective: tuple[str, float, bool],
         voxels: int,
-        wanted: tuple[bool, bool],
+        wanted: tuple[bool, bool, bool],
         target: Tensor,
         *tensors: Tensor | None,
     ) -> Tensor:
-        groups = _split(counts, tensors)
-        losses, *grads = library.decode_grid_loss(target, *groups, *options, *grid, *objective, *wanted)
-        ctx.per_object, ctx.voxels, ctx.wanted, ctx.dtype = objective[2], voxels, wanted, groups[0][0].dtype
-        ctx.present = [[None if t is None else True for t in group] for group in groups]
+        *inputs, (extra,) = groups = _split((*counts, counts[1]), tensors)
+        grid = grid._replace(extra=extra)
+        losses, *grads = library.decode_grid_loss(target, *inputs, *options, *grid, *objective, *wanted)
+        ctx.per_object, ctx.voxels, ctx.dtype = objective[2], voxels, groups[0][0].dtype
+        ctx.wanted = [wanted[0], wanted[1], wanted[1], wanted[2]]
+        ctx.present = [[None if t is None else t.dtype for t in group] for group in groups]
         ctx.save_for_backward(*grads)
         dtype = torch.float64 if ctx.dtype == torch.float64 else torch.float32
         return ((losses if ctx.per_object else losses.sum()) / voxels).to(dtype)
@@ -85,23 +87,28 @@ class DecodeGridLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
         _refuse_second_derivative("decode_grid_loss")
-        grads = ctx.saved_tensors
         scale = grad_loss / max(ctx.voxels, 1)  # last: a mean over 2^27 voxels must not pass through a half dtype
-        planes = len(ctx.present[0]) if ctx.wanted[0] else 0
-        scaled = []
-        for i, g in enumerate(grads):
-            if not ctx.per_object:
-                g = g * scale.to(g.dtype)
-            elif i < planes:  # (B, C, rows, columns)
-                g = g * scale.to(g.dtype).view(-1, 1, 1, 1)
-            else:  # (B, ...) to (...)
-                g = torch.tensordot(scale.to(g.dtype), g, 1)
-            scaled.append(g.to(ctx.dtype))
-        return *[None] * 7, *_in_order(scaled, ctx.present, [ctx.wanted[0], ctx.wanted[1], ctx.wanted[1]])
+        found: list[Tensor | None] = []
+        grads = iter(ctx.saved_tensors)
+        for kind, (group, wanted) in enumerate(zip(ctx.present, ctx.wanted, strict=True)):
+            for dtype in group:
+                if not wanted or dtype is None:
+                    found.append(None)
+                    continue
+                g = next(grads)
+                s = scale.to(g.dtype)
+                if not ctx.per_object:
+                    g = g * s
+                elif kind in (1, 2):  # the decoder's: (B, ...) to (...)
+                    g = torch.tensordot(s, g, 1)
+                else:  # planes, and what voxels bring themselves: objects one after the other
+                    g = (g.reshape(len(s), -1) * s.unsqueeze(1)).view(g.shape)
+                found.append(g.to(dtype))
+        return *[None] * 7, *found
 
 
 class DecodePoints(torch.autograd.Function):
-    """decode_points, or without weights sample_points. ``tensors``: planes, weights, biases, points, extra (or None)."""
+    """decode_points, or without weights sample_points. ``tensors``: planes, weights, biases, extra (or None), points."""
 
     @staticmethod
     def forward(
@@ -114,20 +121,20 @@ class DecodePoints(torch.autograd.Function):
     ) -> Tensor:
         ctx.counts, ctx.options = (*counts, counts[1]), options
         ctx.save_for_backward(*tensors, objects)
-        *inputs, (points, extra) = _split(ctx.counts, tensors)
+        *inputs, (extra, points) = _split(ctx.counts, tensors)
         return library.decode_points(*inputs, *options, points, objects, extra, out_dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         _refuse_second_derivative("decode_points" if ctx.counts[1] else "sample_points")
-        *inputs, (points, extra, objects) = _split(ctx.counts, ctx.saved_tensors)
+        *inputs, (extra, points, objects) = _split(ctx.counts, ctx.saved_tensors)
         wanted = _split(ctx.counts, ctx.needs_input_grad[4:])
-        grad_planes, grad_decoder, (grad_points, grad_extra) = any(wanted[0]), any(wanted[1] + wanted[2]), wanted[3]
+        grad_planes, grad_decoder, (grad_extra, grad_points) = any(wanted[0]), any(wanted[1] + wanted[2]), wanted[3]
         found = library.decode_points_backward(
-            grad_out, *inputs, *ctx.options, points, objects, extra, grad_planes, grad_decoder, grad_points, grad_extra
+            grad_out, *inputs, *ctx.options, points, objects, extra, grad_planes, grad_decoder, grad_extra, grad_points
         )
-        groups = [*inputs, [points], [extra]]
-        return *[None] * 4, *_in_order(found, groups, [grad_planes, grad_decoder, grad_decoder, grad_points, grad_extra])
+        groups = [*inputs, [extra], [points]]
+        return *[None] * 4, *_in_order(found, groups, [grad_planes, grad_decoder, grad_decoder, grad_extra, grad_points])
 
 
 class ResampleAxis(torch.autograd.Function):

@@ -18,6 +18,7 @@ PADDING_MODES = ("border", "zeros", "reflection")
 REDUCTIONS_OF_PLANES = ("concat", "concat_channel_major", "sum", "mean", "prod")
 GRIDS = ("cells", "corners")
 TARGET_DTYPES = (*DTYPES, torch.uint8)
+NOISE_MODES = ("point", "texel")
 REDUCTIONS = ("mean", "sum", "none_batch")
 PLANE_AXES = ((0, 1), (1, 2), (0, 2))
 MAX_LAYERS = 6
@@ -26,6 +27,7 @@ MAX_OUT = 64
 MAX_PLANES = 16
 MAX_AXES = 4
 MAX_AXIS = 2**31 - 1
+MAX_NOISE_OBJECTS = 2**27
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 PlaneAxes = tuple[tuple[int, int], ...]
@@ -41,6 +43,9 @@ class Options(NamedTuple):
     activation: str | Sequence[str] = "relu"
     output_activation: str = "none"
     compute_dtype: torch.dtype | str | None = None
+    noise_std: float = 0.0
+    noise_seed: int | None = None
+    noise_mode: str = "point"
 
 
 class Sampled(NamedTuple):
@@ -62,6 +67,14 @@ class Sampled(NamedTuple):
         return self.planes[0].shape[1] * (len(self.planes) if self.reduce.startswith("concat") else 1)
 
 
+class Noise(NamedTuple):
+    """Normal noise of the features, checked; see :func:`tcam_ext.decode_grid`."""
+
+    std: float = 0.0
+    seed: int = 0
+    mode: str = "point"
+
+
 class Decoder(NamedTuple):
     """An MLP and how it is computed, checked."""
 
@@ -71,6 +84,7 @@ class Decoder(NamedTuple):
     output_activation: str
     compute: str  # "float32", "float64", "float16", "bfloat16", "tf32", "float32 or tf32" (as torch's matmul)
     out_dtype: torch.dtype
+    noise: Noise = Noise()
 
 
 class Grid(NamedTuple):
@@ -80,6 +94,7 @@ class Grid(NamedTuple):
     box: Box
     corners: bool
     bounds: Tensor | None  # (B, 3, 2) float64
+    extra: Tensor | None  # (B voxels of the box, E)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -129,6 +144,7 @@ def decoder(
         options.output_activation,
         _compute(options.compute_dtype, autocast, dtype, device),
         dtype if out_dtype is None else out_dtype,
+        _noise(options, planes.batch),
     )
 
 
@@ -145,11 +161,56 @@ def one_dtype(dtype: torch.dtype, device: torch.device, **groups: Any) -> None:
                 raise ValueError(f"{name}[{i}]: expected device {device} as planes have, got {t.device}")
 
 
-def grid(planes: Sampled, size: Any, box: Any, kind: Any, bounds: Any) -> Grid:
+def _noise(options: Options, batch: int) -> Noise:
+    std, seed, mode = options.noise_std, options.noise_seed, options.noise_mode
+    choice("noise_mode", mode, NOISE_MODES)
+    if isinstance(std, bool) or not isinstance(std, (int, float, np.floating, torch.SymFloat)):
+        raise TypeError(f"noise_std: expected a number, got {_type(std)}")
+    if not 0 <= std < math.inf:
+        raise ValueError(f"noise_std: expected a finite number >= 0, got {std}")
+    if seed is not None:
+        seed = integer("noise_seed", seed)
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"noise_seed: expected 0 to 2^63 - 1, got {seed}")
+    if std == 0:
+        return Noise()
+    if seed is None:
+        raise ValueError("noise_seed: expected an integer beside noise_std > 0 (another for each step of a training), got None")
+    if batch > MAX_NOISE_OBJECTS:
+        raise ValueError(f"planes: expected up to {MAX_NOISE_OBJECTS} objects with noise, got {batch}")
+    return Noise(cast(float, std) * 1.0, seed, mode)
+
+
+def grid(planes: Sampled, size: Any, box: Any, kind: Any, bounds: Any, extra: Any = None) -> Grid:
     checked_size = _size(size)
     choice("grid", kind, GRIDS)
-    checked_bounds = None if bounds is None else _bounds(bounds, planes.batch, 3, planes.planes[0].device)
-    return Grid(checked_size, _box(box, checked_size), kind == "corners", checked_bounds)
+    device = planes.planes[0].device
+    checked_bounds = None if bounds is None else _bounds(bounds, planes.batch, 3, device)
+    checked = Grid(checked_size, _box(box, checked_size), kind == "corners", checked_bounds, None)
+    if extra is None:
+        return checked
+    want = (planes.batch, extra_width(extra, 1), *checked.shape)
+    if tuple(extra.shape) != want:
+        part = "size" if box is None else "box"
+        raise ValueError(f"extra: expected shape {want}, (B, E) and the voxels of {part}, got {tuple(extra.shape)}")
+    _check_extra(extra, device)
+    if not want[1]:
+        return checked
+    return checked._replace(extra=extra.movedim(1, -1).reshape(-1, want[1]))
+
+
+def extra_width(extra: Any, dim: int) -> int:
+    """How many features ``extra`` has, along ``dim``."""
+    if extra is None:
+        return 0
+    if not isinstance(extra, Tensor) or not extra.dim():
+        raise TypeError(f"extra: expected a tensor, got {_type(extra)}")
+    return extra.shape[min(dim, extra.dim() - 1)]
+
+
+def _check_extra(extra: Tensor, device: torch.device) -> None:
+    if extra.device != device or not extra.dtype.is_floating_point:
+        raise TypeError(f"extra: expected a floating dtype on {device}, got {extra.dtype} on {extra.device}")
 
 
 def coordinates(xyz: Any) -> int:
@@ -198,8 +259,7 @@ def points(planes: Sampled, xyz: Any, batch_index: Any, extra: Any, bounds: Any,
         if not isinstance(extra, Tensor) or tuple(extra.shape[:-1]) != leading:
             got = tuple(extra.shape) if isinstance(extra, Tensor) else _type(extra)
             raise ValueError(f"extra: expected a tensor {(*leading, 'E')} beside xyz {tuple(xyz.shape)}, got {got}")
-        if extra.device != device or not extra.dtype.is_floating_point:
-            raise TypeError(f"extra: expected a floating dtype on {device}, got {extra.dtype} on {extra.device}")
+        _check_extra(extra, device)
         extra = extra.reshape(flat.shape[0], extra.shape[-1]) if extra.shape[-1] else None
     return Points(flat, objects, extra, leading)
 

@@ -15,20 +15,21 @@ _library = torch.library.Library("tcam_ext", "DEF")
 _INPUTS = "Tensor[] planes, Tensor[] weights, Tensor?[] biases"
 _OPTIONS = (  # plane_axes: row and column axis of each plane, ascending; reduce: concat, sum or product
     "int[] plane_axes, str reduce, float plane_scale, bool align_corners, str padding_mode, str[] activation, "
-    "str output_activation, str compute"
+    "str output_activation, str compute, float noise_std, SymInt noise_seed"
 )
-_GRID = "SymInt[] size, SymInt[] box, bool corners, Tensor? bounds"
+_GRID = "SymInt[] size, SymInt[] box, bool corners, Tensor? bounds, Tensor? extra"
 _POINTS = "Tensor points, Tensor? objects, Tensor? extra"
 _PT2 = (torch.Tag.pt2_compliant_tag,)
 for _schema in (
     f"decode_grid({_INPUTS}, {_OPTIONS}, {_GRID}, ScalarType out_dtype, *, int tile=0) -> Tensor",
-    f"decode_grid_backward(Tensor grad_volume, {_INPUTS}, {_OPTIONS}, {_GRID}, bool grad_planes, bool grad_decoder, *, "
-    "int tile=0) -> Tensor[]",
+    f"decode_grid_backward(Tensor grad_volume, {_INPUTS}, {_OPTIONS}, {_GRID}, bool grad_planes, bool grad_decoder, "
+    "bool grad_extra, *, int tile=0) -> Tensor[]",
     f"decode_grid_loss(Tensor target, {_INPUTS}, {_OPTIONS}, {_GRID}, str loss, float beta, bool per_object, "
-    "bool grad_planes, bool grad_decoder, *, int tile=0) -> Tensor[]",
+    "bool grad_planes, bool grad_decoder, bool grad_extra, *, int tile=0) -> Tensor[]",
     f"decode_points({_INPUTS}, {_OPTIONS}, {_POINTS}, ScalarType out_dtype, *, int formulation=0) -> Tensor",
     f"decode_points_backward(Tensor grad_out, {_INPUTS}, {_OPTIONS}, {_POINTS}, bool grad_planes, bool grad_decoder, "
-    "bool grad_points, bool grad_extra, *, int formulation=0) -> Tensor[]",
+    "bool grad_extra, bool grad_points, *, int formulation=0) -> Tensor[]",
+    "normals(Tensor like, int stream, SymInt seed) -> Tensor",
     "resample_axis(Tensor x, int texels, SymInt size, SymInt lo, SymInt hi, bool align_corners, str padding_mode, "
     "bool corners, Tensor? bounds, bool adjoint) -> Tensor",
 ):
@@ -84,6 +85,8 @@ class Sampling(NamedTuple):
     activation: list[str]
     output_activation: str
     compute: str
+    noise_std: float
+    noise_seed: int
 
 
 class Grid(NamedTuple):
@@ -93,6 +96,7 @@ class Grid(NamedTuple):
     box: list[int]
     corners: bool
     bounds: Tensor | None
+    extra: Tensor | None
 
     @property
     def shape(self) -> list[int]:
@@ -148,6 +152,7 @@ class _Call:
         self.inputs = Inputs(*([dense(t) for t in group] for group in inputs))  # type: ignore[arg-type]
         self.device = inputs.planes[0].device
         o = _C.Options()
+        o.noise_std, o.noise_seed = options.noise_std, options.noise_seed
         o.plane_axes = list(zip(options.plane_axes[::2], options.plane_axes[1::2], strict=True))
         o.reduce, o.plane_scale = _REDUCE[options.reduce], options.plane_scale
         o.align_corners, o.padding = options.align_corners, _PADDING[options.padding_mode]
@@ -155,16 +160,16 @@ class _Call:
         o.output_activation = _output_activation(options.output_activation)
         o.compute = _TF32 if compute == "tf32" else _DTYPE[getattr(torch, compute)]
         o.out_dtype = _DTYPE[out_dtype]
-        o.grad_planes, o.grad_decoder, o.grad_points, o.grad_extra = (*wanted, *[False] * (4 - len(wanted)))
+        o.grad_planes, o.grad_decoder, o.grad_extra, o.grad_points = (*wanted, *[False] * (4 - len(wanted)))
         o.threads = torch.get_num_threads()
         for name, value in more.items():
             setattr(o, name, value)
-        self.points = self.extra = None
+        self.points, self.extra = None, dense(where.extra)
         if isinstance(where, Grid):
             o.size, o.box, o.corners = list(where.size), list(where.box), where.corners
-            self._call = _C.Call(*self.inputs, where.bounds, None, None, None, o)
+            self._call = _C.Call(*self.inputs, where.bounds, None, None, self.extra, o)
         else:
-            self.points, self.extra = dense(where.points), dense(where.extra)
+            self.points = dense(where.points)
             o.axes = where.points.shape[1]
             self._call = _C.Call(*self.inputs, None, self.points, where.objects, self.extra, o)
 
@@ -191,12 +196,12 @@ class _Call:
         else:
             workspace = self._workspace(bool(to.list()))
             target = target.detach().contiguous()
-            self._call.loss(target, _C.losses.index(loss), beta, per_object, losses, to.planes, to.decoder, workspace)
+            self._call.loss(target, _C.losses.index(loss), beta, per_object, losses, to.planes, to.decoder, to.extra, workspace)
             _workspaces.give_back(workspace)
 
 
 class _Gradients:
-    """Fresh tensors for the gradients wanted: planes, then weights, the biases there are, points, extra."""
+    """Fresh tensors for the gradients wanted: planes, then weights, the biases there are, extra, points."""
 
     def __init__(
         self,
@@ -204,22 +209,22 @@ class _Gradients:
         wanted: Sequence[bool],
         dtype: torch.dtype | None = None,
         leading: Sequence[int] = (),
-        points: Tensor | None = None,
         extra: Tensor | None = None,
+        points: Tensor | None = None,
     ) -> None:
         def like(t: Tensor, leading: Sequence[int] = ()) -> Tensor:
             return t.new_empty([*leading, *t.shape], dtype=t.dtype if dtype is None else dtype)
 
-        grad_planes, grad_decoder, grad_points, grad_extra = (*wanted, *[False] * (4 - len(wanted)))
+        grad_planes, grad_decoder, grad_extra, grad_points = (*wanted, *[False] * (4 - len(wanted)))
         self.planes = [like(t) for t in inputs.planes] if grad_planes else []
         self.decoder: list[Tensor | None] = (
             [None if t is None else like(t, leading) for t in (*inputs.weights, *inputs.biases)] if grad_decoder else []
         )
-        self.points = like(points) if grad_points and points is not None else None
         self.extra = like(extra) if grad_extra and extra is not None else None
+        self.points = like(points) if grad_points and points is not None else None
 
     def list(self) -> list[Tensor]:
-        return [t for t in (*self.planes, *self.decoder, self.points, self.extra) if t is not None]
+        return [t for t in (*self.planes, *self.decoder, self.extra, self.points) if t is not None]
 
     def zero(self) -> None:
         for t in self.list():
@@ -250,14 +255,18 @@ def _decode_grid_fake(*arguments: Any, tile: int = 0) -> Tensor:
 def _decode_grid_backward(grad_volume: Tensor, *arguments: Any, tile: int = 0) -> list[Tensor]:
     inputs, options, grid, wanted = _unpack(Grid, arguments)
     call = _Call(inputs, options, grid, grad_volume.dtype, wanted, tile=tile)
-    to = _Gradients(call.inputs, wanted)
+    to = _Gradients(call.inputs, wanted, None, (), call.extra)
     call.backward(grad_volume, to)
-    return [t.to(inputs.planes[0].dtype) for t in to.list()]
+    return _as_inputs(to, _Gradients(inputs, wanted, None, (), grid.extra))
+
+
+def _as_inputs(found: _Gradients, like: _Gradients) -> list[Tensor]:
+    return [t.to(kind.dtype) for t, kind in zip(found.list(), like.list(), strict=True)]
 
 
 def _decode_grid_backward_fake(grad_volume: Tensor, *arguments: Any, tile: int = 0) -> list[Tensor]:
-    inputs, _, _, wanted = _unpack(Grid, arguments)
-    return _Gradients(inputs, wanted).list()
+    inputs, _, grid, wanted = _unpack(Grid, arguments)
+    return _Gradients(inputs, wanted, None, (), grid.extra).list()
 
 
 def _decode_grid_loss(target: Tensor, *arguments: Any, tile: int = 0) -> list[Tensor]:
@@ -265,17 +274,17 @@ def _decode_grid_loss(target: Tensor, *arguments: Any, tile: int = 0) -> list[Te
     inputs, options, grid, (loss, beta, per_object, *wanted) = _unpack(Grid, arguments)
     call = _Call(inputs, options, grid, torch.float32, wanted, tile=tile)
     batch = inputs.planes[0].shape[0]
-    to = _Gradients(call.inputs, wanted, None, [batch] if per_object else [])
+    to = _Gradients(call.inputs, wanted, None, [batch] if per_object else [], call.extra)
     losses = torch.zeros(batch, dtype=torch.float64, device=target.device)
     call.loss(target, loss, beta, per_object, losses, to)
     return [losses, *to.list()]
 
 
 def _decode_grid_loss_fake(target: Tensor, *arguments: Any, tile: int = 0) -> list[Tensor]:
-    inputs, options, _, (_, _, per_object, *wanted) = _unpack(Grid, arguments)
+    inputs, options, grid, (_, _, per_object, *wanted) = _unpack(Grid, arguments)
     batch = inputs.planes[0].shape[0]
     losses = inputs.planes[0].new_empty([batch], dtype=torch.float64)
-    to = _Gradients(inputs, wanted, storage_dtype(options.compute), [batch] if per_object else [])
+    to = _Gradients(inputs, wanted, storage_dtype(options.compute), [batch] if per_object else [], grid.extra)
     return [losses, *to.list()]
 
 
@@ -296,15 +305,24 @@ def _decode_points_fake(*arguments: Any, formulation: int = 0) -> Tensor:
 def _decode_points_backward(grad_out: Tensor, *arguments: Any, formulation: int = 0) -> list[Tensor]:
     inputs, options, points, wanted = _unpack(Points, arguments)
     call = _Call(inputs, options, points, grad_out.dtype, wanted, formulation=formulation)
-    to = _Gradients(call.inputs, wanted, None, (), call.points, call.extra)
+    to = _Gradients(call.inputs, wanted, None, (), call.extra, call.points)
     call.backward(grad_out, to)
-    kinds = _Gradients(inputs, wanted, None, (), points.points, points.extra).list()
-    return [t.to(like.dtype) for t, like in zip(to.list(), kinds, strict=True)]
+    return _as_inputs(to, _Gradients(inputs, wanted, None, (), points.extra, points.points))
 
 
 def _decode_points_backward_fake(grad_out: Tensor, *arguments: Any, formulation: int = 0) -> list[Tensor]:
     inputs, _, points, wanted = _unpack(Points, arguments)
-    return _Gradients(inputs, wanted, None, (), points.points, points.extra).list()
+    return _Gradients(inputs, wanted, None, (), points.extra, points.points).list()
+
+
+def _normals(like: Tensor, stream: int, seed: int) -> Tensor:
+    out = _normals_fake(like, stream, seed)
+    _C.normals(out, stream, seed, torch.get_num_threads())
+    return out
+
+
+def _normals_fake(like: Tensor, stream: int, seed: int) -> Tensor:
+    return torch.empty(like.shape, dtype=torch.float32, device=like.device)
 
 
 def _resample_axis(x: Tensor, *arguments: Any) -> Tensor:
@@ -328,6 +346,7 @@ for _name, _implementation, _fake in (
     ("decode_grid_loss", _decode_grid_loss, _decode_grid_loss_fake),
     ("decode_points", _decode_points, _decode_points_fake),
     ("decode_points_backward", _decode_points_backward, _decode_points_backward_fake),
+    ("normals", _normals, _normals_fake),
     ("resample_axis", _resample_axis, _resample_axis_fake),
 ):
     for _device in ("CPU", "CUDA"):
@@ -340,5 +359,7 @@ decode_grid_loss = torch.ops.tcam_ext.decode_grid_loss.default
 #: Without weights: the features of the planes.
 decode_points = torch.ops.tcam_ext.decode_points.default
 decode_points_backward = torch.ops.tcam_ext.decode_points_backward.default
+#: Standard normals, float32, of a tensor's shape (B, ...): number f of object b is that of csrc/maths/noise.h.
+normals = torch.ops.tcam_ext.normals.default
 #: Linear interpolation along the middle axis of (outer, texels, inner) to voxels [lo, hi) of size, or its adjoint.
 resample_axis = torch.ops.tcam_ext.resample_axis.default

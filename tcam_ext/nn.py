@@ -23,7 +23,7 @@ class TriplaneDecoder(nn.Module):
         channels: C of the planes; the first layer reads 3C features of three concatenated planes.
         widths: of the hidden layers, each 1 to 256. TCAM-Diff: (128, 128, 128, 128).
         out_channels: 1 to 64.
-        extra_channels: features that points bring themselves (:meth:`points`, ``extra``).
+        extra_channels: features that voxels or points bring themselves (``extra``).
         plane_axes, reduce, align_corners, padding_mode, activation, output_activation: see :func:`tcam_ext.decode_grid`.
         bias: whether the layers have biases.
     """
@@ -71,7 +71,11 @@ class TriplaneDecoder(nn.Module):
         box: Sequence[Sequence[int]] | None = None,
         grid: str = "cells",
         bounds: Any = None,
+        extra: Tensor | None = None,
         compute_dtype: torch.dtype | str | None = None,
+        noise_std: float = 0.0,
+        noise_seed: int | None = None,
+        noise_mode: str = "point",
         out_dtype: torch.dtype | None = None,
         impl: str = "auto",
     ) -> Tensor:
@@ -83,7 +87,11 @@ class TriplaneDecoder(nn.Module):
             box=box,
             grid=grid,
             bounds=bounds,
+            extra=extra,
             compute_dtype=compute_dtype,
+            noise_std=noise_std,
+            noise_seed=noise_seed,
+            noise_mode=noise_mode,
             out_dtype=out_dtype,
             impl=impl,
             **self._options(),
@@ -99,6 +107,9 @@ class TriplaneDecoder(nn.Module):
         extra: Tensor | None = None,
         bounds: Any = None,
         compute_dtype: torch.dtype | str | None = None,
+        noise_std: float = 0.0,
+        noise_seed: int | None = None,
+        noise_mode: str = "point",
         out_dtype: torch.dtype | None = None,
         impl: str = "auto",
     ) -> Tensor:
@@ -111,6 +122,9 @@ class TriplaneDecoder(nn.Module):
             extra=extra,
             bounds=bounds,
             compute_dtype=compute_dtype,
+            noise_std=noise_std,
+            noise_seed=noise_seed,
+            noise_mode=noise_mode,
             out_dtype=out_dtype,
             impl=impl,
             **self._options(),
@@ -126,10 +140,14 @@ class TriplaneDecoder(nn.Module):
         box: Sequence[Sequence[int]] | None = None,
         grid: str = "cells",
         bounds: Any = None,
+        extra: Tensor | None = None,
         loss: str = "smooth_l1",
         beta: float = 0.3,
         reduction: str = "mean",
         compute_dtype: torch.dtype | str | None = None,
+        noise_std: float = 0.0,
+        noise_seed: int | None = None,
+        noise_mode: str = "point",
         impl: str = "auto",
     ) -> Tensor:
         """The loss of the decoded grid against ``target``, in one pass: :func:`tcam_ext.decode_grid_loss` with this MLP."""
@@ -141,10 +159,14 @@ class TriplaneDecoder(nn.Module):
             box=box,
             grid=grid,
             bounds=bounds,
+            extra=extra,
             loss=loss,
             beta=beta,
             reduction=reduction,
             compute_dtype=compute_dtype,
+            noise_std=noise_std,
+            noise_seed=noise_seed,
+            noise_mode=noise_mode,
             impl=impl,
             **self._options(),
         )

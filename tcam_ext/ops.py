@@ -24,6 +24,7 @@ def decode_grid(
     box: Sequence[Sequence[int]] | None = None,
     grid: str = "cells",
     bounds: Any = None,
+    extra: Tensor | None = None,
     plane_axes: PlaneAxes = checks.PLANE_AXES,
     reduce: str = "concat",
     align_corners: bool = False,
@@ -32,6 +33,9 @@ def decode_grid(
     output_activation: str = "none",
     return_preactivation: bool = False,
     compute_dtype: torch.dtype | str | None = None,
+    noise_std: float = 0.0,
+    noise_seed: int | None = None,
+    noise_mode: str = "point",
     out_dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> Any:
@@ -60,6 +64,8 @@ def decode_grid(
             "corners": it lies at ``i/(n - 1) * 2 - 1``, as in ``torch.linspace(-1, 1, n)``.
         bounds: numbers ``(3, 2)`` or ``(B, 3, 2)``: the grid runs from bounds[..., 0] to bounds[..., 1] along x, y, z instead
             of from -1 to 1, which are the edges of the planes. It gets no gradient.
+        extra: ``(B, E, H, W, D)``, or the box's size in place of (H, W, D): features that the first layer reads after those of
+            the planes, such as an encoding of the position. They cost a product with their columns of W_1 a voxel.
         plane_axes: for each plane the coordinate (0: x, 1: y, 2: z) that runs over its rows and the one over its columns.
             Pairs may repeat, also swapped. :mod:`tcam_ext.conventions` has those of other projects.
         reduce: the first layer reads the planes' features one plane after the other ("concat"), one channel after the other
@@ -81,13 +87,23 @@ def decode_grid(
             C_out to 4 (gradients of widths above 64 need 216 KB of shared memory a block: Hopper, B200); every other case has
             TensorFloat-32 products, which round as float16 does. None with float32 tensors on CUDA means what
             ``torch.backends.cuda.matmul.fp32_precision`` says.
+        noise_std: >= 0. The decoder reads f + noise_std eps in place of f, with eps standard normal: TCAM-Diff's regularisation
+            of training, equation 7, where it is 0.32.
+        noise_seed: 0 to 2^63 - 1, needed with noise_std > 0. Equal seeds give equal noise on every device, for any box and any
+            number of threads; take another for each step of a training. (A CUDA graph repeats the seed it was captured with.)
+        noise_mode: "point" draws eps for every voxel and feature (equation 7 as it stands), which costs its generation and a
+            product of the features with W_1 a voxel, forward and again in backward; "texel" adds noise to the planes' texels,
+            which costs nothing, and neighbouring voxels share it. ``extra`` gets no noise.
         out_dtype: of the volume; None: that of the planes.
         impl: "auto" and "native" run the kernel and raise where it does not serve the arguments; "reference" runs
             :func:`tcam_ext.reference.decode_grid`, plain PyTorch on any device, differentiable any number of times.
 
     Returns:
         ``(B, C_out, H, W, D)``, or the box's size in place of (H, W, D); with ``return_preactivation`` a pair. Differentiable
-        once with respect to planes, weights and biases. Results are the same bits for any number of threads.
+        once with respect to planes, weights, biases and extra. Results are the same bits for any number of threads.
+
+    Noise is Philox4x32-10 keyed by the seed, with counters of the voxel's number in the whole grid, the object and the
+    feature, and Box and Muller's transform in arithmetic that has the same bits everywhere; nothing of it is stored.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message has its name, what was expected and what was got.
@@ -98,7 +114,10 @@ def decode_grid(
     dtype. Under autocast they may differ and are promoted.
     """
     checks.choice("impl", impl, IMPLS)
-    options = checks.Options(plane_axes, reduce, align_corners, padding_mode, activation, output_activation, compute_dtype)
+    options = checks.Options(
+        plane_axes, reduce, align_corners, padding_mode, activation, output_activation, compute_dtype, noise_std, noise_seed,
+        noise_mode,
+    )  # fmt: skip
     if impl == "reference":
         return reference.decode_grid(
             planes,
@@ -108,17 +127,22 @@ def decode_grid(
             box=box,
             grid=grid,
             bounds=bounds,
+            extra=extra,
             out_dtype=out_dtype,
             return_preactivation=return_preactivation,
             **options._asdict(),
         )
-    sampled, mlp = checks.decoder(checks.sampled(planes, options, 3), weights, biases, options, out_dtype)
-    voxels = checks.grid(sampled, size, box, grid, bounds)
+    sampled, mlp = checks.decoder(
+        checks.sampled(planes, options, 3), weights, biases, options, out_dtype, checks.extra_width(extra, 1)
+    )
+    voxels = checks.grid(sampled, size, box, grid, bounds, extra)
     checks.native_limits(sampled, mlp.weights)
+    sampled = reference.with_texel_noise(sampled, mlp.noise, library.normals)
+    own = _own(voxels, sampled)
 
     def run(mlp: checks.Decoder) -> Tensor:
         tensors, counts, sampling = _canonical(sampled, mlp)
-        return DecodeGrid.apply(counts, sampling, _grid(voxels), mlp.out_dtype, *tensors)
+        return DecodeGrid.apply(counts, sampling, _grid(voxels), mlp.out_dtype, *tensors, own)
 
     return _with_preactivation(run, mlp) if return_preactivation else run(mlp)
 
@@ -133,6 +157,7 @@ def decode_grid_loss(
     box: Sequence[Sequence[int]] | None = None,
     grid: str = "cells",
     bounds: Any = None,
+    extra: Tensor | None = None,
     loss: str = "smooth_l1",
     beta: float = 0.3,
     reduction: str = "mean",
@@ -143,6 +168,9 @@ def decode_grid_loss(
     activation: str | Sequence[str] = "relu",
     output_activation: str = "none",
     compute_dtype: torch.dtype | str | None = None,
+    noise_std: float = 0.0,
+    noise_seed: int | None = None,
+    noise_mode: str = "point",
     impl: str = "auto",
 ) -> Tensor:
     r"""The mean loss of a decoded grid of voxels against a target, and in the same pass its gradients.
@@ -158,8 +186,8 @@ def decode_grid_loss(
     decoder's gradients are not.
 
     Args:
-        planes, weights, biases, box, grid, bounds, plane_axes, reduce, align_corners, padding_mode, activation,
-            output_activation, compute_dtype, impl: see :func:`decode_grid`.
+        planes, weights, biases, box, grid, bounds, extra, plane_axes, reduce, align_corners, padding_mode, activation,
+            output_activation, compute_dtype, noise_std, noise_seed, noise_mode, impl: see :func:`decode_grid`.
         target: ``(B, C_out, H, W, D)``, or the box's size in place of (H, W, D); float32, float64, float16, bfloat16, or uint8,
             which stands for value/255. It gets no gradient.
         size: ``(H, W, D)``, the whole volume. None: that of the target, if there is no box.
@@ -169,15 +197,18 @@ def decode_grid_loss(
 
     Returns:
         A scalar, or ``(B,)`` with ``reduction="none_batch"``: float64 for float64 planes, else float32. Differentiable once
-        with respect to planes, weights and biases. Losses are summed in float64, gradients in float32 or better and divided
-        by N last. The same bits for any number of threads.
+        with respect to planes, weights, biases and extra. Losses are summed in float64, gradients in float32 or better and
+        divided by N last. The same bits for any number of threads.
 
     Raises:
         ValueError, TypeError, NotImplementedError, RuntimeError: as :func:`decode_grid`; ValueError also where the target
             requires a gradient.
     """
     checks.choice("impl", impl, IMPLS)
-    options = checks.Options(plane_axes, reduce, align_corners, padding_mode, activation, output_activation, compute_dtype)
+    options = checks.Options(
+        plane_axes, reduce, align_corners, padding_mode, activation, output_activation, compute_dtype, noise_std, noise_seed,
+        noise_mode,
+    )  # fmt: skip
     if impl == "reference":
         return reference.decode_grid_loss(
             planes,
@@ -188,19 +219,25 @@ def decode_grid_loss(
             box=box,
             grid=grid,
             bounds=bounds,
+            extra=extra,
             loss=loss,
             beta=beta,
             reduction=reduction,
             **options._asdict(),
         )
     target, size = checks.target_and_size(target, size, box)
-    sampled, mlp = checks.decoder(checks.sampled(planes, options, 3), weights, biases, options, None)
-    voxels = checks.grid(sampled, size, box, grid, bounds)
+    sampled, mlp = checks.decoder(
+        checks.sampled(planes, options, 3), weights, biases, options, None, checks.extra_width(extra, 1)
+    )
+    voxels = checks.grid(sampled, size, box, grid, bounds, extra)
     objective = checks.objective(sampled, mlp, voxels, box is None, target, loss, beta, reduction)
     checks.native_limits(sampled, mlp.weights)
+    own = _own(voxels, sampled)
     recording = torch.is_grad_enabled()
     grad_planes = recording and any(p.requires_grad for p in sampled.planes)
     grad_decoder = recording and any(t is not None and t.requires_grad for t in (*mlp.weights, *mlp.biases))
+    grad_extra = recording and own is not None and own.requires_grad
+    sampled = reference.with_texel_noise(sampled, mlp.noise, library.normals)
     tensors, counts, sampling = _canonical(sampled, mlp)
     found: Tensor = DecodeGridLoss.apply(
         counts,
@@ -208,9 +245,10 @@ def decode_grid_loss(
         _grid(voxels),
         (loss, objective.beta, reduction == "none_batch"),
         objective.voxels,
-        (grad_planes, grad_decoder),
+        (grad_planes, grad_decoder, grad_extra),
         target,
         *tensors,
+        own,
     )
     return found
 
@@ -232,6 +270,9 @@ def decode_points(
     output_activation: str = "none",
     return_preactivation: bool = False,
     compute_dtype: torch.dtype | str | None = None,
+    noise_std: float = 0.0,
+    noise_seed: int | None = None,
+    noise_mode: str = "point",
     out_dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> Any:
@@ -244,8 +285,9 @@ def decode_points(
 
     Args:
         planes, weights, biases, plane_axes, reduce, align_corners, padding_mode, activation, output_activation,
-            return_preactivation, compute_dtype, out_dtype, impl: see :func:`decode_grid`. ``plane_axes`` may count coordinates
-            up to 3, those of points (x, y, z, t).
+            return_preactivation, compute_dtype, noise_std, noise_seed, noise_mode, out_dtype, impl: see :func:`decode_grid`.
+            ``plane_axes`` may count coordinates up to 3, those of points (x, y, z, t). Point n of an object has the noise of
+            voxel n of a grid; with batch_index, points are counted all together.
         xyz: ``(B, N, A)``, or any number of dimensions in place of N; A, the coordinates of a point, is 2 to 4. With
             ``batch_index`` (or B = 1) also ``(N, A)``. -1 and 1 are the edges of the planes. Interpolation is in float32 or,
             where ``compute_dtype`` is float64, in float64, whatever the dtype of xyz. NaN counts as -1; any value is safe.
@@ -265,7 +307,10 @@ def decode_points(
         ValueError, TypeError, NotImplementedError, RuntimeError: as :func:`decode_grid`.
     """
     checks.choice("impl", impl, IMPLS)
-    options = checks.Options(plane_axes, reduce, align_corners, padding_mode, activation, output_activation, compute_dtype)
+    options = checks.Options(
+        plane_axes, reduce, align_corners, padding_mode, activation, output_activation, compute_dtype, noise_std, noise_seed,
+        noise_mode,
+    )  # fmt: skip
     if impl == "reference":
         return reference.decode_points(
             planes,
@@ -279,17 +324,16 @@ def decode_points(
             return_preactivation=return_preactivation,
             **options._asdict(),
         )
-    width = extra.shape[-1] if isinstance(extra, Tensor) and extra.dim() else 0
-    sampled, mlp = checks.decoder(
-        checks.sampled(planes, options, checks.coordinates(xyz)), weights, biases, options, out_dtype, width
-    )
+    sampled = checks.sampled(planes, options, checks.coordinates(xyz))
+    sampled, mlp = checks.decoder(sampled, weights, biases, options, out_dtype, checks.extra_width(extra, -1))
     where = checks.points(sampled, xyz, batch_index, extra, bounds, library.storage_dtype(mlp.compute))
     checks.native_limits(sampled, mlp.weights)
-    own = None if where.extra is None else where.extra.to(sampled.planes[0].dtype)
+    sampled = reference.with_texel_noise(sampled, mlp.noise, library.normals)
+    own = _own(where, sampled)
 
     def run(mlp: checks.Decoder) -> Tensor:
         tensors, counts, sampling = _canonical(sampled, mlp)
-        out: Tensor = DecodePoints.apply(counts, sampling, where.objects, mlp.out_dtype, *tensors, where.points, own)
+        out: Tensor = DecodePoints.apply(counts, sampling, where.objects, mlp.out_dtype, *tensors, own, where.points)
         return out.view(*where.leading, out.shape[1])
 
     return _with_preactivation(run, mlp) if return_preactivation else run(mlp)
@@ -337,7 +381,7 @@ def sample_points(
     checks.native_limits(sampled, [])
     mlp = checks.Decoder([], [], (), "none", compute, dtype)
     tensors, counts, sampling = _canonical(sampled, mlp)
-    out: Tensor = DecodePoints.apply(counts, sampling, where.objects, dtype, *tensors, where.points, None)
+    out: Tensor = DecodePoints.apply(counts, sampling, where.objects, dtype, *tensors, None, where.points)
     if reduce == "concat_channel_major":
         out = out.unflatten(1, (len(sampled.planes), -1)).mT.flatten(1)
     return out.reshape(*where.leading, out.shape[1])
@@ -416,7 +460,11 @@ def sample_grid(
 
 
 def _grid(voxels: checks.Grid) -> library.Grid:
-    return library.Grid(list(voxels.size), [x for pair in voxels.box for x in pair], voxels.corners, voxels.bounds)
+    return library.Grid(list(voxels.size), [x for pair in voxels.box for x in pair], voxels.corners, voxels.bounds, None)
+
+
+def _own(where: checks.Grid | checks.Points, sampled: checks.Sampled) -> Tensor | None:
+    return None if where.extra is None else where.extra.to(sampled.planes[0].dtype)
 
 
 def _with_preactivation(run: Any, mlp: checks.Decoder) -> tuple[Tensor, Tensor]:
@@ -448,5 +496,7 @@ def _canonical(sampled: checks.Sampled, mlp: checks.Decoder) -> tuple[list[Tenso
         list(mlp.activation),
         mlp.output_activation,
         mlp.compute,
+        mlp.noise.std if mlp.noise.mode == "point" else 0.0,
+        mlp.noise.seed,
     )
     return [*planes, *weights, *mlp.biases], (count, len(weights)), sampling

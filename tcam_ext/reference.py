@@ -141,6 +141,64 @@ def _point_features(planes: checks.Sampled, points: checks.Points, dtype: torch.
     return reduce_planes(samples, planes.reduce, 1)
 
 
+def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
+    """Philox4x32-10 of four 32-bit words, as int64: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as
+    1, 2, 3", SC 2011."""
+    mask = 0xFFFFFFFF
+    a, b, c, d = counter
+    k0, k1 = key
+    for _ in range(10):
+        p, q = a * 0xD2511F53, c * 0xCD9E8D57  # of 64 bits: the sign counts as one
+        a, b, c, d = (q >> 32) & mask ^ b ^ k0, q & mask, (p >> 32) & mask ^ d ^ k1, p & mask
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return [a, b, c, d]
+
+
+def normals(seed: int, number: Tensor, objects: Tensor, stream: int, count: int) -> Tensor:
+    """Standard normals (n, count) of n keys, float64: what csrc/maths/noise.h computes, by log, cos and sin.
+
+    Box and Muller: a word x gives u = (floor(x/2) + 1/2)/2^31 and r = sqrt(-2 log u); of a word y the first two bits count
+    quarter turns and the rest, as a signed number, is what they are turned by. u is rounded to float32, as there.
+    """
+    blocks = (count + 3) // 4
+    block = torch.arange(blocks, device=number.device)
+    number, objects = number.unsqueeze(1), objects.unsqueeze(1)
+    counter = [number & 0xFFFFFFFF, number >> 32, objects | stream << 27, block]
+    words = philox(torch.broadcast_tensors(*counter), (seed & 0xFFFFFFFF, seed >> 32))
+    out: list[Tensor] = []
+    for x, y in (words[:2], words[2:]):
+        u = ((x >> 1).float() + 0.5) * 2.0**-31
+        turned = (y & 0x3FFFFFFF) - ((y & 0x20000000) << 1)
+        angle = ((y >> 30).double() + turned.double() * 2.0**-30) * (torch.pi / 2)
+        r = (-2 * u.double().log()).sqrt()
+        out += [r * angle.cos(), r * angle.sin()]
+    return torch.cat(out, 1)[:, :count]
+
+
+def texel_normals(like: Tensor, stream: int, seed: int) -> Tensor:
+    """Of the shape of a plane, float32: the reference of ``library.normals``."""
+    objects = torch.arange(like.shape[0], device=like.device)
+    return normals(seed, torch.zeros_like(objects), objects, stream, like[:1].numel()).view(like.shape).float()
+
+
+def with_texel_noise(planes: checks.Sampled, noise: checks.Noise, normals: Any) -> checks.Sampled:
+    """Planes with the noise of their texels, if it is that which is asked for; ``normals``: :func:`texel_normals` or the op."""
+    if not noise.std or noise.mode != "texel":
+        return planes
+    noisy = [p + (noise.std * normals(p.detach(), 1 + q, noise.seed)).to(p.dtype) for q, p in enumerate(planes.planes)]
+    return planes._replace(planes=noisy)
+
+
+def _with_point_noise(features: Tensor, planes: checks.Sampled, noise: checks.Noise, number: Tensor, objects: Tensor) -> Tensor:
+    """features (n, features of the planes)"""
+    if not noise.std or noise.mode != "point":
+        return features
+    eps = normals(noise.seed, number, objects, 0, planes.features)  # plane by plane
+    if planes.reduce == "concat_channel_major":
+        eps = eps.unflatten(1, (len(planes.planes), -1)).mT.flatten(1)
+    return features + (noise.std * eps).to(features)
+
+
 def _storage(compute: str) -> torch.dtype:
     return torch.float64 if compute == "float64" else torch.float32
 
@@ -171,19 +229,30 @@ def decode_grid(
     box: Sequence[Sequence[int]] | None = None,
     grid: str = "cells",
     bounds: Any = None,
+    extra: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     return_preactivation: bool = False,
     **options: Any,
 ) -> Any:
     """:func:`tcam_ext.decode_grid` in plain PyTorch. Interpolation is in float32 or better, the MLP in ``compute_dtype``.
 
-    ``options``: plane_axes, reduce, align_corners, padding_mode, activation, output_activation, compute_dtype, as there.
+    ``options``: plane_axes, reduce, align_corners, padding_mode, activation, output_activation, compute_dtype, noise_std,
+    noise_seed, noise_mode, as there.
     """
     opts = checks.Options(**options)
-    sampled, mlp = checks.decoder(checks.sampled(planes, opts, 3), weights, biases, opts, out_dtype)
-    voxels = checks.grid(sampled, size, box, grid, bounds)
-    features = _grid_features(sampled, voxels, _storage(mlp.compute))
-    z = _mlp(features.movedim(1, -1), mlp).movedim(-1, 1)
+    width = checks.extra_width(extra, 1)
+    sampled, mlp = checks.decoder(checks.sampled(planes, opts, 3), weights, biases, opts, out_dtype, width)
+    voxels = checks.grid(sampled, size, box, grid, bounds, extra)
+    sampled = with_texel_noise(sampled, mlp.noise, texel_normals)
+    features = _grid_features(sampled, voxels, _storage(mlp.compute)).movedim(1, -1)
+    shape = features.shape[:-1]
+    x, y, z = (torch.arange(lo, hi, device=features.device) for lo, hi in voxels.box)
+    number = ((x.view(-1, 1, 1) * voxels.size[1] + y.view(-1, 1)) * voxels.size[2] + z).expand(shape).reshape(-1)
+    objects = torch.arange(shape[0], device=features.device).view(-1, 1, 1, 1).expand(shape).reshape(-1)
+    features = _with_point_noise(features.flatten(0, 3), sampled, mlp.noise, number, objects)
+    if voxels.extra is not None:
+        features = torch.cat((features, voxels.extra.to(features)), 1)
+    z = _mlp(features.view(*shape, -1), mlp).movedim(-1, 1)
     return _output(z, mlp, return_preactivation)
 
 
@@ -197,6 +266,7 @@ def decode_grid_loss(
     box: Sequence[Sequence[int]] | None = None,
     grid: str = "cells",
     bounds: Any = None,
+    extra: Tensor | None = None,
     loss: str = "smooth_l1",
     beta: float = 0.3,
     reduction: str = "mean",
@@ -206,7 +276,8 @@ def decode_grid_loss(
     :func:`decode_grid`."""
     opts = checks.Options(**options)
     target, size = checks.target_and_size(target, size, box)
-    sampled, mlp = checks.decoder(checks.sampled(planes, opts, 3), weights, biases, opts, None)
+    width = checks.extra_width(extra, 1)
+    sampled, mlp = checks.decoder(checks.sampled(planes, opts, 3), weights, biases, opts, None, width)
     voxels = checks.grid(sampled, size, box, grid, bounds)
     compared = checks.objective(sampled, mlp, voxels, box is None, target, loss, beta, reduction)
     dtype = torch.float64 if sampled.planes[0].dtype == torch.float64 else torch.float32
@@ -218,6 +289,7 @@ def decode_grid_loss(
         box=voxels.box,
         grid=grid,
         bounds=bounds,
+        extra=extra,
         out_dtype=dtype,
         **options,
     )
@@ -241,11 +313,17 @@ def decode_points(
 ) -> Any:
     """:func:`tcam_ext.decode_points` in plain PyTorch. ``options``: see :func:`decode_grid`."""
     opts = checks.Options(**options)
-    width = 0 if extra is None else extra.shape[-1]
+    width = checks.extra_width(extra, -1)
     sampled = checks.sampled(planes, opts, checks.coordinates(xyz))
     sampled, mlp = checks.decoder(sampled, weights, biases, opts, out_dtype, width)
     where = checks.points(sampled, xyz, batch_index, extra, bounds, _storage(mlp.compute))
+    sampled = with_texel_noise(sampled, mlp.noise, texel_normals)
     features = _point_features(sampled, where, _storage(mlp.compute))
+    number = torch.arange(features.shape[0], device=features.device)
+    objects, each = where.objects, max(features.shape[0] // max(sampled.batch, 1), 1)
+    if objects is None:
+        number, objects = number % each, number // each
+    features = _with_point_noise(features, sampled, mlp.noise, number, objects)
     if where.extra is not None:
         features = torch.cat((features, where.extra.to(features)), 1)
     return _output(_mlp(features, mlp).unflatten(0, where.leading), mlp, return_preactivation)

@@ -15,7 +15,7 @@ auto with_road(const tcam_problem& problem, bool backward, void* workspace, F f)
   Carver ws(workspace);
   auto run = [&](auto real) {
     using Real = decltype(real);
-    if (problem.points >= 0 || problem.reduce == TCAM_PRODUCT) {
+    if (walks_points(problem)) {
       Points<Real> road(problem, backward, ws);
       return f(road, ws);
     }
@@ -71,7 +71,7 @@ void tcam_decode_backward_cpu(const tcam_problem* problem, const void* grad_out,
 
 void tcam_decode_loss_cpu(const tcam_problem* problem, const tcam_objective* objective, const tcam_inputs* inputs,
                           double* losses, const tcam_gradients* gradients, void* workspace) {
-  const bool backward = problem->grad_planes || problem->grad_decoder;
+  const bool backward = tcam::loss_wants_gradients(*problem);
   tcam::with_road(*problem, backward, workspace, [&](auto& road, tcam::Carver&) {
     if (backward)
       road.backward(*inputs, objective->target, objective, losses, *gradients);
@@ -86,6 +86,18 @@ void tcam_resample_axis_cpu(const tcam_resample* problem, const double bounds[2]
   else
     tcam::resample(*problem, bounds, static_cast<const float*>(in), static_cast<float*>(out));
 }
+
+void tcam_normals_cpu(const tcam_normals* n, float* out) {
+  const long blocks = static_cast<long>(tcam::noise_blocks(n->count)), pieces = (blocks + 4095) / 4096;
+  const tcam::Engine& engine = tcam::pick_engine(0);
+  tcam::parallel_for(static_cast<long>(n->objects) * pieces, n->threads, [&](long task, int) {
+    const tcam::NoiseKey key = {n->seed, 0, static_cast<uint32_t>(task / pieces), static_cast<uint32_t>(n->stream)};
+    const tcam::Range b = tcam::chunk(blocks, pieces, task % pieces);
+    engine.normals(key, static_cast<long>(n->count), b.lo, b.hi, out + task / pieces * n->count);
+  });
+}
+
+void tcam_philox_cpu(uint32_t counter[4], uint32_t k0, uint32_t k1) { tcam::pick_engine(0).philox(counter, k0, k1); }
 
 const char* tcam_cpu_isa(void) { return tcam::instruction_set().name; }
 int tcam_cpu_has_bf16(void) { return tcam::instruction_set().engine(2) != nullptr; }

@@ -26,6 +26,11 @@ void tcam_decode_loss_cpu(const tcam_problem* problem, const tcam_objective* obj
 // `bounds` (null: -1 and 1): see tcam_inputs.
 void tcam_resample_axis_cpu(const tcam_resample* problem, const double bounds[2], const void* in, void* out);
 
+// out (objects, count).
+void tcam_normals_cpu(const tcam_normals* normals, float* out);
+// Philox4x32-10 of a counter and a key, in place.
+void tcam_philox_cpu(uint32_t counter[4], uint32_t k0, uint32_t k1);
+
 const char* tcam_cpu_isa(void);                                     // the instruction set chosen; TCAM_CPU_ISA overrides
 int tcam_cpu_has_bf16(void);                                        // 1 where bfloat16 products run on bfloat16 instructions
 int tcam_cpu_forked(void);                                          // 1 in a forked child, which runs serially

@@ -23,7 +23,7 @@ class Points {
         count(grid ? (p.hi[0] - p.lo[0]) * (p.hi[1] - p.lo[1]) * (p.hi[2] - p.lo[2]) : p.points),
         m(problem, backward, std::min<long>(most_blocks, std::max<long>(1, (count + block_points - 1) / block_points)), ws),
         first(m, m.blocks, ws),
-        projected(gathers_projections(p, objects, count, m.row_bytes(1))),
+        projected(gathers_projections(p, objects, m.row_bytes(1))),
         samples(p.reduce == TCAM_SUM ? 1 : p.plane_count),
         channels(round_up(p.channels, m.real.columns)),
         pitch(projected ? m.stride : channels),
@@ -151,8 +151,10 @@ class Points {
   FirstLayer<Real> first;
   const bool projected;
   const long samples, channels;  // matrices of sampled features, their padded channels
-  const long pitch, taps;        // of a texel row; texel rows that a point reads
-  std::vector<long> base_;       // of each plane, in texels_
+  const GridBox box_ = grid_box(p);
+  std::vector<Tap<Real>> voxel_taps_[2 * TCAM_MAX_PLANES];  // of a grid: for each plane those of its rows, then of its columns
+  const long pitch, taps;                                   // of a texel row; texel rows that a point reads
+  std::vector<long> base_;                                  // of each plane, in texels_
   long texel_rows_ = 0;
   int64_t* at_;
   int32_t *order_ = nullptr, *bucket_ = nullptr;  // of the wave: its points in the order of their keys
@@ -202,6 +204,7 @@ class Points {
   }
 
   void load_texels(const tcam_inputs& in, long object) {
+    if (grid) place_axes(in, object);
     for_texels(object, [&](int q, long slot, long of, Range s, int thread) {
       const Features f = plane_features(in.planes[q], q, of);
       Real* to = plane_rows(texels_, q, slot);
@@ -239,34 +242,59 @@ class Points {
 
   // The taps of the wave's points [t.lo, t.hi).
   void place(const Wave& wave, Range range) {
-    const long wide = p.hi[1] - p.lo[1], deep = p.hi[2] - p.lo[2];
+    if (grid) return place_voxels(wave, range);
     const Real* points = static_cast<const Real*>(wave.in.points);
     for (long t = range.lo; t < range.hi; ++t) {
       const long n = wave.begin + place_of(t);
-      const long slot = grid ? 0 : wave.in.objects ? static_cast<long>(wave.in.objects[n]) : n / (p.points / p.batch);
-      long voxel[3] = {};
-      if (grid) voxel[0] = n / (wide * deep), voxel[1] = n / deep % wide, voxel[2] = n % deep;
-      auto tap = [&](int axis, int64_t texels) -> Tap<Real> {
-        const Axis a = {static_cast<int>(texels), p.align_corners != 0, p.padding};
-        if (!grid) return coordinate_tap<Real>(a, points[n * p.axes + axis]);
-        const double* bounds = wave.in.bounds ? wave.in.bounds + wave.object * 6 + 2 * axis : nullptr;
-        const Tap<double> v = voxel_tap(a, p.lo[axis] + voxel[axis], p.size[axis], p.corners != 0, bounds);
-        return {v.lo, v.hi, static_cast<Real>(v.w_lo), static_cast<Real>(v.w_hi), Real(0), Real(0)};
+      const long slot = wave.in.objects ? static_cast<long>(wave.in.objects[n]) : n / (p.points / p.batch);
+      auto tap = [&](int axis, int64_t texels) {
+        return coordinate_tap<Real>({static_cast<int>(texels), p.align_corners != 0, p.padding}, points[n * p.axes + axis]);
       };
-      const Real scale = static_cast<Real>(p.plane_scale);
       for (int q = 0; q < p.plane_count; ++q) {
         const tcam_plane& plane = p.planes[q];
-        const Tap<Real> r = tap(plane.row_axis, plane.rows), c = tap(plane.column_axis, plane.columns);
-        const long begin = base_[static_cast<size_t>(q)] + slot * texels(q) * pitch, e = t * taps + 4 * q;
-        auto set = [&](long x, int row, int column, Real wr, Real wc, Real dr, Real dc) {
-          at_[e + x] = begin + (row * plane.columns + column) * pitch;
-          weight_[e + x] = wr * wc * scale;
-          if (by_row_) by_row_[e + x] = dr * wc * scale, by_column_[e + x] = wr * dc * scale;
-        };
-        set(0, r.lo, c.lo, r.w_lo, c.w_lo, r.d_lo, c.d_lo);
-        set(1, r.lo, c.hi, r.w_lo, c.w_hi, r.d_lo, c.d_hi);
-        set(2, r.hi, c.lo, r.w_hi, c.w_lo, r.d_hi, c.d_lo);
-        set(3, r.hi, c.hi, r.w_hi, c.w_hi, r.d_hi, c.d_hi);
+        set_taps(t, q, slot, tap(plane.row_axis, plane.rows), tap(plane.column_axis, plane.columns));
+      }
+    }
+  }
+  void place_voxels(const Wave& wave, Range range) {
+    const long wide = p.hi[1] - p.lo[1], deep = p.hi[2] - p.lo[2], n = wave.begin + range.lo;
+    long at[3] = {n / (wide * deep), n / deep % wide, n % deep};
+    for (long t = range.lo; t < range.hi; ++t) {
+      for (int q = 0; q < p.plane_count; ++q) {
+        const std::vector<Tap<Real>>* of = voxel_taps_ + 2 * q;
+        set_taps(t, q, 0, of[0][static_cast<size_t>(at[p.planes[q].row_axis])],
+                 of[1][static_cast<size_t>(at[p.planes[q].column_axis])]);
+      }
+      if (++at[2] < deep) continue;
+      at[2] = 0;
+      if (++at[1] == wide) at[1] = 0, ++at[0];
+    }
+  }
+  void set_taps(long t, int q, long slot, const Tap<Real>& r, const Tap<Real>& c) {
+    const long columns = static_cast<long>(p.planes[q].columns);
+    const long begin = base_[static_cast<size_t>(q)] + slot * texels(q) * pitch, e = t * taps + 4 * q;
+    const Real scale = static_cast<Real>(p.plane_scale);
+    auto set = [&](long x, int row, int column, Real wr, Real wc, Real dr, Real dc) {
+      at_[e + x] = begin + (row * columns + column) * pitch;
+      weight_[e + x] = wr * wc * scale;
+      if (by_row_) by_row_[e + x] = dr * wc * scale, by_column_[e + x] = wr * dc * scale;
+    };
+    set(0, r.lo, c.lo, r.w_lo, c.w_lo, r.d_lo, c.d_lo);
+    set(1, r.lo, c.hi, r.w_lo, c.w_hi, r.d_lo, c.d_hi);
+    set(2, r.hi, c.lo, r.w_hi, c.w_lo, r.d_hi, c.d_lo);
+    set(3, r.hi, c.hi, r.w_hi, c.w_hi, r.d_hi, c.d_hi);
+  }
+  // Of a grid's voxels, along the axes of each plane.
+  void place_axes(const tcam_inputs& in, long object) {
+    for (int e = 0; e < 2 * p.plane_count; ++e) {
+      const tcam_plane& plane = p.planes[e / 2];
+      const int axis = e % 2 ? plane.column_axis : plane.row_axis;
+      const Axis a = {static_cast<int>(e % 2 ? plane.columns : plane.rows), p.align_corners != 0, p.padding};
+      const double* bounds = in.bounds ? in.bounds + object * 6 + 2 * axis : nullptr;
+      voxel_taps_[e].clear();
+      for (int64_t i = p.lo[axis]; i < p.hi[axis]; ++i) {
+        const Tap<double> v = voxel_tap(a, i, p.size[axis], p.corners != 0, bounds);
+        voxel_taps_[e].push_back({v.lo, v.hi, static_cast<Real>(v.w_lo), static_cast<Real>(v.w_hi), Real(0), Real(0)});
       }
     }
   }
@@ -300,17 +328,48 @@ class Points {
           product_[e] = x;
         }
       if (!p.layers) return;
+      if (p.noise_std != 0) add_noise(wave, t);
       for (long x = t.lo; x < t.hi; ++x) std::memcpy(z_ + x * m.stride, first.bias(), m.row_bytes(1));
       for (long b = 0; b < planes_blocks(); ++b)
         m.real.project(rows(product_ ? product_ : sample(sampled_, b)), t.lo, t.hi, first.weights(b), m.n1, z_, m.stride, true,
                        m.scratch(thread));
     }
-    const Real* brought = static_cast<const Real*>(wave.in.extra) + wave.begin * p.extra;
+    const Real* brought = static_cast<const Real*>(wave.in.extra) + first_extra(wave);
     for (long x = t.lo; own_ && x < t.hi; ++x)
       std::memcpy(own_ + x * p.extra, brought + place_of(x) * p.extra, static_cast<size_t>(p.extra) * sizeof(Real));
     for (long b = planes_blocks(); b < first.blocks(); ++b)
       m.real.project(own(own_, b), t.lo, t.hi, first.weights(b), m.n1, z_, m.stride, true, m.scratch(thread));
   }
+
+  // To what the planes' blocks of the first layer multiply: noise of a point's features.
+  void add_noise(const Wave& wave, Range range) {
+    float noise[TCAM_MAX_PLANES * TCAM_MAX_WIDTH + 64] = {};  // rows are read to their padded ends
+    const long c = static_cast<long>(p.channels), features = planes_blocks() * c;
+    const Real std = static_cast<Real>(p.noise_std);
+    for (long t = range.lo; t < range.hi; ++t) {
+      m.real.normals(key_of(wave, wave.begin + place_of(t)), features, 0, noise_blocks(features), noise);
+      for (long b = 0; b < planes_blocks(); ++b) {
+        Real* row = (product_ ? product_ : sample(sampled_, b)) + t * channels;
+        if constexpr (sizeof(Real) == sizeof(float))
+          m.real.add_scaled(row, noise + b * c, p.noise_std, channels);  // no product reads beyond c
+        else
+          for (long e = 0; e < c; ++e) row[e] += std * static_cast<Real>(noise[b * c + e]);
+      }
+    }
+  }
+  NoiseKey key_of(const Wave& wave, long n) const {
+    NoiseKey key = {p.noise_seed, static_cast<uint64_t>(n), static_cast<uint32_t>(wave.object), 0};
+    if (grid) {
+      key.number = static_cast<uint64_t>(box_.number(n));
+    } else if (wave.in.objects) {
+      key.object = static_cast<uint32_t>(wave.in.objects[n]);
+    } else {
+      const long each = p.points / p.batch;
+      key.object = static_cast<uint32_t>(n / each), key.number = static_cast<uint64_t>(n % each);
+    }
+    return key;
+  }
+  long first_extra(const Wave& wave) const { return ((grid ? wave.object * count : 0) + wave.begin) * p.extra; }
 
   // From delta_1 (without layers: from the gradient of the features) to the gradients of the samples, of a point's own features
   // and of the first layer.
@@ -344,7 +403,7 @@ class Points {
       m.real.unproject(delta_, m.stride, own(own_, b), t.lo, t.hi, grad_own_ ? first.transposed(b) : nullptr, m.n1,
                        grad_own_ ? const_cast<void*>(own(grad_own_, b).data) : nullptr, first.partial(b, task),
                        m.scratch(thread));
-    Real* gradient = static_cast<Real*>(to.extra) + wave.begin * p.extra;
+    Real* gradient = static_cast<Real*>(to.extra) + first_extra(wave);
     for (long x = t.lo; grad_own_ && x < t.hi; ++x)
       std::memcpy(gradient + place_of(x) * p.extra, grad_own_ + x * p.extra, static_cast<size_t>(p.extra) * sizeof(Real));
   }

@@ -6,6 +6,7 @@
 // register block of 6 (12) rows x 2 vectors; the epilogue adds nothing to memory traffic that
 // the next layer would not read. Every sum runs in an order fixed by the problem alone:
 // over the contraction for a product, over voxels ascending for a gradient.
+#include "normals.h"
 #include "texels.h"
 
 namespace tcam {
@@ -423,6 +424,8 @@ constexpr Engine full_engine() {
   e.gather = gather<N>;
   e.scatter = scatter<N>;
   e.dot = dot<N>;
+  e.normals = normals;
+  e.philox = philox;
   return e;
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 #include "../maths/activation.h"
 #include "../maths/loss.h"
+#include "../maths/noise.h"
 #include "../problem.h"
 
 namespace tcam {
@@ -113,6 +114,11 @@ struct Engine {
   // dst = sum over 4 taps of w[t] * src[t], plus bias (null: none); `stride` reals.
   void (*bilinear_row)(const void* const src[4], const double w[4], const void* bias, void* dst, long stride);
   void (*add_scaled)(void* dst, const void* src, double w, long n);  // dst += w src
+
+  // Of a key's `count` normals (maths/noise.h) those of its Philox blocks [b0, b1), to their places in out (count).
+  void (*normals)(const NoiseKey&, long count, long b0, long b1, float* out);
+  // Of one counter, in place.
+  void (*philox)(uint32_t counter[4], uint32_t k0, uint32_t k1);
 
   // Sustained multiply-adds of registers alone, in FLOP; the benchmark divides by its time.
   double (*spin)(long iterations, void* sink);

@@ -8,8 +8,6 @@
 namespace tcam {
 namespace {
 
-bool walks_points(const tcam_problem& p) { return p.points >= 0 || p.reduce == TCAM_PRODUCT; }
-
 template <class F>
 int with_road(const tcam_problem& problem, Output output, void* workspace, int device, void* stream, F f) {
   DeviceGuard guard(device);
@@ -63,7 +61,7 @@ extern "C" int tcam_decode_backward_cuda(const tcam_problem* problem, const void
 extern "C" int tcam_decode_loss_cuda(const tcam_problem* problem, const tcam_objective* objective, const tcam_inputs* inputs,
                                      double* losses, const tcam_gradients* gradients, void* workspace, int device,
                                      void* stream) {
-  const bool backward = problem->grad_planes || problem->grad_decoder;
+  const bool backward = tcam::loss_wants_gradients(*problem);
   return tcam::with_road(*problem, backward ? tcam::Output::gradients : tcam::Output::losses, workspace, device, stream,
                          [&](auto& road) {
                            if (!backward) return road.forward(*inputs, const_cast<void*>(objective->target), objective, losses);

@@ -4,9 +4,11 @@
 #include <cuda_runtime.h>
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "../maths/activation.h"
 #include "../maths/bilinear.h"
+#include "../maths/noise.h"
 
 #define TCAM_DEVICE __device__ __forceinline__
 #if defined(TCAM_SIMT)
@@ -99,6 +101,33 @@ struct Scalar {
   TCAM_MATHS double sin(double x) { return ::sin(x); }
   TCAM_MATHS double cos(double x) { return ::cos(x); }
   TCAM_MATHS double normal_cdf(double x) { return 0.5 * ::erfc(x * -0.7071067811865476); }
+};
+
+// One lane for maths/noise.h.
+struct ScalarNoise {
+  using V = float;
+  using U = uint32_t;
+  using I = int32_t;
+  TCAM_MATHS V splat(float x) { return x; }
+  TCAM_MATHS U splat(uint32_t x) { return x; }
+  TCAM_MATHS V to_float(I i) { return static_cast<float>(i); }
+  TCAM_MATHS V fma(V a, V b, V c) { return ::fmaf(a, b, c); }
+  TCAM_MATHS V sqrt(V x) { return ::sqrtf(x); }
+  TCAM_MATHS V select(I odd, V a, V b) { return odd ? a : b; }
+  TCAM_MATHS U bits(V x) {
+    U u;
+    memcpy(&u, &x, sizeof u);
+    return u;
+  }
+  TCAM_MATHS V floats(U u) {
+    V x;
+    memcpy(&x, &u, sizeof x);
+    return x;
+  }
+  TCAM_MATHS void multiply(U a, uint32_t b, U& hi, U& lo) {
+    const uint64_t product = static_cast<uint64_t>(a) * b;
+    hi = static_cast<U>(product >> 32), lo = static_cast<U>(product);
+  }
 };
 
 // The output activation. Those that need more than a few instructions are out of line: their registers are not the kernel's.

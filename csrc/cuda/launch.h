@@ -20,6 +20,7 @@ int tcam_decode_loss_cuda(const tcam_problem* problem, const tcam_objective* obj
                           double* losses, const tcam_gradients* gradients, void* workspace, int device, void* stream);
 int tcam_resample_axis_cuda(const tcam_resample* problem, const double bounds[2], const void* in, void* out, int device,
                             void* stream);
+int tcam_normals_cuda(const tcam_normals* normals, float* out, int device, void* stream);
 
 int tcam_cuda_info(int* runtime, int* driver, int* devices);
 const char* tcam_cuda_error(int status);

@@ -26,7 +26,7 @@ class PointLayers : public Layers<Real> {
       : Base(problem, stream), grid_(p.points < 0), held_(grid_ ? 1 : p.batch) {
     n_[2] = grid_ ? n_[0] * n_[1] * n_[2] : p.points;
     n_[0] = n_[1] = 1;
-    projected_ = gathers_projections(p, held_, n_[2], width(1) * static_cast<int64_t>(sizeof(Real)));
+    projected_ = gathers_projections(p, held_, width(1) * static_cast<int64_t>(sizeof(Real)));
     samples_ = p.reduce == TCAM_SUM ? 1 : p.plane_count;
     row_ = projected_ ? width(1) : static_cast<int>(p.channels);
     const int64_t c = p.channels;
@@ -102,7 +102,7 @@ class PointLayers : public Layers<Real> {
                            delta_[p.layers & 1]);
           this->back_to_first(region.voxels());
         }
-        first_layer_back(in, const_cast<void*>(out), region, to);
+        first_layer_back(in, round, const_cast<void*>(out), region, to);
         if (p.grad_points) to_points(in, round, region, to);
         if (grad_texels_) scatter(region);
       });
@@ -163,7 +163,7 @@ class PointLayers : public Layers<Real> {
     all.objects = in.objects;
     all.each = grid_ ? 1 : p.points / p.batch, all.held = held_;
     all.bounds = in.bounds ? in.bounds + round * 6 : nullptr;
-    for (int a = 0; a < 3; ++a) all.size[a] = p.size[a], all.lo[a] = p.lo[a], all.box[a] = p.hi[a] - p.lo[a];
+    all.box = grid_box(p);
     return all;
   }
   typename Base::Layout layout(void* out, const tcam_objective* objective, int64_t round) const {
@@ -208,6 +208,11 @@ class PointLayers : public Layers<Real> {
         check(launch(product_kernel<Real>, element_blocks(count * p.channels), threads, 0, stream_, sampled_, samples_,
                      most_ * p.channels, count * p.channels, product_));
       if (!p.layers) return;
+      if (p.noise_std != 0)
+        check(launch(add_noise_kernel<Real>, blocks(ceil_div(count, warps)), threads, 0, stream_,
+                     PointNoise<Real>{planes(in, round), p.noise_seed, static_cast<Real>(p.noise_std), round, plane_blocks(),
+                                      static_cast<int>(p.channels), most_ * p.channels, product_ ? product_ : sampled_},
+                     region.k0, count));
       for (int b = 0; b < plane_blocks(); ++b) {
         const Rows<Real> features = {product_ ? product_ : sample(sampled_, b), p.channels};
         const Transposed<Real> weight = {block_weight(b), p.width[0]};
@@ -217,12 +222,13 @@ class PointLayers : public Layers<Real> {
       }
     }
     if (p.extra)
-      check(gemm<Scalars<Real, 64>>(count, n1, p.extra, 0, extra(in.extra, region),
+      check(gemm<Scalars<Real, 64>>(count, n1, p.extra, 0, extra(in.extra, round, region),
                                     Transposed<Real>{block_weight(plane_blocks()), p.width[0]}, AddRows<Real>{z_[1], n1},
                                     stream_));
   }
-  Rows<Real> extra(const void* all, const Region& region) const {
-    return {static_cast<const Real*>(all) + region.k0 * p.extra, p.extra};
+  int64_t first_extra(int64_t round, const Region& region) const { return ((grid_ ? round * n_[2] : 0) + region.k0) * p.extra; }
+  Rows<Real> extra(const void* all, int64_t round, const Region& region) const {
+    return {static_cast<const Real*>(all) + first_extra(round, region), p.extra};
   }
 
   void features(void* out, const Region& region, bool read) {
@@ -240,7 +246,7 @@ class PointLayers : public Layers<Real> {
                                   AddPartial<Real>{this->first_partials_[b], width(1), block_width(b)}, stream_));
   }
 
-  void first_layer_back(const tcam_inputs& in, void* out, const Region& region, const tcam_gradients& to) {
+  void first_layer_back(const tcam_inputs& in, int64_t round, void* out, const Region& region, const tcam_gradients& to) {
     const int64_t count = region.voxels();
     const int n1 = p.layers ? width(1) : 0;
     if (p.layers && p.grad_decoder)
@@ -261,12 +267,12 @@ class PointLayers : public Layers<Real> {
                      grad_product_, samples_, most_ * p.channels, count * p.channels, grad_sampled_));
     }
     if (!p.extra) return;
-    if (p.grad_decoder) weight_gradient(plane_blocks(), count, extra(in.extra, region));
+    if (p.grad_decoder) weight_gradient(plane_blocks(), count, extra(in.extra, round, region));
     if (p.grad_extra)
-      check(gemm<Scalars<Real, 64>>(count, static_cast<int>(p.extra), n1, 0, Rows<Real>{delta_[1], n1},
-                                    Rows<Real>{block_weight(plane_blocks()), p.width[0]},
-                                    WriteRows<Real>{static_cast<Real*>(to.extra) + region.k0 * p.extra, p.extra, nullptr},
-                                    stream_));
+      check(gemm<Scalars<Real, 64>>(
+          count, static_cast<int>(p.extra), n1, 0, Rows<Real>{delta_[1], n1},
+          Rows<Real>{block_weight(plane_blocks()), p.width[0]},
+          WriteRows<Real>{static_cast<Real*>(to.extra) + first_extra(round, region), p.extra, nullptr}, stream_));
   }
 
   void to_points(const tcam_inputs& in, int64_t round, const Region& region, const tcam_gradients& to) {

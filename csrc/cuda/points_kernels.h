@@ -25,13 +25,12 @@ struct PointPlanes {
   const int64_t* objects;  // null: `each` points an object
   int64_t each, held;      // held: objects whose texels there are
   const double* bounds;    // of a grid's object; null: none
-  int64_t size[3], lo[3], box[3];
+  GridBox box;
 
   TCAM_HD Tap<Real> tap(int axis, int64_t texels, int64_t point) const {
     const Axis a = {static_cast<int>(texels), align_corners, padding};
     if (points) return coordinate_tap<Real>(a, points[point * axes + axis]);
-    const int64_t at[3] = {point / (box[1] * box[2]), point / box[2] % box[1], point % box[2]};
-    const Tap<double> t = voxel_tap(a, lo[axis] + at[axis], size[axis], corners, bounds ? bounds + 2 * axis : nullptr);
+    const Tap<double> t = voxel_tap(a, box.at(axis, point), box.size[axis], corners, bounds ? bounds + 2 * axis : nullptr);
     return {t.lo, t.hi, static_cast<Real>(t.w_lo), static_cast<Real>(t.w_hi), Real(0), Real(0)};
   }
   // The object whose texels a point reads; -1: there is none such.
@@ -76,6 +75,40 @@ __global__ void __launch_bounds__(threads)
       }
       out[t * n + c] = sum;
     }
+}
+
+// Adds std times normal noise to the features of points, `matrices` arrays (points, channels), `step` apart. A warp takes a
+// point.
+template <class Real>
+struct PointNoise {
+  PointPlanes<Real> planes;
+  uint64_t seed;
+  Real std;
+  int64_t grid_object;  // of a grid: the object that it is of
+  int matrices, channels;
+  int64_t step;
+  Real* features;
+};
+template <class Real>
+__global__ void __launch_bounds__(threads) add_noise_kernel(PointNoise<Real> n, int64_t first, int64_t count) {
+  const PointPlanes<Real>& p = n.planes;
+  const int lane = threadIdx.x % 32, features = n.matrices * n.channels;
+  const int blocks = static_cast<int>(noise_blocks(features));
+  for (int64_t t = blockIdx.x * static_cast<int64_t>(warps) + threadIdx.x / 32; t < count;
+       t += static_cast<int64_t>(gridDim.x) * warps) {
+    const int64_t point = first + t, object = p.points ? p.object(point) : n.grid_object;
+    NoiseKey key = {n.seed, 0, static_cast<uint32_t>(object < 0 ? 0 : object), 0};
+    key.number = static_cast<uint64_t>(!p.points ? p.box.number(point) : p.objects ? point : point % p.each);
+    for (int b = lane; b < blocks; b += 32) {
+      float word[4];
+      Noise<ScalarNoise>::block(key, static_cast<uint32_t>(b), word);
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const int f = w * blocks + b;
+        if (f < features) n.features[f / n.channels * n.step + t * n.channels + f % n.channels] += n.std * word[w];
+      }
+    }
+  }
 }
 
 // Adds delta (points, n) to the texels of planes [q0, q1), in units of 1/scale.

@@ -1,4 +1,5 @@
-// Linear interpolation along one axis of an array, from texels to voxels and back: what sample_grid is made of.
+// What ops are made of beside the decode: linear interpolation along one axis of an array, from texels to voxels and back
+// (sample_grid), and the noise of texels.
 #include "../maths/bilinear.h"
 #include "../problem.h"
 #include "device.h"
@@ -84,6 +85,21 @@ cudaError_t resample(const tcam_resample& p, const double* bounds, const void* i
                 static_cast<Real*>(out));
 }
 
+// A thread takes a Philox block of an object.
+__global__ void __launch_bounds__(threads) normals_kernel(tcam_normals n, float* out) {
+  const int64_t blocks = noise_blocks(n.count);
+  for (int64_t e = blockIdx.x * static_cast<int64_t>(threads) + threadIdx.x; e < n.objects * blocks;
+       e += static_cast<int64_t>(gridDim.x) * threads) {
+    const int64_t object = e / blocks, b = e % blocks;
+    float word[4];
+    Noise<ScalarNoise>::block({n.seed, 0, static_cast<uint32_t>(object), static_cast<uint32_t>(n.stream)},
+                              static_cast<uint32_t>(b), word);
+#pragma unroll
+    for (int w = 0; w < 4; ++w)
+      if (w * blocks + b < n.count) out[object * n.count + w * blocks + b] = word[w];
+  }
+}
+
 }  // namespace
 }  // namespace tcam
 
@@ -94,6 +110,14 @@ extern "C" int tcam_resample_axis_cuda(const tcam_resample* problem, const doubl
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   return problem->dtype == TCAM_F64 ? tcam::resample<double>(*problem, bounds, in, out, s)
                                     : tcam::resample<float>(*problem, bounds, in, out, s);
+}
+
+extern "C" int tcam_normals_cuda(const tcam_normals* normals, float* out, int device, void* stream) {
+  tcam::DeviceGuard guard(device);
+  if (guard.status() != cudaSuccess) return guard.status();
+  const int64_t wanted = (normals->objects * tcam::noise_blocks(normals->count) + tcam::threads - 1) / tcam::threads;
+  return tcam::launch(tcam::normals_kernel, static_cast<unsigned>(wanted < 65535 ? wanted : 65535), tcam::threads, 0,
+                      static_cast<cudaStream_t>(stream), *normals, out);
 }
 
 extern "C" int tcam_cuda_info(int* runtime, int* driver, int* devices) {

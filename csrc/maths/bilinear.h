@@ -10,6 +10,21 @@
 
 namespace tcam {
 
+// A box of a grid of voxels, which it counts with the last axis fastest.
+struct GridBox {
+  int64_t size[3], lo[3], box[3];
+  TCAM_HD int64_t at(int axis, int64_t n) const {  // on an axis of the whole grid, voxel n of the box
+    const int64_t i = axis == 0 ? n / (box[1] * box[2]) : axis == 1 ? n / box[2] % box[1] : n % box[2];
+    return lo[axis] + i;
+  }
+  TCAM_HD int64_t number(int64_t n) const { return (at(0, n) * size[1] + at(1, n)) * size[2] + at(2, n); }  // in the whole grid
+};
+inline GridBox grid_box(const tcam_problem& p) {
+  GridBox g;
+  for (int a = 0; a < 3; ++a) g.size[a] = p.size[a], g.lo[a] = p.lo[a], g.box[a] = p.hi[a] - p.lo[a];
+  return g;
+}
+
 // The two texels that a coordinate lies between, their weights, and what these change by per unit of the coordinate.
 template <class T>
 struct Tap {

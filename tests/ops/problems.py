@@ -134,7 +134,7 @@ def flat_options(problem: Problem, compute: str = "float64") -> tuple[Any, ...]:
     activation = [o["activation"]] * (len(problem.weights) - 1)
     return (
         [0, 1, 1, 2, 0, 2], "concat", 1.0, o["align_corners"], o["padding_mode"], activation, o["output_activation"], compute,
-        list(problem.size), box, False, None,
+        0.0, 0, list(problem.size), box, False, None, None,
     )  # fmt: skip
 
 

@@ -53,6 +53,8 @@ class Decode(ctypes.Structure):  # tcam_problem
         ("output_activation", Activation),
         ("align_corners", ctypes.c_int32),
         ("padding", ctypes.c_int32),
+        ("noise_std", ctypes.c_double),
+        ("noise_seed", ctypes.c_uint64),
         ("dtype", ctypes.c_int32),
         ("compute", ctypes.c_int32),
         ("out_dtype", ctypes.c_int32),
@@ -78,6 +80,14 @@ class Resample(ctypes.Structure):  # tcam_resample
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("outer", "inner", "texels", "size", "lo", "hi")),
         *((name, ctypes.c_int32) for name in ("align_corners", "padding", "corners", "adjoint", "dtype", "threads")),
+    ]
+
+
+class Normals(ctypes.Structure):  # tcam_normals
+    _fields_ = [
+        ("seed", ctypes.c_uint64),
+        *((name, ctypes.c_int64) for name in ("objects", "count")),
+        *((name, ctypes.c_int32) for name in ("stream", "threads")),
     ]
 
 
@@ -147,6 +157,9 @@ class Kernels:
         problem.output_activation = Activation(*activations.output("output_activation", o["output_activation"])[:2])
         problem.align_corners = o["align_corners"]
         problem.padding = checks.PADDING_MODES.index(o["padding_mode"])
+        problem.noise_std, problem.noise_seed = o.get("noise_std", 0.0), o.get("noise_seed") or 0
+        problem.extra = 0 if o.get("extra") is None else o["extra"].shape[1]
+        problem.grad_extra = problem.extra > 0
         problem.dtype, problem.compute, problem.out_dtype = DTYPES[p.planes[0].dtype], compute, DTYPES[out_dtype]
         problem.grad_planes, problem.grad_decoder = grads
         problem.threads, problem.tile = threads, tile
@@ -158,7 +171,12 @@ class Kernels:
         batch = p.planes[0].shape[0]
         kept = [_pointers(p.planes), _pointers(p.weights), _pointers(p.biases)]
         kept.append(None if bounds is None else torch.tensor(bounds, dtype=torch.float64).expand(batch, 3, 2).contiguous())
-        return Inputs(*(ctypes.addressof(k) for k in kept[:3]), None if bounds is None else kept[3].data_ptr()), kept
+        inputs = Inputs(*(ctypes.addressof(k) for k in kept[:3]), None if bounds is None else kept[3].data_ptr())
+        extra = p.options.get("extra")  # (B, E, *box)
+        if extra is not None:
+            kept.append(extra.detach().to(p.planes[0].dtype).movedim(1, -1).contiguous())
+            inputs.extra = kept[-1].data_ptr()
+        return inputs, kept
 
     def forward(self, p: Problem, compute: int | None = None, box: Any = None, out_dtype: Any = None, threads=2, tile=0):
         dtype = out_dtype or p.planes[0].dtype
@@ -177,7 +195,13 @@ class Kernels:
         biases = [None if t is None or not grads[1] else _nan((*leading, *t.shape), t.dtype) for t in p.biases]
         kept = [_pointers(group) for group in (planes, weights, biases)]
         to = Gradients(*(ctypes.addressof(k) for k in kept), None, None)
-        return to, kept, [t for t in (*planes, *weights, *biases) if t is not None]
+        found = [t for t in (*planes, *weights, *biases) if t is not None]
+        extra = p.options.get("extra")
+        if extra is not None:
+            kept.append(_nan(extra.movedim(1, -1).shape, p.planes[0].dtype))
+            to.extra = kept[-1].data_ptr()
+            found.append(kept[-1].movedim(-1, 1))
+        return to, kept, found
 
     def backward(
         self, p: Problem, grad: Tensor, compute: int | None = None, box: Any = None, grads=(True, True), threads=2, tile=0
@@ -228,6 +252,16 @@ class Kernels:
             assert status == 0
         return out
 
+    def normals(self, objects: int, count: int, stream: int, seed: int) -> Tensor:
+        """tcam_normals."""
+        out = _nan((objects, count), torch.float32)
+        problem = Normals(seed, objects, count, stream, 2)
+        call = getattr(self.library, f"tcam_normals_{self.suffix}")
+        status = call(ctypes.byref(problem), ctypes.c_void_p(out.data_ptr()), *self.more)
+        if self.suffix == "cuda":
+            assert status == 0
+        return out
+
     def points(
         self, p: Problem, xyz: Tensor, grad: Tensor | None = None, *,
         objects: Tensor | None = None, extra: Tensor | None = None,
@@ -237,7 +271,7 @@ class Kernels:
         points, extra."""
         dtype = p.planes[0].dtype
         if not layers:
-            p = replace(p, weights=[], biases=[])
+            p = replace(p, weights=[], biases=[], options={**p.options, "activation": "relu"})
         compute = DTYPES[dtype] if compute is None else compute
         problem = self._problem(p, compute, None, (True, layers), 2, tile, dtype)
         problem.points, problem.axes, problem.formulation = xyz.shape[0], xyz.shape[1], formulation

@@ -124,7 +124,7 @@ def test_boxes_add_up_to_the_whole(reduction):
 def test_bits_do_not_depend_on_threads_or_tiles(size, grads, threads):
     p = problems.make(channels=6, widths=(40, 33, 3), size=size, batch=2, output_activation="sigmoid").to(torch.float32)
     target = random_target(p, torch.float16)
-    options = (*problems.flat_options(p, "float32"), "smooth_l1", 0.3, True, *grads)
+    options = (*problems.flat_options(p, "float32"), "smooth_l1", 0.3, True, *grads, False)
 
     def run(count, tile):
         threads(count)
@@ -151,12 +151,12 @@ def test_only_wanted_gradients_are_computed(monkeypatch):
     full = gradients(one_pass(p, target), p.tensors)
     asked = []
     real = library.decode_grid_loss
-    monkeypatch.setattr(library, "decode_grid_loss", lambda *a, **k: asked.append(a[-2:]) or real(*a, **k))
+    monkeypatch.setattr(library, "decode_grid_loss", lambda *a, **k: asked.append(a[-3:]) or real(*a, **k))
     frozen = replace(p, weights=[w.detach() for w in p.weights], biases=[b.detach() for b in p.biases])
     got = gradients(one_pass(frozen, target), p.planes)
     assert all(torch.equal(a, b) for a, b in zip(got, full[:3], strict=True))
     one_pass(replace(frozen, planes=[q.detach() for q in p.planes]), target)
-    assert asked == [(True, False), (False, False)]
+    assert asked == [(True, False, False), (False, False, False)]
 
 
 @pytest.mark.parametrize("device", problems.DEVICES)
@@ -197,7 +197,7 @@ def test_opcheck(device, per_object):
     p = problems.make(batch=2).to(torch.float32, device=device)
     options = (*problems.flat_options(p, "float32"), "l1", 0.3, per_object)
     for wanted in ((True, True), (True, False), (False, True), (False, False)):
-        arguments = (random_target(p, torch.uint8).to(device), p.planes, p.weights, p.biases, *options, *wanted)
+        arguments = (random_target(p, torch.uint8).to(device), p.planes, p.weights, p.biases, *options, *wanted, False)
         torch.library.opcheck(library.decode_grid_loss, arguments)
 
 

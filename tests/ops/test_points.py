@@ -24,7 +24,7 @@ def coordinates(batch=1, n=200, axes=3, spread=1.5):
 
 def flat(p, xyz, compute="float32", objects=None, extra=None):
     """The arguments of library.decode_points for three concatenated planes."""
-    options = problems.flat_options(p, compute)[:8]
+    options = problems.flat_options(p, compute)[:10]
     return (p.planes, p.weights, p.biases, *options, xyz.reshape(-1, 3), objects, extra)
 
 
@@ -304,7 +304,7 @@ def test_memory_does_not_grow_with_the_points():
     from tcam_ext.library import Inputs, Points, Sampling, _Call
 
     p = problems.make(channels=42, texels=(64, 64, 64), widths=(128, 128, 128, 128, 1)).to(torch.float32)
-    options = Sampling(*problems.flat_options(p, "float32")[:8])
+    options = Sampling(*problems.flat_options(p, "float32")[:10])
     sizes = []
     for n in (100_000, 3_000_000):
         xyz = torch.empty(n, 3)
@@ -324,7 +324,7 @@ def test_autocast_compile_and_opcheck():
     for arguments in (flat(q, xyz.detach()), flat(q, xyz.detach(), objects=index)):
         torch.library.opcheck(library.decode_points, (*arguments, torch.float32))
         grad = torch.randn(200, 2)
-        torch.library.opcheck(library.decode_points_backward, (grad, *arguments, True, True, True, False))
+        torch.library.opcheck(library.decode_points_backward, (grad, *arguments, True, True, False, True))
     torch.library.opcheck(library.resample_axis, (torch.randn(2, 3, 4), 3, 7, 1, 6, False, "reflection", True, None, False))
 
 

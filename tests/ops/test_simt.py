@@ -13,7 +13,7 @@ import simt
 import torch
 from problems import FUSED_BACKWARD, FUSED_FORWARD, HALF
 
-from tcam_ext import reference
+from tcam_ext import library, reference
 from tcam_ext.activations import ACTIVATIONS
 from tcam_ext.losses import LOSSES
 
@@ -451,6 +451,46 @@ def test_samples_of_points(kernels, shape):
     grad = torch.randn_like(want)
     found = kernels.points(mine, where, grad, objects=objects, layers=False, tile=70)
     assert problems.gradient_error(found, gradients(want, inputs, grad)) < 1e-10
+
+
+def test_normals_have_the_bits_of_the_cpu(kernels):
+    for objects, count, stream, seed in ((1, 1, 0, 0), (3, 70, 2, 2**63 - 1), (2, 5_003, 16, 12345)):
+        got = kernels.normals(objects, count, stream, seed)
+        assert torch.equal(got, library.normals(torch.empty(objects, count), stream, seed))
+
+
+@pytest.mark.parametrize("shape", POINTS, ids=lambda s: str(s["widths"]))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_noise_and_extra_features_of_a_grid(kernels, shape, dtype):
+    p = problems.make(channels=4, texels=(4, 5, 6), size=(5, 7, 9), **{**shape, "activation": "tanh"})
+    batch, n1 = p.planes[0].shape[0], p.weights[0].shape[0]
+    p.weights[0] = torch.cat((p.weights[0], torch.randn(n1, 3, dtype=torch.float64)), 1)
+    extra = torch.randn(batch, 3, 5, 7, 9, dtype=torch.float64, requires_grad=True)
+    p.options |= {"noise_std": 0.32, "noise_seed": 2**40 + 3, "extra": extra}
+    exact, mine = p.to(torch.float64, True), p.to(dtype)
+    want = exact.call(reference.decode_grid)
+    assert problems.relative(kernels.forward(mine), want) < problems.FORWARD_LIMIT["float32"]
+    grad = torch.randn_like(want)
+    wanted = gradients(want, [*exact.tensors, extra], grad)
+    for tile in (0, 40):
+        found = kernels.backward(mine, grad.to(dtype), tile=tile)
+        assert problems.gradient_error(found, wanted) < problems.GRADIENT_LIMIT["float32"]
+
+
+def test_a_box_has_the_noise_of_the_whole_bit_for_bit(kernels):
+    p = problems.make(size=(6, 9, 10), widths=(9, 2), batch=2, noise_std=0.5, noise_seed=9).to(torch.float32)
+    box = ((1, 5), (8, 9), (2, 10))
+    assert torch.equal(kernels.forward(p)[:, :, 1:5, 8:9, 2:], kernels.forward(p, box=box))
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_noise_of_points(kernels, ragged):
+    p, xyz, objects, _ = point_case({"widths": (9, 8, 2), "batch": 3, "activation": "tanh"}, n=99)
+    p.options |= {"noise_std": 0.32, "noise_seed": 4}
+    where = {"batch_index": objects} if ragged else {}
+    want = reference.decode_points(p.planes, p.weights, p.biases, xyz if ragged else xyz.view(3, 33, 3), **where, **p.options)
+    (got,) = kernels.points(p, xyz, objects=objects if ragged else None, tile=70)
+    assert problems.relative(got, want.view(99, 2)) < 1e-6
 
 
 def test_a_product_of_planes_on_a_grid(kernels):
