@@ -1,6 +1,8 @@
-// The ops on CUDA. Points, and grids that do not separate, take the road of points.h; other grids one of two: the tensor-core
-// kernels of fused.h where they serve the problem and the device, the general road of layers.h for every other shape.
+// The ops on CUDA. Points, and grids that do not separate, take a road of points.h, other grids one of planes.h: with the
+// tensor-core kernels (fused_points.h, fused.h) where these serve the problem and the device, else layer by layer, for every
+// shape (points.h, layers.h).
 #include "fused.h"
+#include "fused_points.h"
 #include "launch.h"
 #include "layers.h"
 #include "points.h"
@@ -19,6 +21,8 @@ int with_road(const tcam_problem& problem, Output output, void* workspace, int d
       PointLayers<double> road(problem, backward, workspace, s);
       return f(road);
     }
+    FusedPoints fused(problem, backward, workspace, s);
+    if (fused.serves(output)) return f(fused);
     PointLayers<float> road(problem, backward, workspace, s);
     return f(road);
   }
@@ -38,7 +42,9 @@ int with_road(const tcam_problem& problem, Output output, void* workspace, int d
 extern "C" int64_t tcam_decode_cuda_workspace(const tcam_problem* problem, int backward) {
   if (tcam::walks_points(*problem)) {
     if (problem->dtype == TCAM_F64) return tcam::PointLayers<double>(*problem, backward != 0, nullptr, nullptr).bytes();
-    return tcam::PointLayers<float>(*problem, backward != 0, nullptr, nullptr).bytes();
+    const int64_t general = tcam::PointLayers<float>(*problem, backward != 0, nullptr, nullptr).bytes();
+    const int64_t fused = tcam::FusedPoints(*problem, backward != 0, nullptr, nullptr).bytes();
+    return fused > general ? fused : general;
   }
   if (problem->dtype == TCAM_F64) return tcam::Layers<double>(*problem, backward != 0, nullptr, nullptr).bytes();
   const int64_t general = tcam::Layers<float>(*problem, backward != 0, nullptr, nullptr).bytes();

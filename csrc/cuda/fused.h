@@ -1,23 +1,15 @@
-// decode_grid's fast road: the tensor-core kernels of fused_forward.h and fused_backward.h, over slabs of i whose maps, masks
-// and delta_1 fit a fixed workspace.
+// decode_grid's fast road: the tensor-core kernels over slabs of i whose maps, masks and delta_1 fit a fixed workspace.
 #pragma once
-#include "fused_backward.h"
-#include "fused_forward.h"
-#include "fused_operands.h"
-#include "fused_sums.h"
+#include "fused_mlp.h"
 
 namespace tcam {
 
 constexpr int64_t slab_bytes_forward = 256ll << 20, slab_bytes_backward = 1152ll << 20;
 
-// ---- the call ----------------------------------------------------------------------------------
-
-// What a call is for.
-enum class Output { volume, losses, gradients };
-
-class Fused : public Planes<float> {
+class Fused : public FusedMlp<Planes<float>> {
  public:
-  Fused(const tcam_problem& problem, bool backward, void* workspace, cudaStream_t stream) : Planes(problem, stream) {
+  Fused(const tcam_problem& problem, bool backward, void* workspace, cudaStream_t stream) : FusedMlp(problem, stream) {
+    if (n_[0] > INT32_MAX / n_[1] || n_[0] * n_[1] > INT32_MAX / ceil_div(n_[2], 32)) return;  // steps are counted in int
     N_ = choose_width();
     if (!N_) return;
     Carver ws(workspace);
@@ -26,81 +18,10 @@ class Fused : public Planes<float> {
     bytes_ = ws.used();
   }
 
-  // Whether this road takes the problem: its shape, and the shared memory of the current device.
-  bool serves(Output output) {
-    if (!N_) return false;
-    int id = 0;
-    check(cudaGetDevice(&id));
-    check(cudaDeviceGetAttribute(&device_.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, id));
-    check(cudaDeviceGetAttribute(&device_.processors, cudaDevAttrMultiProcessorCount, id));
-    if (status_) return true;  // and fails
-    return output == Output::volume ? fused_forward_fits(N_, products(), device_) : fits(launches(output));
-  }
-
  private:
-  // One launch of the backward kernel.
-  struct Launch {
-    int layer;
-    bool head;
-  };
-  struct Launches {
-    Launch all[TCAM_MAX_LAYERS];
-    int count = 0;
-    void add(int layer, bool head) { all[count++] = {layer, head}; }
-  };
-
-  Device device_ = {0, 0};
-  int N_ = 0;  // padded width of the hidden layers; 0: not for this road
-  int64_t slab_ = 0, most_blocks_ = 0;
-  uint16_t* maps_[3] = {};                       // A and G of a slab of i, B of the volume
-  uint16_t *panels_ = nullptr, *top_ = nullptr;  // W_2 to W_(P+1); diag(w) W_(P+1)
-  float *panel_biases_ = nullptr, *last_ = nullptr, *last_bias_ = nullptr;
-  uint4* masks_ = nullptr;
-  uint16_t* delta1_ = nullptr;
-  float *dy_ = nullptr, *partial_a_ = nullptr, *partial_g_ = nullptr, *largest_ = nullptr, *scale_ = nullptr;
-  // Of float16 (null: none): scale_[0] multiplies dl/dy, scale_[2] the last layer's weights on the way back; these undo the
-  // first, and both.
-  const float *top_factor_ = nullptr, *factor_ = nullptr;
-  float *sums_[TCAM_MAX_LAYERS + 1] = {}, *row_sums_[TCAM_MAX_LAYERS + 1] = {};
-  double *losses_ = nullptr, *dy_sums_ = nullptr, *dy_total_ = nullptr;
-
-  int products() const { return p.layers - 2; }
-  int n_out() const { return width(p.layers); }
-  bool bfloat() const { return p.compute == TCAM_BF16; }
-
-  int choose_width() const {
-    const int L = p.layers;
-    if (p.dtype != TCAM_F32 || (p.compute != TCAM_BF16 && p.compute != TCAM_F16)) return 0;
-    for (int l = 1; l < L; ++l)
-      if (activation(l).kind != Activation::relu) return 0;
-    if (output_activation().kind == OutputActivation::half_sine) return 0;
-    if (L < 3 || L - 2 > fused_most_products || p.width[L] > fused_most_out) return 0;
-    int64_t widest = 0;
-    for (int l = 1; l < L; ++l) widest = p.width[l] > widest ? p.width[l] : widest;
-    if (n_[0] > INT32_MAX / n_[1] || n_[0] * n_[1] > INT32_MAX / ceil_div(n_[2], 32)) return 0;  // steps are counted in int
-    return widest <= 64 ? 64 : widest <= 128 ? 128 : 0;
-  }
-
-  // With one output the head computes the gradient of layer P+1 too; with more, that of the last layer.
-  Launches launches(Output output) const {
-    Launches all;
-    if (output == Output::volume) return all;
-    const int first = n_out() == 1 && output == Output::gradients ? p.layers - 1 : p.layers;
-    all.add(first, true);
-    for (int l = first - 1; l >= 2 && output == Output::gradients; --l)
-      if (p.grad_decoder || l == 2) all.add(l, false);
-    return all;
-  }
-  bool fits(const Launches& all) const {
-    for (int e = 0; e < all.count; ++e) {
-      FusedBackward call = {};
-      call.products = products();
-      call.layer = all.all[e].layer;
-      call.head = all.all[e].head;
-      if (!fused_backward_fits(call, N_, device_)) return false;
-    }
-    return true;
-  }
+  int64_t slab_ = 0;
+  uint16_t* maps_[3] = {};  // A and G of a slab of i, B of the volume
+  float *partial_a_ = nullptr, *partial_g_ = nullptr;
 
   FusedMaps slab_maps(int64_t ni) const {
     return {maps_[0], maps_[1], maps_[2], static_cast<int>(ni), static_cast<int>(n_[1]), static_cast<int>(n_[2])};
@@ -110,83 +31,32 @@ class Fused : public Planes<float> {
   int64_t tiles(int axis) const { return ceil_div(n_[axis], sum_tile); }
 
   void carve(Carver& ws, bool backward, void* workspace) {
-    const int64_t N = N_, P = products(), voxels = n_[1] * n_[2];
+    const int64_t N = N_, voxels = n_[1] * n_[2], wide = fused_backward_wide;
     auto halves = [&](int64_t count) { return reinterpret_cast<uint16_t*>(ws.take(count * 2)); };
-    auto floats = [&](int64_t count) { return reals(ws, count); };
-    auto doubles = [&](int64_t count) { return reinterpret_cast<double*>(ws.take(count * 8)); };
-    const int64_t chain_threads = fused_backward_chain_threads, step_voxels = chain_threads;
     int64_t each = (n_[1] + n_[2]) * N * 2, budget = slab_bytes_forward;
-    if (backward) {  // a step is a voxel a thread; steps round j up to 2 and k to 32
-      const int64_t padded = steps(2) * step_voxels / 2;
-      each += padded * (16 * P + 4 * n_out()) + voxels * N * 2 + (n_[1] * tiles(2) + tiles(1) * n_[2]) * width(1) * 4;
+    if (backward) {  // steps round i up to `wide` and k to 32
+      const int64_t padded = steps(wide) * fused_backward_chain_threads / wide;
+      each += padded * (16 * products() + 4 * n_out()) + voxels * N * 2;
+      each += (n_[1] * tiles(2) + tiles(1) * n_[2]) * width(1) * 4;
       budget = slab_bytes_backward;
     }
     slab_ = budget / each;
     if (backward && p.tile > 0 && slab_ > p.tile / voxels) slab_ = p.tile / voxels;
-    if (slab_ > 2) slab_ = slab_ / 2 * 2;
-    if (slab_ < 2) slab_ = 2;
+    if (slab_ > wide) slab_ = slab_ / wide * wide;
+    if (slab_ < wide) slab_ = wide;
     if (slab_ > n_[0]) slab_ = n_[0];
 
     maps_[0] = halves(slab_ * n_[1] * N);
     maps_[1] = halves(n_[1] * n_[2] * N);
     maps_[2] = halves(slab_ * n_[2] * N);
-    panels_ = halves(P * N * N);
-    panel_biases_ = floats(P * N);
-    last_ = floats(fused_most_out * N);
-    last_bias_ = floats(fused_most_out);
-    losses_ = doubles(fused_most_blocks * chain_threads);
-    dy_sums_ = doubles(fused_most_blocks * chain_threads);
+    carve_mlp(ws, backward, steps(slab_), slab_ * voxels);
     if (!backward) return;
-    top_ = halves(N * N);
-    masks_ = reinterpret_cast<uint4*>(ws.take(P * steps(slab_) * chain_threads * 16));
-    dy_ = floats(steps(slab_) * step_voxels * n_out());
-    delta1_ = halves(slab_ * voxels * N);
-    partial_a_ = floats(slab_ * n_[1] * tiles(2) * width(1));
-    partial_g_ = floats(slab_ * tiles(1) * n_[2] * width(1));
-    largest_ = floats(scale_blocks);
-    scale_ = floats(5);
+    partial_a_ = reals(ws, slab_ * n_[1] * tiles(2) * width(1));
+    partial_g_ = reals(ws, slab_ * tiles(1) * n_[2] * width(1));
     if (!p.grad_decoder) return;
-    most_blocks_ = steps(slab_) < fused_most_blocks ? steps(slab_) : fused_most_blocks;
-    const int64_t begin = begin_partials(ws);
-    for (int l = 2; l <= p.layers; ++l) {
-      sums_[l] = floats(most_blocks_ * N * N);
-      row_sums_[l] = floats(most_blocks_ * 2 * N);
-      if (l == p.layers - 1 && n_out() == 1) break;
-    }
-    dy_total_ = doubles(1);
-    end_partials(ws, workspace, begin);
-  }
-
-  static bool unbounded(OutputActivation a) {
-    return a == OutputActivation::none || a == OutputActivation::softplus || a == OutputActivation::trunc_exp;
-  }
-  // Chooses the scales of float16: for a gradient from its largest magnitude; for an objective from its largest slope, which is
-  // 1 or, of mse, twice the largest difference. (An output without bounds is taken to be no larger than the target or 1.)
-  void look_at(const void* volume, const tcam_objective* objective) override {
-    if (p.compute != TCAM_F16) return;
-    const int64_t voxels = p.batch * n_out() * n_[0] * n_[1] * n_[2];
-    int read = 0, exponent = scale_exponent;
-    float offset = 1.f, factor = 1.f;
-    if (!objective) {
-      read = largest(volume, p.out_dtype, voxels);
-      offset = 0.f;
-    } else if (static_cast<Loss>(objective->loss) == Loss::mse) {
-      read = largest(volume, objective->target_dtype, voxels);
-      factor = 2.f;
-      if (unbounded(output_activation().kind)) exponent = scale_exponent_open;
-    }
-    check(launch(scale_kernel, 1, 1, 0, stream_, largest_, read, offset, factor, exponent, 1.f, scale_));
-    const int weights = largest(weights_[p.layers], TCAM_F32, static_cast<int64_t>(n_out()) * width(p.layers - 1));
-    check(launch(scale_kernel, 1, 1, 0, stream_, largest_, weights, 0.f, 1.f, 0, 1.f, scale_ + 2));
-    check(launch(both_scales_kernel, 1, 1, 0, stream_, scale_, scale_ + 2, scale_ + 4));
-    top_factor_ = scale_ + 1;
-    factor_ = scale_ + 4;
-  }
-  // How many numbers of largest_ hold the largest of an array.
-  int largest(const void* values, int dtype, int64_t count) {
-    const unsigned grid = static_cast<unsigned>(count < scale_blocks * threads ? ceil_div(count, threads) : scale_blocks);
-    check(launch(largest_kernel, grid, threads, reduce_bytes, stream_, values, dtype, count, largest_));
-    return static_cast<int>(grid);
+    begin_partials(ws);
+    carve_sums(ws, steps(slab_));
+    end_partials(ws, workspace);
   }
 
   void walk(int64_t object, void* volume, const tcam_objective* objective, double* losses, bool backward) override {
@@ -198,65 +68,18 @@ class Fused : public Planes<float> {
 
   template <class T>
   void walk_in(int64_t object, void* volume, const tcam_objective* objective, double* losses, bool backward) {
-    const int L = p.layers, N = N_, dtype = objective ? objective->target_dtype : p.out_dtype;
+    const int dtype = objective ? objective->target_dtype : p.out_dtype;
     if (object == 0) pad<T>(backward);
     map<T>(1, 0, n_[1], nullptr);
     const int64_t voxels = n_[0] * n_[1] * n_[2];
-    const Launches all = launches(backward ? Output::gradients : objective ? Output::losses : Output::volume);
     for (int64_t i0 = 0; i0 < n_[0] && !status_; i0 += slab_) {
       const int64_t ni = n_[0] - i0 < slab_ ? n_[0] - i0 : slab_;
       map<T>(0, i0, ni, biases_[1]);
       map<T>(2, i0, ni, nullptr);
-      char* at = static_cast<char*>(volume) + (object * width(L) * voxels + i0 * n_[1] * n_[2]) * dtype_bytes(dtype);
-      if (!all.count) {
-        const FusedForward call = {slab_maps(ni),       panels_, panel_biases_, last_, last_bias_, n_out(),
-                                   output_activation(), at,      dtype,         voxels};
-        check(T::dtype == TCAM_BF16 ? fused_forward_bfloat16(call, N, products(), device_, stream_)
-                                    : fused_forward_float16(call, N, products(), device_, stream_));
-        continue;
-      }
-      FusedBackward call = {};
-      call.maps = slab_maps(ni);
-      call.weights = panels_;
-      call.top = n_out() == 1 ? top_ : panels_ + static_cast<int64_t>(products() - 1) * N * N;
-      call.biases = panel_biases_;
-      call.last = last_;
-      call.last_bias = last_bias_;
-      call.products = products();
-      call.n_out = n_out();
-      call.weighted = backward && p.grad_decoder;
-      call.volume = at;
-      call.dtype = dtype;
-      call.channel_stride = voxels;
-      call.output_activation = output_activation();
-      call.compares = objective != nullptr;
-      if (objective) call.loss = static_cast<Loss>(objective->loss), call.beta = objective->beta;
-      call.scale = factor_ ? scale_ : nullptr;
-      call.last_scale = factor_ ? scale_ + 2 : nullptr;
-      call.losses = losses_;
-      call.dy_sums = dy_sums_;
-      call.masks = masks_;
-      call.dy = dy_;
-      call.delta1 = delta1_;
-      const int64_t most = device_.processors < fused_most_blocks ? device_.processors : fused_most_blocks;
-      const int grid = static_cast<int>(steps(ni) < most ? steps(ni) : most);
-      for (int e = 0; e < all.count; ++e) {
-        call.layer = all.all[e].layer;
-        call.head = all.all[e].head;
-        call.sums = sums_[call.layer];
-        call.row_sums = row_sums_[call.layer];
-        check(T::dtype == TCAM_BF16 ? fused_backward_bfloat16(call, N, grid, stream_)
-                                    : fused_backward_float16(call, N, grid, stream_));
-        if (!call.head) continue;
-        if (objective) add_total(losses_, grid * fused_backward_chain_threads, losses + object);
-        if (call.weighted && n_out() == 1) add_total(dy_sums_, grid * fused_backward_chain_threads, dy_total_);
-      }
+      char* at = static_cast<char*>(volume) + (object * n_out() * voxels + i0 * n_[1] * n_[2]) * dtype_bytes(dtype);
+      run<T>(slab_maps(ni), at, dtype, voxels, 1, objective, losses + object, backward);
       if (backward) sum_delta1<T>(i0, ni);
     }
-  }
-
-  void add_total(const double* values, int count, double* total) {
-    check(launch(add_total_kernel, 1, threads, reduce_bytes, stream_, values, count, total));
   }
 
   template <class T>
@@ -271,54 +94,12 @@ class Fused : public Planes<float> {
     add_axis_sum(partial_g_, dg_ + i0 * nk * n1, nk, ni, nk, tiles(1), tiles(1) * nk, 1, nk);
   }
 
-  template <class T>
-  void pad(bool backward) {
-    const int L = p.layers, N = N_;
-    for (int l = 2; l < L; ++l)
-      check(launch(pad_hidden_kernel<T>, blocks(ceil_div(N * N, threads)), threads, 0, stream_, weights_[l], nullptr, nullptr,
-                   biases_[l], width(l), width(l - 1), N, panels_ + static_cast<int64_t>(l - 2) * N * N,
-                   panel_biases_ + (l - 2) * N));
-    check(
-        launch(pad_last_kernel, 1, threads, 0, stream_, weights_[L], biases_[L], width(L), width(L - 1), N, last_, last_bias_));
-    if (backward && n_out() == 1)
-      check(launch(pad_hidden_kernel<T>, blocks(ceil_div(N * N, threads)), threads, 0, stream_, weights_[L - 1], weights_[L],
-                   factor_ ? scale_ + 2 : nullptr, nullptr, width(L - 1), width(L - 2), N, top_, nullptr));
-  }
-
   // Map q (0: A, 1: B, 2: G) at the `nx` rows from x0 on.
   template <class T>
   void map(int q, int64_t x0, int64_t nx, const float* bias) {
     const int64_t ny = n_[q == 0 ? 1 : 2];
     check(launch(map_kernel<T>, blocks(ceil_div(nx * ny, warps)), threads, 0, stream_, projected(q), width(1), N_, x0, nx, ny,
                  bias, maps_[q]));
-  }
-
-  void write_gradients() override {
-    const int64_t N = N_;
-    const int L = p.layers, top = L - 1;
-    const bool one = n_out() == 1;
-    auto sums = [&](int l) { return Partials<float>{sums_[l], most_blocks_, N * N, N}; };
-    auto row_sums = [&](int l) { return Partials<float>{row_sums_[l], most_blocks_ * 2, N, N}; };
-    for (int l = 2; l <= (one ? L - 2 : L); ++l) {
-      const float* factor = l == L ? top_factor_ : factor_;
-      combine(sums(l), width(l), width(l - 1), factor, grad_weight_[l], width(l - 1));
-      if (grad_bias_[l]) combine(row_sums(l), 1, width(l), factor, grad_bias_[l], width(l));
-    }
-    if (!one) return;
-    const TopLayers call = {sums(top),
-                            row_sums(top),
-                            panels_ + (products() - 1) * N * N,
-                            panel_biases_ + (products() - 1) * N,
-                            last_,
-                            N_,
-                            width(top - 1),
-                            top_factor_,
-                            grad_weight_[top],
-                            grad_bias_[top],
-                            grad_weight_[L]};
-    auto kernel = bfloat() ? combine_top_kernel<ptx::BFloat16> : combine_top_kernel<ptx::Float16>;
-    check(launch(kernel, static_cast<unsigned>(width(top)), threads, reduce_bytes, stream_, call));
-    if (grad_bias_[L]) check(launch(write_scalar_kernel, 1, 1, 0, stream_, dy_total_, top_factor_, grad_bias_[L]));
   }
 };
 

@@ -24,6 +24,7 @@
 namespace tcam {
 
 constexpr int fused_most_blocks = 256;  // one a processor; bounds the partial sums
+constexpr int fused_backward_wide = 4;  // chain warps, neighbours along i
 
 struct FusedBackward {
   FusedMaps maps;
@@ -37,9 +38,9 @@ struct FusedBackward {
   bool head, weighted;      // weighted: the gradient of the weights is wanted
   const float* last_scale;  // that W_L, and with it every delta below, is multiplied with; null: 1. (In `top` it is already.)
   // Of the head:
-  const void* volume;  // the slab's first voxel: of the target, or of the gradient of the volume
+  const void* volume;  // the first voxel: of the target, or of the gradient of the volume
   int dtype;
-  int64_t channel_stride;
+  int64_t channel_stride, voxel_stride;
   Final<float> output_activation;
   bool compares;
   Loss loss;
@@ -60,7 +61,7 @@ TCAM_HD int delta1_column(int at) { return at / 32 * 32 + at / 2 % 4 * 8 + at / 
 
 template <class T, int N>
 struct FusedBackwardKernel {
-  static constexpr int MT = 2, WI = 2, WJ = 2, chain_warps = WI * WJ, outer_warps = 4;
+  static constexpr int MT = 2, WI = fused_backward_wide, WJ = 1, chain_warps = WI * WJ, outer_warps = 4;
   using Block = FusedBlock<T, N, MT, WI, WJ>;
   using Fragment = typename Block::Fragment;
   static constexpr int chain_threads = Block::threads, threads = chain_threads + 32 * outer_warps;
@@ -174,13 +175,14 @@ struct FusedBackwardKernel {
   TCAM_DEVICE static void look(Seen& seen, const FusedBackward& p, int i, int j, int k0, const Lane<N>& lane) {
     const bool one = p.n_out == 1;
     const int k = k0 + lane.g + (one ? lane.t * 8 : 0);
-    const int64_t at = (one ? 0 : lane.t * p.channel_stride) + (static_cast<int64_t>(i) * p.maps.nj + j) * p.maps.nk + k;
+    const int64_t at =
+        (one ? 0 : lane.t * p.channel_stride) + ((static_cast<int64_t>(i) * p.maps.nj + j) * p.maps.nk + k) * p.voxel_stride;
     const bool inside = i < p.maps.ni && j < p.maps.nj && (one || lane.t < p.n_out);
 #pragma unroll
     for (int n = 0; n < 4; ++n) seen.loaded[n] = 0, seen.inside[n] = inside && k + n * 8 < p.maps.nk && (n == 0 || !one);
 #pragma unroll
     for (int n = 0; n < 4; ++n)
-      if (seen.inside[n]) seen.loaded[n] = Elements<float>::load(p.volume, p.dtype, at + n * 8);
+      if (seen.inside[n]) seen.loaded[n] = Elements<float>::load(p.volume, p.dtype, at + n * 8 * p.voxel_stride);
   }
 
   // The loss and dy there.

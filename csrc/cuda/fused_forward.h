@@ -21,7 +21,7 @@ struct FusedForward {
   const float* last_bias;   // (n_out) or null
   int n_out;
   Final<float> output_activation;
-  void* volume;  // the slab's first voxel of one object, (C_out, ...)
+  void* volume;  // the first voxel of one object, (C_out, ...)
   int dtype;
   int64_t channel_stride;
 };

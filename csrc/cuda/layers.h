@@ -169,9 +169,9 @@ class Layers : public Planes<Real> {
     this->carve_planes(ws, backward);
     carve_layers(ws, backward);
     if (backward && p.grad_decoder) {
-      const int64_t begin = this->begin_partials(ws);
+      this->begin_partials(ws);
       carve_partials(ws);
-      this->end_partials(ws, workspace, begin);
+      this->end_partials(ws, workspace);
     }
     this->bytes_ = ws.used();
   }
@@ -195,7 +195,10 @@ class Layers : public Planes<Real> {
       if (backward) each += width(l) * sizeof(Real);
     }
     each += 2 * widest * sizeof(Real);
-    int64_t left = p.tile > 0 ? p.tile : region_voxels;
+    choose_region_of(each, region_voxels);
+  }
+  void choose_region_of(int64_t each, int64_t voxels) {
+    int64_t left = p.tile > 0 ? p.tile : voxels;
     if (left > region_bytes / each) left = region_bytes / each;
     for (int a = 2; a >= 0; --a) {
       region_size_[a] = n_[a] < left ? n_[a] : left;

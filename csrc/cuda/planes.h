@@ -252,7 +252,7 @@ class Planes {
   Real *da_ = nullptr, *db_ = nullptr, *dg_ = nullptr;
   Real *grad_weight_[TCAM_MAX_LAYERS + 1] = {}, *grad_bias_[TCAM_MAX_LAYERS + 1] = {};  // of the object; null: not there
   char* cleared_ = nullptr;  // the partial sums of the decoder's gradients
-  int64_t cleared_bytes_ = 0;
+  int64_t cleared_bytes_ = 0, partials_begin_ = 0;
 
   Planes(const tcam_problem& problem, cudaStream_t stream) : p(problem), stream_(stream) {
     for (int a = 0; a < 3; ++a) n_[a] = p.hi[a] - p.lo[a];
@@ -262,7 +262,8 @@ class Planes {
   // partial sums of layers 2 and up, which write_gradients makes gradients of.
   virtual void walk(int64_t object, void* volume, const tcam_objective* objective, double* losses, bool backward) = 0;
   virtual void write_gradients() = 0;
-  virtual void look_at(const void*, const tcam_objective*) {}  // at the gradient or the target, before backward
+  virtual void look_at(const void*, const tcam_objective*) {}                 // at the gradient or the target, before backward
+  virtual int64_t places() const { return p.batch * n_[0] * n_[1] * n_[2]; }  // that are decoded, of all objects
 
   Hidden<Real> activation(int layer) const {  // of layers 1 to L-1; any for layer 0
     const tcam_activation& a = p.activation[layer > 0 ? layer - 1 : 0];
@@ -330,15 +331,14 @@ class Planes {
     grad_projected_ = reals(ws, most_texels * n1);
   }
   // After it the road takes its own partial sums, and calls end_partials.
-  int64_t begin_partials(Carver& ws) {
-    const int64_t begin = ws.used();
+  void begin_partials(Carver& ws) {
+    partials_begin_ = ws.used();
     for (int b = 0; b < first_blocks(); ++b) first_partials_[b] = reals(ws, texel_splits * width(1) * p.channels);
     first_bias_partials_ = reals(ws, row_splits * width(1));
-    return begin;
   }
-  void end_partials(Carver& ws, void* workspace, int64_t begin) {
-    cleared_ = static_cast<char*>(workspace) + begin;
-    cleared_bytes_ = ws.used() - begin;
+  void end_partials(Carver& ws, void* workspace) {
+    cleared_ = static_cast<char*>(workspace) + partials_begin_;
+    cleared_bytes_ = ws.used() - partials_begin_;
   }
 
   void combine(const Partials<Real>& partials, int64_t rows, int64_t columns, const Real* factor, Real* out, int64_t pitch) {

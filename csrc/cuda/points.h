@@ -16,6 +16,7 @@ namespace tcam {
 
 template <class Real>
 class PointLayers : public Layers<Real> {
+ protected:
   using Base = Layers<Real>;
   using Base::blocks, Base::channel_threads, Base::check, Base::clear, Base::columns, Base::rows, Base::texels, Base::width;
   using Base::delta_, Base::most_, Base::n_, Base::p, Base::region_size_, Base::status_, Base::stream_, Base::weights_,
@@ -23,46 +24,7 @@ class PointLayers : public Layers<Real> {
 
  public:
   PointLayers(const tcam_problem& problem, bool backward, void* workspace, cudaStream_t stream)
-      : Base(problem, stream), grid_(p.points < 0), held_(grid_ ? 1 : p.batch) {
-    n_[2] = grid_ ? n_[0] * n_[1] * n_[2] : p.points;
-    n_[0] = n_[1] = 1;
-    projected_ = gathers_projections(p, held_, width(1) * static_cast<int64_t>(sizeof(Real)));
-    samples_ = p.reduce == TCAM_SUM ? 1 : p.plane_count;
-    row_ = projected_ ? width(1) : static_cast<int>(p.channels);
-    const int64_t c = p.channels;
-    int64_t each = p.plane_count * static_cast<int64_t>(sizeof(Corners<Real>));
-    if (!projected_) each += (samples_ + 1) * c * static_cast<int64_t>(sizeof(Real)) * (backward ? 2 : 1);
-    this->choose_region(backward, each);
-    Carver ws(workspace);
-    auto reals = [&](int64_t count) { return Base::reals(ws, count); };
-    for (int q = 0; q < p.plane_count; ++q) {
-      base_[q] = texel_rows_;
-      texel_rows_ += held_ * texels(q);
-    }
-    texel_values_ = reals(texel_rows_ * row_);
-    corners_ = reinterpret_cast<Corners<Real>*>(ws.take(most_ * p.plane_count * static_cast<int64_t>(sizeof(Corners<Real>))));
-    if (!projected_) sampled_ = reals(samples_ * most_ * c);
-    if (p.reduce == TCAM_PRODUCT) product_ = reals(most_ * c);
-    this->carve_layers(ws, backward);
-    if (backward) {
-      if (!projected_) grad_sampled_ = reals(samples_ * most_ * c);
-      if (p.reduce == TCAM_PRODUCT) grad_product_ = reals(most_ * c);
-      if (wants_texels()) {
-        grad_texels_ = reals(texel_rows_ * row_);
-        fixed_ = reinterpret_cast<unsigned long long*>(ws.take(texel_rows_ * row_ * 8));
-        largest_ = reinterpret_cast<float*>(ws.take(scale_blocks * 4));
-        scale_ = reinterpret_cast<float*>(ws.take(2 * 4));
-      }
-      if (p.grad_decoder) {
-        const int64_t begin = ws.used();
-        for (int b = 0; b < first_blocks(); ++b) this->first_partials_[b] = reals(first_splits() * width(1) * block_width(b));
-        this->first_bias_partials_ = reals(this->bias_splits() * width(1));
-        this->carve_partials(ws);
-        this->end_partials(ws, workspace, begin);
-      }
-    }
-    this->bytes_ = ws.used();
-  }
+      : PointLayers(problem, backward, workspace, stream, 0, 0) {}
 
   cudaError_t forward(const tcam_inputs& in, void* out, const tcam_objective* objective, double* losses) {
     this->set_layers(in);
@@ -71,12 +33,10 @@ class PointLayers : public Layers<Real> {
       load_texels(in, round);
       this->for_each_region([&](const Region& region) {
         first_layer(in, round, region);
-        if (p.layers) {
-          this->hidden_layers(region.voxels());
-          this->last_layer(region, layout(out, objective, round), objective, losses + round, nullptr);
-        } else {
+        if (p.layers)
+          decode(region, layout(out, objective, round), objective, losses + round);
+        else
           features(out, region, false);
-        }
       });
     }
     return status_;
@@ -87,6 +47,7 @@ class PointLayers : public Layers<Real> {
     const bool per_object = objective && objective->per_object;
     this->set_layers(in);
     if (objective) clear(losses, p.batch * sizeof(double));
+    this->look_at(out, objective);
     for (int64_t round = 0; round < rounds() && !status_; ++round) {
       if (round == 0 || per_object) clear(this->cleared_, this->cleared_bytes_);
       load_texels(in, round);
@@ -96,12 +57,7 @@ class PointLayers : public Layers<Real> {
       }
       this->for_each_region([&](const Region& region) {
         first_layer(in, round, region);
-        if (p.layers) {
-          this->hidden_layers(region.voxels());
-          this->last_layer(region, layout(const_cast<void*>(out), objective, round), objective, losses + round,
-                           delta_[p.layers & 1]);
-          this->back_to_first(region.voxels());
-        }
+        if (p.layers) decode_back(region, layout(const_cast<void*>(out), objective, round), objective, losses + round);
         first_layer_back(in, round, const_cast<void*>(out), region, to);
         if (p.grad_points) to_points(in, round, region, to);
         if (grad_texels_) scatter(region);
@@ -120,6 +76,72 @@ class PointLayers : public Layers<Real> {
       }
     }
     return status_;
+  }
+
+ protected:
+  // With `more` bytes a point, in waves of up to `voxels`: the layers above the first are another's, from z_[1] to delta_[1].
+  PointLayers(const tcam_problem& problem, bool backward, void* workspace, cudaStream_t stream, int64_t more, int64_t voxels)
+      : Base(problem, stream), grid_(p.points < 0), held_(grid_ ? 1 : p.batch) {
+    n_[2] = grid_ ? n_[0] * n_[1] * n_[2] : p.points;
+    n_[0] = n_[1] = 1;
+    projected_ = gathers_projections(p, held_, width(1) * static_cast<int64_t>(sizeof(Real)));
+    samples_ = p.reduce == TCAM_SUM ? 1 : p.plane_count;
+    row_ = projected_ ? width(1) : static_cast<int>(p.channels);
+    const int64_t c = p.channels;
+    int64_t each = p.plane_count * static_cast<int64_t>(sizeof(Corners<Real>));
+    if (!projected_) each += (samples_ + 1) * c * static_cast<int64_t>(sizeof(Real)) * (backward ? 2 : 1);
+    if (more)
+      this->choose_region_of(each + more, voxels);
+    else
+      this->choose_region(backward, each);
+    Carver ws(workspace);
+    auto reals = [&](int64_t count) { return Base::reals(ws, count); };
+    for (int q = 0; q < p.plane_count; ++q) {
+      base_[q] = texel_rows_;
+      texel_rows_ += held_ * texels(q);
+    }
+    texel_values_ = reals(texel_rows_ * row_);
+    corners_ = reinterpret_cast<Corners<Real>*>(ws.take(most_ * p.plane_count * static_cast<int64_t>(sizeof(Corners<Real>))));
+    if (!projected_) sampled_ = reals(samples_ * most_ * c);
+    if (p.reduce == TCAM_PRODUCT) product_ = reals(most_ * c);
+    if (more) {
+      z_[1] = reals(most_ * width(1));
+      if (backward) delta_[1] = reals(most_ * width(1));
+    } else {
+      this->carve_layers(ws, backward);
+    }
+    if (backward) {
+      if (!projected_) grad_sampled_ = reals(samples_ * most_ * c);
+      if (p.reduce == TCAM_PRODUCT) grad_product_ = reals(most_ * c);
+      if (wants_texels()) {
+        grad_texels_ = reals(texel_rows_ * row_);
+        fixed_ = reinterpret_cast<unsigned long long*>(ws.take(texel_rows_ * row_ * 8));
+        largest_ = reinterpret_cast<float*>(ws.take(scale_blocks * 4));
+        scale_ = reinterpret_cast<float*>(ws.take(2 * 4));
+      }
+      if (p.grad_decoder) {
+        this->partials_begin_ = ws.used();
+        for (int b = 0; b < first_blocks(); ++b) this->first_partials_[b] = reals(first_splits() * width(1) * block_width(b));
+        this->first_bias_partials_ = reals(this->bias_splits() * width(1));
+        if (!more) this->carve_partials(ws);
+        this->end_partials(ws, workspace);
+      }
+    }
+    this->bytes_ = ws.used();
+  }
+
+  int64_t places() const override { return grid_ ? p.batch * n_[2] : n_[2]; }
+
+  // From z_1 of a wave to its output or its losses; and from these back to delta_1.
+  virtual void decode(const Region& region, const typename Base::Layout& out, const tcam_objective* objective, double* loss) {
+    this->hidden_layers(region.voxels());
+    this->last_layer(region, out, objective, loss, nullptr);
+  }
+  virtual void decode_back(const Region& region, const typename Base::Layout& out, const tcam_objective* objective,
+                           double* loss) {
+    this->hidden_layers(region.voxels());
+    this->last_layer(region, out, objective, loss, delta_[p.layers & 1]);
+    this->back_to_first(region.voxels());
   }
 
  private:
@@ -216,15 +238,13 @@ class PointLayers : public Layers<Real> {
       for (int b = 0; b < plane_blocks(); ++b) {
         const Rows<Real> features = {product_ ? product_ : sample(sampled_, b), p.channels};
         const Transposed<Real> weight = {block_weight(b), p.width[0]};
-        check(b ? gemm<Scalars<Real, 64>>(count, n1, p.channels, 0, features, weight, AddRows<Real>{z_[1], n1}, stream_)
-                : gemm<Scalars<Real, 64>>(count, n1, p.channels, 0, features, weight,
-                                          WriteRows<Real>{z_[1], n1, this->biases_[1]}, stream_));
+        check(b ? this->product(count, n1, p.channels, 0, features, weight, AddRows<Real>{z_[1], n1})
+                : this->product(count, n1, p.channels, 0, features, weight, WriteRows<Real>{z_[1], n1, this->biases_[1]}));
       }
     }
     if (p.extra)
-      check(gemm<Scalars<Real, 64>>(count, n1, p.extra, 0, extra(in.extra, round, region),
-                                    Transposed<Real>{block_weight(plane_blocks()), p.width[0]}, AddRows<Real>{z_[1], n1},
-                                    stream_));
+      check(this->product(count, n1, p.extra, 0, extra(in.extra, round, region),
+                          Transposed<Real>{block_weight(plane_blocks()), p.width[0]}, AddRows<Real>{z_[1], n1}));
   }
   int64_t first_extra(int64_t round, const Region& region) const { return ((grid_ ? round * n_[2] : 0) + region.k0) * p.extra; }
   Rows<Real> extra(const void* all, int64_t round, const Region& region) const {
@@ -242,8 +262,8 @@ class PointLayers : public Layers<Real> {
   // dW of a block of the first layer from delta_1 and what the block multiplied.
   template <class Operand>
   void weight_gradient(int b, int64_t count, Operand operand) {
-    check(gemm<Scalars<Real, 64>>(width(1), block_width(b), count, voxel_chunk, Transposed<Real>{delta_[1], width(1)}, operand,
-                                  AddPartial<Real>{this->first_partials_[b], width(1), block_width(b)}, stream_));
+    check(this->product(width(1), block_width(b), count, voxel_chunk, Transposed<Real>{delta_[1], width(1)}, operand,
+                        AddPartial<Real>{this->first_partials_[b], width(1), block_width(b)}));
   }
 
   void first_layer_back(const tcam_inputs& in, int64_t round, void* out, const Region& region, const tcam_gradients& to) {
@@ -257,9 +277,8 @@ class PointLayers : public Layers<Real> {
       for (int b = 0; p.layers && b < plane_blocks(); ++b) {
         if (p.grad_decoder) weight_gradient(b, count, Rows<Real>{product_ ? product_ : sample(sampled_, b), p.channels});
         if (p.grad_planes || p.grad_points)
-          check(gemm<Scalars<Real, 64>>(count, static_cast<int>(p.channels), n1, 0, Rows<Real>{delta_[1], n1},
-                                        Rows<Real>{block_weight(b), p.width[0]},
-                                        WriteRows<Real>{sample(grad, b), p.channels, nullptr}, stream_));
+          check(this->product(count, static_cast<int>(p.channels), n1, 0, Rows<Real>{delta_[1], n1},
+                              Rows<Real>{block_weight(b), p.width[0]}, WriteRows<Real>{sample(grad, b), p.channels, nullptr}));
       }
       if (!p.layers) features(out, region, true);
       if (grad_product_ && (p.grad_planes || p.grad_points))
@@ -269,10 +288,9 @@ class PointLayers : public Layers<Real> {
     if (!p.extra) return;
     if (p.grad_decoder) weight_gradient(plane_blocks(), count, extra(in.extra, round, region));
     if (p.grad_extra)
-      check(gemm<Scalars<Real, 64>>(
-          count, static_cast<int>(p.extra), n1, 0, Rows<Real>{delta_[1], n1},
-          Rows<Real>{block_weight(plane_blocks()), p.width[0]},
-          WriteRows<Real>{static_cast<Real*>(to.extra) + first_extra(round, region), p.extra, nullptr}, stream_));
+      check(this->product(count, static_cast<int>(p.extra), n1, 0, Rows<Real>{delta_[1], n1},
+                          Rows<Real>{block_weight(plane_blocks()), p.width[0]},
+                          WriteRows<Real>{static_cast<Real*>(to.extra) + first_extra(round, region), p.extra, nullptr}));
   }
 
   void to_points(const tcam_inputs& in, int64_t round, const Region& region, const tcam_gradients& to) {

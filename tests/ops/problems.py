@@ -242,7 +242,37 @@ def fused_mirror(p: Problem, dtype: torch.dtype) -> list[Tensor]:
         sampled = reference.sample_plane(projected, taps[rows], taps[columns]).movedim(1, -1)
         maps.append(r(sampled + p.biases[0] if q == 0 and p.biases[0] is not None else sampled))
     a, b, g = maps[0].unsqueeze(3), maps[1].unsqueeze(1), maps[2].unsqueeze(2)
-    z = [r(r(a + g) + b)]
+    return _fused_layers(p, r(r(a + g) + b), dtype)
+
+
+def fused_points_mirror(p: Problem, dtype: torch.dtype, projected: bool) -> list[Tensor]:
+    """The same of a grid that goes point by point, where the first layer is a product in TensorFloat-32 of all it reads or,
+    with planes projected before, of what the voxels bring themselves."""
+    options = {k: v for k, v in p.options.items() if k not in ("activation", "output_activation")}
+    count = p.weights[0].shape[1]
+    read = replace(p, weights=[torch.eye(count)], biases=[None], options=options).call(reference.decode_grid)
+    exact = plane_features(p) if projected else 0
+    f, w = read.detach().movedim(1, -1), p.weights[0]
+    z = torch.nn.functional.linear(tensor_float(f[..., exact:]), tensor_float(w[:, exact:]), p.biases[0])
+    first = z + torch.nn.functional.linear(f[..., :exact], w[:, :exact])
+    return _fused_layers(p, first.to(dtype).float(), dtype)
+
+
+def plane_features(p: Problem) -> int:
+    """What the first layer reads of the planes."""
+    return features(p.planes[0].shape[1], p.options)
+
+
+def tensor_float(t: Tensor) -> Tensor:
+    """Rounded to 10 bits of mantissa, ties away from zero."""
+    return ((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def _fused_layers(p: Problem, first: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    def r(t: Tensor) -> Tensor:
+        return t.to(dtype).float()
+
+    z = [first]
     for w, bias in zip(p.weights[1:-1], p.biases[1:-1], strict=True):
         z.append(torch.nn.functional.linear(r(z[-1].relu()), r(w), bias))
     w, high = p.weights[-1], r(p.weights[-1])

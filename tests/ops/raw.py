@@ -116,6 +116,7 @@ class Kernels:
     library: ctypes.CDLL
     suffix: str  # "cpu" or "cuda"
     more: tuple[Any, ...] = ()  # cuda: device, stream
+    formulation: int = 0  # tcam_formulation
 
     def _workspace(self, problem: Decode, backward: bool) -> int:
         size_of = getattr(self.library, f"tcam_decode_{self.suffix}_workspace")
@@ -162,7 +163,7 @@ class Kernels:
         problem.grad_extra = problem.extra > 0
         problem.dtype, problem.compute, problem.out_dtype = DTYPES[p.planes[0].dtype], compute, DTYPES[out_dtype]
         problem.grad_planes, problem.grad_decoder = grads
-        problem.threads, problem.tile = threads, tile
+        problem.threads, problem.tile, problem.formulation = threads, tile, self.formulation
         return problem
 
     def _inputs(self, p: Problem) -> Any:

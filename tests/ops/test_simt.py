@@ -493,6 +493,81 @@ def test_noise_of_points(kernels, ragged):
     assert problems.relative(got, want.view(99, 2)) < 1e-6
 
 
+def voxel_centres(size):
+    axes = [2 * (torch.arange(n) + 0.5) / n - 1 for n in size]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).view(-1, 3).float()
+
+
+#: bfloat16 for every shape, float16 for one.
+POINT_SHAPES = [(dtype, s) for dtype in sorted(HALF) for s in FUSED_BACKWARD if dtype == "bfloat16" or s is FUSED_BACKWARD[1]]
+POINT_IDS = [f"{dtype}-{s['widths']}" for dtype, s in POINT_SHAPES]
+
+
+@pytest.mark.parametrize(("dtype", "shape"), POINT_SHAPES, ids=POINT_IDS)
+@pytest.mark.parametrize("formulation", [1, 2])
+def test_fused_points(kernels, shape, dtype, formulation):
+    """At the voxels of a grid, whose mirror tells masks from errors; waves that 32 does not divide, and one of less than 32."""
+    p = problems.make(**shape, output_activation="sigmoid")
+    exact, half = p.to(torch.float64, requires_grad=True), HALF[dtype]
+    mirror = problems.fused_points_mirror(p.to(torch.float32), half, projected=formulation == 1)
+    out, trusted = problems.masked_reference(exact, margin=1e-4, preactivations=mirror)
+    grad = torch.rand_like(out) * trusted  # of one sign: a bias's gradient must not cancel
+    want = gradients(out, exact.tensors, grad)
+    batch, n_out = out.shape[:2]
+    xyz = voxel_centres(p.size).repeat(batch, 1)
+    p32, rows = p.to(torch.float32), grad.float().flatten(2).mT.reshape(-1, n_out).contiguous()
+    tiles = (300,) if formulation == 1 or shape is not FUSED_BACKWARD[1] else (0, 300, 31)
+    for tile in tiles:
+        options = dict(compute=raw.DTYPES[half], formulation=formulation, tile=tile)
+        (got,) = kernels.points(p32, xyz, **options)
+        got = got.view(batch, -1, n_out).mT.double()
+        assert 1e-6 < problems.relative(got, p.call(reference.decode_grid).flatten(2)) < 1e-2
+        assert problems.relative(got, mirror[-1].sigmoid().flatten(1, 3).mT.double()) < 1e-3
+        *found, _ = kernels.points(p32, xyz, rows, **options)
+        assert 1e-5 < problems.gradient_error(found, want) < 1e-2
+
+
+@pytest.mark.parametrize("kind", ["extra", "extra, projected", "noise", "prod"])
+@pytest.mark.parametrize(("dtype", "shape"), POINT_SHAPES[:2] + POINT_SHAPES[-1:], ids=POINT_IDS[:2] + POINT_IDS[-1:])
+def test_fused_grids_that_go_point_by_point(kernels, shape, dtype, kind):
+    p = problems.make(**shape, output_activation="sigmoid", **({"reduce": "prod"} if kind == "prod" else {}))
+    if kind.startswith("extra"):
+        p.options["extra"] = torch.randn(p.planes[0].shape[0], 2, *p.size, dtype=torch.float64)
+        p.weights[0] = torch.cat((p.weights[0], torch.randn(p.weights[0].shape[0], 2, dtype=torch.float64)), 1)
+    if kind == "noise":
+        p.options |= {"noise_std": 0.32, "noise_seed": 11}
+    exact, half = p.to(torch.float64, requires_grad=True), HALF[dtype]
+    kernels = replace(kernels, formulation=1 if kind == "extra, projected" else 2)
+    mirror = problems.fused_points_mirror(p.to(torch.float32), half, projected=kernels.formulation == 1)
+    out, trusted = problems.masked_reference(exact, margin=1e-4, preactivations=mirror)
+    p32, compute = p.to(torch.float32), raw.DTYPES[half]
+    assert 1e-6 < problems.relative(kernels.forward(p32, compute), p.call(reference.decode_grid)) < 1e-2
+    grad = torch.rand_like(out) * trusted  # of one sign, as the differences below: a bias's gradient must not cancel
+    want = list(torch.autograd.grad(out, exact.tensors, grad, retain_graph=True))
+    target = out.detach() + 1 + torch.rand_like(out)
+    each = LOSSES["mse"](out, target, 0.3).flatten(1).sum(1)
+    of_each = torch.autograd.grad(each.sum(), exact.tensors)
+    decoder = range(len(p.planes), len(p.tensors))
+    for tile in (300,) if kind != "noise" else (0, 300):
+        found = kernels.backward(p32, grad.float(), compute, tile=tile)
+        assert 1e-5 < problems.gradient_error(found[: len(want)], want) < 1e-2
+        losses, *of_losses = kernels.loss(p32, target.float(), "mse", compute=compute, per_object=True, tile=tile)
+        assert problems.relative(losses, each) < 1e-2
+        of_losses = [g.sum(0) if i in decoder else g for i, g in enumerate(of_losses)]
+        assert problems.gradient_error(of_losses[: len(want)], list(of_each)) < 1e-2
+
+
+def test_gradients_of_fused_points_have_one_value(kernels, schedule):
+    p = problems.make(**FUSED_BACKWARD[1]).to(torch.float32)
+    xyz, objects = torch.rand(333, 3) * 2 - 1, torch.randint(0, 2, (333,))
+    grad = torch.randn(333, 2)
+    want = kernels.points(p, xyz, grad, objects=objects, compute=3, tile=100)
+    for name in SCHEDULES:
+        schedule(name)
+        got = kernels.points(p, xyz, grad, objects=objects, compute=3, tile=100)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), name
+
+
 def test_a_product_of_planes_on_a_grid(kernels):
     sampling = {**SAMPLINGS[0], "reduce": "prod"}
     p = problems.make(channels=4, widths=(9, 8, 2), size=(5, 4, 17), batch=2, activation="silu", **sampling)
