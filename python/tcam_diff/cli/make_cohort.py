@@ -1,0 +1,54 @@
+"""``tcam make-cohort``: brains with lesions, made from the MNI152 template, in the layout of the Decathlon's Task01."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from tcam_diff.data import cohort
+
+console = Console()
+
+
+def make_cohort(
+    out: Annotated[Path, typer.Option("--out", help="Folder for the cohort: empty, or one that this command has begun.")],
+    n: Annotated[int, typer.Option("--n", help="Cases, held-out ones included.")] = 64,
+    size: Annotated[int, typer.Option("--size", help="Voxels an axis, of a cube of 192 mm.")] = 96,
+    seed: Annotated[int, typer.Option("--seed", help="Equal seeds and options give equal files, byte for byte.")] = 0,
+    held_out: Annotated[
+        int | None, typer.Option("--held-out", help="The last cases, listed as test. [default: a fifth]", show_default=False)
+    ] = None,
+    noise: Annotated[
+        float, typer.Option("--noise", help="The most; the noise of a case has a standard deviation from 0 to this.")
+    ] = 0.01,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", help="Processes. [default: the machine's cores]", show_default=False)
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Make a cohort of brains with lesions: four correlated modalities, labels, and dataset.json.
+
+    Each case is the MNI152 template under a random affine map and a random deformation, with one or two lesions (oedema,
+    necrotic core, enhancing rim), and with contrasts, a bias field and noise of its own. Ctrl-C stops; the same command goes
+    on.
+    """
+    recipe = cohort.Cohort(n, size, seed, n // 5 if held_out is None else held_out, noise)
+    workers = min(n, jobs or len(os.sched_getaffinity(0)))
+    columns = (TextColumn("cases"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=quiet) as progress:
+        task = progress.add_task("cases", total=n)
+        for done, _ in enumerate(cohort.make_cohort(out, recipe, workers), 1):
+            progress.update(task, completed=done)
+            if not quiet and not console.is_terminal and (done % 16 == 0 or done == n):  # a log file gets a line now and then
+                console.print(f"case {done}/{n}", highlight=False)
+    console.print(
+        f"{out / 'dataset.json'}: {n - recipe.held_out} training and {recipe.held_out} held-out cases, "
+        f"{size} x {size} x {size}, {', '.join(cohort.MODALITIES)}",
+        highlight=False,
+        soft_wrap=True,
+    )
