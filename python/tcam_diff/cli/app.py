@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import tcam_ext
-from tcam_diff.cli import compare, decode, fit, make_cohort
+from tcam_diff.cli import check_data, compare, decode, fit, make_cohort
 
 app = typer.Typer(
     help="Triplane autodecoding of 3D medical volumes (TCAM-Diff).",
@@ -19,6 +19,7 @@ app = typer.Typer(
 app.command("fit")(fit.fit)
 app.command("decode")(decode.decode)
 app.command("compare")(compare.compare)
+app.command("check-data")(check_data.check_data)
 app.command("make-cohort")(make_cohort.make_cohort)
 
 

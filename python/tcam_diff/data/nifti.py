@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import tempfile
 import zlib
@@ -65,11 +66,52 @@ def resized_affine(affine: np.ndarray, old: tuple[int, ...], new: tuple[int, ...
 # ---- reading ---------------------------------------------------------------------------
 
 
-def read_volume(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) -> Volume:
-    """Read a 3D or 4D (last axis: channels) NIfTI file.
+@dataclass(frozen=True)
+class Header:
+    """What a file promises, checked, before any voxel is read."""
 
-    Checks, in this order: the header (rank, sizes, voxel budget, data type), the affine, the spacing, the length and the
-    checksum of the file, the voxels. Raises UserError naming the file.
+    path: Path
+    shape: tuple[int, int, int]
+    channels: int
+    dtype: np.dtype[Any]  # as stored
+    slope: float
+    inter: float
+    affine: np.ndarray
+    codes: tuple[int, int]
+    units: tuple[str, str]
+    offset: int  # of the first voxel, in bytes of the unpacked file
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        return spacing_of(self.affine)
+
+    @property
+    def orientation(self) -> str:
+        return "".join(str(c) for c in nib.aff2axcodes(self.affine))
+
+    @property
+    def end(self) -> int:
+        return self.offset + math.prod(self.shape) * self.channels * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one pass over the voxels finds."""
+
+    low: float  # of the finite ones; NaN where there is none
+    high: float
+    not_finite: int
+    values: tuple[float, ...] | None  # all that there are; None: more than MOST_VALUES
+
+
+#: Different values up to which a scan lists them.
+MOST_VALUES = 64
+
+
+def read_header(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) -> Header:
+    """The header of a 3D or 4D (last axis: channels) NIfTI file: rank, sizes, voxel budget, data type, affine, spacing.
+
+    Reads no voxel. Raises UserError naming the file.
     """
     path = Path(path)
     image = _open(path)
@@ -84,27 +126,76 @@ def read_volume(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) ->
     if abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         raise UserError(f"{path}: the affine is singular: its axes do not span space")
     with nib.openers.ImageOpener(str(path)) as file:  # as stored: nibabel has put 1 where it found 0
-        zooms = np.asarray(type(header).from_fileobj(file, check=False)["pixdim"][1:4], float)
+        stored = type(header).from_fileobj(file, check=False)
+    zooms = np.asarray(stored["pixdim"][1:4], float)
     if not np.isfinite(zooms).all() or (zooms <= 0).any():
         raise UserError(f"{path}: expected positive spacings, got pixdim {tuple(zooms.tolist())}")
     for field in ("scl_slope", "scl_inter"):
-        value = float(header[field])
-        if np.isinf(value):
+        if np.isinf(float(stored[field])):
             raise UserError(f"{path}: {field} is infinite")
-    expected = int(image.dataobj.offset) + int(np.prod(header.get_data_shape())) * dtype.itemsize
-    _check_length(path, expected)
+    units = header.get_xyzt_units()
+    return Header(
+        path=path,
+        shape=(shape[0], shape[1], shape[2]),
+        channels=math.prod(shape[3:]),
+        dtype=dtype,
+        slope=float(image.dataobj.slope),
+        inter=float(image.dataobj.inter),
+        affine=affine,
+        codes=(int(header["qform_code"]), int(header["sform_code"])),
+        units=(str(units[0]), str(units[1])),
+        offset=int(image.dataobj.offset),
+    )
+
+
+def read_volume(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) -> Volume:
+    """Read a 3D or 4D (last axis: channels) NIfTI file.
+
+    Checks, in this order: the header (:func:`read_header`), the length and the checksum of the file, the voxels. Raises
+    UserError naming the file.
+    """
+    header = read_header(path, max_voxels)
+    if header.path.suffix == ".gz":
+        for _ in _unpacked(header):
+            pass
+    elif (size := header.path.stat().st_size) < header.end:
+        raise _truncated(header, size)
     try:
-        data = np.asarray(image.dataobj, dtype=np.float32)
+        data = np.asarray(_open(header.path).dataobj, dtype=np.float32)
     except (OSError, EOFError, ValueError, zlib.error, MemoryError) as error:
         raise UserError(f"{path}: the voxels cannot be read: {error}") from error
-    data = data.reshape(shape[0], shape[1], shape[2], -1)
+    data = data.reshape(*header.shape, header.channels)
     data = np.ascontiguousarray(np.moveaxis(data, -1, 0))
-    if not np.isfinite(data).all():
-        bad = int(data.size - np.isfinite(data).sum())
+    bad = int(data.size - np.isfinite(data).sum())
+    if bad:
         raise UserError(f"{path}: {bad} of {data.size} voxels are NaN or infinite; replace them first")
-    codes = (int(header["qform_code"]), int(header["sform_code"]))
-    units = header.get_xyzt_units()
-    return Volume(data, affine, codes, (str(units[0]), str(units[1])), str(path))
+    return Volume(data, header.affine, header.codes, header.units, str(path))
+
+
+def scan_voxels(header: Header) -> Scan:
+    """Range, NaNs and values in one pass over the file, a piece of it in memory at a time. Raises UserError where the file is
+    damaged, shorter than its header promises, or longer."""
+    low, high, bad = math.inf, -math.inf, 0
+    values: set[float] | None = set()
+    at, rest = 0, b""
+    for piece in _unpacked(header):
+        begin, end = max(header.offset - at, 0), max(header.end - at, 0)
+        at += len(piece)
+        rest += piece[begin:end]
+        whole = len(rest) // header.dtype.itemsize * header.dtype.itemsize
+        raw, rest = np.frombuffer(rest[:whole], header.dtype), rest[whole:]
+        if not raw.size:
+            continue
+        voxels = raw.astype(np.float64) * header.slope + header.inter
+        finite = voxels[np.isfinite(voxels)]
+        bad += voxels.size - finite.size
+        if finite.size:
+            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+        if values is not None:
+            values.update(np.unique(finite).tolist() if len(values) <= MOST_VALUES else ())
+            values = values if len(values) <= MOST_VALUES else None
+    listed = None if values is None else tuple(sorted(values))
+    return Scan(low if low <= high else math.nan, high if low <= high else math.nan, bad, listed)
 
 
 def _open(path: Path) -> Any:
@@ -117,11 +208,24 @@ def _open(path: Path) -> Any:
     try:
         image = nib.load(path)
     except Exception as error:  # nibabel raises many kinds for malformed headers
+        _check_packing(path)
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a readable NIfTI file (.nii or .nii.gz): {text}") from error
     if not isinstance(image, (nib.Nifti1Image, nib.Nifti2Image)):
         raise UserError(f"{path}: expected a NIfTI file (.nii or .nii.gz), got {type(image).__name__}")
     return image
+
+
+def _check_packing(path: Path) -> None:
+    """A damaged gzip stream is no unknown file type, which is what nibabel calls it."""
+    with open(path, "rb") as file:
+        if file.read(2) != b"\x1f\x8b":
+            return
+    try:
+        with gzip.open(path, "rb") as stream:
+            stream.read(_CHUNK)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: damaged gzip file: {error}") from error
 
 
 def _shape(path: Path, header: Any, max_voxels: int) -> tuple[int, ...]:
@@ -142,24 +246,29 @@ def _shape(path: Path, header: Any, max_voxels: int) -> tuple[int, ...]:
     return shape
 
 
-def _check_length(path: Path, expected: int) -> None:
-    """The file holds what its header promises, no more than a little beyond, and its gzip checksum is right."""
-    slack = _CHUNK
-    if path.suffix != ".gz":
-        if path.stat().st_size < expected:
-            raise UserError(f"{path}: truncated: the header promises {expected} bytes, the file has {path.stat().st_size}")
-        return
-    total = 0
+def _unpacked(header: Header) -> Iterator[bytes]:
+    """The bytes of a file in pieces. It must hold what its header promises, no more than a little beyond, and its gzip checksum
+    must be right."""
+    path, total = header.path, 0
+    packed = path.suffix == ".gz"
     try:
-        with gzip.open(path, "rb") as stream:
+        with gzip.open(path, "rb") if packed else open(path, "rb") as stream:
             while piece := stream.read(_CHUNK):
                 total += len(piece)
-                if total > expected + slack:
-                    raise UserError(f"{path}: unpacks to more than the {expected} bytes that its header promises")
+                if packed and total > header.end + _CHUNK:
+                    raise UserError(f"{path}: unpacks to more than the {header.end} bytes that its header promises")
+                yield piece
+                if not packed and total >= header.end:
+                    return
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: damaged gzip file: {error}") from error
-    if total < expected:
-        raise UserError(f"{path}: truncated: the header promises {expected} bytes, the file unpacks to {total}")
+        raise UserError(f"{path}: damaged {'gzip ' if packed else ''}file: {error}") from error
+    if total < header.end:
+        raise _truncated(header, total)
+
+
+def _truncated(header: Header, size: int) -> UserError:
+    has = "unpacks to" if header.path.suffix == ".gz" else "has"
+    return UserError(f"{header.path}: truncated: the header promises {header.end} bytes, the file {has} {size}")
 
 
 # ---- writing ---------------------------------------------------------------------------

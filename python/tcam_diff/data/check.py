@@ -1,0 +1,110 @@
+"""What ``tcam check-data`` finds: for every case its geometry, range and labels, or why it cannot be used."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tcam_diff.data.nifti import VOXEL_BUDGET, Header, Scan, read_header, scan_voxels
+from tcam_diff.data.sources import Case
+from tcam_diff.errors import UserError
+
+
+@dataclass
+class Report:
+    """Of one case. ``problem``: why it would fail; "" where it would not."""
+
+    name: str
+    split: str
+    problem: str = ""
+    shape: tuple[int, int, int] | None = None
+    channels: int = 0
+    spacing: tuple[float, float, float] | None = None
+    orientation: str = ""
+    low: float = float("nan")
+    high: float = float("nan")
+    not_finite: int = 0
+    labels: list[int] | None = None
+    notes: list[str] = field(default_factory=list)  # what is odd and does not stop anything
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON, which has no NaN."""
+        known = {k: v for k, v in vars(self).items() if not (isinstance(v, float) and v != v)}
+        return known | {"shape": list(self.shape or ()), "spacing": list(self.spacing or ())}
+
+
+def check_case(case: Case, max_voxels: int = VOXEL_BUDGET) -> Report:
+    """Headers first, then one pass over each file; the first thing wrong ends it."""
+    report = Report(case.name, case.split)
+    try:
+        headers = [read_header(p, max_voxels) for p in case.images]
+        first = headers[0]
+        report.shape, report.spacing, report.orientation = first.shape, first.spacing, first.orientation
+        report.channels = sum(h.channels for h in headers)
+        for other in headers[1:]:
+            _same_grid(first, other)
+        label = None if case.label is None else read_header(case.label, max_voxels)
+        if label is not None:
+            _same_grid(first, label)
+            if label.channels != 1:
+                raise UserError(f"{label.path}: expected one label a voxel, got {label.channels} channels")
+        scans = [scan_voxels(h) for h in headers]
+        report.low, report.high = min(s.low for s in scans), max(s.high for s in scans)
+        report.not_finite = sum(s.not_finite for s in scans)
+        if report.not_finite:
+            bad = next(h for h, s in zip(headers, scans, strict=True) if s.not_finite)
+            raise UserError(f"{bad.path}: {report.not_finite} voxels are NaN or infinite; replace them first")
+        if label is not None:
+            report.labels = _labels(label, scan_voxels(label))
+    except UserError as error:
+        report.problem = str(error)
+        return report
+    if report.low == report.high:
+        report.notes.append(f"every voxel is {report.low:g}")
+    if report.labels == [0]:
+        report.notes.append("no voxel has a label")
+    return report
+
+
+def _same_grid(first: Header, other: Header) -> None:
+    if other.shape != first.shape:
+        raise UserError(f"{other.path}: expected the {first.shape} voxels of {first.path.name}, got {other.shape}")
+    if not np.allclose(other.affine, first.affine, atol=1e-2):
+        raise UserError(f"{other.path}: its affine is not that of {first.path.name}; resample one to the other first")
+
+
+def _labels(header: Header, scan: Scan) -> list[int]:
+    values = scan.values
+    if scan.not_finite:
+        raise UserError(f"{header.path}: {scan.not_finite} labels are NaN or infinite")
+    if values is None or any(v != int(v) or v < 0 for v in values):
+        shown = "more than 64 values" if values is None else ", ".join(f"{v:g}" for v in values[:6])
+        raise UserError(f"{header.path}: expected labels 0, 1, 2, ..., got {shown}")
+    return [int(v) for v in values]
+
+
+def check_cases(cases: Sequence[Case], max_voxels: int = VOXEL_BUDGET, jobs: int = 1) -> Iterator[Report]:
+    """In order. Threads: unpacking and numpy both let go of the interpreter."""
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(lambda case: check_case(case, max_voxels), cases)
+
+
+def compare(reports: Sequence[Report]) -> list[str]:
+    """What differs between usable cases, though each is sound."""
+    good, remarks = [r for r in reports if not r.problem], []
+    for what, values in (
+        ("channels", [str(r.channels) for r in good]),
+        ("shape", [" x ".join(map(str, r.shape or ())) for r in good]),
+        ("orientation", [r.orientation for r in good]),
+        ("spacing", [" x ".join(f"{s:.3g}" for s in r.spacing or ()) for r in good]),
+    ):
+        counted = Counter(values).most_common()
+        if len(counted) > 1:
+            shown = ", ".join(f"{value} ({count})" for value, count in counted[:4])
+            remarks.append(f"{what} differs: {shown}{', ...' if len(counted) > 4 else ''}")
+    return remarks
