@@ -121,13 +121,15 @@ def test_equal_seeds_give_equal_bits_and_others_do_not():
     assert not torch.equal(a[0], run(1)[0])
 
 
-def test_noise_makes_the_decoder_less_sensitive():
+@pytest.mark.parametrize("mode", ["point", "texel"])
+def test_noise_makes_the_decoder_less_sensitive(mode):
     """Equation 7 acts as a penalty on the decoder's Jacobian (algorithm.md 6.2): the more noise, the less sensitivity."""
     changes = []
     for noise in (0.0, 0.32, 1.0):
         torch.manual_seed(0)
         result = Fitter(
-            ellipsoids(), load_config("fast", [*SMALL, "steps=300", "noise_free_fraction=0", f"noise_std={noise}"])
+            ellipsoids(),
+            load_config("fast", [*SMALL, "steps=300", "noise_free_fraction=0", f"noise_std={noise}", f"noise_mode={mode}"]),
         ).run()
         with torch.no_grad():
             clean = result.decoder(result.planes, (24, 24, 24))

@@ -54,7 +54,12 @@ class FitConfig(BaseModel):
     beta: Annotated[float, Field(gt=0, description="of smooth_l1")] = 0.3
     tv_weight: Annotated[float, Field(ge=0)] = 1e-3
     noise_std: Annotated[float, Field(ge=0, description="C of equation 7")] = 0.32
-    noise_mode: Literal["texel"] = "texel"
+    noise_mode: Annotated[
+        Literal["point", "texel"],
+        Field(
+            description="noise of every voxel's features, as the paper has it, or of the planes' texels, which costs nothing"
+        ),
+    ] = "texel"
     noise_free_fraction: Annotated[float, Field(ge=0, le=1, description="of the last steps")] = 0.0
 
     intensity: Annotated[

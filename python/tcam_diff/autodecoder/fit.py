@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -115,8 +116,13 @@ class Fitter:
         self._set_learning_rate(index)
         planes = [rms_norm(p) for p in self.planes]
         loss = c.tv_weight * total_variation(planes) if c.tv_weight else self.planes[0].new_zeros(())
+        noise: dict[str, Any] = {}
         if c.noise_std and index < c.steps * (1 - c.noise_free_fraction):
-            planes = texel_noise(planes, c.noise_std, self.size, self.generators["noise"])
+            if c.noise_mode == "texel":
+                planes = texel_noise(planes, c.noise_std, self.size, self.generators["noise"])
+            else:
+                seed = int(torch.randint(2**62, (), generator=self.generators["noise"]))
+                noise = {"noise_std": c.noise_std, "noise_seed": seed}
         size: Sequence[int] = self.size
         if c.region == "lattice" and c.stride > 1:
             planes, want = self._lattice(planes)
@@ -125,7 +131,8 @@ class Fitter:
             box = self._box()
             (x0, x1), (y0, y1), (z0, z1) = box
             want = self.target[:, :, x0:x1, y0:y1, z0:z1]
-        loss = loss + self.decoder.loss(planes, want, size, box=box, loss=c.loss, beta=c.beta, compute_dtype=self.compute)
+        options = {"loss": c.loss, "beta": c.beta, "compute_dtype": self.compute, **noise}
+        loss = loss + self.decoder.loss(planes, want, size, box=box, **options)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.planes, c.grad_clip)
