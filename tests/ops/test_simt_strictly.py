@@ -33,7 +33,8 @@ def test_address_and_undefined_behaviour(tmp_path):
     preload = f"{runtime('libasan.so')} {runtime('libubsan.so')}"
     flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
     selected = "(values and float64 and silu) or box or (losses and mse) or dtypes or normals or noise"
-    selected += " or (mirror and bfloat16) or (fused_gradients and bfloat16) or points or product_of or resampling"
+    selected += " or (mirror and bfloat16) or (fused_gradients and bfloat16 and one) or (points and not fused)"
+    selected += " or (fused_points and 64) or product_of or resampling"
     done = run_tests(simt.build(tmp_path, *flags), selected, preload, ASAN_OPTIONS="detect_leaks=0")
     assert done.returncode == 0, done.stdout + done.stderr
 
