@@ -8,7 +8,7 @@
 namespace tcam {
 namespace {
 
-constexpr int threads = 256;
+constexpr int threads = 256, most_texel_blocks = 1024;
 
 struct Along {
   int64_t outer, inner, n, size, lo;  // n voxels, from lo on, of `size`
@@ -80,7 +80,7 @@ cudaError_t resample(const tcam_resample& p, const double* bounds, const void* i
   if (!p.adjoint)
     return launch(resample_kernel<Real>, blocks(a.outer * a.n * a.inner, 65535), threads, 0, stream, a, bounds, from,
                   static_cast<Real*>(out));
-  const dim3 grid(blocks(a.outer * a.inner, 1024), static_cast<unsigned>(p.texels < 65535 ? p.texels : 65535));
+  const dim3 grid(blocks(a.outer * a.inner, 1024), blocks(p.texels * threads, most_texel_blocks));
   return launch(resample_adjoint_kernel<Real>, grid, threads, 2 * sizeof(int64_t) + 16, stream, a, bounds, from,
                 static_cast<Real*>(out));
 }

@@ -627,7 +627,7 @@ def test_points_without_an_object_and_gradients_that_are_not_finite(kernels):
     dict(padding_mode="reflection", bounds=(2.5, -1.7)),
     dict(padding_mode="zeros", bounds=(-1.4, 0.3)),
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize(("texels", "size", "lo", "hi"), [(5, 17, 2, 15), (9, 4, 0, 4), (1, 3, 0, 3)])
+@pytest.mark.parametrize(("texels", "size", "lo", "hi"), [(5, 17, 2, 15), (9, 4, 0, 4), (1, 3, 0, 3), (1030, 9, 0, 9)])
 def test_resampling_an_axis_and_back(kernels, options, texels, size, lo, hi):
     bounds = options.get("bounds")
     limits = None if bounds is None else torch.tensor(bounds, dtype=torch.float64)
