@@ -14,8 +14,8 @@ import torch
 from tcam_diff import demo
 from tcam_diff.autodecoder.config import load_config
 from tcam_diff.autodecoder.fit import Fitter
-from tcam_diff.autodecoder.intensity import intensity_range, to_unit
 from tcam_diff.autodecoder.planes import texel_noise
+from tcam_diff.data.intensity import intensity_range, to_unit
 from tcam_diff.data.nifti import read_volume
 from tcam_diff.evaluation import metrics
 
@@ -39,7 +39,7 @@ def main() -> None:
         path = Path(folder) / "template.nii.gz"
         demo.template(path)
         data = read_volume(path).data
-    target = to_unit(data, intensity_range(data, "minmax"))
+    target = to_unit(data, intensity_range(data))
     want = torch.from_numpy(target)
     size = tuple(want.shape[1:])
     rows = []

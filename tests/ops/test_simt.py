@@ -354,7 +354,8 @@ def test_the_workspace_at_512(kernels, capsys, compute, backward, limit):
         p.options |= {"noise_std": noise_std}
         found = kernels.workspace(p, compute, backward)
         with capsys.disabled():
-            print(f"\n[workspace at 512^3, compute {compute}, backward {backward}, noise {noise_std}: {found / 1e9:.2f} GB]", end="")
+            what = f"compute {compute}, backward {backward}, noise {noise_std}"
+            print(f"\n[workspace at 512^3, {what}: {found / 1e9:.2f} GB]", end="")
         assert found < limit
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,10 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import tcam_ext
-from tcam_diff.autodecoder.config import FitConfig
+from tcam_diff.autodecoder.config import FitConfig, ObjectiveConfig
 from tcam_diff.autodecoder.fit import FitResult
 from tcam_diff.autodecoder.planes import PLANE_NAMES
 from tcam_diff.errors import UserError
+from tcam_diff.files import sha256, writable_folder
 
 FORMAT = 1
 _PLANES, _DECODER, _CONFIG, _MANIFEST = (
@@ -54,7 +54,7 @@ class Metadata:
 class FittedVolume:
     planes: list[Tensor]  # (1, C, rows, columns), normalised
     decoder: tcam_ext.TriplaneDecoder
-    config: FitConfig
+    config: ObjectiveConfig
     meta: Metadata
 
     @torch.no_grad()
@@ -91,7 +91,7 @@ def save(folder: str | os.PathLike[str], result: FitResult, meta: Metadata) -> N
                 "psnr_of_check_slices": result.psnr,
                 "history": result.history,
             },
-            "sha256": {name: _sha256(stage / name) for name in (_PLANES, _DECODER, _CONFIG)},
+            "sha256": {name: sha256(stage / name) for name in (_PLANES, _DECODER, _CONFIG)},
         }
         (stage / _MANIFEST).write_text(json.dumps(manifest, indent=1))
         (folder / _MANIFEST).unlink(missing_ok=True)  # no manifest, no artefact: never old sums beside new files
@@ -109,7 +109,7 @@ def load(folder: str | os.PathLike[str]) -> FittedVolume:
         path = folder / name
         if not path.is_file():
             raise UserError(f"{path}: missing; fit the volume again")
-        if _sha256(path) != want:
+        if sha256(path) != want:
             raise UserError(f"{path}: its content does not match the checksum in {_MANIFEST}: the file was changed or damaged")
     try:
         meta = Metadata(**manifest["tcam"])
@@ -135,12 +135,7 @@ def prepare(folder: str | os.PathLike[str], overwrite: bool) -> None:
     folder = Path(folder)
     if (folder / _MANIFEST).exists() and not overwrite:
         raise UserError(f"{folder}: holds a fitted volume already; choose another folder or add --overwrite")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
+    writable_folder(folder)
     for left in folder.glob(".writing-*"):  # of a run that was killed
         shutil.rmtree(left, ignore_errors=True)
 
@@ -166,11 +161,3 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(f"{path}: damaged: {error}") from error
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()

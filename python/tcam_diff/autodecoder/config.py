@@ -1,97 +1,134 @@
-"""The configuration of a fit: a pydantic model, presets in configs/, overrides as key=value."""
+"""Configurations of stage 1: what ``tcam fit``, ``tcam train-autodecoder`` and ``tcam encode`` minimise, and how."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
-from importlib import resources
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from tcam_diff.errors import UserError
+from tcam_diff import config as configs
+from tcam_diff.config import Config
 
-PRESETS = ("fast", "paper")
+Count = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
 
 
-class FitConfig(BaseModel):
-    """One volume's planes and decoder. Defaults are those of algorithm.md section 0; see configs/*.yaml."""
-
-    model_config = ConfigDict(extra="forbid")
+class ObjectiveConfig(Config):
+    """Model, loss and optimisation. Defaults are those of algorithm.md section 0, the paper's where it says one."""
 
     channels: Annotated[int, Field(ge=1, le=256, description="C of the planes")] = 42
     plane_size: Annotated[
-        int | tuple[int, int, int] | None,
-        Field(description="texels along x, y, z; null: half the volume's voxels"),
+        int | tuple[int, int, int] | None, Field(description="texels along x, y, z; null: half the volume's voxels")
     ] = None
-    widths: Annotated[list[Annotated[int, Field(ge=1, le=256)]], Field(max_length=5)] = [128, 128, 128, 128]
+    widths: Annotated[list[Annotated[int, Field(ge=1, le=256)]], Field(max_length=5)] = Field(default=[128, 128, 128, 128])
     activation: Literal["relu", "leaky_relu", "silu", "softplus", "tanh"] = "relu"
     output_activation: Literal["sigmoid", "clamp", "none"] = "sigmoid"
     compute_dtype: Annotated[
-        Literal["auto", "float32", "bfloat16"],
-        Field(description="auto: bfloat16 where the CPU multiplies it"),
+        Literal["auto", "float32", "bfloat16", "float64"],
+        Field(description="auto: bfloat16 where the machine multiplies it; float64: parameters too"),
     ] = "auto"
+    norm: Annotated[
+        Literal["plane", "texel", "channel", "triplane", "none"],
+        Field(description="what RMSNorm has unit energy of (equation 6 leaves it open)"),
+    ] = "plane"
 
-    steps: Annotated[int, Field(ge=1)] = 20000
+    steps: Count = 20000
     region: Annotated[
-        Literal["volume", "box", "lattice"],
-        Field(description="voxels of a step: all, one random box, or every stride-th along each axis from a random start"),
+        Literal["volume", "box", "slices", "lattice"],
+        Field(description="voxels of a visit: all, a random box, random slices, every stride-th along each axis"),
     ] = "volume"
     voxels_per_step: Annotated[int, Field(ge=1, description="of a box")] = 2**18
+    slices: Annotated[int, Field(ge=1, description="along each axis")] = 2
     stride: Annotated[int, Field(ge=1, le=16, description="of a lattice")] = 4
 
-    lr_planes: Annotated[float, Field(gt=0)] = 3e-5
-    lr_decoder: Annotated[float, Field(gt=0)] = 3e-5
+    lr_planes: Rate = 3e-5
+    lr_decoder: Rate = 3e-5
     beta2: Annotated[float, Field(ge=0, lt=1, description="Adam's second decay")] = 0.999
     adam_eps: Annotated[float, Field(gt=0)] = 1e-8
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     plane_init_std: Annotated[float, Field(gt=0)] = 1e-3
-    grad_clip: Annotated[float, Field(gt=0, description="norm; planes and decoder separately")] = 1.0
+    grad_clip: Annotated[float, Field(gt=0, description="norm; each object's planes and the decoder separately")] = 1.0
 
     loss: Literal["smooth_l1", "l1", "mse"] = "smooth_l1"
     beta: Annotated[float, Field(gt=0, description="of smooth_l1")] = 0.3
-    tv_weight: Annotated[float, Field(ge=0)] = 1e-3
+    tv: Annotated[
+        Literal["l1_mean", "l2_mean", "rms", "nfd_sum"], Field(description="of the normalised planes' differences")
+    ] = "l1_mean"
+    tv_weight: Weight = 1e-3
+    ssim_weight: Annotated[float, Field(ge=0, description="of 1 - SSIM of random slices")] = 0.0
+    perceptual_weight: Annotated[float, Field(ge=0, description="of LPIPS (SqueezeNet) of random slices; the paper: 1e-2")] = (
+        0.0
+    )
+    perceptual_weights: Annotated[
+        str | None, Field(description="file with torchvision's squeezenet1_1 weights; null: fetched by torchvision")
+    ] = None
+    feature_slices: Annotated[int, Field(ge=1, description="along each axis, for SSIM and LPIPS")] = 1
     noise_std: Annotated[float, Field(ge=0, description="C of equation 7")] = 0.32
     noise_mode: Annotated[
         Literal["point", "texel"],
-        Field(
-            description="noise of every voxel's features, as the paper has it, or of the planes' texels, which costs nothing"
-        ),
+        Field(description="of every voxel's features, as the paper has it, or of the planes' texels, which costs nothing"),
     ] = "texel"
     noise_free_fraction: Annotated[float, Field(ge=0, le=1, description="of the last steps")] = 0.0
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class FitConfig(ObjectiveConfig):
+    """One volume's planes and decoder."""
 
     intensity: Annotated[
-        Literal["minmax", "percentile"],
-        Field(description="what maps to [0, 1]; percentile: 0 to 99.5, clipped"),
+        Literal["minmax", "percentile"], Field(description="what maps to [0, 1]; percentile: 0 to 99.5, clipped")
     ] = "minmax"
+
+
+class TrainConfig(ObjectiveConfig):
+    """One decoder, and planes for every volume of a store."""
+
+    data: Annotated[str, Field(description="a folder that `tcam prepare` wrote")]
+    split: str = "train"
+    batch: Annotated[
+        int,
+        Field(ge=1, description="objects of a step, one after another: their gradients accumulate, their memory does not"),
+    ] = 1
+    inner_steps: Annotated[int, Field(ge=1, description="steps with the same objects before the next are read")] = 1
+    shared_init: Annotated[bool, Field(description="all objects start from the same small planes")] = True
+    tables: Annotated[
+        Literal["auto", "device", "host", "disk"],
+        Field(description="where planes and their Adam moments live; auto: the fastest that they fit in"),
+    ] = "auto"
+    ema_decay: Annotated[float, Field(ge=0, lt=1, description="of the decoder's average, with warm-up")] = 0.999
+    device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, ...")] = "auto"
+    prefetch: Annotated[int, Field(ge=0, description="steps whose voxels are read ahead; 0: none")] = 2
+    log_every: Annotated[Count, Field(description="steps")] = 50
+    evaluate_every: Annotated[int | None, Field(ge=1, description="steps; null: a tenth of all")] = None
+    evaluate_objects: Annotated[Count, Field(description="of an evaluation on the way")] = 8
+    checkpoint_every: Annotated[int | None, Field(ge=1, description="steps; null: a twentieth of all")] = None
+    keep: Annotated[Count, Field(description="checkpoints, beside the best")] = 2
+
+
+class EncodeConfig(Config):
+    """How planes of new volumes are found under a frozen decoder; the rest is as the decoder was trained."""
+
+    steps: Count = 1000
+    batch: Annotated[int, Field(ge=1, description="volumes at a time")] = 16
+    lr: Annotated[float, Field(gt=0, description="of planes of unit energy; decays to 0")] = 5e-2
+    region: Literal["volume", "box", "slices", "lattice"] | None = None
+    voxels_per_step: Count | None = None
+    slices: Count | None = None
+    stride: Annotated[int | None, Field(ge=1, le=16)] = None
+    noise_free_fraction: Annotated[float, Field(ge=0, le=1, description="of the last steps")] = 0.1
+    check_every: Annotated[Count, Field(description="steps")] = 100
+    plateau_db: Annotated[
+        float, Field(ge=0, description="less gain than this at three checks in a row ends a volume; 0: never")
+    ] = 0.02
+    init: Annotated[Literal["mean", "start"], Field(description="the mean of the training planes, or where those started")] = (
+        "mean"
+    )
     seed: Annotated[int, Field(ge=0)] = 0
 
 
 def load_config(preset: str, overrides: Sequence[str] = ()) -> FitConfig:
-    """A preset with ``key=value`` overrides (values are YAML). Raises UserError naming the key."""
-    if preset not in PRESETS:
-        raise UserError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
-    values: dict[str, Any] = yaml.safe_load(resources.files("tcam_diff.configs").joinpath(f"fit-{preset}.yaml").read_text())
-    for item in overrides:
-        key, equals, text = item.partition("=")
-        if not equals:
-            raise UserError(f"{item!r}: expected key=value, for example steps=500")
-        if key not in FitConfig.model_fields:
-            near = difflib.get_close_matches(key, FitConfig.model_fields, n=1)
-            raise UserError(f"{key}: no such key" + (f"; did you mean {near[0]}?" if near else "; see `tcam fit --help`"))
-        try:
-            values[key] = yaml.safe_load(text)
-            if isinstance(values[key], str):  # YAML 1.1 reads 1e-2 as text
-                values[key] = float(text)
-        except ValueError:
-            pass
-        except yaml.YAMLError as error:
-            raise UserError(f"{key}: cannot read {text!r} as YAML") from error
-    try:
-        return FitConfig.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(str(p) for p in first["loc"])
-        raise UserError(f"{path}: {first['msg'].lower()}, got {first['input']!r}") from error
+    """``tcam fit``'s configuration: a preset or a YAML file, with changes."""
+    return configs.load(FitConfig, "fit", preset, overrides)

@@ -19,9 +19,22 @@ def init_planes(channels: int, texels: Sequence[int], std: float, generator: tor
     return [std * torch.randn(batch, channels, texels[a], texels[b], generator=generator) for a, b in PLANE_AXES]
 
 
-def rms_norm(plane: Tensor, eps: float = 1e-8) -> Tensor:
-    """F / sqrt(mean F^2 + eps) over all of C, rows, columns of a plane: unit energy (equation 6, reading A)."""
-    return plane * torch.rsqrt(plane.square().mean(dim=(-3, -2, -1), keepdim=True) + eps)
+def rms_norm(plane: Tensor, dims: Sequence[int] = (-3, -2, -1), eps: float = 1e-8) -> Tensor:
+    """F / sqrt(mean F^2 + eps) over ``dims``, by default all of C, rows, columns of a plane: unit energy (equation 6)."""
+    return plane * torch.rsqrt(plane.square().mean(dim=tuple(dims), keepdim=True) + eps)
+
+
+def normalise(planes: Sequence[Tensor], norm: str = "plane") -> list[Tensor]:
+    """Equation 6 in each of its readings (algorithm.md section 6): unit energy of every plane, texel (C entries), channel,
+    triplane, or none."""
+    if norm == "none":
+        return list(planes)
+    if norm == "triplane":
+        count = sum(p[0].numel() for p in planes)
+        energy = torch.stack([p.square().sum(dim=(-3, -2, -1), keepdim=True) for p in planes]).sum(0) / count
+        return [p * torch.rsqrt(energy + 1e-8) for p in planes]
+    dims = {"plane": (-3, -2, -1), "texel": (-3,), "channel": (-2, -1)}[norm]
+    return [rms_norm(p, dims) for p in planes]
 
 
 def texel_noise(
@@ -47,16 +60,27 @@ def texel_noise(
     noisy = []
     for plane, (a, b) in zip(planes, PLANE_AXES, strict=True):
         scale = std / (shrink[a] * shrink[b]) ** 0.5
-        noisy.append(plane + scale * torch.randn(plane.shape, generator=generator, dtype=plane.dtype))
+        noisy.append(plane + scale * torch.randn(plane.shape, generator=generator, dtype=plane.dtype).to(plane.device))
     return noisy
 
 
-def total_variation(planes: Sequence[Tensor]) -> Tensor:
-    """Sum over the planes of mean |difference along rows| + mean |difference along columns| (algorithm.md 6.4, l1_mean)."""
+def total_variation(planes: Sequence[Tensor], kind: str = "l1_mean") -> Tensor:
+    """Sum over the planes and both of their axes of a norm of the differences d (algorithm.md 6.4), averaged over objects.
+
+    l1_mean: mean |d|; l2_mean: mean d^2; rms: sqrt(mean d^2); nfd_sum: sqrt(sum d^2), as NFD has it.
+    """
     total = planes[0].new_zeros(())
     for p in planes:
-        if p.shape[-2] > 1:
-            total = total + p.diff(dim=-2).abs().mean()
-        if p.shape[-1] > 1:
-            total = total + p.diff(dim=-1).abs().mean()
+        for dim in (-2, -1):
+            if p.shape[dim] < 2:
+                continue
+            d = p.diff(dim=dim)
+            if kind == "l1_mean":
+                total = total + d.abs().mean()
+            elif kind == "l2_mean":
+                total = total + d.square().mean()
+            else:
+                of = d.square().flatten(1)
+                of = of.mean(1) if kind == "rms" else of.sum(1)
+                total = total + (of + 1e-12).sqrt().mean()
     return total

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import tcam_ext
-from tcam_diff.cli import check_data, compare, decode, fit, make_cohort
+from tcam_diff.cli import check_data, compare, decode, encode, fit, make_cohort, prepare, train_autodecoder
 
 app = typer.Typer(
     help="Triplane autodecoding of 3D medical volumes (TCAM-Diff).",
@@ -20,6 +20,10 @@ app.command("fit")(fit.fit)
 app.command("decode")(decode.decode)
 app.command("compare")(compare.compare)
 app.command("check-data")(check_data.check_data)
+app.command("prepare")(prepare.prepare)
+app.command("train-autodecoder")(train_autodecoder.train_autodecoder)
+app.command("encode")(encode.encode)
+app.command("export-latents")(encode.export_latents)
 app.command("make-cohort")(make_cohort.make_cohort)
 
 

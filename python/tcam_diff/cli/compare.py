@@ -9,7 +9,7 @@ import torch
 import typer
 from rich.console import Console
 
-from tcam_diff.autodecoder.intensity import intensity_range, to_unit
+from tcam_diff.data.intensity import intensity_range, to_unit
 from tcam_diff.data.nifti import VOXEL_BUDGET, Volume, read_volume
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation import metrics
@@ -40,7 +40,7 @@ def compare_volumes(first: Volume, second: Volume, picture: Path, channel: int =
         )
     if not 0 <= channel < first.data.shape[0]:
         raise UserError(f"--channel: expected 0 to {first.data.shape[0] - 1}, got {channel}")
-    ranges = intensity_range(first.data, "minmax")
+    ranges = intensity_range(first.data)
     unit_a, unit_b = to_unit(first.data, ranges), to_unit(second.data, ranges)
     ta, tb = torch.from_numpy(unit_a), torch.from_numpy(unit_b)
     found = {"mse": metrics.mse(ta, tb), "psnr": metrics.psnr(ta, tb)}

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from tcam_diff.autodecoder import artefact
+from tcam_diff.autodecoder import artefact, latents
 from tcam_diff.data.nifti import Quantiser, resized_affine, write_volume
 from tcam_diff.errors import UserError
 
@@ -19,7 +19,7 @@ console = Console()
 
 
 def decode(
-    folder: Annotated[Path, typer.Argument(help="A folder that `tcam fit` wrote.")],
+    folder: Annotated[Path, typer.Argument(help="A folder that `tcam fit` wrote, or a latent set.")],
     out: Annotated[Path, typer.Option("--out", help="The volume to write (.nii or .nii.gz).")],
     size: Annotated[
         tuple[int, int, int] | None,
@@ -28,12 +28,25 @@ def decode(
     dtype: Annotated[
         str, typer.Option(help="float32, int16, uint16 or uint8 (integers with scl_slope and scl_inter).")
     ] = "float32",
+    volume: Annotated[str | None, typer.Option(help="Which volume of a latent set.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Decode FOLDER to a NIfTI file with the field of view of the original, a slab at a time."""
-    fitted = artefact.load(folder)
+    fitted = _load(folder, volume)
     decode_to_file(fitted, out, size or fitted.meta.shape, dtype, quiet)
     console.print(f"{out}: {' x '.join(map(str, size or fitted.meta.shape))}, {dtype}", highlight=False)
+
+
+def _load(folder: Path, volume: str | None) -> artefact.FittedVolume:
+    if not (folder / latents.INDEX).is_file():
+        if volume is not None:
+            raise UserError(f"--volume: {folder} is no latent set")
+        return artefact.load(folder)
+    found = latents.LatentSet(folder)
+    if volume is None and len(found.entries) > 1:
+        names = ", ".join(e.name for e in found.entries[:5])
+        raise UserError(f"{folder}: a latent set of {len(found.entries)} volumes; choose one with --volume: {names}, ...")
+    return found.fitted(volume or found.entries[0].name)
 
 
 def decode_to_file(

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
@@ -24,9 +22,11 @@ from rich.progress import (
 
 from tcam_diff.autodecoder import artefact
 from tcam_diff.autodecoder.config import FitConfig, load_config
-from tcam_diff.autodecoder.fit import FitResult, Fitter, compute_dtype, plane_texels
+from tcam_diff.autodecoder.fit import FitResult, Fitter
 from tcam_diff.autodecoder.fit import Progress as FitProgress
-from tcam_diff.autodecoder.intensity import intensity_range, to_unit
+from tcam_diff.autodecoder.objective import compute_dtype, plane_texels
+from tcam_diff.cli.common import stop_on_interrupt
+from tcam_diff.data.intensity import intensity_range, to_unit
 from tcam_diff.data.nifti import VOXEL_BUDGET, Volume, read_volume
 from tcam_diff.errors import UserError
 
@@ -65,7 +65,7 @@ def fit(
 
 def fit_volume(source: Volume, config: FitConfig, quiet: bool = False) -> tuple[FitResult, artefact.Metadata]:
     """Scale, fit with a progress bar, and describe."""
-    ranges = intensity_range(source.data, config.intensity)
+    ranges = intensity_range(source.data, 0, 100 if config.intensity == "minmax" else 99.5)
     fitter = Fitter(to_unit(source.data, ranges), config)
     texels = plane_texels(config, source.shape)
     console.print(
@@ -75,7 +75,10 @@ def fit_volume(source: Volume, config: FitConfig, quiet: bool = False) -> tuple[
         highlight=False,
         soft_wrap=True,
     )
-    with _bar(config.steps, quiet) as show, _stop_on_interrupt() as stop:
+    with (
+        _bar(config.steps, quiet) as show,
+        stop_on_interrupt("the best result is kept (again: stop at once, keep nothing)") as stop,
+    ):
         result = fitter.run(show, stop)
     meta = artefact.Metadata(
         shape=source.shape,
@@ -116,22 +119,3 @@ def _bar(steps: int, quiet: bool) -> Iterator[Callable[[FitProgress], None]]:
                 )
 
         yield show
-
-
-@contextmanager
-def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C (or SIGTERM) asks for a clean stop; the second interrupts at once."""
-    asked = [False]
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if asked[0]:
-            raise KeyboardInterrupt
-        asked[0] = True
-        console.print("stopping after this step; the best result is kept (again: stop at once, keep nothing)")
-
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked[0]
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

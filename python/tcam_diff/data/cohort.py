@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +22,7 @@ from scipy import ndimage
 
 from tcam_diff.data.nifti import Quantiser, write_volume
 from tcam_diff.errors import UserError
+from tcam_diff.files import write_text
 
 Array = NDArray[np.float32]
 
@@ -268,7 +268,7 @@ def make_cohort(folder: Path, cohort: Cohort, jobs: int = 1) -> Iterator[int]:
             raise UserError(f"{folder}: holds another cohort ({recipe.name}: {found}); choose another folder, or delete it")
     elif any(folder.iterdir()):
         raise UserError(f"{folder}: expected an empty folder, or one that this command has begun")
-    _replace_text(recipe, json.dumps(asdict(cohort), indent=1) + "\n")
+    write_text(recipe, json.dumps(asdict(cohort), indent=1) + "\n")
     for i in range(cohort.n):
         for path in _paths(folder, cohort, i):
             path.parent.mkdir(exist_ok=True)
@@ -277,7 +277,7 @@ def make_cohort(folder: Path, cohort: Cohort, jobs: int = 1) -> Iterator[int]:
             yield from pool.map(functools.partial(_write, folder, cohort), range(cohort.n))
     else:
         yield from (_write(folder, cohort, i) for i in range(cohort.n))
-    _replace_text(folder / "dataset.json", json.dumps(description(cohort), indent=1) + "\n")
+    write_text(folder / "dataset.json", json.dumps(description(cohort), indent=1) + "\n")
 
 
 def description(cohort: Cohort) -> dict[str, object]:
@@ -302,9 +302,3 @@ def description(cohort: Cohort) -> dict[str, object]:
         ],
         "test": [f"./imagesTs/{cohort.name(i)}.nii.gz" for i in listed(True)],
     }
-
-
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -17,6 +17,7 @@ import nibabel as nib
 import numpy as np
 
 from tcam_diff.errors import UserError
+from tcam_diff.files import replacing
 
 #: Voxels (times channels) that a file may hold unless the caller allows more: 1024^3.
 VOXEL_BUDGET = 2**30
@@ -317,7 +318,7 @@ def write_volume(
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such folder")
     header = _header(path, shape, channels, affine, quantiser, codes, units)
-    with _replacing(path) as target, _stream(path, target) as out:
+    with replacing(path) as target, _stream(path, target) as out:
         out.write(header)
         if channels == 1:
             for slab in slabs:
@@ -359,28 +360,6 @@ def _header(
     header["vox_offset"] = 352
     header["magic"] = b"n+1"
     return bytes(header.binaryblock) + b"\0\0\0\0"
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file beside ``path`` that takes its name when the block ends well, and vanishes when it does not."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @contextmanager

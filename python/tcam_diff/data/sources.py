@@ -73,6 +73,29 @@ def find_cases(path: Path) -> Source:
     return Source(path, layout, tuple(cases))
 
 
+def download_decathlon(path: Path, quiet: bool = False) -> None:
+    """Fetch and unpack a task of the Medical Segmentation Decathlon with MONAI, unless it is there already.
+
+    Raises UserError where the name is none of the tasks', or where it cannot be fetched.
+    """
+    from monai.apps import DecathlonDataset, download_and_extract
+
+    if (path / "dataset.json").exists():
+        return
+    task = path.name
+    if task not in DecathlonDataset.resource:
+        raise UserError(f"{path}: expected a task's name at the end, one of {', '.join(DecathlonDataset.resource)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        url, checksum = DecathlonDataset.resource[task], DecathlonDataset.md5[task]
+        download_and_extract(url, path.parent / f"{task}.tar", path.parent, checksum, progress=not quiet)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{task}: could not be fetched from {url} ({error}); where this machine has no network, fetch and unpack it on one "
+            f"that has, put it at {path}, and leave --download out"
+        ) from error
+
+
 def _folder(path: Path) -> tuple[str, list[Case]]:
     if (path / "dataset.json").exists():
         return "Decathlon", _datalist(path / "dataset.json", path)

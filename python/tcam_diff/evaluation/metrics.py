@@ -26,6 +26,13 @@ def psnr_of_mse(error: float) -> float:
     return math.inf if error == 0 else -10 * math.log10(error)
 
 
+def gaussian(taps: int, sigma: float) -> Tensor:
+    """(taps,), of sum 1."""
+    x = torch.arange(taps, dtype=torch.float32) - (taps - 1) / 2
+    kernel = torch.exp(-x.square() / (2 * sigma**2))
+    return kernel / kernel.sum()
+
+
 def ssim3d(a: Tensor, b: Tensor, slab: int = 32) -> float:
     """Mean structural similarity (Wang 2004) of two volumes (channels, H, W, D) with data range 1.
 
@@ -36,9 +43,7 @@ def ssim3d(a: Tensor, b: Tensor, slab: int = 32) -> float:
         raise ValueError(f"a, b: expected equal shapes (channels, H, W, D), got {tuple(a.shape)} and {tuple(b.shape)}")
     if min(a.shape[1:]) < WINDOW:
         raise ValueError(f"a, b: SSIM needs at least {WINDOW} voxels an axis, got {tuple(a.shape[1:])}")
-    x = torch.arange(WINDOW, dtype=torch.float32) - (WINDOW - 1) / 2
-    kernel = torch.exp(-x.square() / (2 * SIGMA**2))
-    kernel = kernel / kernel.sum()
+    kernel = gaussian(WINDOW, SIGMA)
     total, count = 0.0, 0
     rows = a.shape[1] - WINDOW + 1
     for start in range(0, rows, slab):

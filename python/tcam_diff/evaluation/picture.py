@@ -13,6 +13,7 @@ from tcam_diff.data.nifti import spacing_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 
 def canonical(volume: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, tuple[float, float, float]]:
@@ -32,9 +33,18 @@ def compare_picture(
     names: tuple[str, str],
     caption: str,
 ) -> None:
-    """Write a PNG. a, b: (H, W, D) in [0, 1]; slices through the centre, anatomical directions up to the rotation of an
-    oblique affine, voxels in their true proportions."""
+    """Write :func:`comparison` as a PNG."""
     path = Path(path)
+    temporary = path.with_name(f".{path.name}.part")
+    figure = comparison(a, b, affine, names, caption)
+    figure.savefig(temporary, dpi=110, format="png")
+    plt.close(figure)
+    os.replace(temporary, path)
+
+
+def comparison(a: np.ndarray, b: np.ndarray, affine: np.ndarray, names: tuple[str, str], caption: str) -> Figure:
+    """A figure of a, b (H, W, D) in [0, 1] and their difference: slices through the centre, anatomical directions up to the
+    rotation of an oblique affine, voxels in their true proportions."""
     a, spacing = canonical(a, affine)
     b, _ = canonical(b, affine)
     middle = [n // 2 for n in a.shape]
@@ -69,7 +79,4 @@ def compare_picture(
             if row == 2:
                 figure.colorbar(shown, ax=axes[:, column], orientation="horizontal", shrink=0.8, pad=0.02)
     figure.suptitle(caption, fontsize=12)
-    temporary = path.with_name(f".{path.name}.part")
-    figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)
-    os.replace(temporary, path)
+    return figure

@@ -1,0 +1,212 @@
+"""The latent set: normalised planes of many volumes with the decoder that they belong to. What stage 2 is trained on.
+
+latents.json                what, from where, every volume's geometry, intensities, PSNR, and the planes' statistics
+planes/NAME.safetensors     xy, yz, xz: (C, rows, columns) float32, with the volume's entry as metadata
+decoder.safetensors         the averaged decoder
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+import tcam_ext
+from tcam_diff import config as configs
+from tcam_diff.autodecoder import artefact
+from tcam_diff.autodecoder.config import TrainConfig
+from tcam_diff.autodecoder.objective import make_decoder
+from tcam_diff.autodecoder.planes import PLANE_NAMES
+from tcam_diff.data.store import Record
+from tcam_diff.errors import UserError
+from tcam_diff.files import replacing, sha256, writable_folder, write_text
+
+FORMAT = 1
+INDEX, DECODER = "latents.json", "decoder.safetensors"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A volume of the set."""
+
+    name: str
+    split: str
+    shape: tuple[int, ...]  # (channels, H, W, D)
+    affine: list[list[float]]
+    intensity: list[tuple[float, float]]  # per channel: physical values at 0 and 1
+    source: str
+    psnr: float  # dB, of the whole volume, without noise
+    steps: int
+    sha256: str = ""
+
+
+class LatentWriter:
+    """Fills a set volume by volume; one that was begun with the same decoder and settings is gone on with."""
+
+    def __init__(
+        self, folder: Path, config: TrainConfig, decoder: tcam_ext.TriplaneDecoder, provenance: dict[str, Any]
+    ) -> None:
+        self.folder, self.config, self.provenance = folder, config, provenance
+        writable_folder(folder / "planes")
+        weights = save({k: v.detach().float().cpu().contiguous() for k, v in decoder.state_dict().items()})
+        self.digest = hashlib.sha256(weights + json.dumps(provenance.get("encode"), sort_keys=True).encode()).hexdigest()
+        held = folder / DECODER
+        if held.exists() and hashlib.sha256(held.read_bytes()).hexdigest() != hashlib.sha256(weights).hexdigest():
+            raise UserError(f"{folder}: holds the latents of another decoder; choose another folder")
+        if not held.exists():
+            with replacing(held) as file:
+                file.write(weights)
+
+    def path(self, name: str) -> Path:
+        return self.folder / "planes" / f"{name}.safetensors"
+
+    def find(self, record: Record) -> Entry | None:
+        """What an earlier run made of the same stored volume."""
+        path = self.path(record.name)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                meta = file.metadata()
+        except SafetensorError:
+            return None
+        if meta.get("digest") != self.digest or meta.get("volume") != record.sha256:
+            return None
+        return _entry(json.loads(meta["tcam"]))
+
+    def write(self, record: Record, planes: Sequence[Tensor], psnr: float, steps: int) -> Entry:
+        entry = Entry(
+            record.name,
+            record.split,
+            record.shape,
+            record.affine,
+            record.intensity,
+            record.sources[0]["path"] if record.sources else "",
+            psnr,
+            steps,
+        )
+        tensors = {n: p[0].detach().float().cpu().contiguous() for n, p in zip(PLANE_NAMES, planes, strict=True)}
+        meta = {"tcam": json.dumps(asdict(entry)), "digest": self.digest, "volume": record.sha256}
+        with replacing(self.path(record.name)) as file:
+            file.write(save(tensors, metadata=meta))
+        return entry
+
+    def finish(self, entries: Sequence[Entry]) -> dict[str, Any]:
+        """Write the index, with the statistics of the planes; returns those."""
+        statistics = self.statistics(entries)
+        index = {
+            "format": FORMAT,
+            "planes": "xy, yz, xz of volumes (channels, x, y, z) = file axes (i, j, k); first axis first",
+            "config": self.config.model_dump(mode="json"),
+            "provenance": self.provenance | {"tcam_ext": tcam_ext.__version__},
+            "statistics": statistics,
+            "decoder_sha256": sha256(self.folder / DECODER),
+            "volumes": [asdict(e) | {"sha256": sha256(self.path(e.name))} for e in entries],
+        }
+        write_text(self.folder / INDEX, json.dumps(index, indent=1))
+        return statistics
+
+    def statistics(self, entries: Sequence[Entry]) -> dict[str, Any]:
+        """Of each plane over the set: root mean square, that of each channel, and the share of the energy that is in the mean
+        plane (algorithm.md 6.5: much of it means that centring would help the diffusion model)."""
+        found = {}
+        for name in PLANE_NAMES:
+            total: Tensor | None = None
+            energy = torch.zeros(0)
+            for entry in entries:
+                plane = _tensor(self.path(entry.name), name).double()
+                total = plane if total is None else total + plane
+                squares = plane.square().mean((1, 2))
+                energy = squares if energy.numel() == 0 else energy + squares
+            assert total is not None
+            mean = total / len(entries)
+            energy = energy / len(entries)
+            found[name] = {
+                "rms": float(energy.mean().sqrt()),
+                "channel_rms": [round(float(x), 6) for x in energy.sqrt()],
+                "mean_plane_energy_share": float(mean.square().mean() / energy.mean()),
+            }
+        return found
+
+
+class LatentSet:
+    """An opened set."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        path = self.folder / INDEX
+        if not path.is_file():
+            raise UserError(
+                f"{self.folder}: not a folder that `tcam encode` or `tcam export-latents` finished ({INDEX} is missing)"
+            )
+        try:
+            self.index: dict[str, Any] = json.loads(path.read_text())
+            if self.index["format"] != FORMAT:
+                raise UserError(f"{path}: format {self.index['format']}, this version reads {FORMAT}")
+            self.entries = [_entry(e) for e in self.index["volumes"]]
+            self.config = configs.validate(TrainConfig, self.index["config"], str(path))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: damaged: {error}") from error
+
+    def entry(self, name: str) -> Entry:
+        for e in self.entries:
+            if e.name == name:
+                return e
+        names = ", ".join(e.name for e in self.entries[:5])
+        raise UserError(f"{self.folder}: no volume {name!r}; it has {names}{', ...' if len(self.entries) > 5 else ''}")
+
+    def planes(self, entry: Entry) -> list[Tensor]:
+        """xy, yz, xz: (C, rows, columns)."""
+        path = self.folder / "planes" / f"{entry.name}.safetensors"
+        return [_tensor(path, name) for name in PLANE_NAMES]
+
+    def verify(self, entry: Entry) -> None:
+        path = self.folder / "planes" / f"{entry.name}.safetensors"
+        if not path.is_file() or sha256(path) != entry.sha256:
+            raise UserError(f"{path}: missing, changed or damaged; make the set again")
+
+    def decoder(self) -> tcam_ext.TriplaneDecoder:
+        path = self.folder / DECODER
+        if not path.is_file() or sha256(path) != self.index["decoder_sha256"]:
+            raise UserError(f"{path}: missing, changed or damaged; make the set again")
+        made = make_decoder(self.config, self.entries[0].shape[0]).float()
+        with safe_open(path, framework="pt") as file:
+            made.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        return made.requires_grad_(False)
+
+    def fitted(self, name: str) -> artefact.FittedVolume:
+        """A volume, ready to be decoded."""
+        entry = self.entry(name)
+        self.verify(entry)
+        meta = artefact.Metadata(
+            shape=(entry.shape[1], entry.shape[2], entry.shape[3]),
+            channels=entry.shape[0],
+            affine=entry.affine,
+            codes=(0, 2),
+            units=("mm", "sec"),
+            intensity=entry.intensity,
+            source=entry.source,
+        )
+        return artefact.FittedVolume([p.unsqueeze(0) for p in self.planes(entry)], self.decoder(), self.config, meta)
+
+
+def _entry(found: dict[str, Any]) -> Entry:
+    return Entry(**found | {"shape": tuple(found["shape"]), "intensity": [(float(a), float(b)) for a, b in found["intensity"]]})
+
+
+def _tensor(path: Path, name: str) -> Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged: {error}; make the set again") from error

@@ -1,0 +1,94 @@
+"""Pictures of a training run, and its page."""
+
+from __future__ import annotations
+
+import io
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib
+import numpy as np
+import torch
+from torch import Tensor
+
+import tcam_ext
+from tcam_diff.autodecoder.config import TrainConfig
+from tcam_diff.autodecoder.planes import PLANE_NAMES
+from tcam_diff.data.store import Record
+from tcam_diff.evaluation.picture import comparison
+from tcam_diff.files import write_text
+from tcam_diff.training import records as run_records
+from tcam_diff.training.loop import Outcome
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+if TYPE_CHECKING:
+    from tcam_diff.autodecoder.train import Autodecoder
+
+
+def slices_picture(truth: np.ndarray, got: np.ndarray, record: Record, caption: str) -> bytes:
+    """A PNG: three orthogonal slices of the truth, the reconstruction and their difference, of the first channel."""
+    figure = comparison(truth[0], got[0], np.asarray(record.affine), ("truth", "reconstruction"), f"{record.name}, {caption}")
+    return run_records.png(figure)
+
+
+def channels_picture(planes: Sequence[Tensor], most: int = 12) -> bytes:
+    """A PNG: the first channels of the three normalised planes (1, C, rows, columns)."""
+    count = min(most, planes[0].shape[1])
+    figure, axes = plt.subplots(3, count, figsize=(1.1 * count, 3.6), layout="constrained", squeeze=False)
+    for row, (name, plane) in enumerate(zip(PLANE_NAMES, planes, strict=True)):
+        for c in range(count):
+            axis = axes[row, c]
+            axis.imshow(plane[0, c].float().cpu().numpy().T, origin="lower", cmap="RdBu_r", vmin=-3, vmax=3)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if c == 0:
+                axis.set_ylabel(name)
+            if row == 0:
+                axis.set_title(str(c), fontsize=8)
+    return run_records.png(figure)
+
+
+def rgb(picture: bytes) -> np.ndarray:
+    """(rows, columns, 3) uint8 of a PNG."""
+    image = plt.imread(io.BytesIO(picture), format="png")
+    return (image[..., :3] * 255).round().astype(np.uint8)
+
+
+def write_report(folder: Path, config: TrainConfig, task: Autodecoder, outcome: Outcome) -> None:
+    """report.html: the result, the curves, slices, planes, the settings."""
+    metrics = run_records.read(folder)
+    found = task.slices()
+    pictures: list[tuple[str, bytes]] = []
+    if found is not None:
+        truth, got, record = found
+        pictures.append(("Truth and reconstruction", slices_picture(truth, got, record, f"step {outcome.step}")))
+        pictures.append(("Channels of the planes xy, yz, xz of the same volume", channels_picture(next(task.fitted())[1])))
+    groups = [["loss", "data"], ["psnr"], ["grad_planes", "grad_decoder"]]
+    groups += [[name] for name in ("tv", "ssim", "perceptual") if any(name in m for m in metrics)]
+    rate = outcome.metrics.get("steps_per_second", 0.0)
+    ranks, voxels = task.ranks, task.channels * int(np.prod(task.size))
+    result = {
+        "volumes": f"{len(task.records)} of {config.data}, {' x '.join(map(str, task.size))}, {task.channels} channel(s)",
+        "fitted PSNR, whole volumes, noise off": f"{outcome.metrics['fitted_psnr']:.2f} dB",
+        "steps": outcome.step,
+        "time": f"{outcome.seconds / 60:.1f} min",
+        "rate": f"{rate:.2f} steps/s at the end",
+        "peak memory": f"{outcome.metrics.get('memory_gb', 0):.2f} GB",
+        "parameters a volume": f"{sum(int(np.prod(s)) for s in task.table.shapes)} for {voxels} voxels",
+        "machine": f"{platform.machine()}, {ranks.world} process(es) on {ranks.device.type}, "
+        f"torch {torch.__version__}, tcam_ext {tcam_ext.__version__}",
+    }
+    page = run_records.page(
+        "Triplane autodecoder",
+        [
+            ("Result", result),
+            ("Curves", run_records.curves(metrics, groups)),
+            *pictures,
+            ("Configuration", config.yaml()),
+        ],
+    )
+    write_text(folder / "report.html", page)

@@ -1,0 +1,157 @@
+"""Planes of many objects with their Adam moments: a row an object, touched only when the object is visited.
+
+torch.optim.Adam over one parameter an object would loop over all of them and keep moving those that nobody visits; over one
+dense parameter it would touch every row at every step. Here a step updates the rows it visited, each with a counter of its own
+for the bias corrections (algorithm.md 7.4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+from tcam_diff.autodecoder.planes import PLANE_AXES, PLANE_NAMES
+from tcam_diff.errors import UserError
+
+KINDS = ("value", "exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Rows:
+    """Some objects' planes on the device: ``leaves`` (B, C, rows, columns) to differentiate, and what Adam changes in place."""
+
+    at: list[int]
+    leaves: list[Tensor]
+    state: dict[str, list[list[Tensor]]]  # kind -> plane -> object
+
+
+class PlaneTable:
+    """Rows for ``objects`` (their numbers in the data set) of planes (C, rows, columns), with moments and counters.
+
+    where: "device"; "host" (pinned beside a GPU; rows travel both ways); "disk" (memory-mapped files in ``folder``).
+    """
+
+    def __init__(
+        self,
+        objects: Sequence[int],
+        channels: int,
+        texels: Sequence[int],
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+        where: str = "device",
+        folder: Path | None = None,
+    ) -> None:
+        self.objects, self.device = list(objects), device or torch.device("cpu")
+        self.row = {o: i for i, o in enumerate(self.objects)}
+        self.shapes = [(channels, texels[a], texels[b]) for a, b in PLANE_AXES]
+        self.where, self.folder, self.dtype = where, folder, dtype
+        self.tables = {
+            kind: [self._table(kind, name, s) for name, s in zip(PLANE_NAMES, self.shapes, strict=True)] for kind in KINDS
+        }
+        on = self.device if where == "device" else torch.device("cpu")
+        self.steps = torch.zeros(3, len(self.objects), dtype=torch.float32, device=on)
+
+    def _table(self, kind: str, name: str, shape: tuple[int, int, int]) -> Tensor:
+        full = (len(self.objects), *shape)
+        if self.where == "disk":
+            if self.folder is None:
+                raise ValueError("where='disk' needs a folder")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = self.folder / f"{kind}-{name}.bin"
+            file.unlink(missing_ok=True)  # zeros
+            numel = torch.Size(full).numel()
+            try:
+                return torch.from_file(str(file), shared=True, size=numel, dtype=self.dtype).view(full)
+            except RuntimeError as error:
+                raise UserError(f"{file}: cannot be made: {error}; free some space or take tables=host") from error
+        if self.where == "host":
+            return torch.zeros(full, dtype=self.dtype, pin_memory=self.device.type == "cuda")
+        return torch.zeros(full, dtype=self.dtype, device=self.device)
+
+    def fill(self, make: Callable[[int], list[Tensor]]) -> None:
+        """Set each object's planes to ``make(object)``, three of (1, C, rows, columns)."""
+        for o, i in self.row.items():
+            for table, plane in zip(self.tables["value"], make(o), strict=True):
+                table[i].copy_(plane[0])
+
+    def planes(self, number: int) -> list[Tensor]:
+        """An object's planes (1, C, rows, columns), on the device."""
+        return [t[self.row[number]].unsqueeze(0).to(self.device) for t in self.tables["value"]]
+
+    def fetch(self, numbers: Sequence[int]) -> Rows:
+        at = [self.row[n] for n in numbers]
+        state = {kind: [[t[i].to(self.device, non_blocking=True) for i in at] for t in self.tables[kind]] for kind in KINDS}
+        return Rows(at, [torch.stack(rows).requires_grad_() for rows in state["value"]], state)
+
+    @torch.no_grad()
+    def update(self, rows: Rows, *, lr: float, beta2: float, eps: float, clip: float, scale: float) -> Tensor:
+        """One step of Adam with the leaves' gradients times ``scale``, clipped to norm ``clip`` object by object.
+
+        Returns the objects' norms before clipping.
+        """
+        grads = [leaf.grad.mul_(scale) for leaf in rows.leaves if leaf.grad is not None]
+        norms = torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0).sqrt()
+        factor = (clip / (norms + 1e-6)).clamp(max=1).to(grads[0].dtype)
+        for g in grads:
+            g.mul_(factor.view(-1, 1, 1, 1))
+        counters = [[self.steps[p, i].to(self.device) for i in rows.at] for p in range(3)]
+        adam(
+            [row for plane in rows.state["value"] for row in plane],
+            [g for plane in grads for g in plane.unbind(0)],
+            [row for plane in rows.state["exp_avg"] for row in plane],
+            [row for plane in rows.state["exp_avg_sq"] for row in plane],
+            [],
+            [c for plane in counters for c in plane],
+            fused=True,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=0.0,
+            eps=eps,
+            maximize=False,
+        )
+        if self.where != "device" and self.device.type != "cpu":
+            for kind in KINDS:
+                for table, plane in zip(self.tables[kind], rows.state[kind], strict=True):
+                    for i, row in zip(rows.at, plane, strict=True):
+                        table[i].copy_(row, non_blocking=True)
+            for p in range(3):
+                for i, c in zip(rows.at, counters[p], strict=True):
+                    self.steps[p, i] = c
+        return norms
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: on the CPU."""
+        tables = {f"{kind}.{name}": t.cpu() for kind in KINDS for name, t in zip(PLANE_NAMES, self.tables[kind], strict=True)}
+        return {"objects": self.objects, "steps": self.steps.cpu(), **tables}
+
+    def load(self, shards: Sequence[dict[str, Any]]) -> None:
+        """Take this table's rows from the states of any number of ranks."""
+        missing = set(self.row)
+        for shard in shards:
+            pairs = [(i, self.row[o]) for i, o in enumerate(shard["objects"]) if o in self.row]
+            missing -= set(shard["objects"])
+            if not pairs:
+                continue
+            source, target = (torch.tensor(x) for x in zip(*pairs, strict=True))
+            for kind in KINDS:
+                for name, table in zip(PLANE_NAMES, self.tables[kind], strict=True):
+                    table[target.to(table.device)] = shard[f"{kind}.{name}"][source].to(table)
+            self.steps[:, target.to(self.steps.device)] = shard["steps"][:, source].to(self.steps)
+        if missing:
+            raise UserError(
+                f"the checkpoint has no planes of {len(missing)} of the {len(self.row)} objects: not of this data set"
+            )
+
+    @staticmethod
+    def bytes(count: int, channels: int, texels: Sequence[int], itemsize: int = 4) -> int:
+        """Of the tables of ``count`` objects."""
+        return count * len(KINDS) * sum(channels * texels[a] * texels[b] for a, b in PLANE_AXES) * itemsize

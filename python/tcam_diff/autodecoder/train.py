@@ -1,0 +1,251 @@
+"""Stage 1 for a data set: one decoder, and planes for every volume (algorithm.md section 7)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import tcam_ext
+from tcam_diff.autodecoder.config import TrainConfig
+from tcam_diff.autodecoder.objective import Objective, Visit, make_decoder, parameter_dtype, rate
+from tcam_diff.autodecoder.planes import init_planes, normalise
+from tcam_diff.autodecoder.tables import PlaneTable
+from tcam_diff.data.store import Record, Store, one_shape
+from tcam_diff.errors import UserError
+from tcam_diff.training.ranks import Ranks
+from tcam_diff.training.streams import stream
+
+
+class _Loss(nn.Module):
+    """The objective as the forward of a module whose parameters are the decoder's: what DistributedDataParallel wraps."""
+
+    def __init__(self, decoder: tcam_ext.TriplaneDecoder, objective: Objective) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.objective = objective
+
+    def forward(self, planes: list[Tensor], visits: list[Visit], noise: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.objective.losses(planes, self.decoder, visits, noise)
+
+
+class Schedule:
+    """Which objects each step visits. A function of the step: nothing of it is state.
+
+    Object o belongs to slot o mod batch; a slot goes through its objects in an order that is new every time. A rank has
+    batch / ranks slots and the planes of their objects, so the objects of a step are the same for any number of ranks.
+    """
+
+    def __init__(self, objects: int, batch: int, inner: int, seed: int) -> None:
+        self.objects, self.batch, self.inner, self.seed = objects, batch, inner, seed
+
+    def of_slot(self, slot: int) -> range:
+        return range(slot, self.objects, self.batch)
+
+    def at(self, step: int, slot: int) -> tuple[int, int]:
+        """(object, how often it was visited before)."""
+        mine = self.of_slot(slot)
+        turn, inner = divmod(step, self.inner)
+        epoch, at = divmod(turn, len(mine))
+        order = torch.randperm(len(mine), generator=stream(self.seed, "order", slot, epoch))
+        return mine[int(order[at])], epoch * self.inner + inner
+
+
+class Autodecoder:
+    """Parameters, optimiser state and data of a training run: a task of training/loop.py."""
+
+    name = "train-autodecoder"
+
+    def __init__(self, config: TrainConfig, ranks: Ranks, folder: Path) -> None:
+        self.config, self.ranks, self.steps = config, ranks, config.steps
+        self.store = Store(config.data)
+        self.records = self.store.of(config.split)
+        channels, h, w, d = one_shape(self.store.folder, self.records)
+        self.size, self.channels = (h, w, d), channels
+        if channels > 16:
+            raise UserError(f"{config.data}: {channels} channels; the decoder has at most 16 outputs")
+        if config.batch > len(self.records):
+            raise UserError(f"batch: expected at most the {len(self.records)} objects of {config.data}, got {config.batch}")
+        if config.batch % ranks.world:
+            raise UserError(f"batch: expected a multiple of the {ranks.world} ranks, got {config.batch}")
+        self.objective = Objective(config, self.size, ranks.device)
+        self.schedule = Schedule(len(self.records), config.batch, config.inner_steps, config.seed)
+        each = config.batch // ranks.world
+        self.slots = range(ranks.rank * each, (ranks.rank + 1) * each)
+        mine = sorted(o for s in self.slots for o in self.schedule.of_slot(s))
+        dtype = parameter_dtype(config)
+        self.table = PlaneTable(
+            mine,
+            config.channels,
+            self.objective.texels,
+            device=ranks.device,
+            dtype=dtype,
+            where=self._where(len(mine)),
+            folder=folder / "tables" / f"rank-{ranks.rank}",
+        )
+        self.table.fill(self.start)
+        self.decoder = make_decoder(config, channels).to(ranks.device)
+        self.average = make_decoder(config, channels).to(ranks.device).requires_grad_(False)
+        self.optimiser = torch.optim.Adam(
+            self.decoder.parameters(), lr=config.lr_decoder, betas=(0.9, config.beta2), eps=config.adam_eps, fused=True
+        )
+        loss = _Loss(self.decoder, self.objective)
+        self.loss: nn.Module = DistributedDataParallel(loss) if ranks.world > 1 else loss
+        self._readers = ThreadPoolExecutor(2) if config.prefetch else None
+        self._ahead: dict[int, Future[list[Visit]]] = {}
+
+    def _where(self, objects: int) -> str:
+        if self.config.tables != "auto":
+            return self.config.tables
+        need = PlaneTable.bytes(objects, self.config.channels, self.objective.texels)
+        if self.ranks.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.ranks.device)
+            return "device" if need < 0.6 * free else "host"
+        return "device" if need < 0.6 * available_memory() else "disk"
+
+    def start(self, number: int) -> list[Tensor]:
+        """An object's first planes."""
+        c = self.config
+        name: tuple[str | int, ...] = ("planes",) if c.shared_init else ("planes", number)
+        return init_planes(c.channels, self.objective.texels, c.plane_init_std, stream(c.seed, *name))
+
+    # ---- a step ------------------------------------------------------------------------
+
+    def _visits(self, step: int) -> list[Visit]:
+        found = []
+        for slot in self.slots:
+            number, count = self.schedule.at(step, slot)
+            visit = self.objective.visit(number, count)
+            found.append(self.objective.read(visit, self.store.volume(self.records[number])))
+        return found
+
+    def _next(self, step: int) -> list[Visit]:
+        """The visits of a step; those of the next ones are read meanwhile."""
+        if self._readers is None:
+            return self._visits(step)
+        for s in range(step, min(step + 1 + self.config.prefetch, self.steps)):
+            if s not in self._ahead:
+                self._ahead[s] = self._readers.submit(self._visits, s)
+        return self._ahead.pop(step).result()
+
+    def step(self, index: int) -> dict[str, Tensor]:
+        """One update of the decoder and of the visited planes; returns the loss, its terms and the norms of the gradients."""
+        c = self.config
+        visits = self._next(index)
+        rows = self.table.fetch([v.object for v in visits])
+        noise = index < c.steps * (1 - c.noise_free_fraction)
+        loss, terms = self.loss(rows.leaves, visits, noise)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        scale = rate(c, index)
+        # The loss is a mean over objects; their planes' gradients are those of each alone.
+        norms = self.table.update(
+            rows, lr=c.lr_planes * scale, beta2=c.beta2, eps=c.adam_eps, clip=c.grad_clip, scale=float(len(visits))
+        )
+        decoder_norm = nn.utils.clip_grad_norm_(self.decoder.parameters(), c.grad_clip)
+        for group in self.optimiser.param_groups:
+            group["lr"] = c.lr_decoder * scale
+        self.optimiser.step()
+        decay = min(c.ema_decay, (1 + index) / (10 + index))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.decoder.parameters()), 1 - decay)
+        return {"loss": loss.detach(), **terms, "grad_planes": norms.mean(), "grad_decoder": decoder_norm}
+
+    def voxels_per_step(self) -> float:
+        """Of this rank's next step: for rates."""
+        return float(sum(v.voxels for v in self._visits(0)))
+
+    # ---- looking -----------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, objects: Sequence[int] | None = None, whole: bool = False) -> dict[str, float]:
+        """Mean PSNR of this run's objects (default: some) under the averaged decoder, without noise, and the planes' energy."""
+        if objects is None:
+            count = min(self.config.evaluate_objects, len(self.records))
+            objects = [round(i * (len(self.records) - 1) / max(1, count - 1)) for i in range(count)]
+        sums = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
+        boxes = None if whole else self.objective.check_boxes()
+        for o in objects:
+            if o not in self.table.row:
+                continue
+            raw = self.table.planes(o)
+            planes = normalise(raw, self.config.norm)
+            sums[0] += self.objective.psnr(planes, self.average, self.store.volume(self.records[o]), boxes)
+            sums[1] += float(torch.stack([p.square().mean() for p in raw]).mean().sqrt())
+            sums[2] += 1
+        psnr, energy, count_ = self.ranks.sum(sums).tolist()
+        return {"psnr": psnr / count_, "plane_rms": energy / count_}
+
+    @torch.no_grad()
+    def slices(self) -> tuple[np.ndarray, np.ndarray, Record] | None:
+        """(truth, reconstruction, record) of this rank's first object, (channels, H, W, D) in [0, 1]: for pictures."""
+        if not self.table.objects:
+            return None
+        number = self.table.objects[0]
+        record = self.records[number]
+        stored = self.store.volume(record)
+        truth = stored.astype(np.float32) / (255 if stored.dtype == np.uint8 else 1)
+        planes = normalise(self.table.planes(number), self.config.norm)
+        got = np.concatenate([
+            self.average(planes, self.size, box=box, compute_dtype=self.objective.compute).clamp(0, 1)[0].float().cpu().numpy()
+            for box in self.objective._slabs()
+        ], axis=1)  # fmt: skip
+        return truth, got, record
+
+    def fitted(self) -> Iterator[tuple[Record, list[Tensor]]]:
+        """This rank's objects with their normalised planes."""
+        for o in self.table.objects:
+            yield self.records[o], normalise(self.table.planes(o), self.config.norm)
+
+    # ---- checkpoints -------------------------------------------------------------------
+
+    def shared_state(self) -> dict[str, Any]:
+        return {
+            "decoder": self.decoder.state_dict(),
+            "average": self.average.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "objects": [r.name for r in self.records],
+            "digest": self.store.digest,
+        }
+
+    def shard_state(self) -> dict[str, Any]:
+        return self.table.state()
+
+    def load_state(self, shared: dict[str, Any], shards: Sequence[dict[str, Any]]) -> None:
+        if shared["objects"] != [r.name for r in self.records] or shared["digest"] != self.store.digest:
+            raise UserError(f"{self.config.data}: its cases or their preprocessing are not those that the run was begun with")
+        self.decoder.load_state_dict(shared["decoder"])
+        self.average.load_state_dict(shared["average"])
+        self.optimiser.load_state_dict(shared["optimiser"])
+        self.table.load(shards)
+
+    def finite(self) -> bool:
+        """Whether the decoder is, and the planes visited last would be: NaN spreads through it to every object."""
+        return all(bool(torch.isfinite(p).all()) for p in self.decoder.parameters())
+
+    def close(self) -> None:
+        if self._readers is not None:
+            self._readers.shutdown(cancel_futures=True)
+
+
+def available_memory() -> float:
+    """Bytes that the machine can still give: MemAvailable, or what the cgroup leaves."""
+    free = math.inf
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            free = float(line.split()[1]) * 1024
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = float(Path("/sys/fs/cgroup/memory.current").read_text())
+        if limit != "max":
+            free = min(free, float(limit) - used)
+    except OSError:
+        pass
+    return free

@@ -1,0 +1,68 @@
+"""``tcam prepare``: a data set becomes a store of volumes in [0, 1]."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from tcam_diff import config as configs
+from tcam_diff.cli.common import cores, folder_size, say, size_text, tracked
+from tcam_diff.data.nifti import VOXEL_BUDGET
+from tcam_diff.data.prepare import PrepareConfig, prepare_cases
+from tcam_diff.data.sources import LAYOUTS, download_decathlon, find_cases
+
+KEYS = configs.describe(PrepareConfig)
+
+
+def prepare(
+    source: Annotated[Path, typer.Argument(help=f"The data set: {LAYOUTS}.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the store: empty, or one that this command has begun.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, e.g. channels=[3] split=monai dtype=float16.")
+    ] = None,
+    preset: Annotated[
+        str, typer.Option(help=f"The preprocessing: {', '.join(configs.presets('prepare'))}, or a YAML file.")
+    ] = "cohort",
+    download: Annotated[
+        bool,
+        typer.Option("--download", help="Fetch SOURCE first, a task of the Decathlon by its name: DIR/Task01_BrainTumour."),
+    ] = False,
+    max_voxels: Annotated[int, typer.Option(help="Refuse files with more voxels, channels counted.")] = VOXEL_BUDGET,
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", "-j", help="Processes. [default: the machine's cores]", show_default=False),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, and only cases that fail.")] = False,
+) -> None:
+    """Prepare SOURCE: orient, resample, crop or resize, scale to [0, 1], and store for training.
+
+    Ctrl-C stops; the same command goes on. A bad case is named and stops no other; the exit status is then 1.
+    """
+    config = configs.load(PrepareConfig, "prepare", preset, overrides or [])
+    if download:
+        download_decathlon(source, quiet)
+    found = find_cases(source)
+    say(f"{source}: {found.layout}, {len(found.cases)} cases")
+    workers = min(len(found.cases), jobs or cores())
+    records = []
+    for record in tracked(prepare_cases(found.cases, out, config, workers, max_voxels), len(found.cases), "preparing", quiet):
+        records.append(record)
+        if record.problem:
+            say(f"[red]FAILS[/red] {escape(record.name)} [{record.split}]: {escape(record.problem)}")
+    good = [r for r in records if not r.problem]
+    splits = ", ".join(f"{n} {s}" for s, n in Counter(r.split for r in good).items())
+    shapes = Counter(r.shape for r in good).most_common()
+    say(
+        f"{out}: {len(good)} of {len(records)} cases ({splits}), {size_text(shapes[0][0][1:])}"
+        f"{' and other sizes' if len(shapes) > 1 else ''}, {shapes[0][0][0]} channel(s), {config.dtype}, "
+        f"{folder_size(out) / 1e9:.2f} GB"
+    )
+    if len(good) < len(records):
+        raise typer.Exit(1)
+
+
+prepare.__doc__ = f"{prepare.__doc__}\n    Keys and their defaults, before the preset:\n\n\b\n{KEYS}\n"

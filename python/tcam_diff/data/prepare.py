@@ -1,0 +1,172 @@
+"""Preprocessing: from files in physical units to volumes in [0, 1] of one shape, by named chains of MONAI's transforms.
+
+The chains of the paper's data sets are the presets brats-flair-128, brats-4ch-128, pancreas-256 and colon-512 (algorithm.md
+section 8); any other is a configuration of the same few steps.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import CenterSpatialCrop, Orientation, Resize, ScaleIntensityRange, Spacing, SpatialPad
+from pydantic import Field, model_validator
+
+from tcam_diff.config import Config
+from tcam_diff.data.intensity import intensity_range
+from tcam_diff.data.nifti import VOXEL_BUDGET, Volume, read_volume
+from tcam_diff.data.sources import Case
+from tcam_diff.data.store import Record, StoreWriter
+from tcam_diff.errors import UserError
+
+Positive = Annotated[float, Field(gt=0)]
+Size = Annotated[int, Field(ge=1, le=4096)]
+
+
+class PrepareConfig(Config):
+    """In this order: channels, window, orientation, spacing, crop or resize, percentiles."""
+
+    channels: Annotated[list[Annotated[int, Field(ge=0)]] | None, Field(description="of the files, from 0; null: all")] = None
+    window: Annotated[
+        tuple[float, float] | None, Field(description="what maps to 0 and 1, clipped, before anything is interpolated (CT: HU)")
+    ] = None
+    orientation: Annotated[str | None, Field(pattern="^[RL][AP][SI]$", description="null: as the file has it")] = "RAS"
+    spacing: Annotated[tuple[Positive, Positive, Positive] | None, Field(description="mm, trilinear; null: as it is")] = None
+    crop: Annotated[tuple[Size, Size, Size] | None, Field(description="voxels about the centre, zeros around")] = None
+    resize: Annotated[tuple[Size, Size, Size] | None, Field(description="voxels, trilinear with anti-aliasing")] = None
+    percentiles: Annotated[
+        tuple[float, float] | None, Field(description="what maps to 0 and 1, clipped, of each channel of the result")
+    ] = None
+    dtype: Annotated[Literal["uint8", "float16"], Field(description="of the store")] = "uint8"
+    split: Annotated[
+        Literal["listed", "monai"],
+        Field(
+            description="listed: as the data set says (the paper: all 484 of imagesTr train); monai: MONAI's DecathlonDataset, "
+            "which holds out a part of imagesTr for validation"
+        ),
+    ] = "listed"
+    val_fraction: Annotated[float, Field(ge=0, lt=1, description="of the split monai")] = 0.2
+    split_seed: Annotated[int, Field(ge=0, description="of the split monai")] = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PrepareConfig:
+        if (self.window is None) == (self.percentiles is None):
+            raise ValueError("expected window or percentiles, one of the two")
+        for name, pair in (("window", self.window), ("percentiles", self.percentiles)):
+            if pair is not None and not pair[0] < pair[1]:
+                raise ValueError(f"{name}: expected the lower first")
+        if self.percentiles is not None and not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
+            raise ValueError("percentiles: expected 0 to 100")
+        return self
+
+
+def split_cases(cases: Sequence[Case], config: PrepareConfig) -> list[Case]:
+    """The cases with the split of the configuration. "monai" shuffles those of the split train as DecathlonDataset does
+    (numpy's RandomState(split_seed)) and takes the first val_fraction of them for validation."""
+    if config.split == "listed":
+        return list(cases)
+    train = [i for i, c in enumerate(cases) if c.split == "train"]
+    order = np.arange(len(train))
+    np.random.RandomState(config.split_seed).shuffle(order)
+    held_out = {train[i] for i in order[: int(len(train) * config.val_fraction)]}
+    return [replace(c, split="validation") if i in held_out else c for i, c in enumerate(cases)]
+
+
+def read_case(case: Case, max_voxels: int = VOXEL_BUDGET) -> Volume:
+    """The channels of a case as one volume. Raises UserError where they are not on one grid."""
+    volumes = [read_volume(p, max_voxels) for p in case.images]
+    first = volumes[0]
+    for other in volumes[1:]:
+        if other.shape != first.shape:
+            raise UserError(f"{other.source}: expected the {first.shape} voxels of {first.source}, got {other.shape}")
+        if not np.allclose(other.affine, first.affine, atol=1e-2):
+            raise UserError(f"{other.source}: its affine is not that of {first.source}; resample one to the other first")
+    if len(volumes) == 1:
+        return first
+    return replace(first, data=np.concatenate([v.data for v in volumes]))
+
+
+def prepare_volume(volume: Volume, config: PrepareConfig) -> tuple[np.ndarray, np.ndarray, list[tuple[float, float]]]:
+    """(channels, H, W, D) in [0, 1], its affine, and per channel the physical values at 0 and 1."""
+    data = volume.data
+    if config.channels is not None:
+        if max(config.channels) >= data.shape[0]:
+            raise UserError(f"{volume.source}: channels {config.channels} of {data.shape[0]} (the first is 0)")
+        data = data[config.channels]
+    image: Any = MetaTensor(torch.from_numpy(data), affine=torch.from_numpy(volume.affine))
+    ranges = [config.window] * data.shape[0] if config.window else []
+    if config.window:
+        image = ScaleIntensityRange(*config.window, b_min=0.0, b_max=1.0, clip=True)(image)
+    for step in _geometry(config):
+        image = step(image)
+    array = np.ascontiguousarray(image.numpy(), dtype=np.float32)
+    if config.percentiles:
+        low, high = config.percentiles
+        ranges = intensity_range(array, low, high)
+        array = np.stack(
+            [ScaleIntensityRange(lo, hi, b_min=0.0, b_max=1.0, clip=True)(c) for c, (lo, hi) in zip(array, ranges, strict=True)]
+        )
+    return array.clip(0, 1), np.asarray(image.affine, float), ranges
+
+
+def _geometry(config: PrepareConfig) -> list[Any]:
+    steps: list[Any] = []
+    if config.orientation:
+        steps.append(Orientation(axcodes=config.orientation, labels=(("L", "R"), ("P", "A"), ("I", "S"))))
+    if config.spacing:
+        steps.append(Spacing(pixdim=config.spacing, mode="bilinear"))
+    if config.crop:
+        steps += [CenterSpatialCrop(roi_size=config.crop), SpatialPad(spatial_size=config.crop)]
+    if config.resize:
+        steps.append(Resize(spatial_size=config.resize, mode="trilinear", anti_aliasing=True))
+    return steps
+
+
+def quantise(array: np.ndarray, dtype: str) -> np.ndarray:
+    """[0, 1] as the store keeps it: uint8 is 255 v, rounded."""
+    return np.rint(array * 255).astype(np.uint8) if dtype == "uint8" else array.astype(np.float16)
+
+
+def prepare_cases(
+    cases: Sequence[Case], folder: Path, config: PrepareConfig, jobs: int = 1, max_voxels: int = VOXEL_BUDGET
+) -> Iterator[Record]:
+    """Write the store case by case, in order; those that are there already, from equal files, are only looked at. A bad case is
+    a record with a ``problem``, and stops no other. The store opens once the last is done."""
+    writer = StoreWriter(folder, config.model_dump(mode="json"))
+    listed = split_cases(cases, config)
+    work = functools.partial(_prepare_one, writer, config, max_voxels)
+    records = []
+    if jobs > 1:
+        with ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for record in pool.map(work, listed):
+                records.append(record)
+                yield record
+    else:
+        for record in map(work, listed):
+            records.append(record)
+            yield record
+    if all(r.problem for r in records):
+        raise UserError(f"{folder}: none of {len(records)} cases could be prepared; the first: {records[0].problem}")
+    writer.finish(records)
+
+
+def _prepare_one(writer: StoreWriter, config: PrepareConfig, max_voxels: int, case: Case) -> Record:
+    try:
+        sources = writer.sources(case.images)
+        done = writer.find(case.name, sources)
+        if done is not None:
+            return replace(done, split=case.split)
+        array, affine, ranges = prepare_volume(read_case(case, max_voxels), config)
+        return writer.write(case.name, case.split, quantise(array, config.dtype), affine, ranges, sources)
+    except UserError as error:
+        return Record(case.name, case.split, problem=str(error))
+    except (MemoryError, RuntimeError) as error:  # of a transform
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return Record(case.name, case.split, problem=f"{case.images[0]}: {text}")

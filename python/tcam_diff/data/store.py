@@ -1,0 +1,203 @@
+"""The prepared data set on disk: one memory-mapped array a case, which serves boxes and slices without reading the rest.
+
+store.json            the preprocessing, the splits, every case with its shape, affine, intensities, source and sha256
+cases/NAME.npy        (channels, H, W, D), uint8 (255 v) or float16, v in [0, 1]
+cases/NAME.json       the case's entry, written once its array is whole: what a run that was stopped goes on from
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tcam_diff.errors import UserError
+from tcam_diff.files import replacing, sha256, writable_folder, write_text
+
+FORMAT = 1
+INDEX = "store.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A case of the store. ``problem``: why it could not be prepared; the rest is then empty."""
+
+    name: str
+    split: str
+    shape: tuple[int, ...] = ()  # (channels, H, W, D)
+    dtype: str = ""
+    affine: list[list[float]] = field(default_factory=list)
+    intensity: list[tuple[float, float]] = field(default_factory=list)  # per channel: physical values at 0 and 1
+    sources: list[dict[str, Any]] = field(default_factory=list)  # path, bytes, mtime_ns
+    sha256: str = ""
+    problem: str = ""
+
+
+class StoreWriter:
+    """Fills a store. Raises UserError where the folder holds one with another preprocessing."""
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        self.folder, self.config = folder, config
+        self.digest = hashlib.sha256(
+            json.dumps({k: v for k, v in config.items() if not k.startswith(("split", "val_"))}, sort_keys=True).encode()
+        ).hexdigest()
+        writable_folder(folder / "cases")
+        index = folder / INDEX
+        if index.exists() and (held := _read_json(index).get("digest")) != self.digest:
+            raise UserError(
+                f"{folder}: holds volumes that were prepared otherwise"
+                + ("" if held is None else f" (their preprocessing: config in {index})")
+                + "; choose another folder"
+            )
+
+    def sources(self, paths: Sequence[Path]) -> list[dict[str, Any]]:
+        try:
+            stats = [p.stat() for p in paths]
+        except OSError as error:
+            raise UserError(f"{error.filename}: {error.strerror}") from error
+        return [
+            {"path": str(p.resolve()), "bytes": s.st_size, "mtime_ns": s.st_mtime_ns} for p, s in zip(paths, stats, strict=True)
+        ]
+
+    def find(self, name: str, sources: list[dict[str, Any]]) -> Record | None:
+        """What an earlier run made of the same files with the same preprocessing."""
+        path, array = self._paths(name)
+        if not path.exists() or not array.exists():
+            return None
+        entry = _read_json(path)
+        if entry.pop("digest", None) != self.digest or entry.get("sources") != sources:
+            return None
+        return _record(entry, path)
+
+    def write(
+        self,
+        name: str,
+        split: str,
+        array: np.ndarray,
+        affine: np.ndarray,
+        intensity: list[tuple[float, float]],
+        sources: list[dict[str, Any]],
+    ) -> Record:
+        entry, path = self._paths(name)
+        entry.unlink(missing_ok=True)
+        try:
+            with replacing(path) as file:
+                np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+        record = Record(
+            name,
+            split,
+            tuple(int(n) for n in array.shape),
+            array.dtype.name,
+            [[float(x) for x in row] for row in affine],
+            [(float(lo), float(hi)) for lo, hi in intensity],
+            sources,
+            sha256(path),
+        )
+        write_text(entry, json.dumps(asdict(record) | {"digest": self.digest}))
+        return record
+
+    def finish(self, records: Sequence[Record]) -> None:
+        index = {
+            "format": FORMAT,
+            "digest": self.digest,
+            "config": self.config,
+            "cases": [asdict(r) for r in records if not r.problem],
+            "failed": [{"name": r.name, "split": r.split, "problem": r.problem} for r in records if r.problem],
+        }
+        write_text(self.folder / INDEX, json.dumps(index, indent=1))
+
+    def _paths(self, name: str) -> tuple[Path, Path]:
+        if name in ("", ".", "..") or "/" in name or name.startswith("."):
+            raise UserError(f"{name!r}: a case's name becomes that of a file; give it another in a table (.csv)")
+        return self.folder / "cases" / f"{name}.json", self.folder / "cases" / f"{name}.npy"
+
+
+class Store:
+    """An opened store. Arrays are memory-mapped when first asked for; sizes are checked then, checksums by :meth:`verify`."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        index = self.folder / INDEX
+        if not index.is_file():
+            raise UserError(f"{self.folder}: not a folder that `tcam prepare` finished ({INDEX} is missing)")
+        found = _read_json(index)
+        if found.get("format") != FORMAT:
+            raise UserError(f"{index}: format {found.get('format')}, this version reads {FORMAT}")
+        self.config: dict[str, Any] = found["config"]
+        self.digest: str = found["digest"]
+        self.records = [_record(entry, index) for entry in found["cases"]]
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def of(self, split: str) -> list[Record]:
+        """The cases of a split. Raises UserError where there is none."""
+        found = [r for r in self.records if r.split == split]
+        if not found:
+            counted = {s: sum(r.split == s for r in self.records) for s in dict.fromkeys(r.split for r in self.records)}
+            shown = ", ".join(f"{s} ({n})" for s, n in counted.items())
+            raise UserError(f"{self.folder}: no case of the split {split!r}; it has {shown}")
+        return found
+
+    def path(self, record: Record) -> Path:
+        return self.folder / "cases" / f"{record.name}.npy"
+
+    def volume(self, record: Record) -> np.ndarray:
+        """(channels, H, W, D), memory-mapped, read-only."""
+        held = self._arrays.get(record.name)
+        if held is None:
+            path = self.path(record)
+            try:
+                held = np.load(path, mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError, EOFError) as error:
+                raise UserError(f"{path}: cannot be read: {error}; run `tcam prepare` again") from error
+            if held.shape != record.shape or held.dtype.name != record.dtype:
+                raise UserError(
+                    f"{path}: expected {record.dtype} {record.shape}, got {held.dtype.name} {held.shape}; "
+                    "delete it and run `tcam prepare` again"
+                )
+            self._arrays[record.name] = held
+        return held
+
+    def verify(self, record: Record) -> None:
+        """Compare a case with its checksum. Raises UserError naming the file."""
+        self.volume(record)
+        if sha256(self.path(record)) != record.sha256:
+            raise UserError(f"{self.path(record)}: changed or damaged: delete it and run `tcam prepare` again")
+
+
+def one_shape(folder: Path, records: Sequence[Record]) -> tuple[int, int, int, int]:
+    """The shape that all cases share. Raises UserError where they differ."""
+    for r in records[1:]:
+        if r.shape != records[0].shape:
+            raise UserError(
+                f"{folder}: {r.name} has shape {r.shape}, {records[0].name} {records[0].shape}; "
+                "prepare them with crop or resize"
+            )
+    c, h, w, d = records[0].shape
+    return c, h, w, d
+
+
+def _record(entry: dict[str, Any], path: Path) -> Record:
+    try:
+        return Record(
+            **entry | {"shape": tuple(entry["shape"]), "intensity": [(float(a), float(b)) for a, b in entry["intensity"]]}
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged: {error}; delete it and run `tcam prepare` again") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged: {error}; delete it and run `tcam prepare` again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: damaged: expected an object; delete it and run `tcam prepare` again")
+    return found

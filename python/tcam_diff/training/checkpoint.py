@@ -1,0 +1,154 @@
+"""Checkpoints: folders that appear under their names only when every rank's part is on the disk.
+
+checkpoints/step-00001200/   shared.pt (the same on every rank), shard-R-of-W.pt (a rank's own), manifest.json (sha256)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tcam_diff.errors import UserError
+from tcam_diff.files import sha256
+from tcam_diff.training.ranks import Ranks
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{8})")
+MANIFEST = "manifest.json"
+
+
+def save(
+    folder: Path,
+    step: int,
+    shared: dict[str, Any],
+    shard: dict[str, Any],
+    ranks: Ranks,
+    *,
+    score: float | None = None,
+    keep: int = 2,
+) -> Path:
+    """Write the checkpoint of ``step``; every rank calls it. Keeps the last ``keep`` and the one of the highest score.
+
+    Raises UserError where it cannot be written; what was there before is then still there.
+    """
+    final = folder / f"step-{step:08d}"
+    staging = folder / f".writing-{final.name}"
+    error: OSError | RuntimeError | None = None
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        if ranks.first:
+            _write(staging / "shared.pt", shared)
+        _write(staging / f"shard-{ranks.rank}-of-{ranks.world}.pt", shard)
+    except (OSError, RuntimeError) as caught:  # torch's writer raises RuntimeError on a full disk
+        error = caught
+    if ranks.any(error is not None):
+        if ranks.first:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise UserError(
+            f"{final}: could not be written: {error or 'see the message of the rank that failed'}; "
+            f"{_last(folder)}make room, then --resume auto goes on from there"
+        ) from error
+    if ranks.first:
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "world": ranks.world,
+            "score": score,
+            "sha256": {p.name: sha256(p) for p in sorted(staging.glob("*.pt"))},
+        }
+        _write(staging / MANIFEST, manifest)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(staging, final)
+        _sync_folder(folder)
+        prune(folder, keep)
+    ranks.barrier()
+    return final
+
+
+def prune(folder: Path, keep: int) -> None:
+    found = steps(folder)
+    scores = {s: _manifest(folder / f"step-{s:08d}").get("score") for s in found}
+    best = max((s for s in found if scores[s] is not None), key=lambda s: (scores[s], s), default=None)
+    for s in found[:-keep]:
+        if s != best:
+            shutil.rmtree(folder / f"step-{s:08d}", ignore_errors=True)
+
+
+def steps(folder: Path) -> list[int]:
+    """Of the checkpoints that are whole, in order."""
+    if not folder.is_dir():
+        return []
+    found = [int(m.group(1)) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name)) and (p / MANIFEST).is_file()]
+    return sorted(found)
+
+
+def load(path: Path) -> tuple[int, dict[str, Any], list[dict[str, Any]]]:
+    """(step, shared, every rank's shard). Each file is compared with its checksum. Raises UserError saying what to do."""
+    manifest = _manifest(path)
+    parts: dict[str, Any] = {}
+    for name, want in manifest["sha256"].items():
+        file = path / name
+        try:
+            if sha256(file) != want:
+                raise ValueError("its content does not match its checksum")
+            parts[name] = torch.load(file, map_location="cpu", weights_only=True)
+        except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            before = [s for s in steps(path.parent) if s < manifest["step"]]
+            hint = f"delete {path}: --resume auto then goes on from step {before[-1]}" if before else "there is none before it"
+            raise UserError(f"{file}: damaged: {error}; {hint}") from error
+    world = manifest["world"]
+    return manifest["step"], parts["shared.pt"], [parts[f"shard-{r}-of-{world}.pt"] for r in range(world)]
+
+
+def latest(folder: Path) -> Path | None:
+    found = steps(folder)
+    return folder / f"step-{found[-1]:08d}" if found else None
+
+
+def clear_unfinished(folder: Path) -> None:
+    """What a run that was killed left behind."""
+    for left in folder.glob(".writing-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+        if found["format"] != FORMAT:
+            raise UserError(f"{file}: format {found['format']}, this version reads {FORMAT}")
+        found["sha256"]["shared.pt"], found["step"], found["world"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: damaged: {error}; delete {path} to go on from the checkpoint before it") from error
+    return found
+
+
+def _write(path: Path, what: dict[str, Any]) -> None:
+    with open(path, "wb") as file:
+        if path.suffix == ".pt":
+            torch.save(what, file)
+        else:
+            file.write(json.dumps(what, indent=1).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _last(folder: Path) -> str:
+    found = steps(folder)
+    return f"the checkpoint of step {found[-1]} is whole; " if found else ""

@@ -1,0 +1,70 @@
+"""Several processes, as torchrun starts them: gloo on CPUs, NCCL on GPUs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from tcam_diff.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """Over the ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(value)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on any rank: for decisions that all must take alike."""
+        if self.world == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+
+def device_of(name: str, local_rank: int = 0) -> torch.device:
+    """ "auto": a GPU where there is one. Raises UserError where the device is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"device: {name}, but torch {torch.__version__} sees no GPU; take device=cpu")
+        return torch.device("cuda", local_rank if device.index is None else device.index)
+    return device
+
+
+@contextmanager
+def ranks(device: str = "auto") -> Iterator[Ranks]:
+    """The process group that torchrun describes, or this process alone. What fails in one ends all: torchrun sees to that."""
+    world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")))
+    where = device_of(device, local)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    if world == 1:
+        yield Ranks(0, 1, where)
+        return
+    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    try:
+        yield Ranks(rank, world, where)
+    finally:
+        dist.destroy_process_group()
