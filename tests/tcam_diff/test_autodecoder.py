@@ -230,6 +230,13 @@ def test_the_readings_of_equation_6(norm):
         torch.testing.assert_close(e, torch.ones_like(e), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("dims", [(-3, -2, -1), (-3,), (-2, -1)])
+def test_gradients_written_by_hand(dims):
+    f = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: planes.rms_norm(x, dims), f)
+    assert torch.autograd.gradcheck(lambda x: planes.total_variation([x, x[:, :, :1], x]), f)
+
+
 @pytest.mark.parametrize(("kind", "want"), [("l1_mean", 6.0), ("l2_mean", 12.0), ("rms", 6 * 2**0.5), ("nfd_sum", None)])
 def test_variants_of_total_variation(kind, want):
     """Differences 0 and 2 in equal numbers along both axes."""

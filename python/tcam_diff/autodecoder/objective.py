@@ -18,7 +18,7 @@ from tcam_diff.autodecoder.planes import normalise, texel_noise, total_variation
 from tcam_diff.evaluation.metrics import psnr_of_mse
 from tcam_diff.training.streams import seed_of, stream
 from tcam_ext import _C
-from tcam_ext.reference import Taps, linear_taps, sample_plane
+from tcam_ext.reference import linear_taps
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 Size = tuple[int, int, int]
@@ -86,6 +86,15 @@ def make_decoder(config: ObjectiveConfig, channels: int) -> tcam_ext.TriplaneDec
         )
 
 
+def interpolation(voxels: int, texels: int) -> Tensor:
+    """(voxels, texels): the linear interpolation along an axis, voxels and texels being cells of the same field of view."""
+    below, above, w_below, w_above = linear_taps(0, voxels, voxels, texels, False, "border")
+    matrix = torch.zeros(voxels, texels)
+    row = torch.arange(voxels)
+    matrix.index_put_((row, below), w_below.float(), accumulate=True)
+    return matrix.index_put_((row, above), w_above.float(), accumulate=True)
+
+
 def rate(config: ObjectiveConfig, index: int) -> float:
     """What the learning rates of step ``index`` are multiplied by: warm-up, then constant or half a cosine."""
     scale = min(1.0, (index + 1) / config.warmup_steps) if config.warmup_steps else 1.0
@@ -102,7 +111,8 @@ class Objective:
         self.device = device or torch.device("cpu")
         self.compute = compute_dtype(config, self.device)
         self.texels = plane_texels(config, size)
-        self.taps = [linear_taps(0, n, n, m, False, "border") for n, m in zip(size, self.texels, strict=True)]
+        dtype = parameter_dtype(config)
+        self.interpolation = [interpolation(n, m).to(self.device, dtype) for n, m in zip(size, self.texels, strict=True)]
         self.perceptual = Perceptual(config.perceptual_weights).to(self.device) if config.perceptual_weight else None
 
     # ---- what to look at ---------------------------------------------------------------
@@ -176,15 +186,16 @@ class Objective:
         c = self.config
         planes = normalise(raw, c.norm)
         data = []
-        for i, visit in enumerate(visits):
-            data.append(self._data([p[i : i + 1] for p in planes], decoder, visit, noise))
+        each = list(zip(*(p.split(1) for p in planes), strict=True))
+        for own, visit in zip(each, visits, strict=True):
+            data.append(self._data(list(own), decoder, visit, noise))
         terms = {"data": torch.stack(data).mean()}
         total = terms["data"]
         if c.tv_weight:
             terms["tv"] = total_variation(planes, c.tv)
             total = total + c.tv_weight * terms["tv"]
         if c.ssim_weight or c.perceptual_weight:
-            seen = [self._features([p[i : i + 1] for p in planes], decoder, visit) for i, visit in enumerate(visits)]
+            seen = [self._features(list(own), decoder, visit) for own, visit in zip(each, visits, strict=True)]
             for name, weight in (("ssim", c.ssim_weight), ("perceptual", c.perceptual_weight)):
                 if weight:
                     terms[name] = torch.stack([s[name] for s in seen]).mean()
@@ -215,9 +226,8 @@ class Objective:
         """Planes that decode to the voxels of a lattice. It is a dense grid of its own: planes sampled at its rows and columns
         have one texel a voxel, so decoding them at their own resolution interpolates nothing more. Every texel gets a gradient
         from all over the volume."""
-        s = at.stride
-        x, y, z = (Taps(*(t[o::s] for t in taps)) for o, taps in zip(at.start, self.taps, strict=True))
-        return [sample_plane(planes[0], x, y), sample_plane(planes[1], y, z), sample_plane(planes[2], x, z)]
+        x, y, z = (m[o :: at.stride] for o, m in zip(at.start, self.interpolation, strict=True))
+        return [x @ planes[0] @ y.T, y @ planes[1] @ z.T, x @ planes[2] @ z.T]
 
     def _features(self, planes: list[Tensor], decoder: tcam_ext.TriplaneDecoder, visit: Visit) -> dict[str, Tensor]:
         found: dict[str, list[Tensor]] = {"ssim": [], "perceptual": []}
