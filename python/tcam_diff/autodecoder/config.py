@@ -88,6 +88,7 @@ class TrainConfig(ObjectiveConfig):
 
     data: Annotated[str, Field(description="a folder that `tcam prepare` wrote")]
     split: str = "train"
+    objects: Annotated[int | None, Field(ge=1, description="the first so many of the split; null: all")] = None
     batch: Annotated[
         int,
         Field(ge=1, description="objects of a step, one after another: their gradients accumulate, their memory does not"),

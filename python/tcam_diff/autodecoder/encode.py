@@ -130,11 +130,8 @@ class Encoder:
             visits = [self.objective.read(self.objective.visit(n, index), of[n]) for n in active]
             rows = table.fetch(active)
             noise = index < c.steps * (1 - c.noise_free_fraction)
-            loss, _ = self.objective.losses(rows.leaves, self.decoder, visits, noise)
-            loss.backward()
-            table.update(
-                rows, lr=c.lr_planes * rate(c, index), beta2=c.beta2, eps=c.adam_eps, clip=c.grad_clip, scale=float(len(active))
-            )
+            self.objective.losses(rows.leaves, self.decoder, visits, noise)[0].sum().backward()
+            table.update(rows, lr=c.lr_planes * rate(c, index), beta2=c.beta2, eps=c.adam_eps, clip=c.grad_clip)
             if (index + 1) % self.config.check_every == 0 or index + 1 == c.steps:
                 scores = []
                 for n in list(active):

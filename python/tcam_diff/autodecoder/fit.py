@@ -72,7 +72,7 @@ class Fitter:
             group["lr"] = lr * rate(c, index)
         visit = self.objective.read(self.objective.visit(0, index), self.target)
         noise = index < c.steps * (1 - c.noise_free_fraction)
-        loss, _ = self.objective.losses(self.planes, self.decoder, [visit], noise)
+        loss = self.objective.losses(self.planes, self.decoder, [visit], noise)[0].sum()
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.planes, c.grad_clip)

@@ -178,27 +178,24 @@ class Objective:
     def losses(
         self, raw: Sequence[Tensor], decoder: tcam_ext.TriplaneDecoder, visits: Sequence[Visit], noise: bool = True
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean loss of the objects of a visit, and its terms without gradients. ``raw``: planes (B, C, rows, columns).
+        """(B,) losses of the objects of a visit, and their terms without gradients. ``raw``: planes (B, C, rows, columns).
 
         data + tv_weight TV + ssim_weight (1 - SSIM) + perceptual_weight LPIPS: the first with noise, the last two on decoded
         slices without. One object is decoded after another.
         """
         c = self.config
         planes = normalise(raw, c.norm)
-        data = []
-        each = list(zip(*(p.split(1) for p in planes), strict=True))
-        for own, visit in zip(each, visits, strict=True):
-            data.append(self._data(list(own), decoder, visit, noise))
-        terms = {"data": torch.stack(data).mean()}
+        each = [list(own) for own in zip(*(p.split(1) for p in planes), strict=True)]
+        terms = {"data": torch.stack([self._data(own, decoder, visit, noise) for own, visit in zip(each, visits, strict=True)])}
         total = terms["data"]
         if c.tv_weight:
             terms["tv"] = total_variation(planes, c.tv)
             total = total + c.tv_weight * terms["tv"]
         if c.ssim_weight or c.perceptual_weight:
-            seen = [self._features(list(own), decoder, visit) for own, visit in zip(each, visits, strict=True)]
+            seen = [self._features(own, decoder, visit) for own, visit in zip(each, visits, strict=True)]
             for name, weight in (("ssim", c.ssim_weight), ("perceptual", c.perceptual_weight)):
                 if weight:
-                    terms[name] = torch.stack([s[name] for s in seen]).mean()
+                    terms[name] = torch.stack([s[name] for s in seen])
                     total = total + weight * terms[name]
         return total, {name: t.detach() for name, t in terms.items()}
 

@@ -87,32 +87,30 @@ def texel_noise(
 
 
 class _MeanAbsoluteDifference(torch.autograd.Function):
-    """mean |p_{i+1} - p_i| along ``dim``: half of the passes over memory that autograd's chain takes."""
+    """(B,): mean |p_{i+1} - p_i| along ``dim`` of (B, ...): half of the passes over memory that autograd's chain takes."""
 
     @staticmethod
     def forward(ctx: Any, p: Tensor, dim: int) -> Tensor:
         n = p.shape[dim]
         d = p.narrow(dim, 1, n - 1) - p.narrow(dim, 0, n - 1)
-        value = torch.linalg.vector_norm(d, 1) / d.numel()
-        ctx.dim = dim
+        ctx.dim, ctx.count = dim, d[0].numel()
         ctx.save_for_backward(d)
-        return value
+        return torch.linalg.vector_norm(d, 1, dim=(1, 2, 3)) / ctx.count
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (d,) = ctx.saved_tensors
-        slope = d.sign().mul_(grad / d.numel())
-        zero = slope.narrow(ctx.dim, 0, 1)
-        first, last = torch.zeros_like(zero), torch.zeros_like(zero)
-        return torch.cat([first, slope], ctx.dim) - torch.cat([slope, last], ctx.dim), None
+        slope = d.sign().mul_((grad / ctx.count).view(-1, 1, 1, 1))
+        zero = torch.zeros_like(slope.narrow(ctx.dim, 0, 1))
+        return torch.cat([zero, slope], ctx.dim) - torch.cat([slope, zero], ctx.dim), None
 
 
 def total_variation(planes: Sequence[Tensor], kind: str = "l1_mean") -> Tensor:
-    """Sum over the planes and both of their axes of a norm of the differences d (algorithm.md 6.4), averaged over objects.
+    """(B,): of each object the sum, over planes (B, C, rows, columns) and both of their axes, of a norm of the differences d.
 
-    l1_mean: mean |d|; l2_mean: mean d^2; rms: sqrt(mean d^2); nfd_sum: sqrt(sum d^2), as NFD has it.
+    l1_mean: mean |d|; l2_mean: mean d^2; rms: sqrt(mean d^2); nfd_sum: sqrt(sum d^2), as NFD has it (algorithm.md 6.4).
     """
-    total = planes[0].new_zeros(())
+    total = planes[0].new_zeros(planes[0].shape[0])
     for p in planes:
         for dim in (-2, -1):
             if p.shape[dim] < 2:
@@ -120,11 +118,9 @@ def total_variation(planes: Sequence[Tensor], kind: str = "l1_mean") -> Tensor:
             if kind == "l1_mean":
                 total = total + _MeanAbsoluteDifference.apply(p, dim)
                 continue
-            d = p.diff(dim=dim)
+            squares = p.diff(dim=dim).square().flatten(1)
             if kind == "l2_mean":
-                total = total + d.square().mean()
+                total = total + squares.mean(1)
             else:
-                of = d.square().flatten(1)
-                of = of.mean(1) if kind == "rms" else of.sum(1)
-                total = total + (of + 1e-12).sqrt().mean()
+                total = total + ((squares.mean(1) if kind == "rms" else squares.sum(1)) + 1e-12).sqrt()
     return total

@@ -91,12 +91,12 @@ class PlaneTable:
         return Rows(at, [torch.stack(rows).requires_grad_() for rows in state["value"]], state)
 
     @torch.no_grad()
-    def update(self, rows: Rows, *, lr: float, beta2: float, eps: float, clip: float, scale: float) -> Tensor:
-        """One step of Adam with the leaves' gradients times ``scale``, clipped to norm ``clip`` object by object.
+    def update(self, rows: Rows, *, lr: float, beta2: float, eps: float, clip: float) -> Tensor:
+        """One step of Adam with the leaves' gradients, clipped to norm ``clip`` object by object.
 
         Returns the objects' norms before clipping.
         """
-        grads = [leaf.grad.mul_(scale) for leaf in rows.leaves if leaf.grad is not None]
+        grads = [leaf.grad for leaf in rows.leaves if leaf.grad is not None]
         norms = torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0).sqrt()
         factor = (clip / (norms + 1e-6)).clamp(max=1).to(grads[0].dtype)
         for g in grads:

@@ -66,7 +66,7 @@ class Autodecoder:
     def __init__(self, config: TrainConfig, ranks: Ranks, folder: Path) -> None:
         self.config, self.ranks, self.steps = config, ranks, config.steps
         self.store = Store(config.data)
-        self.records = self.store.of(config.split)
+        self.records = self.store.of(config.split)[: config.objects]
         channels, h, w, d = one_shape(self.store.folder, self.records)
         self.size, self.channels = (h, w, d), channels
         if channels > 16:
@@ -141,14 +141,13 @@ class Autodecoder:
         visits = self._next(index)
         rows = self.table.fetch([v.object for v in visits])
         noise = index < c.steps * (1 - c.noise_free_fraction)
-        loss, terms = self.loss(rows.leaves, visits, noise)
+        losses, terms = self.loss(rows.leaves, visits, noise)
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        # Of the sum: an object's planes have the gradient that they would have alone. The decoder's is the mean over all.
+        losses.sum().backward()
+        torch._foreach_div_([p.grad for p in self.decoder.parameters()], len(visits))
         scale = rate(c, index)
-        # The loss is a mean over objects; their planes' gradients are those of each alone.
-        norms = self.table.update(
-            rows, lr=c.lr_planes * scale, beta2=c.beta2, eps=c.adam_eps, clip=c.grad_clip, scale=float(len(visits))
-        )
+        norms = self.table.update(rows, lr=c.lr_planes * scale, beta2=c.beta2, eps=c.adam_eps, clip=c.grad_clip)
         decoder_norm = nn.utils.clip_grad_norm_(self.decoder.parameters(), c.grad_clip)
         for group in self.optimiser.param_groups:
             group["lr"] = c.lr_decoder * scale
@@ -156,7 +155,8 @@ class Autodecoder:
         decay = min(c.ema_decay, (1 + index) / (10 + index))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.parameters()), list(self.decoder.parameters()), 1 - decay)
-        return {"loss": loss.detach(), **terms, "grad_planes": norms.mean(), "grad_decoder": decoder_norm}
+        means = {name: t.mean() for name, t in terms.items()}
+        return {"loss": losses.detach().mean(), **means, "grad_planes": norms.mean(), "grad_decoder": decoder_norm}
 
     def voxels_per_step(self) -> float:
         """Of this rank's next step: for rates."""

@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 import tcam_ext
-from tcam_diff.cli import check_data, compare, decode, encode, fit, make_cohort, prepare, train_autodecoder
+from tcam_diff.cli import (
+    ablate,
+    check_data,
+    compare,
+    decode,
+    encode,
+    estimate,
+    fit,
+    make_cohort,
+    prepare,
+    train_autodecoder,
+)
 
 app = typer.Typer(
     help="Triplane autodecoding of 3D medical volumes (TCAM-Diff).",
@@ -22,6 +33,8 @@ app.command("compare")(compare.compare)
 app.command("check-data")(check_data.check_data)
 app.command("prepare")(prepare.prepare)
 app.command("train-autodecoder")(train_autodecoder.train_autodecoder)
+app.command("estimate")(estimate.estimate)
+app.command("ablate")(ablate.ablate)
 app.command("encode")(encode.encode)
 app.command("export-latents")(encode.export_latents)
 app.command("make-cohort")(make_cohort.make_cohort)

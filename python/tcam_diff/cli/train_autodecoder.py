@@ -50,7 +50,7 @@ def train_autodecoder(
     """
     wanted = configs.load(TrainConfig, "train", config, overrides or [])
     with ranks(wanted.device) as group:
-        at = _prepare_folder(out, wanted, resume, group)
+        at = prepare_folder(out, wanted, resume, group)
         train(wanted, out, group, at, quiet or not group.first)
 
 
@@ -111,7 +111,7 @@ def train(config: TrainConfig, out: Path, group: Ranks, resume: Path | None = No
         task.close()
 
 
-def _prepare_folder(out: Path, config: TrainConfig, resume: str | None, group: Ranks) -> Path | None:
+def prepare_folder(out: Path, config: TrainConfig, resume: str | None, group: Ranks) -> Path | None:
     """The checkpoint to go on from. Raises UserError where the folder holds a run that this command would spoil."""
     held = out / "config.yaml"
     found = checkpoint.latest(out / "checkpoints")

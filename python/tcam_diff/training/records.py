@@ -84,7 +84,8 @@ def curves(metrics: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]])
         if 0 < lowest < math.inf and "psnr" not in group:
             axis.set_yscale("log")
         axis.set_xlabel("step")
-        axis.legend(fontsize=8)
+        if axis.lines:
+            axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     return png(figure)
 

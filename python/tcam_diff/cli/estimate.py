@@ -1,0 +1,36 @@
+"""``tcam estimate``: memory, disk and time of a training run, before it starts."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tcam_diff import config as configs
+from tcam_diff.autodecoder.config import TrainConfig
+from tcam_diff.autodecoder.estimate import estimate as measure
+from tcam_diff.cli.common import duration, say
+
+
+def estimate(
+    config: Annotated[str, typer.Argument(help=f"A preset ({', '.join(configs.presets('train'))}) or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, as for train-autodecoder.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="How long the trial may take, about.", min=1)] = 10.0,
+) -> None:
+    """What `tcam train-autodecoder CONFIG` would take on this machine: a short trial of the real thing, then arithmetic."""
+    wanted = configs.load(TrainConfig, "train", config, overrides or [])
+    found = measure(wanted, seconds)
+    say(
+        f"time         {duration(found.seconds)} ({wanted.steps} steps of {1000 * found.step:.1f} ms, evaluations, checkpoints)"
+    )
+    say(f"host memory  {found.host / 1e9:.2f} GB at the peak")
+    if found.device:
+        say(f"device       {found.device / 1e9:.2f} GB at the peak")
+    say(f"tables       {found.tables / 1e9:.2f} GB of planes and moments, on {found.where}")
+    say(f"disk         {found.disk / 1e9:.2f} GB")
+    need = found.device if found.device and found.where == "device" else found.tables
+    if found.where != "disk" and need > found.available:
+        say(f"[red]does not fit[/red]: {found.available / 1e9:.2f} GB are free; take tables=disk, or fewer channels or objects")
+        raise typer.Exit(1)
