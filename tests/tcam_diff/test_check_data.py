@@ -113,8 +113,8 @@ def test_empty_folders_dicom_and_nothing(tmp_path):
         find_cases(tmp_path / "gone")
     (tmp_path / "series").mkdir()
     (tmp_path / "series" / "1.dcm").write_bytes(b"")
-    with pytest.raises(UserError, match="DICOM"):
-        find_cases(tmp_path)
+    (report,) = check_cases(find_cases(tmp_path).cases)
+    assert "1.dcm: not a readable DICOM file" in report.problem
 
 
 # ---- faults ---------------------------------------------------------------------------------------

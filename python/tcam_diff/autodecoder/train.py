@@ -145,7 +145,7 @@ class Autodecoder:
         self.optimiser.zero_grad(set_to_none=True)
         # Of the sum: an object's planes have the gradient that they would have alone. The decoder's is the mean over all.
         losses.sum().backward()
-        torch._foreach_div_([p.grad for p in self.decoder.parameters()], len(visits))
+        torch._foreach_div_([p.grad for p in self.decoder.parameters() if p.grad is not None], len(visits))
         scale = rate(c, index)
         norms = self.table.update(rows, lr=c.lr_planes * scale, beta2=c.beta2, eps=c.adam_eps, clip=c.grad_clip)
         decoder_norm = nn.utils.clip_grad_norm_(self.decoder.parameters(), c.grad_clip)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -13,16 +13,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from tcam_diff.cli.common import cores, say, tracked
 from tcam_diff.data import check
 from tcam_diff.data.nifti import VOXEL_BUDGET
 from tcam_diff.data.sources import LAYOUTS, find_cases
+from tcam_diff.data.store import INDEX, Record, Store
 from tcam_diff.errors import UserError
 
 console = Console()
 
 
 def check_data(
-    source: Annotated[Path, typer.Argument(help=f"The data set: {LAYOUTS}.")],
+    source: Annotated[Path, typer.Argument(help=f"The data set: {LAYOUTS}; or a prepared store.")],
     json_out: Annotated[Path | None, typer.Option("--json", help="Write what was found here as well.")] = None,
     max_voxels: Annotated[int, typer.Option(help="Refuse files with more voxels, channels counted.")] = VOXEL_BUDGET,
     jobs: Annotated[
@@ -35,13 +37,16 @@ def check_data(
 
     Exit status 1 where a case cannot; one bad file never stops the others. Memory does not grow with the volumes.
     """
+    if (source / INDEX).is_file():
+        _check_store(source, jobs or cores(), quiet)
+        return
     found = find_cases(source)
     console.print(f"{source}: {found.layout}, {len(found.cases)} cases", highlight=False, soft_wrap=True)
     reports: list[check.Report] = []
     columns = (TextColumn("checking"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=quiet, transient=True) as progress:
         task = progress.add_task("check", total=len(found.cases))
-        for report in check.check_cases(found.cases, max_voxels, jobs or len(os.sched_getaffinity(0))):
+        for report in check.check_cases(found.cases, max_voxels, jobs or cores()):
             reports.append(report)
             progress.update(task, completed=len(reports))
             if report.problem or not quiet:
@@ -56,6 +61,26 @@ def check_data(
         except OSError as error:
             raise UserError(f"--json {json_out}: cannot be written: {error.strerror}") from error
     if bad:
+        raise typer.Exit(1)
+
+
+def _check_store(folder: Path, jobs: int, quiet: bool) -> None:
+    """Every case of a prepared store against its checksum."""
+    store = Store(folder)
+
+    def verify(record: Record) -> str:
+        try:
+            store.verify(record)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(jobs) as pool:
+        problems = list(tracked(pool.map(verify, store.records), len(store.records), "checking", quiet))
+    for problem in filter(None, problems):
+        say(f"[red]FAILS[/red] {escape(problem)}")
+    say(f"{folder}: a prepared store; {problems.count('')} of {len(problems)} cases have their checksum")
+    if any(problems):
         raise typer.Exit(1)
 
 

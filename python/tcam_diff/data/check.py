@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tcam_diff.data import dicom
 from tcam_diff.data.nifti import VOXEL_BUDGET, Header, Scan, read_header, scan_voxels
 from tcam_diff.data.sources import Case
 from tcam_diff.errors import UserError
@@ -42,7 +44,7 @@ def check_case(case: Case, max_voxels: int = VOXEL_BUDGET) -> Report:
     """Headers first, then one pass over each file; the first thing wrong ends it."""
     report = Report(case.name, case.split)
     try:
-        headers = [read_header(p, max_voxels) for p in case.images]
+        headers = [_header(p, max_voxels) for p in case.images]
         first = headers[0]
         report.shape, report.spacing, report.orientation = first.shape, first.spacing, first.orientation
         report.channels = sum(h.channels for h in headers)
@@ -53,7 +55,7 @@ def check_case(case: Case, max_voxels: int = VOXEL_BUDGET) -> Report:
             _same_grid(first, label)
             if label.channels != 1:
                 raise UserError(f"{label.path}: expected one label a voxel, got {label.channels} channels")
-        scans = [scan_voxels(h) for h in headers]
+        scans = [dicom.scan(h.path, max_voxels) if dicom.is_series(h.path) else scan_voxels(h) for h in headers]
         report.low, report.high = min(s.low for s in scans), max(s.high for s in scans)
         report.not_finite = sum(s.not_finite for s in scans)
         if report.not_finite:
@@ -69,6 +71,10 @@ def check_case(case: Case, max_voxels: int = VOXEL_BUDGET) -> Report:
     if report.labels == [0]:
         report.notes.append("no voxel has a label")
     return report
+
+
+def _header(path: Path, max_voxels: int) -> Header:
+    return dicom.read_header(path, max_voxels) if dicom.is_series(path) else read_header(path, max_voxels)
 
 
 def _same_grid(first: Header, other: Header) -> None:

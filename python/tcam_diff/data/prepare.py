@@ -20,6 +20,7 @@ from monai.transforms import CenterSpatialCrop, Orientation, Resize, ScaleIntens
 from pydantic import Field, model_validator
 
 from tcam_diff.config import Config
+from tcam_diff.data import dicom
 from tcam_diff.data.intensity import intensity_range
 from tcam_diff.data.nifti import VOXEL_BUDGET, Volume, read_volume
 from tcam_diff.data.sources import Case
@@ -81,7 +82,7 @@ def split_cases(cases: Sequence[Case], config: PrepareConfig) -> list[Case]:
 
 def read_case(case: Case, max_voxels: int = VOXEL_BUDGET) -> Volume:
     """The channels of a case as one volume. Raises UserError where they are not on one grid."""
-    volumes = [read_volume(p, max_voxels) for p in case.images]
+    volumes = [dicom.read_volume(p, max_voxels) if dicom.is_series(p) else read_volume(p, max_voxels) for p in case.images]
     first = volumes[0]
     for other in volumes[1:]:
         if other.shape != first.shape:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tcam_diff.data.dicom import find_series
 from tcam_diff.errors import UserError
 
 #: Parts of a data set. "test" has no labels in the Decathlon.
@@ -18,8 +19,8 @@ BRATS_CHANNELS = (("flair", "t2f"), ("t1", "t1n"), ("t1ce", "t1c"), ("t2", "t2w"
 
 LAYOUTS = (
     "a Decathlon task folder (dataset.json, imagesTr, labelsTr, imagesTs), a datalist (.json), a folder of BraTS cases "
-    "(CASE/CASE_flair.nii.gz or CASE/CASE-t2f.nii.gz, ...), a folder of NIfTI files, a table (.csv) with a column image, or a "
-    "NIfTI file"
+    "(CASE/CASE_flair.nii.gz or CASE/CASE-t2f.nii.gz, ...), a folder of NIfTI files, a table (.csv) with a column image, a "
+    "NIfTI file, or folders of DICOM series (.dcm)"
 )
 
 
@@ -105,9 +106,12 @@ def _folder(path: Path) -> tuple[str, list[Case]]:
     brats = [case for folder in sorted(path.iterdir()) if folder.is_dir() and (case := _brats(folder))]
     if brats:
         return "BraTS", brats
-    if any(path.rglob("*.dcm")):
-        raise UserError(f"{path}: DICOM series are not read yet; convert them to NIfTI (dcm2niix) and give that folder")
-    return "folder", []
+    series = find_series(path)
+    return ("DICOM", [Case(_series_name(p, path), (p,)) for p in series]) if series else ("folder", [])
+
+
+def _series_name(series: Path, base: Path) -> str:
+    return "-".join(series.relative_to(base).parts) or series.name
 
 
 def _brats(folder: Path) -> Case | None:

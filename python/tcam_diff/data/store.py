@@ -58,6 +58,7 @@ class StoreWriter:
 
     def sources(self, paths: Sequence[Path]) -> list[dict[str, Any]]:
         try:
+            paths = [f for p in paths for f in (sorted(p.glob("*.dcm")) if p.is_dir() else [p])]
             stats = [p.stat() for p in paths]
         except OSError as error:
             raise UserError(f"{error.filename}: {error.strerror}") from error

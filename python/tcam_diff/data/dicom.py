@@ -1,0 +1,106 @@
+"""DICOM series as volumes: a folder of slices, read by MONAI and pydicom (extra ``dicom``)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tcam_diff.data.nifti import VOXEL_BUDGET, Header, Scan, Volume
+from tcam_diff.errors import UserError
+
+
+def is_series(path: Path) -> bool:
+    return path.is_dir()
+
+
+def find_series(folder: Path) -> list[Path]:
+    """Folders that hold .dcm files."""
+    return sorted({p.parent for p in folder.rglob("*.dcm")})
+
+
+def read_header(folder: Path, max_voxels: int = VOXEL_BUDGET) -> Header:
+    """What the slices of a series say, without their voxels. Raises UserError where they are not one evenly spaced volume."""
+    slices = _slices(folder)
+    first = slices[0]
+    series = {str(getattr(s, "SeriesInstanceUID", "")) for s in slices}
+    if len(series) > 1:
+        raise UserError(f"{folder}: slices of {len(series)} series; put each in a folder of its own")
+    try:
+        grids = {(int(s.Rows), int(s.Columns), tuple(float(x) for x in s.ImageOrientationPatient)) for s in slices}
+        rows = np.asarray([float(x) for x in first.ImageOrientationPatient[:3]])
+        columns = np.asarray([float(x) for x in first.ImageOrientationPatient[3:]])
+        normal = np.cross(rows, columns)
+        positions = np.asarray([[float(x) for x in s.ImagePositionPatient] for s in slices])
+        between = [float(x) for x in first.PixelSpacing]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}: a slice lacks its geometry: {error}") from error
+    if len(grids) > 1:
+        raise UserError(f"{folder}: the slices differ in size or orientation")
+    order = np.argsort(positions @ normal)
+    along = (positions @ normal)[order]
+    gaps = np.diff(along)
+    if len(gaps) and (gaps.min() <= 0 or gaps.max() - gaps.min() > 0.01 * gaps.mean() + 1e-3):
+        raise UserError(
+            f"{folder}: gaps between slices from {gaps.min():g} to {gaps.max():g} mm: one is missing, or there twice"
+        )
+    step = (positions[order[-1]] - positions[order[0]]) / max(1, len(slices) - 1)
+    if len(slices) == 1:
+        step = normal * float(getattr(first, "SliceThickness", None) or 1)
+    affine = np.eye(4)  # of (column, row, slice), in the patient's left, posterior, superior
+    affine[:3, :3] = np.stack([rows * between[1], columns * between[0], step], 1)
+    affine[:3, 3] = positions[order[0]]
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+        raise UserError(f"{folder}: the geometry of its slices is singular")
+    shape = (int(first.Columns), int(first.Rows), len(slices))
+    if min(shape) < 1 or math.prod(shape) > max_voxels:
+        raise UserError(f"{folder}: {math.prod(shape)} voxels, expected 1 to {max_voxels} (--max-voxels)")
+    return Header(folder, shape, 1, np.dtype(np.float32), 1.0, 0.0, affine, (1, 1), ("mm", "sec"), 0)
+
+
+def read_volume(folder: Path, max_voxels: int = VOXEL_BUDGET) -> Volume:
+    """A series in physical units (for CT: HU). Raises UserError naming the folder."""
+    from monai.data import PydicomReader
+
+    header = read_header(folder, max_voxels)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            reader = PydicomReader()
+            data, meta = reader.get_data(reader.read(folder))
+    except Exception as error:  # pydicom raises many kinds
+        raise UserError(
+            f"{folder}: the voxels cannot be read: {str(error).splitlines()[0] if str(error) else error!r}"
+        ) from error
+    data = np.ascontiguousarray(data, dtype=np.float32)
+    if data.shape != header.shape:
+        raise UserError(f"{folder}: expected {header.shape} voxels from the slices' headers, got {data.shape}")
+    if not np.isfinite(data).all():
+        raise UserError(f"{folder}: {int((~np.isfinite(data)).sum())} voxels are NaN or infinite")
+    return Volume(data[None], np.asarray(meta["affine"], float), header.codes, header.units, str(folder))
+
+
+def scan(folder: Path, max_voxels: int = VOXEL_BUDGET) -> Scan:
+    data = read_volume(folder, max_voxels).data
+    return Scan(float(data.min()), float(data.max()), 0, None)
+
+
+def _slices(folder: Path) -> list[Any]:
+    try:
+        import pydicom
+    except ImportError as error:
+        raise UserError(f"{folder}: DICOM needs the package pydicom: pip install 'tcam-ext[dicom]'") from error
+    files = sorted(folder.glob("*.dcm"))
+    found = []
+    for file in files:
+        try:
+            found.append(pydicom.dcmread(file, stop_before_pixels=True))
+        except Exception as error:
+            raise UserError(f"{file}: not a readable DICOM file: {error}") from error
+    if not found:
+        raise UserError(f"{folder}: no .dcm file in it")
+    return found
