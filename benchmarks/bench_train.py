@@ -20,8 +20,7 @@ from tcam_diff import config as configs
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.objective import Lattice
 from tcam_diff.autodecoder.train import Autodecoder
-from tcam_diff.data.prepare import PrepareConfig, quantise
-from tcam_diff.data.store import StoreWriter
+from tcam_diff.data.store import StoreWriter, quantise
 from tcam_diff.training.ranks import Ranks, device_of
 
 
@@ -43,8 +42,7 @@ CASES = {
 
 
 def make_store(folder: Path, size: int, objects: int) -> None:
-    config = PrepareConfig(percentiles=(0.0, 100.0)).model_dump(mode="json")
-    writer = StoreWriter(folder, config)
+    writer = StoreWriter(folder, {})
     rng = np.random.default_rng(0)
     records = [
         writer.write(f"v{i}", "train", quantise(rng.random((1, size, size, size)), "uint8"), np.eye(4), [(0.0, 1.0)], [])

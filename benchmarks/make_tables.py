@@ -63,6 +63,36 @@ def points_table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def train_table(found: dict[str, Any]) -> str:
+    lines = [
+        circumstances(found),
+        "",
+        "| case | objects | voxels a step | step s | spread | bare s | of the step | Mvoxel/s | 200,000 steps |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in found["rows"]:
+        lines.append(
+            f"| {r['case']} | {r['batch']} | {r['voxels']} | {r['step_s']:.4f} | {r['step_low']:.4f} to {r['step_high']:.4f} | "
+            f"{r['bare_s']:.4f} | {100 * r['share']:.0f} % | {r['voxels'] / r['step_s'] / 1e6:.2f} | {r['hours_200000']:.1f} h |"
+        )
+    return "\n".join(lines)
+
+
+def stage1_table(found: dict[str, Any]) -> str:
+    lines = [circumstances(found), "", "| what | measured | estimated before |", "|---|---|---|"]
+    for r in found["rows"]:
+        lines += [
+            f"| training, {r['steps']} steps | {r['train_s'] / 60:.1f} min | {r['estimated_s'] / 60:.0f} min |",
+            f"| peak memory | {r['memory_gb']:.2f} GB | {r['estimated_memory_gb']:.2f} GB |",
+            f"| checkpoints | {r['disk_gb']:.2f} GB | {r['estimated_disk_gb']:.2f} GB |",
+            f"| fitted PSNR, 64 volumes | **{r['fitted_psnr']:.2f} dB** | |",
+            f"| encoding, {r['encode_steps']} steps | {r['encode_s'] / 60:.1f} min | |",
+            f"| held-out PSNR, 16 volumes | **{r['held_out_psnr']:.2f} dB** "
+            f"({r['held_out_low']:.2f} to {r['held_out_high']:.2f}) | |",
+        ]
+    return "\n".join(lines)
+
+
 def decode_table(found: dict[str, Any]) -> str:
     lines = [
         circumstances(found),
@@ -92,7 +122,14 @@ def main() -> None:
     def fill(match: re.Match[str]) -> str:
         path = ROOT / "benchmarks" / "results" / f"{match[1]}.json"
         kind = match[1].split("_")[0]
-        table = {"fit": fits_table, "points": points_table, "sample": points_table}.get(kind, decode_table)
+        tables = {
+            "fit": fits_table,
+            "points": points_table,
+            "sample": points_table,
+            "train": train_table,
+            "stage1": stage1_table,
+        }
+        table = tables.get(kind, decode_table)
         return f"<!-- table {match[1]} -->\n{table(json.loads(path.read_text()))}\n<!-- end -->"
 
     filled = re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", fill, page, flags=re.S)

@@ -13,8 +13,7 @@ from tcam_diff import config as configs
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.train import Autodecoder
 from tcam_diff.cli.train_autodecoder import prepare_folder, train
-from tcam_diff.data.prepare import PrepareConfig, quantise
-from tcam_diff.data.store import Store, StoreWriter
+from tcam_diff.data.store import Store, StoreWriter, quantise
 from tcam_diff.training.ranks import ranks
 
 SMALL = (
@@ -24,7 +23,7 @@ SMALL = (
 
 #: Forks of a server that has imported everything and has never started a thread: each process costs milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tcam_diff.cli.train_autodecoder", "tcam_diff.data.prepare"])
+CONTEXT.set_forkserver_preload(["tcam_diff.cli.train_autodecoder"])
 
 
 def blobs(number: int, size: tuple[int, int, int]) -> np.ndarray:
@@ -39,8 +38,7 @@ def blobs(number: int, size: tuple[int, int, int]) -> np.ndarray:
 
 
 def make_store(folder: Path, count: int = 7, held_out: int = 2, size: tuple[int, int, int] = (12, 10, 14)) -> Store:
-    config = PrepareConfig(percentiles=(0.0, 100.0)).model_dump(mode="json")
-    writer = StoreWriter(folder, config)
+    writer = StoreWriter(folder, {"percentiles": [0.0, 100.0]})
     records = []
     for i in range(count + held_out):
         split = "train" if i < count else "test"

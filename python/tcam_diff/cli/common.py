@@ -43,6 +43,10 @@ def size_text(shape: Iterable[int]) -> str:
     return " x ".join(map(str, shape))
 
 
+def bytes_text(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+
+
 def folder_size(path: Path) -> int:
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
 

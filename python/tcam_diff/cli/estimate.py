@@ -9,7 +9,7 @@ import typer
 from tcam_diff import config as configs
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.estimate import estimate as measure
-from tcam_diff.cli.common import duration, say
+from tcam_diff.cli.common import bytes_text, duration, say
 
 
 def estimate(
@@ -25,12 +25,12 @@ def estimate(
     say(
         f"time         {duration(found.seconds)} ({wanted.steps} steps of {1000 * found.step:.1f} ms, evaluations, checkpoints)"
     )
-    say(f"host memory  {found.host / 1e9:.2f} GB at the peak")
+    say(f"host memory  {bytes_text(found.host)} at the peak")
     if found.device:
-        say(f"device       {found.device / 1e9:.2f} GB at the peak")
-    say(f"tables       {found.tables / 1e9:.2f} GB of planes and moments, on {found.where}")
-    say(f"disk         {found.disk / 1e9:.2f} GB")
+        say(f"device       {bytes_text(found.device)} at the peak")
+    say(f"tables       {bytes_text(found.tables)} of planes and moments, on {found.where}")
+    say(f"disk         {bytes_text(found.disk)}")
     need = found.device if found.device and found.where == "device" else found.tables
     if found.where != "disk" and need > found.available:
-        say(f"[red]does not fit[/red]: {found.available / 1e9:.2f} GB are free; take tables=disk, or fewer channels or objects")
+        say(f"[red]does not fit[/red]: {bytes_text(found.available)} are free; take tables=disk, or fewer channels or objects")
         raise typer.Exit(1)

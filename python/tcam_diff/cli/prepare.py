@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from tcam_diff import config as configs
-from tcam_diff.cli.common import cores, folder_size, say, size_text, tracked
+from tcam_diff.cli.common import bytes_text, cores, folder_size, say, size_text, tracked
 from tcam_diff.data.nifti import VOXEL_BUDGET
 from tcam_diff.data.prepare import PrepareConfig, prepare_cases
 from tcam_diff.data.sources import LAYOUTS, download_decathlon, find_cases
@@ -59,7 +59,7 @@ def prepare(
     say(
         f"{out}: {len(good)} of {len(records)} cases ({splits}), {size_text(shapes[0][0][1:])}"
         f"{' and other sizes' if len(shapes) > 1 else ''}, {shapes[0][0][0]} channel(s), {config.dtype}, "
-        f"{folder_size(out) / 1e9:.2f} GB"
+        f"{bytes_text(folder_size(out))}"
     )
     if len(good) < len(records):
         raise typer.Exit(1)

@@ -24,7 +24,7 @@ from tcam_diff.data import dicom
 from tcam_diff.data.intensity import intensity_range
 from tcam_diff.data.nifti import VOXEL_BUDGET, Volume, read_volume
 from tcam_diff.data.sources import Case
-from tcam_diff.data.store import Record, StoreWriter
+from tcam_diff.data.store import Record, StoreWriter, quantise
 from tcam_diff.errors import UserError
 
 Positive = Annotated[float, Field(gt=0)]
@@ -128,11 +128,6 @@ def _geometry(config: PrepareConfig) -> list[Any]:
     if config.resize:
         steps.append(Resize(spatial_size=config.resize, mode="trilinear", anti_aliasing=True))
     return steps
-
-
-def quantise(array: np.ndarray, dtype: str) -> np.ndarray:
-    """[0, 1] as the store keeps it: uint8 is 255 v, rounded."""
-    return np.rint(array * 255).astype(np.uint8) if dtype == "uint8" else array.astype(np.float16)
 
 
 def prepare_cases(

@@ -173,6 +173,11 @@ class Store:
             raise UserError(f"{self.path(record)}: changed or damaged: delete it and run `tcam prepare` again")
 
 
+def quantise(array: np.ndarray, dtype: str) -> np.ndarray:
+    """[0, 1] as the store keeps it: uint8 is 255 v, rounded."""
+    return np.rint(array * 255).astype(np.uint8) if dtype == "uint8" else array.astype(np.float16)
+
+
 def one_shape(folder: Path, records: Sequence[Record]) -> tuple[int, int, int, int]:
     """The shape that all cases share. Raises UserError where they differ."""
     for r in records[1:]:
