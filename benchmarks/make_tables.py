@@ -71,9 +71,10 @@ def train_table(found: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in found["rows"]:
+        rate = r["voxels"] / r["step_s"] / 1e6
         lines.append(
             f"| {r['case']} | {r['batch']} | {r['voxels']} | {r['step_s']:.4f} | {r['step_low']:.4f} to {r['step_high']:.4f} | "
-            f"{r['bare_s']:.4f} | {100 * r['share']:.0f} % | {r['voxels'] / r['step_s'] / 1e6:.2f} | {r['hours_200000']:.1f} h |"
+            f"{r['bare_s']:.4f} | {100 * r['share']:.0f} % | {rate:.2f} | {r['hours_200000']:.1f} h |"
         )
     return "\n".join(lines)
 

@@ -120,23 +120,22 @@ def run(
             last = step == task.steps
             if step % cadence.log == 0 or last:
                 now = time.monotonic()
-                metrics = {
-                    name: float(ranks.sum(value.clone().to(ranks.device)) / ranks.world) for name, value in found.items()
-                }
-                metrics["steps_per_second"] = (step - mark) / max(now - mark_time, 1e-9)
-                metrics["seconds"] = seconds()
-                metrics["memory_gb"] = peak_memory(ranks.device) / 1e9
+                logged = {name: float(ranks.sum(v.clone().to(ranks.device)) / ranks.world) for name, v in found.items()}
+                logged["steps_per_second"] = (step - mark) / max(now - mark_time, 1e-9)
+                logged["seconds"] = seconds()
+                logged["memory_gb"] = peak_memory(ranks.device) / 1e9
+                metrics |= logged
                 if ranks.any(not bool(finite)):
                     raise _not_a_number(step, metrics, checkpoints)
                 mark, mark_time = step, now
                 if records is not None:
-                    records.scalars(step, metrics)
+                    records.scalars(step, logged)
             if step % cadence.evaluate == 0 or last:
-                found_now = task.evaluate()
-                metrics |= found_now
-                last_score = found_now.get(score)
+                checked = task.evaluate()
+                metrics |= checked
+                last_score = checked.get(score)
                 if records is not None:
-                    records.scalars(step, found_now)
+                    records.scalars(step, checked)
                 if on_evaluate is not None:
                     on_evaluate(step, records)
                 mark, mark_time = step, time.monotonic()
