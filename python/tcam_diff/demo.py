@@ -82,7 +82,7 @@ def noisy_psnr(fitted: artefact.FittedVolume, data: np.ndarray) -> float:
     from tcam_diff.autodecoder.planes import texel_noise
 
     size = fitted.meta.shape
-    planes = texel_noise(fitted.planes, fitted.config.noise_std, size, torch.Generator().manual_seed(0))
+    planes = texel_noise(fitted.planes, fitted.config.noise_std, size, 0)
     with torch.no_grad():
         noisy: torch.Tensor = fitted.decoder(planes, size)[0].clamp(0, 1)
     return metrics.psnr(torch.from_numpy(to_unit(data, fitted.meta.intensity)), noisy)

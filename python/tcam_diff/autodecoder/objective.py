@@ -208,7 +208,7 @@ class Objective:
             # Planes sampled at the lattice have a texel a voxel: nothing interpolates, so nothing shrinks the noise.
             options |= {"noise_std": c.noise_std, "noise_seed": visit.noise_seed, "noise_mode": "texel"}
         elif noise and c.noise_std:
-            planes = texel_noise(planes, c.noise_std, self.size, torch.Generator().manual_seed(visit.noise_seed))
+            planes = texel_noise(planes, c.noise_std, self.size, visit.noise_seed)
         total = planes[0].new_zeros(())
         for region, target in zip(visit.regions, visit.targets, strict=False):
             target = target.to(self.device, non_blocking=True)

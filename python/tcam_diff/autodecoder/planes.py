@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tcam_ext import library
 from tcam_ext.reference import linear_taps
 
 #: A plane's two axes, in the order xy, yz, xz.
@@ -59,31 +61,26 @@ def normalise(planes: Sequence[Tensor], norm: str = "plane") -> list[Tensor]:
     return [rms_norm(p, dims) for p in planes]
 
 
-def texel_noise(
-    planes: Sequence[Tensor],
-    std: float,
-    size: Sequence[int],
-    generator: torch.Generator,
-    align_corners: bool = False,
-    padding_mode: str = "border",
-) -> list[Tensor]:
+def texel_noise(planes: Sequence[Tensor], std: float, size: Sequence[int], seed: int) -> list[Tensor]:
     """Planes plus C N(0, I) per texel, scaled so that the noise has standard deviation ``std`` once sampled (equation 7).
 
     Bilinear interpolation averages neighbours: the variance at a voxel is the product over both axes of
     w_lo^2 + w_hi^2, whose mean over the voxels of ``size`` is divided out (0.39 when a plane is half as fine as the grid).
     """
     texels = (planes[0].shape[2], planes[0].shape[3], planes[1].shape[3])
-    shrink = []
-    for n, m in zip(size, texels, strict=True):
-        below, above, w_below, w_above = linear_taps(0, n, n, m, align_corners, padding_mode)
-        same = below == above
-        variance = torch.where(same, (w_below + w_above).square(), w_below.square() + w_above.square())
-        shrink.append(float(variance.mean()))
-    noisy = []
-    for plane, (a, b) in zip(planes, PLANE_AXES, strict=True):
-        scale = std / (shrink[a] * shrink[b]) ** 0.5
-        noisy.append(plane + scale * torch.randn(plane.shape, generator=generator, dtype=plane.dtype).to(plane.device))
-    return noisy
+    kept = [kept_variance(n, m) for n, m in zip(size, texels, strict=True)]
+    return [
+        plane + (std / (kept[a] * kept[b]) ** 0.5) * library.normals(plane.detach(), 1 + q, seed).to(plane.dtype)
+        for q, (plane, (a, b)) in enumerate(zip(planes, PLANE_AXES, strict=True))
+    ]
+
+
+@functools.cache
+def kept_variance(voxels: int, texels: int) -> float:
+    """Of noise of texels along an axis, interpolated at voxels: the mean of w_lo^2 + w_hi^2."""
+    below, above, w_below, w_above = linear_taps(0, voxels, voxels, texels, False, "border")
+    variance = torch.where(below == above, (w_below + w_above).square(), w_below.square() + w_above.square())
+    return float(variance.mean())
 
 
 class _MeanAbsoluteDifference(torch.autograd.Function):
