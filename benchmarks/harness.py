@@ -71,9 +71,10 @@ def gpu(run: Callable[..., str]) -> dict[str, Any]:
 def _arguments() -> list[str]:
     """Those of the command line that matter to a figure: not where it is written."""
     found = list(sys.argv[1:])
-    if "--json" in found:
-        at = found.index("--json")
-        del found[at : at + 2]
+    for place in ("--json", "--work"):
+        if place in found:
+            at = found.index(place)
+            del found[at : at + 2]
     return found
 
 

@@ -26,7 +26,8 @@ class Estimate:
 
     host: float
     device: float  # 0 on a CPU
-    disk: float
+    disk: float  # at the end
+    disk_most: float  # meanwhile: the best checkpoint may be an older one, and one is being written
     seconds: float
     step: float  # seconds of one
     tables: float  # bytes of planes and moments, wherever they live
@@ -38,7 +39,7 @@ def estimate(config: TrainConfig, seconds: float = 10.0) -> Estimate:
     """Run about ``seconds`` of the real thing with as few objects as a step needs, in a folder that is thrown away.
 
     Time: steps, evaluations, checkpoints (written and synced), and the last look at every volume. Memory: that of the trial and
-    the tables of the objects it left out. Disk: checkpoints kept, the best one and the one being written, and tables on disk.
+    the tables of the objects it left out. Disk: checkpoints, and tables where they are on it.
     """
     store = Store(config.data)
     records = store.of(config.split)[: config.objects]
@@ -91,11 +92,11 @@ def estimate(config: TrainConfig, seconds: float = 10.0) -> Estimate:
     evaluations = -(-config.steps // (config.evaluate_every or max(1, config.steps // 10)))
     every = config.checkpoint_every or max(1, config.steps // 20)
     checkpoints = -(-config.steps // every)
-    kept = min(checkpoints, config.keep + 2)
+    on_disk = per_object * count if where == "disk" else 0
     total = config.steps * step + evaluations * (checked + looked) + checkpoints * saved * one / written + whole
     free = torch.cuda.mem_get_info(ranks.device)[0] if device and where == "device" else available_memory()
-    disk = kept * one + (per_object * count if where == "disk" else 0)
-    return Estimate(host, device, disk, total, step, per_object * count, where, float(free))
+    disk, most = (min(checkpoints, kept) * one + on_disk for kept in (config.keep, config.keep + 2))
+    return Estimate(host, device, disk, most, total, step, per_object * count, where, float(free))
 
 
 def _per_step(task: Autodecoder, seconds: float) -> float:

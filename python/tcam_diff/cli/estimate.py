@@ -29,7 +29,7 @@ def estimate(
     if found.device:
         say(f"device       {bytes_text(found.device)} at the peak")
     say(f"tables       {bytes_text(found.tables)} of planes and moments, on {found.where}")
-    say(f"disk         {bytes_text(found.disk)}")
+    say(f"disk         {bytes_text(found.disk)} at the end, up to {bytes_text(found.disk_most)} meanwhile")
     need = found.device if found.device and found.where == "device" else found.tables
     if found.where != "disk" and need > found.available:
         say(f"[red]does not fit[/red]: {bytes_text(found.available)} are free; take tables=disk, or fewer channels or objects")
