@@ -15,8 +15,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
-from monai.transforms import CenterSpatialCrop, Orientation, Resize, ScaleIntensityRange, Spacing, SpatialPad
 from pydantic import Field, model_validator
 
 from tcam_diff.config import Config
@@ -96,6 +94,9 @@ def read_case(case: Case, max_voxels: int = VOXEL_BUDGET) -> Volume:
 
 def prepare_volume(volume: Volume, config: PrepareConfig) -> tuple[np.ndarray, np.ndarray, list[tuple[float, float]]]:
     """(channels, H, W, D) in [0, 1], its affine, and per channel the physical values at 0 and 1."""
+    from monai.data import MetaTensor
+    from monai.transforms import ScaleIntensityRange
+
     data = volume.data
     if config.channels is not None:
         if max(config.channels) >= data.shape[0]:
@@ -118,6 +119,14 @@ def prepare_volume(volume: Volume, config: PrepareConfig) -> tuple[np.ndarray, n
 
 
 def _geometry(config: PrepareConfig) -> list[Any]:
+    from monai.transforms import (
+        CenterSpatialCrop,
+        Orientation,
+        Resize,
+        Spacing,
+        SpatialPad,
+    )  # slow to import
+
     steps: list[Any] = []
     if config.orientation:
         steps.append(Orientation(axcodes=config.orientation, labels=(("L", "R"), ("P", "A"), ("I", "S"))))
