@@ -34,6 +34,7 @@ class Case:
 
 CASES = {
     "cohort 64, fast": Case("fast", 64),
+    "cohort 64, fast, stride 2": Case("fast", 64, ("stride=2",)),
     "cohort 64, four layers": Case("fast", 64, ("widths=[128,128,128,128]",)),
     "cohort 64, whole volumes": Case("fast", 64, ("region=volume", "batch=1")),
     "brats 128, whole volumes": Case("fast", 128, ("region=volume", "batch=1", "widths=[128,128,128,128]"), 2),
@@ -79,7 +80,7 @@ def bare(task: Autodecoder) -> Callable[[], None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES)[:3])
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES)[:4])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="write the figures here")
