@@ -112,16 +112,21 @@ def test_an_encoding_that_was_stopped_goes_on(trained, store, encoded, tmp_path,
 
 def test_a_plateau_ends_a_volume(trained, store):
     data = Store(store)
-    volumes = [data.volume(r) for r in data.of("test")[:2]]
+    volumes = {r.name: data.volume(r) for r in data.of("test")[:2]}
     steps = {}
     for plateau in (0.0, 100.0):
         config = EncodeConfig(steps=100, check_every=10, plateau_db=plateau)
         last = []
-        Encoder(load_run(trained), config, SIZE, torch.device("cpu")).encode(
-            volumes, [0, 1], lambda *now, to=last: to.append(now)
-        )
+        Encoder(load_run(trained), config, SIZE, torch.device("cpu")).encode(volumes, lambda *now, to=last: to.append(now))
         steps[plateau] = last[-1][0]
     assert steps == {0.0: 100, 100.0: 40}  # the first check has nothing to compare with; three poor ones follow
+
+
+def test_planes_that_become_no_numbers_name_their_volume(trained, store):
+    record = Store(store).of("test")[0]
+    encoder = Encoder(load_run(trained), EncodeConfig(steps=4, check_every=2, lr=1e38), SIZE, torch.device("cpu"))
+    with pytest.raises(UserError, match=f"{record.name}: its planes became NaN"):
+        encoder.encode({record.name: Store(store).volume(record)})
 
 
 def test_the_fitted_planes_are_exported(trained, store, tmp_path):

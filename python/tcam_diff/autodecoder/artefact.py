@@ -21,6 +21,7 @@ from torch import Tensor
 import tcam_ext
 from tcam_diff.autodecoder.config import FitConfig, ObjectiveConfig
 from tcam_diff.autodecoder.fit import FitResult
+from tcam_diff.autodecoder.objective import make_decoder
 from tcam_diff.autodecoder.planes import PLANE_NAMES
 from tcam_diff.errors import UserError
 from tcam_diff.files import sha256, writable_folder
@@ -114,15 +115,9 @@ def load(folder: str | os.PathLike[str]) -> FittedVolume:
     try:
         meta = Metadata(**manifest["tcam"])
         config = FitConfig.model_validate(yaml.safe_load((folder / _CONFIG).read_text()))
-        planes = _read_tensors(folder / _PLANES)
-        state = _read_tensors(folder / _DECODER)
-        decoder = tcam_ext.TriplaneDecoder(
-            config.channels,
-            config.widths,
-            meta.channels,
-            activation=config.activation,
-            output_activation=config.output_activation,
-        )
+        planes = read_tensors(folder / _PLANES)
+        state = read_tensors(folder / _DECODER)
+        decoder = make_decoder(config, meta.channels)
         decoder.load_state_dict(state)
         ordered = [planes[name] for name in PLANE_NAMES]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -155,9 +150,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return checked
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file. Raises UserError naming it."""
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged: {error}") from error

@@ -108,6 +108,14 @@ class TrainConfig(ObjectiveConfig):
     checkpoint_every: Annotated[int | None, Field(ge=1, description="steps; null: a twentieth of all")] = None
     keep: Annotated[Count, Field(description="checkpoints, beside the best")] = 2
 
+    def evaluation_steps(self) -> int:
+        """Between evaluations."""
+        return self.evaluate_every or max(1, self.steps // 10)
+
+    def checkpoint_steps(self) -> int:
+        """Between checkpoints."""
+        return self.checkpoint_every or max(1, self.steps // 20)
+
 
 class EncodeConfig(Config):
     """How planes of new volumes are found under a frozen decoder; the rest is as the decoder was trained."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import tcam_ext
 from tcam_diff import config as configs
 from tcam_diff.autodecoder.config import EncodeConfig, TrainConfig
 from tcam_diff.autodecoder.objective import Objective, make_decoder, parameter_dtype, rate
-from tcam_diff.autodecoder.planes import PLANE_NAMES, init_planes, normalise
+from tcam_diff.autodecoder.planes import PLANE_AXES, PLANE_NAMES, init_planes, normalise
 from tcam_diff.autodecoder.tables import PlaneTable
 from tcam_diff.errors import UserError
 from tcam_diff.training import checkpoint
@@ -90,13 +91,13 @@ class Encoder:
             "warmup_steps": 0,
             "seed": config.seed,
         }
-        self.config, self.device = config, device
+        self.config, self.size, self.device = config, size, device
         self.training = run.config.model_copy(update=merged)
         self.objective = Objective(self.training, size, device)
         self.decoder = run.decoder.to(device)
         if config.init == "mean":
             self.start = run.mean_planes()
-            want = [(self.objective.texels[a], self.objective.texels[b]) for a, b in ((0, 1), (1, 2), (0, 2))]
+            want = [(self.objective.texels[a], self.objective.texels[b]) for a, b in PLANE_AXES]
             if [tuple(p.shape[2:]) for p in self.start] != want:
                 self.start = [
                     torch.nn.functional.interpolate(p, w, mode="bilinear") for p, w in zip(self.start, want, strict=True)
@@ -107,27 +108,27 @@ class Encoder:
 
     def encode(
         self,
-        volumes: Sequence[np.ndarray],
-        numbers: Sequence[int],
+        volumes: Mapping[str, np.ndarray],
         on_step: Callable[[int, int, float], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
-    ) -> list[Encoded] | None:
-        """Planes for volumes (channels, H, W, D) as a store keeps them; ``numbers`` name their streams of random numbers.
+    ) -> dict[str, Encoded] | None:
+        """Planes for volumes (channels, H, W, D) as a store keeps them. Their names are those of their streams of random
+        numbers, so it does not matter which are encoded together.
 
         ``on_step(step, active, psnr)``. None where ``should_stop`` said so.
         """
         c = self.training
-        table = PlaneTable(numbers, c.channels, self.objective.texels, device=self.device, dtype=parameter_dtype(c))
+        names = list(volumes)
+        table = PlaneTable(names, c.channels, self.objective.texels, device=self.device, dtype=parameter_dtype(c))
         table.fill(lambda _: self.start)
-        of = dict(zip(numbers, volumes, strict=True))
         boxes = self.objective.check_boxes()
-        best: dict[int, tuple[float, list[Tensor], int]] = {}
-        poor = dict.fromkeys(numbers, 0)
-        active, shown = list(numbers), float("nan")
+        best: dict[str, tuple[float, list[Tensor], int]] = {}
+        poor = dict.fromkeys(names, 0)
+        active, shown = list(names), float("nan")
         for index in range(c.steps):
             if should_stop is not None and should_stop():
                 return None
-            visits = [self.objective.read(self.objective.visit(n, index), of[n]) for n in active]
+            visits = [self.objective.read(self.objective.visit(n, index), volumes[n]) for n in active]
             rows = table.fetch(active)
             noise = index < c.steps * (1 - c.noise_free_fraction)
             self.objective.losses(rows.leaves, self.decoder, visits, noise)[0].sum().backward()
@@ -136,10 +137,10 @@ class Encoder:
                 scores = []
                 for n in list(active):
                     planes = normalise(table.planes(n), c.norm)
-                    score = self.objective.psnr(planes, self.decoder, of[n], boxes)
+                    score = self.objective.psnr(planes, self.decoder, volumes[n], boxes)
                     scores.append(score)
                     gain = score - best[n][0] if n in best else float("inf")
-                    if gain > 0:
+                    if gain > 0 and math.isfinite(score):
                         best[n] = (score, [p.clone() for p in planes], index + 1)
                     poor[n] = poor[n] + 1 if gain < self.config.plateau_db else 0
                     if self.config.plateau_db and poor[n] >= 3:
@@ -149,10 +150,10 @@ class Encoder:
                 on_step(index + 1, len(active), shown)
             if not active:
                 break
-        found = []
-        for n in numbers:
-            if n not in best:
-                raise UserError(f"volume {n}: its planes became NaN; lower lr")
-            _, planes, steps = best[n]
-            found.append(Encoded(planes, self.objective.psnr(planes, self.decoder, of[n]), steps))
+        found = {}
+        for name in names:
+            if name not in best:
+                raise UserError(f"{name}: its planes became NaN; lower lr")
+            _, planes, steps = best[name]
+            found[name] = Encoded(planes, self.objective.psnr(planes, self.decoder, volumes[name]), steps)
         return found

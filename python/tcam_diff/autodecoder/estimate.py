@@ -55,7 +55,7 @@ def estimate(config: TrainConfig, seconds: float = 10.0) -> Estimate:
             per_object = PlaneTable.bytes(
                 1, config.channels, task.objective.texels, task.table.tables["value"][0].element_size()
             )
-            where = task._where(count)
+            where = task.place(count)
             step = _per_step(task, seconds)
             began = time.monotonic()
             task.evaluate(range(few), whole=False)
@@ -89,9 +89,8 @@ def estimate(config: TrainConfig, seconds: float = 10.0) -> Estimate:
     else:
         host += more if where != "disk" else 0
     one = written + more
-    evaluations = -(-config.steps // (config.evaluate_every or max(1, config.steps // 10)))
-    every = config.checkpoint_every or max(1, config.steps // 20)
-    checkpoints = -(-config.steps // every)
+    evaluations = -(-config.steps // config.evaluation_steps())
+    checkpoints = -(-config.steps // config.checkpoint_steps())
     on_disk = per_object * count if where == "disk" else 0
     total = config.steps * step + evaluations * (checked + looked) + checkpoints * saved * one / written + whole
     free = torch.cuda.mem_get_info(ranks.device)[0] if device and where == "device" else available_memory()

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -23,6 +22,7 @@ from torch import Tensor
 import tcam_ext
 from tcam_diff import config as configs
 from tcam_diff.autodecoder import artefact
+from tcam_diff.autodecoder.artefact import read_tensors
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.objective import make_decoder
 from tcam_diff.autodecoder.planes import PLANE_NAMES
@@ -118,18 +118,16 @@ class LatentWriter:
     def statistics(self, entries: Sequence[Entry]) -> dict[str, Any]:
         """Of each plane over the set: root mean square, that of each channel, and the share of the energy that is in the mean
         plane (algorithm.md 6.5: much of it means that centring would help the diffusion model)."""
+        total: dict[str, Tensor] = {}
+        squares: dict[str, Tensor] = {}
+        for entry in entries:
+            for name, plane in read_tensors(self.path(entry.name)).items():
+                plane = plane.double()
+                total[name] = total.get(name, 0) + plane
+                squares[name] = squares.get(name, 0) + plane.square().mean((1, 2))
         found = {}
         for name in PLANE_NAMES:
-            total: Tensor | None = None
-            energy = torch.zeros(0)
-            for entry in entries:
-                plane = _tensor(self.path(entry.name), name).double()
-                total = plane if total is None else total + plane
-                squares = plane.square().mean((1, 2))
-                energy = squares if energy.numel() == 0 else energy + squares
-            assert total is not None
-            mean = total / len(entries)
-            energy = energy / len(entries)
+            mean, energy = total[name] / len(entries), squares[name] / len(entries)
             found[name] = {
                 "rms": float(energy.mean().sqrt()),
                 "channel_rms": [round(float(x), 6) for x in energy.sqrt()],
@@ -166,8 +164,8 @@ class LatentSet:
 
     def planes(self, entry: Entry) -> list[Tensor]:
         """xy, yz, xz: (C, rows, columns)."""
-        path = self.folder / "planes" / f"{entry.name}.safetensors"
-        return [_tensor(path, name) for name in PLANE_NAMES]
+        held = read_tensors(self.folder / "planes" / f"{entry.name}.safetensors")
+        return [held[name] for name in PLANE_NAMES]
 
     def verify(self, entry: Entry) -> None:
         path = self.folder / "planes" / f"{entry.name}.safetensors"
@@ -179,8 +177,7 @@ class LatentSet:
         if not path.is_file() or sha256(path) != self.index["decoder_sha256"]:
             raise UserError(f"{path}: missing, changed or damaged; make the set again")
         made = make_decoder(self.config, self.entries[0].shape[0]).float()
-        with safe_open(path, framework="pt") as file:
-            made.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        made.load_state_dict(read_tensors(path))
         return made.requires_grad_(False)
 
     def fitted(self, name: str) -> artefact.FittedVolume:
@@ -201,12 +198,3 @@ class LatentSet:
 
 def _entry(found: dict[str, Any]) -> Entry:
     return Entry(**found | {"shape": tuple(found["shape"]), "intensity": [(float(a), float(b)) for a, b in found["intensity"]]})
-
-
-def _tensor(path: Path, name: str) -> Tensor:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged: {error}; make the set again") from error

@@ -39,7 +39,7 @@ Region = Box | Lattice
 class Visit:
     """An object, the voxels that a step looks at, and the seeds of its noise."""
 
-    object: int
+    object: int | str
     regions: list[Region]
     noise_seed: int
     features: list[Box] = field(default_factory=list)  # slices, for SSIM and LPIPS
@@ -117,13 +117,13 @@ class Objective:
 
     # ---- what to look at ---------------------------------------------------------------
 
-    def visit(self, number: int, count: int) -> Visit:
-        """Visit ``count`` of object ``number``: the same voxels and the same noise whenever and wherever it is asked for."""
+    def visit(self, name: int | str, count: int) -> Visit:
+        """Visit ``count`` of an object: the same voxels and the same noise whenever and wherever it is asked for."""
         c = self.config
-        chosen = stream(c.seed, "region", number, count)
+        chosen = stream(c.seed, "region", name, count)
         if c.region == "lattice" and c.stride > 1:
             block, at = divmod(count, c.stride**3)  # every start comes once before one comes again
-            order = torch.randperm(c.stride**3, generator=stream(c.seed, "lattice", number, block))
+            order = torch.randperm(c.stride**3, generator=stream(c.seed, "lattice", name, block))
             o, s = int(order[at]), c.stride
             x, y, z = (p % n for p, n in zip((o // (s * s), o // s % s, o % s), self.size, strict=True))
             regions: list[Region] = [Lattice((x, y, z), s)]
@@ -132,7 +132,7 @@ class Objective:
         else:
             regions = [self._box(chosen)]
         features = self._slices(c.feature_slices, chosen) if c.ssim_weight or c.perceptual_weight else []
-        return Visit(number, regions, seed_of(c.seed, "noise", number, count), features)
+        return Visit(name, regions, seed_of(c.seed, "noise", name, count), features)
 
     def read(self, visit: Visit, volume: np.ndarray) -> Visit:
         """Fill in what (channels, H, W, D) holds there."""
@@ -262,14 +262,15 @@ class Objective:
     ) -> float:
         """Of normalised planes (1, C, rows, columns), without noise, output clamped; over the whole volume, or boxes."""
         squared, voxels = 0.0, 0
-        for box in self._slabs() if boxes is None else boxes:
+        for box in self.slabs() if boxes is None else boxes:
             want = unit(self._read(volume, box).to(self.device))
             got = decoder(planes, self.size, box=box, compute_dtype=self.compute).clamp(0, 1)
             squared += float((got - want).double().square().sum())
             voxels += want.numel()
         return psnr_of_mse(squared / voxels)
 
-    def _slabs(self) -> list[Box]:
+    def slabs(self) -> list[Box]:
+        """The volume in pieces of some four million voxels."""
         h, w, d = self.size
         thick = max(1, (1 << 22) // (w * d))
         return [((x, min(x + thick, h)), (0, w), (0, d)) for x in range(0, h, thick)]

@@ -19,6 +19,8 @@ from torch.optim.adam import adam
 from tcam_diff.autodecoder.planes import PLANE_AXES, PLANE_NAMES
 from tcam_diff.errors import UserError
 
+Name = int | str
+
 KINDS = ("value", "exp_avg", "exp_avg_sq")
 
 
@@ -32,14 +34,14 @@ class Rows:
 
 
 class PlaneTable:
-    """Rows for ``objects`` (their numbers in the data set) of planes (C, rows, columns), with moments and counters.
+    """Rows for ``objects`` (numbers or names) of planes (C, rows, columns), with moments and counters.
 
     where: "device"; "host" (pinned beside a GPU; rows travel both ways); "disk" (memory-mapped files in ``folder``).
     """
 
     def __init__(
         self,
-        objects: Sequence[int],
+        objects: Sequence[Name],
         channels: int,
         texels: Sequence[int],
         *,
@@ -75,18 +77,18 @@ class PlaneTable:
             return torch.zeros(full, dtype=self.dtype, pin_memory=self.device.type == "cuda")
         return torch.zeros(full, dtype=self.dtype, device=self.device)
 
-    def fill(self, make: Callable[[int], list[Tensor]]) -> None:
+    def fill(self, make: Callable[[Any], list[Tensor]]) -> None:
         """Set each object's planes to ``make(object)``, three of (1, C, rows, columns)."""
         for o, i in self.row.items():
             for table, plane in zip(self.tables["value"], make(o), strict=True):
                 table[i].copy_(plane[0])
 
-    def planes(self, number: int) -> list[Tensor]:
+    def planes(self, name: Name) -> list[Tensor]:
         """An object's planes (1, C, rows, columns), on the device."""
-        return [t[self.row[number]].unsqueeze(0).to(self.device) for t in self.tables["value"]]
+        return [t[self.row[name]].unsqueeze(0).to(self.device) for t in self.tables["value"]]
 
-    def fetch(self, numbers: Sequence[int]) -> Rows:
-        at = [self.row[n] for n in numbers]
+    def fetch(self, objects: Sequence[Name]) -> Rows:
+        at = [self.row[o] for o in objects]
         state = {kind: [[t[i].to(self.device, non_blocking=True) for i in at] for t in self.tables[kind]] for kind in KINDS}
         return Rows(at, [torch.stack(rows).requires_grad_() for rows in state["value"]], state)
 

@@ -61,8 +61,6 @@ class Schedule:
 class Autodecoder:
     """Parameters, optimiser state and data of a training run: a task of training/loop.py."""
 
-    name = "train-autodecoder"
-
     def __init__(self, config: TrainConfig, ranks: Ranks, folder: Path) -> None:
         self.config, self.ranks, self.steps = config, ranks, config.steps
         self.store = Store(config.data)
@@ -79,15 +77,15 @@ class Autodecoder:
         self.schedule = Schedule(len(self.records), config.batch, config.inner_steps, config.seed)
         each = config.batch // ranks.world
         self.slots = range(ranks.rank * each, (ranks.rank + 1) * each)
-        mine = sorted(o for s in self.slots for o in self.schedule.of_slot(s))
+        self.mine = sorted(o for s in self.slots for o in self.schedule.of_slot(s))  # objects of this rank
         dtype = parameter_dtype(config)
         self.table = PlaneTable(
-            mine,
+            self.mine,
             config.channels,
             self.objective.texels,
             device=ranks.device,
             dtype=dtype,
-            where=self._where(len(mine)),
+            where=self.place(len(self.mine)),
             folder=folder / "tables" / f"rank-{ranks.rank}",
         )
         self.table.fill(self.start)
@@ -101,7 +99,8 @@ class Autodecoder:
         self._readers = ThreadPoolExecutor(2) if config.prefetch else None
         self._ahead: dict[int, Future[list[Visit]]] = {}
 
-    def _where(self, objects: int) -> str:
+    def place(self, objects: int) -> str:
+        """Where the tables of so many objects go."""
         if self.config.tables != "auto":
             return self.config.tables
         need = PlaneTable.bytes(objects, self.config.channels, self.objective.texels)
@@ -158,10 +157,6 @@ class Autodecoder:
         means = {name: t.mean() for name, t in terms.items()}
         return {"loss": losses.detach().mean(), **means, "grad_planes": norms.mean(), "grad_decoder": decoder_norm}
 
-    def voxels_per_step(self) -> float:
-        """Of this rank's next step: for rates."""
-        return float(sum(v.voxels for v in self._visits(0)))
-
     # ---- looking -----------------------------------------------------------------------
 
     @torch.no_grad()
@@ -186,22 +181,22 @@ class Autodecoder:
     @torch.no_grad()
     def slices(self) -> tuple[np.ndarray, np.ndarray, Record] | None:
         """(truth, reconstruction, record) of this rank's first object, (channels, H, W, D) in [0, 1]: for pictures."""
-        if not self.table.objects:
+        if not self.mine:
             return None
-        number = self.table.objects[0]
+        number = self.mine[0]
         record = self.records[number]
         stored = self.store.volume(record)
         truth = stored.astype(np.float32) / (255 if stored.dtype == np.uint8 else 1)
         planes = normalise(self.table.planes(number), self.config.norm)
         got = np.concatenate([
             self.average(planes, self.size, box=box, compute_dtype=self.objective.compute).clamp(0, 1)[0].float().cpu().numpy()
-            for box in self.objective._slabs()
+            for box in self.objective.slabs()
         ], axis=1)  # fmt: skip
         return truth, got, record
 
     def fitted(self) -> Iterator[tuple[Record, list[Tensor]]]:
         """This rank's objects with their normalised planes."""
-        for o in self.table.objects:
+        for o in self.mine:
             yield self.records[o], normalise(self.table.planes(o), self.config.norm)
 
     # ---- checkpoints -------------------------------------------------------------------

@@ -19,7 +19,6 @@ from tcam_diff.cli.common import console, duration, say, stop_on_interrupt, trac
 from tcam_diff.data.store import Record, Store
 from tcam_diff.errors import UserError
 from tcam_diff.training.ranks import device_of
-from tcam_diff.training.streams import seed_of
 
 
 def encode(
@@ -83,24 +82,26 @@ def encode_records(
         stop_on_interrupt("finished volumes are kept, and the same command goes on") as stop,
     ):
         task = bar.add_task("encode", total=len(groups) * config.steps, what="")
+        encoder: Encoder | None = None
         for g, group in enumerate(groups):
             size = (group[0].shape[1], group[0].shape[2], group[0].shape[3])
-            encoder = Encoder(trained, config, size, device_of(device))
+            if encoder is None or encoder.size != size:
+                encoder = Encoder(trained, config, size, device_of(device))
 
             def show(step: int, active: int, psnr: float, g: int = g, of: int = len(group)) -> None:
                 what = f"group {g + 1}/{len(groups)}, {active} of {of} volumes, PSNR {psnr:.2f} dB"
                 bar.update(task, completed=g * config.steps + step, what=what)
 
-            numbers = [seed_of(0, r.name) % 2**31 for r in group]
-            found = encoder.encode([data.volume(r) for r in group], numbers, show, stop)
+            found = encoder.encode({r.name: data.volume(r) for r in group}, show, stop)
             if found is None:
                 raise UserError(
                     f"{writer.folder}: stopped with {len(done)} of {len(records)} volumes; the same command goes on"
                 )
-            for record, new in zip(group, found, strict=True):
+            for record in group:
+                new = found[record.name]
                 done[record.name] = writer.write(record, new.planes, new.psnr, new.steps)
             if not quiet and not console.is_terminal:
-                say(f"group {g + 1}/{len(groups)}: mean PSNR {sum(e.psnr for e in found) / len(found):.2f} dB")
+                say(f"group {g + 1}/{len(groups)}: mean PSNR {sum(e.psnr for e in found.values()) / len(found):.2f} dB")
     entries = [done[r.name] for r in records]
     _finish(writer, entries, f"encoded in {duration(time.monotonic() - began)}" if todo else "")
     return entries

@@ -64,12 +64,7 @@ def train(config: TrainConfig, out: Path, group: Ranks, resume: Path | None = No
             f"C = {config.channels}, {size_text(task.objective.texels)} texels, tables on {task.table.where}; "
             f"{group.world} process(es) on {group.device.type}, products in {products}"
         )
-    cadence = Cadence(
-        config.log_every,
-        config.evaluate_every or max(1, config.steps // 10),
-        config.checkpoint_every or max(1, config.steps // 20),
-        config.keep,
-    )
+    cadence = Cadence(config.log_every, config.evaluation_steps(), config.checkpoint_steps(), config.keep)
     samples = out / "samples"
 
     def look(step: int, records: Records | None) -> None:
