@@ -10,11 +10,11 @@ import pytest
 import runs
 import torch
 from safetensors import safe_open
+from tcam_diff.autodecoder.ablation import judge
 from tcam_diff.autodecoder.config import EncodeConfig
 from tcam_diff.autodecoder.encode import Encoder, load_run
 from tcam_diff.autodecoder.latents import LatentSet
 from tcam_diff.autodecoder.planes import PLANE_NAMES, normalise
-from tcam_diff.cli.ablate import judge
 from tcam_diff.cli.app import app
 from tcam_diff.data.store import Store
 from tcam_diff.errors import UserError

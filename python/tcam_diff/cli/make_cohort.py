@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from tcam_diff.cli.common import cores, say, tracked
 from tcam_diff.data import cohort
-
-console = Console()
 
 
 def make_cohort(
@@ -38,17 +34,10 @@ def make_cohort(
     on.
     """
     recipe = cohort.Cohort(n, size, seed, n // 5 if held_out is None else held_out, noise)
-    workers = min(n, jobs or len(os.sched_getaffinity(0)))
-    columns = (TextColumn("cases"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=quiet) as progress:
-        task = progress.add_task("cases", total=n)
-        for done, _ in enumerate(cohort.make_cohort(out, recipe, workers), 1):
-            progress.update(task, completed=done)
-            if not quiet and not console.is_terminal and (done % 16 == 0 or done == n):  # a log file gets a line now and then
-                console.print(f"case {done}/{n}", highlight=False)
-    console.print(
+    workers = min(n, jobs or cores())
+    for _ in tracked(cohort.make_cohort(out, recipe, workers), n, "cases", quiet):
+        pass
+    say(
         f"{out / 'dataset.json'}: {n - recipe.held_out} training and {recipe.held_out} held-out cases, "
-        f"{size} x {size} x {size}, {', '.join(cohort.MODALITIES)}",
-        highlight=False,
-        soft_wrap=True,
+        f"{size} x {size} x {size}, {', '.join(cohort.MODALITIES)}"
     )

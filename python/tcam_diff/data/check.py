@@ -6,14 +6,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from tcam_diff.data import dicom
-from tcam_diff.data.nifti import VOXEL_BUDGET, Header, Scan, read_header, scan_voxels
+from tcam_diff.data.nifti import VOXEL_BUDGET, Header, Scan
 from tcam_diff.data.sources import Case
+from tcam_diff.data.volumes import read_header, same_grid, scan
 from tcam_diff.errors import UserError
 
 
@@ -44,25 +41,25 @@ def check_case(case: Case, max_voxels: int = VOXEL_BUDGET) -> Report:
     """Headers first, then one pass over each file; the first thing wrong ends it."""
     report = Report(case.name, case.split)
     try:
-        headers = [_header(p, max_voxels) for p in case.images]
+        headers = [read_header(p, max_voxels) for p in case.images]
         first = headers[0]
         report.shape, report.spacing, report.orientation = first.shape, first.spacing, first.orientation
         report.channels = sum(h.channels for h in headers)
         for other in headers[1:]:
-            _same_grid(first, other)
+            same_grid(first, other)
         label = None if case.label is None else read_header(case.label, max_voxels)
         if label is not None:
-            _same_grid(first, label)
+            same_grid(first, label)
             if label.channels != 1:
                 raise UserError(f"{label.path}: expected one label a voxel, got {label.channels} channels")
-        scans = [dicom.scan(h.path, max_voxels) if dicom.is_series(h.path) else scan_voxels(h) for h in headers]
+        scans = [scan(h, max_voxels) for h in headers]
         report.low, report.high = min(s.low for s in scans), max(s.high for s in scans)
         report.not_finite = sum(s.not_finite for s in scans)
         if report.not_finite:
             bad = next(h for h, s in zip(headers, scans, strict=True) if s.not_finite)
             raise UserError(f"{bad.path}: {report.not_finite} voxels are NaN or infinite; replace them first")
         if label is not None:
-            report.labels = _labels(label, scan_voxels(label))
+            report.labels = _labels(label, scan(label))
     except UserError as error:
         report.problem = str(error)
         return report
@@ -71,17 +68,6 @@ def check_case(case: Case, max_voxels: int = VOXEL_BUDGET) -> Report:
     if report.labels == [0]:
         report.notes.append("no voxel has a label")
     return report
-
-
-def _header(path: Path, max_voxels: int) -> Header:
-    return dicom.read_header(path, max_voxels) if dicom.is_series(path) else read_header(path, max_voxels)
-
-
-def _same_grid(first: Header, other: Header) -> None:
-    if other.shape != first.shape:
-        raise UserError(f"{other.path}: expected the {first.shape} voxels of {first.path.name}, got {other.shape}")
-    if not np.allclose(other.affine, first.affine, atol=1e-2):
-        raise UserError(f"{other.path}: its affine is not that of {first.path.name}; resample one to the other first")
 
 
 def _labels(header: Header, scan: Scan) -> list[int]:

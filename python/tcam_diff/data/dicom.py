@@ -13,10 +13,6 @@ from tcam_diff.data.nifti import VOXEL_BUDGET, Header, Scan, Volume
 from tcam_diff.errors import UserError
 
 
-def is_series(path: Path) -> bool:
-    return path.is_dir()
-
-
 def find_series(folder: Path) -> list[Path]:
     """Folders that hold .dcm files."""
     return sorted({p.parent for p in folder.rglob("*.dcm")})

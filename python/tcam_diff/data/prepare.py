@@ -18,11 +18,11 @@ import torch
 from pydantic import Field, model_validator
 
 from tcam_diff.config import Config
-from tcam_diff.data import dicom
 from tcam_diff.data.intensity import intensity_range
-from tcam_diff.data.nifti import VOXEL_BUDGET, Volume, read_volume
+from tcam_diff.data.nifti import VOXEL_BUDGET, Volume
 from tcam_diff.data.sources import Case
 from tcam_diff.data.store import Record, StoreWriter, quantise
+from tcam_diff.data.volumes import read_case
 from tcam_diff.errors import UserError
 
 Positive = Annotated[float, Field(gt=0)]
@@ -76,20 +76,6 @@ def split_cases(cases: Sequence[Case], config: PrepareConfig) -> list[Case]:
     np.random.RandomState(config.split_seed).shuffle(order)
     held_out = {train[i] for i in order[: int(len(train) * config.val_fraction)]}
     return [replace(c, split="validation") if i in held_out else c for i, c in enumerate(cases)]
-
-
-def read_case(case: Case, max_voxels: int = VOXEL_BUDGET) -> Volume:
-    """The channels of a case as one volume. Raises UserError where they are not on one grid."""
-    volumes = [dicom.read_volume(p, max_voxels) if dicom.is_series(p) else read_volume(p, max_voxels) for p in case.images]
-    first = volumes[0]
-    for other in volumes[1:]:
-        if other.shape != first.shape:
-            raise UserError(f"{other.source}: expected the {first.shape} voxels of {first.source}, got {other.shape}")
-        if not np.allclose(other.affine, first.affine, atol=1e-2):
-            raise UserError(f"{other.source}: its affine is not that of {first.source}; resample one to the other first")
-    if len(volumes) == 1:
-        return first
-    return replace(first, data=np.concatenate([v.data for v in volumes]))
 
 
 def prepare_volume(volume: Volume, config: PrepareConfig) -> tuple[np.ndarray, np.ndarray, list[tuple[float, float]]]:

@@ -1,0 +1,45 @@
+"""Volumes of a case, whatever they are stored as: NIfTI files, or folders of DICOM slices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from tcam_diff.data import dicom, nifti
+from tcam_diff.data.nifti import VOXEL_BUDGET, Header, Scan, Volume
+from tcam_diff.data.sources import Case
+from tcam_diff.errors import UserError
+
+
+def read_header(path: Path, max_voxels: int = VOXEL_BUDGET) -> Header:
+    """No voxel is read. Raises UserError naming the file or folder."""
+    return dicom.read_header(path, max_voxels) if path.is_dir() else nifti.read_header(path, max_voxels)
+
+
+def scan(header: Header, max_voxels: int = VOXEL_BUDGET) -> Scan:
+    """Range and values. Raises UserError naming the file or folder."""
+    return dicom.scan(header.path, max_voxels) if header.path.is_dir() else nifti.scan_voxels(header)
+
+
+def read_volume(path: Path, max_voxels: int = VOXEL_BUDGET) -> Volume:
+    """With every check. Raises UserError naming the file or folder."""
+    return dicom.read_volume(path, max_voxels) if path.is_dir() else nifti.read_volume(path, max_voxels)
+
+
+def same_grid(first: Header, other: Header) -> None:
+    """Raises UserError where two files of a case differ in size or place."""
+    if other.shape != first.shape:
+        raise UserError(f"{other.path}: expected the {first.shape} voxels of {first.path.name}, got {other.shape}")
+    if not np.allclose(other.affine, first.affine, atol=1e-2):
+        raise UserError(f"{other.path}: its affine is not that of {first.path.name}; resample one to the other first")
+
+
+def read_case(case: Case, max_voxels: int = VOXEL_BUDGET) -> Volume:
+    """The channels of a case as one volume. Raises UserError where they are not on one grid."""
+    first, *others = (read_header(p, max_voxels) for p in case.images)
+    for other in others:
+        same_grid(first, other)
+    volumes = [read_volume(p, max_voxels) for p in case.images]
+    return replace(volumes[0], data=np.concatenate([v.data for v in volumes])) if others else volumes[0]
