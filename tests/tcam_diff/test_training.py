@@ -57,6 +57,24 @@ def test_a_schedule_visits_every_object_of_a_slot_once_a_round(objects, batch, i
     assert sorted(o for s in range(batch) for o in schedule.of_slot(s)) == list(range(objects))
 
 
+def test_every_round_has_an_order_of_its_own():
+    schedule = Schedule(12, 1, 1, seed=1)
+    rounds = [tuple(schedule.at(12 * r + s, 0)[0] for s in range(12)) for r in range(4)]
+    assert len(set(rounds)) == 4
+
+
+def test_the_last_steps_have_no_noise(store, tmp_path):
+    """From equal parameters the noise changes the loss of a step before them and not that of one of them."""
+    losses = {}
+    for std in (0.0, 0.3):
+        for index in (0, 23):  # of 24, a quarter without noise
+            task = Autodecoder(runs.config(store, f"noise_std={std}", "prefetch=0"), Ranks(), tmp_path)
+            losses[std, index] = float(task.step(index)["loss"])
+            task.close()
+    assert losses[0.0, 0] != losses[0.3, 0]
+    assert losses[0.0, 23] == losses[0.3, 23]
+
+
 # ---- tables ----------------------------------------------------------------------------
 
 
@@ -264,7 +282,8 @@ def test_the_command_protects_a_run(store, uninterrupted):
         runs.run(store, uninterrupted, (), "nowhere")
 
 
-def test_a_loss_that_is_no_number_ends_the_run(store, tmp_path):
+@pytest.mark.parametrize("cadence", [Cadence(4, 8, 3), Cadence(100, 100, 3)])  # a record comes first, or a checkpoint
+def test_a_loss_that_is_no_number_ends_the_run(store, tmp_path, cadence):
     torch.set_num_threads(1)
     task = Autodecoder(runs.config(store), Ranks(), tmp_path)
     step = task.step
@@ -278,7 +297,7 @@ def test_a_loss_that_is_no_number_ends_the_run(store, tmp_path):
 
     task.step = poisoned
     with pytest.raises(UserError, match=r"NaN.*step-00000009 is good: --resume auto.*lr_decoder"):
-        loop(task, tmp_path, Cadence(4, 8, 3), Ranks())
+        loop(task, tmp_path, cadence, Ranks())
     _, shared, _ = checkpoint.load(checkpoint.latest(tmp_path / "checkpoints"))
     assert all(torch.isfinite(v).all() for v in shared["task"]["decoder"].values())
     task.close()
