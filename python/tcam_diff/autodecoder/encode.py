@@ -15,11 +15,12 @@ from torch import Tensor
 import tcam_ext
 from tcam_diff import config as configs
 from tcam_diff.autodecoder.config import EncodeConfig, TrainConfig
-from tcam_diff.autodecoder.objective import Objective, make_decoder, parameter_dtype, rate
+from tcam_diff.autodecoder.objective import Objective, make_decoder, parameter_dtype
 from tcam_diff.autodecoder.planes import PLANE_AXES, PLANE_NAMES, init_planes, normalise
 from tcam_diff.autodecoder.tables import PlaneTable
 from tcam_diff.errors import UserError
 from tcam_diff.training import checkpoint
+from tcam_diff.training.rate import rate
 from tcam_diff.training.streams import stream
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 import tcam_ext
 from tcam_diff.autodecoder.config import FitConfig
-from tcam_diff.autodecoder.objective import Objective, make_decoder, parameter_dtype, rate
+from tcam_diff.autodecoder.objective import Objective, make_decoder, parameter_dtype
 from tcam_diff.autodecoder.planes import init_planes, normalise
+from tcam_diff.training.rate import rate
 from tcam_diff.training.streams import stream
 
 

@@ -95,14 +95,6 @@ def interpolation(voxels: int, texels: int) -> Tensor:
     return matrix.index_put_((row, above), w_above.float(), accumulate=True)
 
 
-def rate(config: ObjectiveConfig, index: int) -> float:
-    """What the learning rates of step ``index`` are multiplied by: warm-up, then constant or half a cosine."""
-    scale = min(1.0, (index + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    if config.schedule == "cosine":
-        scale *= 0.5 * (1 + math.cos(math.pi * min(index / config.steps, 1)))
-    return scale
-
-
 class Objective:
     """The loss of volumes of one size; has no state."""
 

@@ -15,12 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import tcam_ext
 from tcam_diff.autodecoder.config import TrainConfig
-from tcam_diff.autodecoder.objective import Objective, Visit, make_decoder, parameter_dtype, rate
+from tcam_diff.autodecoder.objective import Objective, Visit, make_decoder, parameter_dtype
 from tcam_diff.autodecoder.planes import init_planes, normalise
 from tcam_diff.autodecoder.tables import PlaneTable
 from tcam_diff.data.store import Record, Store, one_shape
 from tcam_diff.errors import UserError
 from tcam_diff.training.ranks import Ranks
+from tcam_diff.training.rate import averaging, rate
 from tcam_diff.training.streams import stream
 
 
@@ -151,7 +152,7 @@ class Autodecoder:
         for group in self.optimiser.param_groups:
             group["lr"] = c.lr_decoder * scale
         self.optimiser.step()
-        decay = min(c.ema_decay, (1 + index) / (10 + index))
+        decay = averaging(c.ema_decay, index)
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.parameters()), list(self.decoder.parameters()), 1 - decay)
         means = {name: t.mean() for name, t in terms.items()}

@@ -1,0 +1,1 @@
+"""Stage 2: diffusion over the planes of a latent set."""

@@ -1,0 +1,353 @@
+"""The U-Net over three planes whose attention lets them read each other (figure 2 of the paper; algorithm.md section 4).
+
+Every layer takes a *state*: a list of one tensor that holds all three planes, where they have one size, or of three. With
+independent weights the one tensor has planes along its channels (grouped convolutions); with shared ones along its batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from tcam_diff.autodecoder.planes import PLANE_AXES
+from tcam_diff.diffusion.config import NetworkConfig
+
+State = list[Tensor]
+Weights = Literal["independent", "shared", "concatenated"]
+
+
+class Conv(nn.Module):
+    """A convolution of each plane: its own weights, or those of all."""
+
+    def __init__(self, cin: int, cout: int, kernel: int, weights: Weights, stride: int = 1, zero: bool = False) -> None:
+        super().__init__()
+        self.stride, self.padding = stride, kernel // 2
+        self.own = weights == "independent"
+        copies = 3 if self.own else 1
+        self.weight = nn.Parameter(torch.empty(copies * cout, cin, kernel, kernel))
+        self.bias = nn.Parameter(torch.zeros(copies * cout))
+        if zero:
+            nn.init.zeros_(self.weight)
+        else:
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(self, state: State) -> State:
+        if len(state) == 1:
+            groups = 3 if self.own else 1
+            return [F.conv2d(state[0], self.weight, self.bias, self.stride, self.padding, groups=groups)]
+        weights = self.weight.chunk(3) if self.own else [self.weight] * 3
+        biases = self.bias.chunk(3) if self.own else [self.bias] * 3
+        return [F.conv2d(x, w, b, self.stride, self.padding) for x, w, b in zip(state, weights, biases, strict=True)]
+
+
+class Norm(nn.Module):
+    """Group normalisation of each plane: as many groups as divide its channels, at most ``groups``."""
+
+    def __init__(self, channels: int, groups: int, weights: Weights) -> None:
+        super().__init__()
+        self.groups = next(g for g in range(min(groups, channels), 0, -1) if channels % g == 0)
+        self.own = weights == "independent"
+        self.weight = nn.Parameter(torch.ones((3 if self.own else 1) * channels))
+        self.bias = nn.Parameter(torch.zeros((3 if self.own else 1) * channels))
+
+    def forward(self, state: State) -> State:
+        if len(state) == 1:
+            return [F.group_norm(state[0], self.groups * (3 if self.own else 1), self.weight, self.bias)]
+        weights = self.weight.chunk(3) if self.own else [self.weight] * 3
+        biases = self.bias.chunk(3) if self.own else [self.bias] * 3
+        return [F.group_norm(x, self.groups, w, b) for x, w, b in zip(state, weights, biases, strict=True)]
+
+
+class ResidualBlock(nn.Module):
+    """norm, SiLU, conv, + time, norm, SiLU, dropout, conv (zero at first); + the input."""
+
+    def __init__(self, cin: int, cout: int, time: int, config: NetworkConfig) -> None:
+        super().__init__()
+        w = config.weights
+        self.own = w == "independent"
+        self.norm1, self.conv1 = Norm(cin, config.norm_groups, w), Conv(cin, cout, 3, w)
+        self.time = nn.Linear(time, (3 if self.own else 1) * cout)
+        self.norm2, self.conv2 = Norm(cout, config.norm_groups, w), Conv(cout, cout, 3, w, zero=True)
+        self.dropout = nn.Dropout(config.dropout)
+        self.skip = Conv(cin, cout, 1, w) if cin != cout else None
+
+    def forward(self, state: State, time: State) -> State:
+        shifts = [self.time(F.silu(t)) for t in time]
+        if self.own and len(state) == 3:
+            shifts = list(shifts[0].chunk(3, 1))
+        h = self.conv1([F.silu(x) for x in self.norm1(state)])
+        h = [x + s[:, :, None, None] for x, s in zip(h, shifts, strict=True)]
+        h = self.conv2([self.dropout(F.silu(x)) for x in self.norm2(h)])
+        return _add(self.skip(state) if self.skip is not None else state, h)
+
+
+class TriplaneAttention(nn.Module):
+    """Self-attention of every plane, then cross-attention: each plane's queries to the keys of the other two.
+
+    ``cross="full"``: one softmax over all texels of both. "axis": over the lines of the other two with the same coordinate, a
+    softmax for each, summed. "none": self-attention alone. All planes read the same state: the update is simultaneous.
+    Positions: a third of the channels for each of x, y, z; a plane writes its two, so that planes meet on the axis they share.
+    """
+
+    def __init__(self, channels: int, config: NetworkConfig) -> None:
+        super().__init__()
+        w, groups = config.weights, config.norm_groups
+        most = max(1, channels // config.head_channels)
+        self.heads = next(h for h in range(most, 0, -1) if channels % h == 0)
+        self.channels, self.position = channels, config.position
+        self.cross = "none" if w == "concatenated" else config.cross
+        self.planes = 1 if w == "concatenated" else 3
+        self.batched = w == "shared"
+        self.norm1, self.qkv1 = Norm(channels, groups, w), Conv(channels, 3 * channels, 1, w)
+        self.out1 = Conv(channels, channels, 1, w, zero=True)
+        if self.cross != "none":
+            self.norm2, self.q2 = Norm(channels, groups, w), Conv(channels, channels, 1, w)
+            self.kv2, self.out2 = Conv(channels, 2 * channels, 1, w), Conv(channels, channels, 1, w, zero=True)
+
+    def forward(self, state: State) -> State:
+        own = self._heads(self.qkv1(self._placed(self.norm1(state))), 3)
+        state = _add(state, self.out1(self._images([_attend(q, k, v) for q, k, v in own], state)))
+        if self.cross == "none":
+            return state
+        placed = self._placed(self.norm2(state))
+        queries = [q for (q,) in self._heads(self.q2(placed), 1)]
+        sources = self._heads(self.kv2(placed), 2)
+        if self.cross == "axis":
+            read = self._lines(queries, sources, state)
+        elif len(state) == 1:
+            k, v = (torch.cat([t.roll(-1, 0), t.roll(-2, 0)], 3) for t in sources[0])
+            read = [_attend(queries[0], k, v)]
+        else:
+            read = []
+            for p, q in enumerate(queries):
+                a, b = sources[(p + 1) % 3], sources[(p + 2) % 3]
+                read.append(_attend(q, torch.cat([a[0], b[0]], 3), torch.cat([a[1], b[1]], 3)))
+        return _add(state, self.out2(self._images(read, state)))
+
+    def _placed(self, state: State) -> State:
+        if self.position == "none":
+            return state
+        found = []
+        for i, x in enumerate(state):
+            planes = range(self.planes) if len(state) == 1 else [i]
+            h, w = x.shape[2:]
+            codes = torch.stack([_positions(self.channels, p, h, w, x.device) for p in planes]).to(x.dtype)
+            if self.batched:
+                found.append((x.unflatten(0, (len(planes), -1)) + codes[:, None]).flatten(0, 1))
+            else:
+                found.append(x + codes.flatten(0, 1))
+        return found
+
+    def _heads(self, state: State, parts: int) -> list[tuple[Tensor, ...]]:
+        """Of each tensor ``parts`` tensors (planes, B, heads, N, d); N texels, row by row."""
+        found = []
+        for x in state:
+            planes = self.planes if len(state) == 1 else 1
+            tokens = x.flatten(2).transpose(1, 2)  # (.., N, ..)
+            shape = (parts, self.heads, self.channels // self.heads)
+            if self.batched:
+                tokens = tokens.unflatten(2, shape).unflatten(0, (planes, -1))  # planes, B, N, parts, heads, d
+            else:
+                tokens = tokens.unflatten(2, (planes, *shape)).movedim(2, 0)
+            found.append(tokens.transpose(2, 4).unbind(3))  # planes, B, heads, parts, N, d
+        return found
+
+    def _images(self, tokens: list[Tensor], like: State) -> State:
+        """(planes, B, heads, N, d) as the tensors of ``like``."""
+        found = []
+        for t, x in zip(tokens, like, strict=True):
+            t = t.permute(0, 1, 3, 2, 4).flatten(3)  # planes, B, N, C
+            t = t.flatten(0, 1) if self.batched else t.permute(1, 2, 0, 3).flatten(2)
+            found.append(t.unflatten(1, tuple(x.shape[2:])).permute(0, 3, 1, 2))
+        return found
+
+    def _lines(self, queries: list[Tensor], sources: list[tuple[Tensor, ...]], state: State) -> list[Tensor]:
+        """Each plane's queries to the lines of the other two that have their coordinate on the axis that both share."""
+        fused = len(state) == 1
+        sizes = [tuple(x.shape[2:]) for x in state] * (3 if fused else 1)
+        q = [queries[0][p] if fused else queries[p][0] for p in range(3)]  # (B, heads, N, d)
+        kv = [[part[p] if fused else part[0] for part in sources[0 if fused else p]] for p in range(3)]
+        read = []
+        for p in range(3):
+            total: Tensor | None = None
+            for o in ((p + 1) % 3, (p + 2) % 3):
+                axis = next(a for a in PLANE_AXES[p] if a in PLANE_AXES[o])
+                mine, theirs = PLANE_AXES[p].index(axis), PLANE_AXES[o].index(axis)
+                k, v = (_by_line(t, sizes[o], theirs) for t in kv[o])
+                found = F.scaled_dot_product_attention(_by_line(q[p], sizes[p], mine), k, v)  # (B S, heads, L, d)
+                found = found.unflatten(0, (-1, sizes[p][mine])).transpose(1, 2)  # (B, heads, S, L, d)
+                found = (found if mine == 0 else found.transpose(2, 3)).flatten(2, 3)
+                total = found if total is None else total + found
+            assert total is not None
+            read.append(total)
+        return [torch.stack(read)] if fused else [r.unsqueeze(0) for r in read]
+
+
+class Level(nn.Module):
+    """A residual block, attention where the level has it, and, at the end of a level, a change of resolution."""
+
+    def __init__(self, cin: int, cout: int, time: int, config: NetworkConfig, attention: bool, upsample: bool = False) -> None:
+        super().__init__()
+        self.block = ResidualBlock(cin, cout, time, config)
+        self.attention = TriplaneAttention(cout, config) if attention else None
+        self.upsample = Conv(cout, cout, 3, config.weights) if upsample else None
+
+    def forward(self, state: State, time: State) -> State:
+        state = self.block(state, time)
+        if self.attention is not None:
+            state = self.attention(state)
+        if self.upsample is not None:
+            state = self.upsample([F.interpolate(x, scale_factor=2, mode="nearest") for x in state])
+        return state
+
+
+class TriplaneUNet(nn.Module):
+    """Estimates noise and planes from noisy planes: (x_eta, t) -> (eps, x0), each three planes of C channels (equation 9).
+
+    Args:
+        channels: C of the planes.
+        config: sizes and kinds of layers.
+        classes: how many labels; 0: none. Index ``classes`` stands for no label.
+    """
+
+    def __init__(self, channels: int, config: NetworkConfig | None = None, classes: int = 0) -> None:
+        super().__init__()
+        self.config = config = config or NetworkConfig()
+        self.channels, self.classes = channels, classes
+        w, base, levels = config.weights, config.base, config.multipliers
+        across = 3 if w == "concatenated" else 1
+        time = 4 * base
+        self.time = nn.Sequential(nn.Linear(base, time), nn.SiLU(), nn.Linear(time, time))
+        self.plane = nn.Embedding(3, time) if w == "shared" else None
+        self.label = nn.Embedding(classes + 1, time) if classes else None
+        self.enter = Conv(across * channels, base, 3, w)
+
+        self.down = nn.ModuleList()
+        skips, c = [base], base
+        for i, m in enumerate(levels):
+            for _ in range(config.blocks):
+                self.down.append(Level(c, base * m, time, config, i in config.attention_levels))
+                c = base * m
+                skips.append(c)
+            if i < len(levels) - 1:
+                self.down.append(Conv(c, c, 3, w, stride=2))
+                skips.append(c)
+        self.middle = nn.ModuleList([Level(c, c, time, config, True), ResidualBlock(c, c, time, config)])
+        self.up = nn.ModuleList()
+        for i, m in reversed(list(enumerate(levels))):
+            for j in range(config.blocks + 1):
+                last = i > 0 and j == config.blocks
+                self.up.append(Level(c + skips.pop(), base * m, time, config, i in config.attention_levels, upsample=last))
+                c = base * m
+        self.norm, self.leave = Norm(c, config.norm_groups, w), Conv(c, across * 2 * channels, 3, w, zero=True)
+
+    def forward(self, planes: Sequence[Tensor], t: Tensor, labels: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        """``planes``: xy, yz, xz, (B, C, rows, columns) of sizes that are multiples of 2^(levels - 1); ``t``: (B,) in
+        [0, 1000]; ``labels``: (B,), 0 to ``classes`` - 1, or ``classes`` for none. Returns (noise, planes)."""
+        self._check(planes)
+        e = self.time(_sinusoids(t, self.config.base).to(self.enter.weight.dtype))
+        if self.label is not None:
+            e = e + self.label(torch.full(t.shape, self.classes, device=t.device) if labels is None else labels)
+        state = self._enter(planes)
+        if self.plane is None:
+            time = [e]
+        else:
+            time = [e + self.plane.weight[p] for p in range(3)]
+            time = [torch.cat(time)] if len(state) == 1 else time
+        state = self.enter(state)
+        kept = [state]
+        for layer in self.down:
+            state = layer(state) if isinstance(layer, Conv) else self._run(layer, state, time)
+            kept.append(state)
+        for layer in self.middle:
+            state = self._run(layer, state, time)
+        for layer in self.up:
+            state = self._run(layer, self._join(state, kept.pop()), time)
+        return self._leave(self.leave([F.silu(x) for x in self.norm(state)]), planes)
+
+    def _run(self, layer: nn.Module, state: State, time: State) -> State:
+        if self.config.checkpointing and self.training and torch.is_grad_enabled():
+            found: State = checkpoint(layer, state, time, use_reentrant=False)
+            return found
+        found = layer(state, time)
+        return found
+
+    def _check(self, planes: Sequence[Tensor]) -> None:
+        fold = 2 ** (len(self.config.multipliers) - 1)
+        for name, p in zip(("xy", "yz", "xz"), planes, strict=True):
+            if p.dim() != 4 or p.shape[1] != self.channels or p.shape[2] % fold or p.shape[3] % fold:
+                raise ValueError(
+                    f"planes: expected {name} of shape (B, {self.channels}, rows, columns) sizes multiples of {fold} "
+                    f"({len(self.config.multipliers)} levels), got {tuple(p.shape)}"
+                )
+        if self.config.weights == "concatenated" and len({p.shape for p in planes}) > 1:
+            raise ValueError(
+                f"planes: weights=concatenated needs planes of one size, got {[tuple(p.shape[2:]) for p in planes]}"
+            )
+
+    def _enter(self, planes: Sequence[Tensor]) -> State:
+        w = self.config.weights
+        if w != "concatenated" and (self.config.execution == "loop" or len({p.shape for p in planes}) > 1):
+            return list(planes)
+        return [torch.cat(list(planes), 0 if w == "shared" else 1)]
+
+    def _leave(self, state: State, planes: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        if len(state) == 1:
+            state = list(state[0].chunk(3, 0 if self.config.weights == "shared" else 1))
+        halves = [x.chunk(2, 1) for x in state]
+        return [h[0] for h in halves], [h[1] for h in halves]
+
+    def _join(self, a: State, b: State) -> State:
+        """Skip connections: channels beside channels, plane by plane."""
+        if len(a) == 1 and self.config.weights == "independent":
+            pair = [x.unflatten(1, (3, -1)) for x in (a[0], b[0])]
+            return [torch.cat(pair, 2).flatten(1, 2)]
+        return [torch.cat([x, y], 1) for x, y in zip(a, b, strict=True)]
+
+
+def _add(a: State, b: State) -> State:
+    return [x + y for x, y in zip(a, b, strict=True)]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(planes, B, heads, N, d) each."""
+    found = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
+    return found.unflatten(0, tuple(q.shape[:2]))
+
+
+def _by_line(t: Tensor, size: tuple[int, ...], shared: int) -> Tensor:
+    """(B, heads, h w, d) -> (B S, heads, L, d): the shared axis, of S texels, goes into the batch."""
+    t = t.unflatten(2, size)
+    t = t if shared == 0 else t.transpose(2, 3)
+    return t.transpose(1, 2).flatten(0, 1)
+
+
+def _sinusoids(t: Tensor, width: int) -> Tensor:
+    """(B, width): sines, then cosines, of t at frequencies 1 to 1e-4."""
+    half = width // 2
+    frequency = torch.exp(-math.log(1e4) / max(1, half - 1) * torch.arange(half, device=t.device))
+    angle = t.float()[:, None] * frequency
+    return F.pad(torch.cat([angle.sin(), angle.cos()], 1), (0, width - 2 * half))
+
+
+@functools.lru_cache(maxsize=256)
+def _positions(channels: int, plane: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    """(C, rows, columns): of the channels a third for each of x, y, z. A plane has sines and cosines of its two coordinates in
+    their thirds and zeros in the other; coordinates run over the field of view, so that levels and sizes agree."""
+    width = channels // 3 // 2 * 2
+    found = torch.zeros(channels, rows, columns, device=device)
+    if width == 0:
+        return found
+    frequency = torch.exp(-math.log(1e4) / max(1, width // 2) * torch.arange(width // 2, device=device))
+    for axis, n, along in zip(PLANE_AXES[plane], (rows, columns), (1, 2), strict=True):
+        angle = frequency[:, None] * ((torch.arange(n, device=device) + 0.5) / n * 64)
+        code = torch.cat([angle.sin(), angle.cos()])  # (width, n)
+        found[axis * width : (axis + 1) * width] = code.unsqueeze(2 if along == 1 else 1)
+    return found
