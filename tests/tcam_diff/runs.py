@@ -12,7 +12,8 @@ import torch
 from tcam_diff import config as configs
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.train import Autodecoder
-from tcam_diff.cli.train_autodecoder import prepare_folder, train
+from tcam_diff.cli.train_autodecoder import FREE, train
+from tcam_diff.cli.training import prepare_folder
 from tcam_diff.data.store import Store, StoreWriter, quantise
 from tcam_diff.training.ranks import ranks
 
@@ -57,7 +58,7 @@ def run(store: Path, out: Path, overrides: tuple[str, ...] = (), resume: str | N
     torch.set_num_threads(1)
     wanted = config(store, *overrides)
     with ranks("cpu") as group:
-        at = prepare_folder(out, wanted, resume, group)
+        at = prepare_folder(out, wanted, resume, group, FREE)
         train(wanted, out, group, at, quiet=True)
 
 

@@ -67,7 +67,7 @@ class FittedVolume:
         hi = torch.tensor([b for _, b in self.meta.intensity]).view(-1, 1, 1, 1)
         for z in range(0, size[2], slab):
             box = ((0, size[0]), (0, size[1]), (z, min(z + slab, size[2])))
-            values = self.decoder(self.planes, size, box=box)[0].clamp(0, 1)
+            values = self.decoder(self.planes, size, box=box)[0].clamp(0, 1).cpu()
             yield (lo + (hi - lo) * values).numpy()
 
 

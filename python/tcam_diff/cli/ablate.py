@@ -13,7 +13,8 @@ from tcam_diff import config as configs
 from tcam_diff.autodecoder.ablation import judge, plot
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.cli.common import duration, say
-from tcam_diff.cli.train_autodecoder import prepare_folder, train
+from tcam_diff.cli.train_autodecoder import FREE, train
+from tcam_diff.cli.training import prepare_folder
 from tcam_diff.errors import UserError
 from tcam_diff.files import writable_folder, write_text
 from tcam_diff.training.ranks import ranks
@@ -42,7 +43,7 @@ def ablate(
         result = folder / "result.json"
         if not result.exists():
             with ranks(wanted.device) as group:
-                outcome = train(wanted, folder, group, prepare_folder(folder, wanted, "auto", group), quiet)
+                outcome = train(wanted, folder, group, prepare_folder(folder, wanted, "auto", group, FREE), quiet)
             if outcome.stopped:
                 raise typer.Exit(1)
             write_text(result, json.dumps({key: value, "seconds": outcome.seconds, **judge(folder)}, indent=1))

@@ -17,11 +17,13 @@ from tcam_diff.cli import (
     fit,
     make_cohort,
     prepare,
+    sample,
     train_autodecoder,
+    train_diffusion,
 )
 
 app = typer.Typer(
-    help="Triplane autodecoding of 3D medical volumes (TCAM-Diff).",
+    help="Triplane autodecoding and diffusion of 3D medical volumes (TCAM-Diff).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -37,6 +39,8 @@ app.command("estimate")(estimate.estimate)
 app.command("ablate")(ablate.ablate)
 app.command("encode")(encode.encode)
 app.command("export-latents")(encode.export_latents)
+app.command("train-diffusion")(train_diffusion.train_diffusion)
+app.command("sample")(sample.sample)
 app.command("make-cohort")(make_cohort.make_cohort)
 
 

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
 from tcam_diff import config as configs
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.report import channels_picture, rgb, slices_picture, write_report
 from tcam_diff.autodecoder.train import Autodecoder
-from tcam_diff.cli.common import console, duration, say, size_text, stop_on_interrupt
-from tcam_diff.errors import UserError
-from tcam_diff.files import writable_folder, write_text
-from tcam_diff.training import checkpoint
-from tcam_diff.training.loop import Cadence, Outcome, Progress, run
+from tcam_diff.cli.common import duration, say, size_text
+from tcam_diff.cli.training import prepare_folder, training
+from tcam_diff.training.loop import Cadence, Outcome, run
 from tcam_diff.training.ranks import Ranks, ranks
 from tcam_diff.training.records import Records
 
 #: Keys that a run may be gone on with differently: they change when things happen, or where, not what is computed.
 FREE = {"data", "device", "tables", "prefetch", "log_every", "evaluate_every", "evaluate_objects", "checkpoint_every", "keep"}
+SHOWN = [("loss", "loss", 5, ""), ("PSNR", "psnr", 2, " dB")]
 
 
 def train_autodecoder(
@@ -50,7 +42,7 @@ def train_autodecoder(
     """
     wanted = configs.load(TrainConfig, "train", config, overrides or [])
     with ranks(wanted.device) as group:
-        at = prepare_folder(out, wanted, resume, group)
+        at = prepare_folder(out, wanted, resume, group, FREE)
         train(wanted, out, group, at, quiet or not group.first)
 
 
@@ -79,7 +71,7 @@ def train(config: TrainConfig, out: Path, group: Ranks, resume: Path | None = No
         records.picture(step, "planes", rgb(channels_picture(next(task.fitted())[1])))
 
     try:
-        with _bar(task.steps, quiet) as show, stop_on_interrupt("a checkpoint is written (again: stop at once)") as stop:
+        with training(task.steps, quiet, group, SHOWN) as (show, stop):
             outcome = run(task, out, cadence, group, resume=resume, on_progress=show, on_evaluate=look, should_stop=stop)
         if outcome.stopped:
             if not quiet:
@@ -95,68 +87,5 @@ def train(config: TrainConfig, out: Path, group: Ranks, resume: Path | None = No
                 f"volumes, noise off; {out / 'report.html'}"
             )
         return outcome
-    except RuntimeError as error:
-        if group.world > 1 and "gloo" in str(error).lower():
-            raise UserError(
-                f"rank {group.rank}: another rank is gone ({str(error).splitlines()[0]}); see its message. --resume auto "
-                "goes on, with any number of ranks that divides batch"
-            ) from error
-        raise
     finally:
         task.close()
-
-
-def prepare_folder(out: Path, config: TrainConfig, resume: str | None, group: Ranks) -> Path | None:
-    """The checkpoint to go on from. Raises UserError where the folder holds a run that this command would spoil."""
-    held = out / "config.yaml"
-    found = checkpoint.latest(out / "checkpoints")
-    at: Path | None = None
-    if resume is None and found is not None:
-        raise UserError(f"{out}: holds a run (up to {found.name}); add --resume auto to go on, or choose another folder")
-    if resume == "auto":
-        at = found
-    elif resume is not None:
-        at = Path(resume)
-        if not (at / checkpoint.MANIFEST).is_file():
-            raise UserError(f"--resume {resume}: expected auto or a folder of a checkpoint, such as {out}/checkpoints/step-...")
-    if at is not None and held.is_file():
-        before, now = yaml.safe_load(held.read_text()), config.model_dump(mode="json")
-        for key in now:
-            if key not in FREE and before.get(key) != now[key]:
-                raise UserError(f"{key}: the run in {out} was begun with {before.get(key)}, --resume was given {now[key]}")
-    if group.first:
-        writable_folder(out)
-        write_text(held, config.yaml())
-    group.barrier()
-    return at
-
-
-@contextmanager
-def _bar(steps: int, quiet: bool) -> Iterator[Callable[[Progress], None]]:
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]} PSNR {task.fields[psnr]} dB, {task.fields[rate]} steps/s"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Bar(*columns, console=console, disable=quiet, transient=True) as bar:
-        task = bar.add_task("train", total=steps, loss="-", psnr="-", rate="-")
-        last = [time.monotonic()]
-
-        def show(p: Progress) -> None:
-            def number(key: str, digits: int) -> str:
-                value = p.metrics.get(key, math.nan)
-                return f"{value:.{digits}f}" if math.isfinite(value) else "-"
-
-            shown = {"loss": number("loss", 5), "psnr": number("psnr", 2), "rate": number("steps_per_second", 1)}
-            bar.update(task, completed=p.step, **shown)  # type: ignore[arg-type]
-            if not quiet and not console.is_terminal and time.monotonic() - last[0] > 20:
-                last[0] = time.monotonic()  # a log file gets a line now and then
-                rate = p.metrics.get("steps_per_second")
-                left = f", about {duration((p.steps - p.step) / rate)} left" if rate else ""
-                say(f"step {p.step}/{p.steps} loss {shown['loss']} PSNR {shown['psnr']} dB{left}")
-
-        yield show

@@ -134,11 +134,12 @@ class TriplaneAttention(nn.Module):
     def _placed(self, state: State) -> State:
         if self.position == "none":
             return state
+        of = _positions.__wrapped__ if torch.compiler.is_compiling() else _positions  # Dynamo sees through no cache
         found = []
         for i, x in enumerate(state):
             planes = range(self.planes) if len(state) == 1 else [i]
             h, w = x.shape[2:]
-            codes = torch.stack([_positions(self.channels, p, h, w, x.device) for p in planes]).to(x.dtype)
+            codes = torch.stack([of(self.channels, p, h, w, x.device) for p in planes]).to(x.dtype)
             if self.batched:
                 found.append((x.unflatten(0, (len(planes), -1)) + codes[:, None]).flatten(0, 1))
             else:

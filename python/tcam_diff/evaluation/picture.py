@@ -1,13 +1,15 @@
-"""A picture of two volumes: three orthogonal slices of A, of B and of their difference."""
+"""Pictures of volumes: two of them and their difference; strips of three orthogonal slices; sheets of strips."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 import nibabel as nib
 import numpy as np
+from scipy import ndimage
 
 from tcam_diff.data.nifti import spacing_of
 
@@ -79,4 +81,38 @@ def comparison(a: np.ndarray, b: np.ndarray, affine: np.ndarray, names: tuple[st
             if row == 2:
                 figure.colorbar(shown, ax=axes[:, column], orientation="horizontal", shrink=0.8, pad=0.02)
     figure.suptitle(caption, fontsize=12)
+    return figure
+
+
+def strip(volume: np.ndarray, affine: np.ndarray, height: int = 128) -> np.ndarray:
+    """(rows, columns) uint8: sagittal, coronal and axial slices through the centre of (H, W, D) in [0, 1], side by side, in
+    their true proportions; black outside."""
+    volume, spacing = canonical(volume, affine)
+    extent = [n * s for n, s in zip(volume.shape, spacing, strict=True)]
+    scale = height / max(extent[1], extent[2])
+    x, y, z = (n // 2 for n in volume.shape)
+    parts = []
+    for cut, across, up in ((volume[x], 1, 2), (volume[:, y], 0, 2), (volume[:, :, z], 0, 1)):
+        want = [max(1, round(extent[a] * scale)) for a in (across, up)]
+        sampled = ndimage.zoom(cut.astype(np.float32), [w / n for w, n in zip(want, cut.shape, strict=True)], order=1)
+        image = np.zeros((height, sampled.shape[0]), dtype=np.uint8)
+        upright = (sampled.T[::-1].clip(0, 1) * 255).round().astype(np.uint8)[:height]
+        first = (height - upright.shape[0]) // 2
+        image[first : first + upright.shape[0]] = upright
+        parts.append(image)
+    return np.concatenate(parts, 1)
+
+
+def sheet(strips: Sequence[tuple[str, np.ndarray]], per_row: int = 2) -> Figure:
+    """A figure of titled strips."""
+    rows = -(-len(strips) // per_row)
+    h, w = strips[0][1].shape
+    width = 4.6
+    size = (width * per_row, (width * h / w + 0.3) * rows)
+    figure, axes = plt.subplots(rows, per_row, figsize=size, facecolor="white", layout="constrained", squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (title, image) in zip(axes.flat, strips, strict=False):
+        axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axis.set_title(title, fontsize=9)
     return figure

@@ -28,7 +28,7 @@ class Task(Protocol):
         """Update the parameters; "loss" and whatever else is worth a record."""
 
     def evaluate(self) -> dict[str, float]:
-        """On the way. "psnr", or whatever ``score`` names, decides which checkpoint is the best."""
+        """On the way. What ``score`` names decides which checkpoint is the best."""
 
     def shared_state(self) -> dict[str, Any]: ...
 
@@ -79,6 +79,7 @@ def run(
 ) -> Outcome:
     """Train from the start, or from the checkpoint ``resume``, to the last step, or until ``should_stop``.
 
+    ``score``: the metric of evaluations that is high for good checkpoints, or, with a minus before it, low.
     Ends with a checkpoint. Raises UserError where the loss is no number, or a checkpoint cannot be written or read; the
     checkpoints before are then intact.
     """
@@ -133,7 +134,9 @@ def run(
             if step % cadence.evaluate == 0 or last:
                 checked = task.evaluate()
                 metrics |= checked
-                last_score = checked.get(score)
+                last_score = checked.get(score.lstrip("-"))
+                if last_score is not None and score.startswith("-"):
+                    last_score = -last_score
                 if records is not None:
                     records.scalars(step, checked)
                 if on_evaluate is not None:
@@ -158,7 +161,7 @@ def _not_a_number(step: int, metrics: Mapping[str, float], checkpoints: Path) ->
     where = f"{last} is good: --resume auto goes on from it" if last else "there is no checkpoint yet"
     return UserError(
         f"step {step}: the loss or a parameter is NaN or infinite ({shown or 'before the first record'}); {where}. "
-        "Lower lr_decoder or lr_planes, raise warmup_steps, or take compute_dtype=float32"
+        "Lower the learning rates, raise warmup_steps, or take compute_dtype=float32"
     )
 
 

@@ -1,0 +1,109 @@
+"""A latent set in memory, as the diffusion model sees it."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tcam_diff.autodecoder.latents import Entry, LatentSet
+from tcam_diff.autodecoder.planes import PLANE_NAMES
+from tcam_diff.errors import UserError
+
+
+@dataclass
+class Centre:
+    """x = (F - mean) / scale, plane by plane, and back (algorithm.md 6.5)."""
+
+    mean: list[Tensor]  # (C, rows, columns)
+    scale: list[float]
+
+    @staticmethod
+    def of(planes: Sequence[Tensor]) -> Centre:
+        """Of planes (N, C, rows, columns): the mean over volumes, and the root mean square of what is left."""
+        mean, scale = [], []
+        for p in planes:
+            total = torch.zeros(p.shape[1:], dtype=torch.float64)
+            squares = 0.0
+            for one in p:
+                total += one.double()
+            total /= len(p)
+            for one in p:
+                squares += float((one.double() - total).square().mean())
+            mean.append(total.float())
+            scale.append(max((squares / len(p)) ** 0.5, 1e-6))
+        return Centre(mean, scale)
+
+    def apply(self, planes: Sequence[Tensor]) -> list[Tensor]:
+        return [(p - m.to(p)) / s for p, m, s in zip(planes, self.mean, self.scale, strict=True)]
+
+    def invert(self, planes: Sequence[Tensor]) -> list[Tensor]:
+        return [p * s + m.to(p) for p, m, s in zip(planes, self.mean, self.scale, strict=True)]
+
+
+class LatentData:
+    """All planes of a set, with the labels of its volumes."""
+
+    def __init__(self, folder: str | Path, dtype: torch.dtype = torch.float32, labels: str | None = None) -> None:
+        self.set = LatentSet(folder)
+        entries = self.set.entries
+        if not entries:
+            raise UserError(f"{folder}: has no volumes")
+        first = self.set.planes(entries[0])
+        self.planes = [torch.empty(len(entries), *p.shape, dtype=dtype) for p in first]
+        for i, entry in enumerate(entries):
+            self.set.verify(entry)
+            for name, held, plane in zip(PLANE_NAMES, self.planes, self.set.planes(entry), strict=True):
+                if plane.shape != held.shape[1:]:
+                    raise UserError(
+                        f"{folder}: plane {name} of {entry.name} is {tuple(plane.shape)}, that of {entries[0].name} "
+                        f"{tuple(held.shape[1:])}; volumes of one size are needed"
+                    )
+                held[i] = plane
+        self.names = [e.name for e in entries]
+        self.digest = hashlib.sha256("".join(e.sha256 for e in entries).encode()).hexdigest()
+        self.classes: list[str] = []
+        self.labels: Tensor | None = None
+        if labels:
+            self.classes, self.labels = _labels(labels, self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def channels(self) -> int:
+        return self.planes[0].shape[1]
+
+    def rows(self, which: Sequence[int] | Tensor) -> list[Tensor]:
+        """Planes of these volumes, in float32."""
+        return [p[which].float() for p in self.planes]
+
+
+def typical(entries: Sequence[Entry]) -> tuple[list[list[float]], list[tuple[float, float]]]:
+    """(affine, intensities) for volumes that resemble the set's: the affine of the volume nearest to the median one, and the
+    median of what 0 and 1 stand for."""
+    affines = np.array([e.affine for e in entries])
+    distance = np.abs(affines - np.median(affines, 0)).sum((1, 2))
+    ranges = np.median(np.array([e.intensity for e in entries]), 0)
+    return entries[int(distance.argmin())].affine, [(float(lo), float(hi)) for lo, hi in ranges]
+
+
+def _labels(path: str, names: Sequence[str]) -> tuple[list[str], Tensor]:
+    """(classes in alphabetical order, the index of each volume's)."""
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        given = {row["name"]: row["label"] for row in rows}
+    except (OSError, KeyError, UnicodeDecodeError) as error:
+        raise UserError(f"labels: {path}: expected a CSV file with columns name and label: {error!r}") from error
+    missing = [n for n in names if not given.get(n)]
+    if missing:
+        raise UserError(f"labels: {path}: no label for {missing[0]} ({len(missing)} of {len(names)} volumes)")
+    classes = sorted({given[n] for n in names})
+    return classes, torch.tensor([classes.index(given[n]) for n in names])

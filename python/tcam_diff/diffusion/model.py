@@ -1,0 +1,209 @@
+"""A trained model on disk and in hand: the averaged network with the decoder, and all that makes volumes of its planes.
+
+model.json            format, configurations, geometry, intensities, classes, provenance, checksums
+network.safetensors   the averaged network, and mean planes where the set was centred
+decoder.safetensors   stage 1's decoder
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+import tcam_ext
+from tcam_diff import config as configs
+from tcam_diff.autodecoder.artefact import FittedVolume, Metadata, read_tensors
+from tcam_diff.autodecoder.config import TrainConfig
+from tcam_diff.autodecoder.objective import make_decoder
+from tcam_diff.autodecoder.planes import PLANE_AXES, PLANE_NAMES, normalise
+from tcam_diff.diffusion.config import DiffusionConfig
+from tcam_diff.diffusion.data import Centre, LatentData, typical
+from tcam_diff.diffusion.network import TriplaneUNet
+from tcam_diff.diffusion.process import pack, unpack
+from tcam_diff.errors import UserError
+from tcam_diff.files import replacing, sha256, writable_folder, write_text
+
+FORMAT = 1
+INDEX, NETWORK, DECODER = "model.json", "network.safetensors", "decoder.safetensors"
+
+
+@dataclass
+class Geometry:
+    """What the volumes are like."""
+
+    texels: tuple[int, int, int]  # along x, y, z
+    shape: tuple[int, int, int]  # voxels of the volumes that stage 1 was trained on
+    outputs: int  # channels of a volume
+    affine: list[list[float]]
+    intensity: list[tuple[float, float]]  # per channel: physical values at 0 and 1
+    classes: list[str] = field(default_factory=list)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Rows and columns of xy, yz, xz."""
+        return [(self.texels[a], self.texels[b]) for a, b in PLANE_AXES]
+
+
+class TriplaneDiffusion(nn.Module):
+    """Network and decoder: ``TriplaneDiffusion.load(folder)``; ``Sampler`` of tcam_diff.diffusion.sampling draws from it."""
+
+    def __init__(
+        self,
+        network: TriplaneUNet,
+        decoder: tcam_ext.TriplaneDecoder,
+        config: DiffusionConfig,
+        stage1: TrainConfig,
+        geometry: Geometry,
+        centre: Centre | None = None,
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.network, self.decoder = network, decoder
+        self.config, self.stage1, self.geometry, self.centre = config, stage1, geometry, centre
+        self.provenance = provenance or {}
+        self.requires_grad_(False).eval()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def channels(self) -> int:
+        return self.network.channels
+
+    @property
+    def length(self) -> int:
+        """M: entries of a volume's planes."""
+        return self.channels * sum(h * w for h, w in self.geometry.sizes)
+
+    def label(self, name: str | None) -> int | None:
+        """The index of a class. Raises UserError."""
+        if name is None:
+            return None
+        if name not in self.geometry.classes:
+            known = ", ".join(self.geometry.classes) or "none: this model was trained without labels"
+            raise UserError(f"label: expected one of {known}, got {name}")
+        return self.geometry.classes.index(name)
+
+    # ---- between states of the diffusion and planes --------------------------------------
+
+    def estimate(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """(B, 2M), noise then planes, for packed states (B, M): what a scheduler's step takes."""
+        compute = compute_dtype(self.config, x.device)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=compute == torch.bfloat16):
+            noise, x0 = self.network(unpack(x, self.channels, self.geometry.sizes), t, labels)
+        return torch.cat([pack(noise), pack(x0)], 1).to(x.dtype)
+
+    def planes(self, x: Tensor) -> list[Tensor]:
+        """Normalised planes (B, C, rows, columns), as the decoder knows them, of states (B, M)."""
+        found = unpack(x, self.channels, self.geometry.sizes)
+        return normalise(self.centre.invert(found) if self.centre is not None else found, self.stage1.norm)
+
+    def state(self, planes: Sequence[Tensor]) -> Tensor:
+        """(B, M) of normalised planes."""
+        return pack(self.centre.apply(planes) if self.centre is not None else planes)
+
+    def decode(self, planes: Sequence[Tensor], size: Sequence[int] | None = None) -> Tensor:
+        """(B, channels, H, W, D) in [0, 1], at once; see ``volume`` for large ones."""
+        values: Tensor = self.decoder(list(planes), tuple(size or self.geometry.shape))
+        return values.clamp(0, 1)
+
+    def volume(self, planes: Sequence[Tensor]) -> FittedVolume:
+        """One volume's planes (1, C, rows, columns), to be decoded to any size slab by slab, in physical units."""
+        g = self.geometry
+        meta = Metadata(g.shape, g.outputs, g.affine, (0, 2), ("mm", "sec"), g.intensity, "sample")
+        return FittedVolume(list(planes), self.decoder, self.stage1, meta)
+
+    # ---- files --------------------------------------------------------------------------
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the model. The index, with the checksums, comes last: without it there is no model."""
+        folder = Path(folder)
+        writable_folder(folder)
+        (folder / INDEX).unlink(missing_ok=True)
+        tensors = dict(self.network.state_dict())
+        if self.centre is not None:
+            tensors |= {f"centre.{n}": m for n, m in zip(PLANE_NAMES, self.centre.mean, strict=True)}
+        for name, held in ((NETWORK, tensors), (DECODER, self.decoder.state_dict())):
+            with replacing(folder / name) as file:
+                file.write(save({k: v.detach().float().cpu().contiguous() for k, v in held.items()}))
+        index = {
+            "format": FORMAT,
+            "axis_order": "planes xy, yz, xz of volumes (channels, x, y, z) = file axes (i, j, k); first axis first",
+            "channels": self.channels,
+            "geometry": asdict(self.geometry),
+            "centre_scale": None if self.centre is None else self.centre.scale,
+            "config": self.config.model_dump(mode="json"),
+            "stage1": self.stage1.model_dump(mode="json"),
+            "provenance": self.provenance | {"tcam_ext": tcam_ext.__version__},
+            "sha256": {n: sha256(folder / n) for n in (NETWORK, DECODER)},
+        }
+        write_text(folder / INDEX, json.dumps(index, indent=1))
+
+    @staticmethod
+    def load(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> TriplaneDiffusion:
+        """A model's folder, or that of a run that holds one. Every file is compared with its checksum. Raises UserError."""
+        folder = find(Path(folder))
+        path = folder / INDEX
+        try:
+            index: dict[str, Any] = json.loads(path.read_text())
+            if index["format"] != FORMAT:
+                raise UserError(f"{path}: format {index['format']}, this version reads {FORMAT}")
+            for name, want in index["sha256"].items():
+                if not (folder / name).is_file() or sha256(folder / name) != want:
+                    raise UserError(f"{folder / name}: missing, changed or damaged")
+            held = index["geometry"]
+            geometry = Geometry(
+                tuple(held["texels"]), tuple(held["shape"]), held["outputs"], held["affine"],
+                [(float(lo), float(hi)) for lo, hi in held["intensity"]], list(held["classes"]),
+            )  # fmt: skip
+            config = configs.validate(DiffusionConfig, index["config"], str(path))
+            stage1 = configs.validate(TrainConfig, index["stage1"], str(path))
+            tensors = read_tensors(folder / NETWORK)
+            centre = None
+            if index["centre_scale"] is not None:
+                centre = Centre([tensors.pop(f"centre.{n}") for n in PLANE_NAMES], index["centre_scale"])
+            network = TriplaneUNet(index["channels"], config.network, len(geometry.classes))
+            network.load_state_dict(tensors)
+            decoder = make_decoder(stage1, geometry.outputs).float()
+            decoder.load_state_dict(read_tensors(folder / DECODER))
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise UserError(f"{path}: damaged: {error}") from error
+        model = TriplaneDiffusion(network, decoder, config, stage1, geometry, centre, index["provenance"])
+        return model.to(device)
+
+
+def find(folder: Path) -> Path:
+    """The folder of the model: ``folder`` itself, or model/ in it. Raises UserError."""
+    for at in (folder, folder / "model"):
+        if (at / INDEX).is_file():
+            return at
+    raise UserError(f"{folder}: no model: expected a run of `tcam train-diffusion` or a model's folder")
+
+
+def of_data(
+    network: TriplaneUNet, data: LatentData, config: DiffusionConfig, centre: Centre | None, step: int
+) -> TriplaneDiffusion:
+    """The model of a network that was trained on ``data``."""
+    entries = data.set.entries
+    affine, intensity = typical(entries)
+    (x, y), (_, z) = data.planes[0].shape[2:], data.planes[1].shape[2:]
+    outputs, h, w, d = entries[0].shape
+    geometry = Geometry((x, y, z), (h, w, d), outputs, affine, intensity, data.classes)
+    provenance = {"step": step, "volumes": len(data), "latents": data.digest, "stage1": data.set.index["provenance"]}
+    return TriplaneDiffusion(network, data.set.decoder(), config, data.set.config, geometry, centre, provenance)
+
+
+def compute_dtype(config: DiffusionConfig, device: torch.device) -> torch.dtype:
+    """Of the network's products."""
+    if config.compute_dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[config.compute_dtype]

@@ -1,0 +1,68 @@
+"""Pictures and the page of a training run of stage 2."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import tcam_ext
+from tcam_diff.data.nifti import resized_affine
+from tcam_diff.diffusion.config import DiffusionConfig, SampleConfig
+from tcam_diff.diffusion.model import TriplaneDiffusion
+from tcam_diff.evaluation.picture import sheet, strip
+from tcam_diff.files import write_text
+from tcam_diff.training import records as run_records
+from tcam_diff.training.loop import Outcome
+
+if TYPE_CHECKING:
+    from tcam_diff.diffusion.train import Diffusion
+
+
+@torch.no_grad()
+def plane_strip(model: TriplaneDiffusion, planes: list[Tensor], longest: int = 128) -> np.ndarray:
+    """Three slices of the first channel of one volume, planes (1, C, rows, columns), decoded to ``longest`` voxels at most."""
+    shape = model.geometry.shape
+    scale = min(1.0, longest / max(shape))
+    size = (max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale)), max(1, round(shape[2] * scale)))
+    values = model.decode(planes, size)[0, 0].float().cpu().numpy()
+    return strip(values, resized_affine(np.asarray(model.geometry.affine), shape, size))
+
+
+def samples_picture(model: TriplaneDiffusion, steps: int, count: int = 4) -> bytes:
+    """A PNG of the first samples of the model's seed, integrated by ab2."""
+    from tcam_diff.diffusion.sampling import Sampler
+
+    config = SampleConfig(solver="ab2", steps=steps, seed=model.config.seed)
+    planes = Sampler(model, config).sample(range(count))
+    strips = [(f"sample {i}", plane_strip(model, [p[i : i + 1] for p in planes])) for i in range(count)]
+    return run_records.png(sheet(strips))
+
+
+def write_report(folder: Path, config: DiffusionConfig, task: Diffusion, outcome: Outcome) -> None:
+    """report.html: the result, the curves, samples, the settings."""
+    metrics = run_records.read(folder)
+    m, ranks = outcome.metrics, task.ranks
+    result = {
+        "volumes": f"{len(task.data)} of {config.latents}",
+        "validation loss (average; 2 at the start)": f"{m.get('validation_loss', float('nan')):.4f}",
+        "residual, mean square": f"{m.get('validation_residual', float('nan')):.4f}",
+        "steps": outcome.step,
+        "time": f"{outcome.seconds / 60:.1f} min",
+        "rate": f"{m.get('steps_per_second', 0):.2f} steps/s at the end, batch {config.batch}",
+        "peak memory": f"{m.get('memory_gb', 0):.2f} GB",
+        "parameters": f"{task.parameters / 1e6:.2f} M",
+        "machine": f"{platform.machine()}, {ranks.world} process(es) on {ranks.device.type}, products in "
+        f"{str(task.compute).removeprefix('torch.')}, torch {torch.__version__}, tcam_ext {tcam_ext.__version__}",
+    }
+    sections: list[tuple[str, str | bytes | dict[str, object]]] = [("Result", result)]
+    sections.append(("Curves", run_records.curves(metrics, [["loss", "validation_loss"], ["noise", "image"], ["residual"]])))
+    if config.preview_steps:
+        picture = samples_picture(task.model(outcome.step), config.preview_steps)
+        sections.append((f"Samples (ab2, {config.preview_steps} steps)", picture))
+    sections.append(("Configuration", config.yaml()))
+    write_text(folder / "report.html", run_records.page("Triplane diffusion", sections))

@@ -1,0 +1,195 @@
+"""Training of stage 2: a task of training/loop.py (algorithm.md 4.6)."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tcam_diff.diffusion.config import DiffusionConfig
+from tcam_diff.diffusion.data import Centre, LatentData
+from tcam_diff.diffusion.model import TriplaneDiffusion, compute_dtype, of_data
+from tcam_diff.diffusion.network import TriplaneUNet
+from tcam_diff.diffusion.process import TIMESTEPS, errors, flip, mix, timesteps
+from tcam_diff.errors import UserError
+from tcam_diff.training.ranks import Ranks
+from tcam_diff.training.rate import averaging, rate
+from tcam_diff.training.streams import seed_of, stream
+
+
+class _Loss(nn.Module):
+    """The errors as the forward of a module whose parameters are the network's: what DistributedDataParallel wraps."""
+
+    def __init__(self, network: nn.Module, compute: torch.dtype) -> None:
+        super().__init__()
+        self.network, self.compute = network, compute
+
+    def forward(self, x0: list[Tensor], noise: list[Tensor], t: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(B,) each: errors of noise and of planes, and the mean square of x - cos(eta) x0 - sin(eta) eps."""
+        x = [mix(p, e, t) for p, e in zip(x0, noise, strict=True)]
+        with torch.autocast(x[0].device.type, torch.bfloat16, enabled=self.compute == torch.bfloat16):
+            noise_hat, x0_hat = self.network(x, t, labels)
+        noise_error, image_error = errors(noise_hat, x0_hat, noise, x0)
+        with torch.no_grad():
+            left = [a - mix(p.to(a), e.to(a), t) for a, p, e in zip(x, x0_hat, noise_hat, strict=True)]
+            residual = torch.stack([r.square().mean((1, 2, 3)) for r in left]).mean(0)
+        return noise_error, image_error, residual
+
+
+class Diffusion:
+    """Network, its average, optimiser and data of a training run."""
+
+    def __init__(self, config: DiffusionConfig, ranks: Ranks, folder: Path) -> None:
+        self.config, self.ranks, self.steps, self.folder = config, ranks, config.steps, folder
+        held = torch.bfloat16 if config.latent_dtype == "bfloat16" else torch.float32
+        self.data = LatentData(config.latents, held, config.labels)
+        self.validation = self.data
+        if config.validation is not None:
+            self.validation = LatentData(config.validation, held, None)
+            if [p.shape[1:] for p in self.validation.planes] != [p.shape[1:] for p in self.data.planes]:
+                raise UserError(f"validation: {config.validation}: its planes have other sizes than those of {config.latents}")
+        parts = ranks.world * config.accumulate
+        if config.batch % parts:
+            raise UserError(
+                f"batch: expected a multiple of {parts} ({ranks.world} process(es), accumulate={config.accumulate}), got "
+                f"{config.batch}"
+            )
+        self.centre = Centre.of(self.data.planes) if config.center else None
+        self.dtype = torch.float64 if config.compute_dtype == "float64" else torch.float32
+        self.compute = compute_dtype(config, ranks.device)
+        self.network, self.average = self._network(), self._network().requires_grad_(False).eval()
+        self.optimiser = torch.optim.Adam(
+            self.network.parameters(), lr=config.lr, betas=(0.9, config.beta2), eps=config.adam_eps, fused=True
+        )
+        inner = torch.compile(self.network) if config.compile else self.network
+        loss = _Loss(inner, self.compute)  # type: ignore[arg-type]
+        self.loss: nn.Module = DistributedDataParallel(loss) if ranks.world > 1 else loss
+
+    def _network(self) -> TriplaneUNet:
+        """At the start of a run: a function of the run's seed alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(self.config.seed, "network"))
+            made = TriplaneUNet(self.data.channels, self.config.network, len(self.data.classes))
+        return made.to(self.ranks.device, self.dtype).to(memory_format=torch.channels_last)
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.network.parameters())
+
+    # ---- a step ------------------------------------------------------------------------
+
+    def volume(self, position: int) -> int:
+        """Which volume stands at a position of the endless row of shuffled epochs. A function of the position: not state."""
+        epoch, at = divmod(position, len(self.data))
+        return int(_shuffled(len(self.data), self.config.seed, epoch)[at])
+
+    def _batch(self, step: int, positions: range) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+        """Planes, noise and labels of the positions within the batch of a step. Each depends on its position alone."""
+        c, device = self.config, self.ranks.device
+        which = [self.volume(step * c.batch + i) for i in positions]
+        planes = self.data.rows(which)
+        if self.centre is not None:
+            planes = self.centre.apply(planes)
+        noise, labels = [torch.empty_like(p, device=device) for p in planes], self.data.labels
+        chosen = None if labels is None else labels[which].clone()
+        for row, i in enumerate(positions):
+            draw = stream(c.seed, "noise", step, i, device=device)
+            for plane in noise:
+                torch.randn(plane.shape[1:], generator=draw, out=plane[row])
+            coins = torch.rand(4, generator=stream(c.seed, "coins", step, i)).tolist()
+            for axis, name in enumerate("xyz"):
+                if name in c.flip and coins[axis] < 0.5:
+                    for plane, turned in zip(planes, flip([p[row] for p in planes], axis), strict=True):
+                        plane[row] = turned
+            if chosen is not None and coins[3] < c.label_dropout:
+                chosen[row] = len(self.data.classes)
+        moved = [p.to(device, self.dtype) for p in planes]
+        return moved, [n.to(self.dtype) for n in noise], None if chosen is None else chosen.to(device)
+
+    def step(self, index: int) -> dict[str, Tensor]:
+        """One update; returns the loss, its terms, the residual and the gradient's norm."""
+        c, ranks = self.config, self.ranks
+        each = c.batch // (ranks.world * c.accumulate)
+        t = timesteps(c.timesteps, c.batch, c.seed, index).to(ranks.device)
+        self.network.train()
+        self.optimiser.zero_grad(set_to_none=True)
+        sums = torch.zeros(3, device=ranks.device)
+        with torch.random.fork_rng(devices=[ranks.device] if ranks.device.type == "cuda" else []):
+            torch.manual_seed(seed_of(c.seed, "dropout", index, ranks.rank))
+            for part in range(c.accumulate):
+                first = (ranks.rank * c.accumulate + part) * each
+                x0, noise, labels = self._batch(index, range(first, first + each))
+                alone = part + 1 < c.accumulate and isinstance(self.loss, DistributedDataParallel)
+                with self.loss.no_sync() if alone else contextlib.nullcontext():  # type: ignore[operator]
+                    found = self.loss(x0, noise, t[first : first + each], labels)
+                    terms = torch.stack([f.mean() for f in found]) / c.accumulate
+                    (c.noise_weight * terms[0] + c.image_weight * terms[1]).backward()
+                sums += terms.detach().float()
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), c.grad_clip)
+        for group in self.optimiser.param_groups:
+            group["lr"] = c.lr * rate(c, index)
+        self.optimiser.step()
+        with torch.no_grad():
+            weight = 1 - averaging(c.ema_decay, index)
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.network.parameters()), weight)
+        loss = c.noise_weight * sums[0] + c.image_weight * sums[1]
+        return {"loss": loss, "noise": sums[0], "image": sums[1], "residual": sums[2], "grad": norm.detach()}
+
+    # ---- looking -----------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """The average's loss on the validation set, at timesteps and with noise that are always the same."""
+        c, device = self.config, self.ranks.device
+        count = min(c.evaluate_volumes, len(self.validation))
+        of_average = _Loss(self.average, self.compute)
+        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        for i in range(self.ranks.rank, count, self.ranks.world):
+            x0 = self.validation.rows([i])
+            if self.centre is not None:
+                x0 = self.centre.apply(x0)
+            draw = stream(c.seed, "validation", i)
+            noise = [torch.randn(p.shape, generator=draw).to(device, self.dtype) for p in x0]
+            t = torch.tensor([(i + 0.5) / count * TIMESTEPS], device=device)
+            sums += torch.cat(of_average([p.to(device, self.dtype) for p in x0], noise, t, None)).double()
+        noise_error, image_error, residual = (self.ranks.sum(sums) / count).tolist()
+        loss = c.noise_weight * noise_error + c.image_weight * image_error
+        return {"validation_loss": loss, "validation_residual": residual}
+
+    def model(self, step: int) -> TriplaneDiffusion:
+        """The average, with all that makes volumes of it."""
+        return of_data(self.average, self.data, self.config, self.centre, step)
+
+    # ---- checkpoints -------------------------------------------------------------------
+
+    def shared_state(self) -> dict[str, Any]:
+        return {
+            "network": self.network.state_dict(),
+            "average": self.average.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "latents": self.data.digest,
+        }
+
+    def shard_state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, shared: dict[str, Any], shards: Sequence[dict[str, Any]]) -> None:
+        if shared["latents"] != self.data.digest:
+            raise UserError(f"{self.config.latents}: not the planes that the run was begun with")
+        self.network.load_state_dict(shared["network"])
+        self.average.load_state_dict(shared["average"])
+        self.optimiser.load_state_dict(shared["optimiser"])
+
+    def finite(self) -> bool:
+        return all(bool(torch.isfinite(p).all()) for p in self.network.parameters())
+
+
+@functools.lru_cache(maxsize=4)
+def _shuffled(count: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(count, generator=stream(seed, "order", epoch))

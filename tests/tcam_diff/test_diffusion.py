@@ -1,0 +1,405 @@
+"""The U-Net over three planes, the quarter circle, and its solvers (algorithm.md sections 2, 4 and 9)."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tcam_diff import config as configs
+from tcam_diff.diffusion.config import DiffusionConfig, NetworkConfig
+from tcam_diff.diffusion.network import TriplaneAttention, TriplaneUNet, _add, _attend, _positions
+from tcam_diff.diffusion.process import Estimate, errors, flip, mix, pack, timesteps, unpack
+from tcam_diff.diffusion.schedulers import SOLVERS, ArcScheduler
+from tcam_diff.errors import UserError
+
+import tcam_ext
+
+TINY = {"base": 16, "multipliers": [1, 2], "blocks": 1, "attention_levels": [0, 1], "head_channels": 16, "dropout": 0.0}
+SQUARE = [(16, 16)] * 3
+OBLONG = [(16, 24), (24, 8), (16, 8)]
+
+
+def network(channels: int = 6, seed: int = 0, classes: int = 0, **changes) -> TriplaneUNet:
+    """With the weights that begin at zero drawn too: the network then does something."""
+    torch.manual_seed(seed)
+    made = TriplaneUNet(channels, NetworkConfig(**TINY | changes), classes)
+    for p in made.parameters():
+        if not p.abs().max():
+            torch.nn.init.normal_(p, std=0.1)
+    return made.eval()
+
+
+def planes(sizes, channels: int = 6, batch: int = 2, seed: int = 1):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, channels, h, w, generator=g) for h, w in sizes]
+
+
+T = torch.tensor([3.5, 700.0])
+
+
+# ---- the network ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("preset", "channels", "millions"),
+    [("tiny", 6, 0.60), ("small", 16, 3.84), ("brats", 42, 67.4), ("brats-large", 42, 119.7), ("pancreas", 42, 71.9),
+     ("colon", 42, 41.5)],
+)  # fmt: skip
+def test_presets_have_the_designed_parameter_counts(preset, channels, millions):
+    config = configs.load(DiffusionConfig, "diffusion", preset)
+    with torch.device("meta"):
+        made = TriplaneUNet(channels, config.network)
+    count = sum(p.numel() for p in made.parameters())
+    assert count / 1e6 == pytest.approx(millions, abs=0.05 if millions > 10 else 0.005)
+
+
+@pytest.mark.parametrize("sizes", [SQUARE, OBLONG], ids=["square", "oblong"])
+@pytest.mark.parametrize("weights", ["independent", "shared"])
+@pytest.mark.parametrize("cross", ["full", "axis", "none"])
+def test_output_has_the_shapes_of_the_input(sizes, weights, cross):
+    found = network(weights=weights, cross=cross)(planes(sizes), T)
+    for half in found:
+        assert [tuple(p.shape) for p in half] == [(2, 6, h, w) for h, w in sizes]
+
+
+@pytest.mark.parametrize("weights", ["independent", "shared"])
+@pytest.mark.parametrize("cross", ["full", "axis", "none"])
+def test_grouped_and_looped_execution_agree(weights, cross):
+    grouped = network(weights=weights, cross=cross).double()
+    looped = network(weights=weights, cross=cross, execution="loop").double()
+    looped.load_state_dict(grouped.state_dict())
+    x = [p.double() for p in planes(SQUARE)]
+    for a, b in zip(grouped(x, T), looped(x, T), strict=True):
+        for p, q in zip(a, b, strict=True):
+            assert (p - q).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("sizes", [SQUARE, OBLONG], ids=["square", "oblong"])
+@pytest.mark.parametrize(("cross", "dependent"), [("none", False), ("full", True), ("axis", True)])
+def test_planes_read_each_other_through_cross_attention_only(sizes, cross, dependent):
+    net = network(cross=cross).requires_grad_(False)
+    x = planes(sizes)
+    before = net(x, T)
+    for changed in range(3):
+        other = [p if i != changed else p + 1 for i, p in enumerate(x)]
+        after = net(other, T)
+        for i in range(3):
+            moved = max(float((a[i] - b[i]).abs().max()) for a, b in zip(before, after, strict=True))
+            assert (moved > 0) == (i == changed or dependent)
+
+
+def test_concatenated_planes_read_each_other_through_every_layer():
+    net = network(weights="concatenated")
+    x = planes(SQUARE)
+    after = net([x[0], x[1] + 1, x[2]], T)
+    assert float((net(x, T)[0][0] - after[0][0]).abs().max()) > 0
+    with pytest.raises(ValueError, match="planes of one size"):
+        net(planes(OBLONG), T)
+
+
+@pytest.mark.parametrize("weights", ["independent", "shared", "concatenated"])
+def test_heads_begin_at_zero_so_the_loss_begins_at_two(weights):
+    torch.manual_seed(0)
+    net = TriplaneUNet(6, NetworkConfig(**TINY | {"weights": weights}))
+    x0, noise = planes(SQUARE, batch=8, seed=2), planes(SQUARE, batch=8, seed=3)
+    t = timesteps("stratified", 8, 0, 0)
+    found = net([mix(a, b, t) for a, b in zip(x0, noise, strict=True)], t)
+    assert float(sum(e.mean() for e in errors(*found, noise, x0))) == pytest.approx(2, abs=0.05)
+
+
+def test_axis_attention_reads_the_line_of_the_shared_coordinate():
+    torch.manual_seed(0)
+    config = NetworkConfig(**TINY | {"cross": "axis", "position": "none"})
+    block = TriplaneAttention(12, config).double().eval()
+    for p in block.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    sizes = [(4, 6), (6, 5), (4, 5)]
+    x = [p.double() for p in planes(sizes, 12, 1)]
+    axes = ("xy", "yz", "xz")
+    before = block(x)
+    # brute force: every texel of plane p against the texels of the others on its lines
+    with torch.no_grad():
+        own = block._heads(block.qkv1(block.norm1(x)), 3)
+        state = _add(x, block.out1(block._images([_attend(q, k, v) for q, k, v in own], x)))
+        normed = block.norm2(state)
+        q = [t[0][0, 0] for t in block._heads(block.q2(normed), 1)]  # heads, N, d
+        kv = [[t[0, 0] for t in pair] for pair in block._heads(block.kv2(normed), 2)]
+        for p in range(3):
+            want = torch.zeros_like(q[p])
+            for o in range(3):
+                if o == p:
+                    continue
+                shared = (set(axes[p]) & set(axes[o])).pop()
+                mine, theirs = axes[p].index(shared), axes[o].index(shared)
+                for n in range(q[p].shape[1]):
+                    at = divmod(n, sizes[p][1])[mine]
+                    keys = [m for m in range(kv[o][0].shape[1]) if divmod(m, sizes[o][1])[theirs] == at]
+                    k, v = kv[o][0][:, keys], kv[o][1][:, keys]
+                    weight = torch.softmax(torch.einsum("hd,hkd->hk", q[p][:, n], k) / k.shape[-1] ** 0.5, 1)
+                    want[:, n] += torch.einsum("hk,hkd->hd", weight, v)
+            image = want.permute(1, 0, 2).flatten(1).reshape(*sizes[p], -1).permute(2, 0, 1)[None]
+            weights = block.out2.weight.chunk(3)[p], block.out2.bias.chunk(3)[p]
+            expected = state[p] + torch.nn.functional.conv2d(image, *weights)
+            assert (before[p] - expected).abs().max() < 1e-10
+
+
+def test_positions_agree_on_the_axis_that_planes_share():
+    cpu = torch.device("cpu")
+    xy, yz, xz = (_positions(24, p, h, w, cpu) for p, (h, w) in enumerate([(4, 6), (6, 5), (4, 5)]))
+    assert torch.equal(xy[:8, :, 0], xz[:8, :, 0])  # x
+    assert torch.equal(xy[8:16, 0, :], yz[8:16, :, 0])  # y
+    assert torch.equal(yz[16:, 0, :], xz[16:, 0, :])  # z
+    assert not xy[16:].any()
+    assert not yz[:8].any()
+    assert not xz[8:16].any()
+
+
+def test_labels_matter_and_none_is_a_label_of_its_own():
+    net = network(classes=3)
+    x = planes(SQUARE)
+    none, explicit, one = (net(x, T, c)[0][0] for c in (None, torch.tensor([3, 3]), torch.tensor([1, 1])))
+    assert torch.equal(none, explicit)
+    assert not torch.equal(none, one)
+
+
+def test_checkpointing_changes_memory_not_gradients():
+    x = planes(SQUARE)
+    found = []
+    for checkpointing in (False, True):
+        net = network(checkpointing=checkpointing).train()
+        sum(p.square().sum() for half in net(x, T) for p in half).backward()
+        found.append([p.grad for p in net.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(a.abs().max()))
+
+
+def test_compiled_network_agrees():
+    net = network()
+    x = planes(SQUARE)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    for a, b in zip(net(x, T), compiled(x, T), strict=True):
+        for p, q in zip(a, b, strict=True):
+            torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "channels", "said"),
+    [([(16, 16), (16, 15), (16, 15)], 6, "expected yz"), (SQUARE, 5, "expected xy")],
+)
+def test_bad_planes_are_refused(sizes, channels, said):
+    with pytest.raises(ValueError, match=said):
+        network()(planes(sizes, channels), T)
+
+
+def test_bad_levels_are_refused():
+    with pytest.raises(UserError, match="level 4 of 4"):
+        configs.load(DiffusionConfig, "diffusion", "brats", ["network.attention_levels=[4]"])
+
+
+# ---- the process ---------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(["stratified", "uniform", "integer", "antithetic"]), st.integers(1, 40), st.integers(0, 9))
+def test_timesteps_lie_in_their_range(kind, batch, step):
+    t = timesteps(kind, batch, 5, step)
+    assert t.shape == (batch,)
+    assert float(t.min()) >= 0
+    assert float(t.max()) < 1000
+    if kind == "stratified":
+        assert sorted((t * batch / 1000).floor().int().tolist()) == list(range(batch))
+    if kind == "integer":
+        assert torch.equal(t, t.round())
+    if kind == "antithetic" and batch % 2 == 0:
+        assert torch.equal(t[: batch // 2] + t[batch // 2 :], torch.full((batch // 2,), 999.0))
+
+
+def test_mixing_is_undone_by_the_true_estimates():
+    x0, noise = planes(SQUARE)[0].double(), planes(SQUARE, seed=9)[0].double()
+    for t in (0.0, 123.5, 1000.0):
+        eta = t / 1000 * math.pi / 2
+        x = mix(x0, noise, torch.tensor([t, t]))
+        e = Estimate(x, noise, x0, eta)
+        assert e.residual.abs().max() < 1e-12
+        ahead = mix(x0, noise, torch.tensor([t + 1e-4] * 2, dtype=torch.float64))
+        assert ((ahead - x) / (1e-7 * math.pi / 2) - e.drift).abs().max() < 1e-6
+
+
+def test_errors_weigh_planes_of_different_sizes_equally():
+    x0 = planes(OBLONG)
+    zero = [torch.zeros_like(p) for p in x0]
+    one_off = [zero[0], zero[1] + 1, zero[2]]
+    noise_error, image_error = errors(zero, one_off, zero, zero)
+    assert torch.allclose(image_error, torch.full((2,), 1 / 3))
+    assert not noise_error.any()
+
+
+def test_packing_is_undone_by_unpacking():
+    x = planes(OBLONG)
+    for a, b in zip(x, unpack(pack(x), 6, OBLONG), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_flipped_planes_decode_to_the_flipped_volume(axis):
+    torch.manual_seed(0)
+    decoder = tcam_ext.TriplaneDecoder(6, [16, 16], 1)
+    x = planes([(8, 6), (6, 5), (8, 5)], batch=1)
+    size = (16, 13, 11)
+    with torch.no_grad():
+        a = decoder(x, size, compute_dtype=torch.float32)
+        b = decoder(flip(x, axis), size, compute_dtype=torch.float32)
+    torch.testing.assert_close(b, a.flip(axis + 2), rtol=0, atol=1e-6)
+
+
+# ---- the solvers ---------------------------------------------------------------------------
+
+W, M, S = np.array([0.3, 0.5, 0.2]), np.array([-1.2, 0.4, 1.3]), np.array([0.1, 0.15, 0.2])
+_SCALE = math.sqrt((W * (M**2 + S**2)).sum())
+M, S = M / _SCALE, S / _SCALE
+
+
+def mixture(x: np.ndarray, eta: float) -> tuple[np.ndarray, np.ndarray]:
+    """Posterior means of noise and x0 for a mixture of three normals with unit second moment."""
+    c, s = math.cos(eta), math.sin(eta)
+    v = (c * S) ** 2 + s**2
+    log = np.log(W) - 0.5 * np.log(v) - 0.5 * (x[:, None] - c * M) ** 2 / v
+    r = np.exp(log - log.max(1, keepdims=True))
+    r /= r.sum(1, keepdims=True)
+    off = x[:, None] - c * M
+    return (r * (s / v * off)).sum(1), (r * (M + c * S**2 / v * off)).sum(1)
+
+
+def integrate(solver: str, steps: int, x: np.ndarray, estimate, **options) -> torch.Tensor:
+    """(N, 1) float64 from noise to data."""
+    scheduler = ArcScheduler(solver, final=options.pop("final", "x"), **options)
+    scheduler.set_timesteps(steps)
+    state = torch.from_numpy(x)[:, None]
+    for t, eta in zip(scheduler.timesteps, scheduler.visited, strict=True):
+        noise, x0 = estimate(state[:, 0].numpy(), eta)
+        state, _ = scheduler.step(torch.from_numpy(np.stack([noise, x0], 1)), t, state)
+    return state[:, 0]
+
+
+@pytest.fixture(scope="module")
+def normals() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(4000)
+
+
+@pytest.fixture(scope="module")
+def exact(normals) -> torch.Tensor:
+    return integrate("rk4", 1000, normals, mixture)
+
+
+#: algorithm.md 2.3: RMS distance to the exact end, by evaluations of the network.
+TABLE = {
+    "euler": (0.074, 0.055, 0.025, 0.014, 0.0025),
+    "frozen": (0.212, 0.138, 0.081, 0.059, 0.026),
+    "ddim": (0.212, 0.138, 0.081, 0.059, 0.026),
+    "ab2": (0.070, 0.021, 0.0046, 0.0012, 0.0003),
+    "heun": (0.110, 0.029, 0.0073, 0.0022, 0.0006),
+    "midpoint": (0.108, 0.019, 0.0022, 0.0007, 0.0002),
+    "rk4": (0.088, 0.013, 0.0021, 0.0004, 0.0001),
+}
+
+
+@pytest.mark.parametrize("solver", list(TABLE))
+def test_errors_on_the_closed_form_mixture(solver, normals, exact):
+    stages = len(ArcScheduler(solver).timesteps) // 50
+    for evaluations, want in zip((8, 16, 32, 64, 128), TABLE[solver], strict=True):
+        error = float((integrate(solver, evaluations // stages, normals, mixture) - exact).square().mean().sqrt())
+        assert error == pytest.approx(want, rel=0.06, abs=6e-5 if want > 1e-4 else 1e-4), evaluations
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("ab2", 2), ("heun", 2), ("midpoint", 2), ("rk4", 4)])
+def test_order_of_convergence(solver, order, normals):
+    """Where the posterior is smooth: one wide normal beside another."""
+
+    def smooth(x: np.ndarray, eta: float) -> tuple[np.ndarray, np.ndarray]:
+        c, s = math.cos(eta), math.sin(eta)
+        v = 0.49 * c**2 + s**2
+        return s / v * (x - 0.7 * c), 0.7 + c * 0.49 / v * (x - 0.7 * c)
+
+    end = integrate("rk4", 512, normals, smooth)
+    coarse, fine = ((integrate(solver, n, normals, smooth) - end).square().mean().sqrt() for n in (16, 32))
+    assert math.log2(coarse / fine) == pytest.approx(order, abs=0.35)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "midpoint", "rk4", "ab2"])
+def test_unit_normal_data_stay_where_they_are(solver, normals):
+    def unit(x: np.ndarray, eta: float) -> tuple[np.ndarray, np.ndarray]:
+        return math.sin(eta) * x, math.cos(eta) * x
+
+    assert float((integrate(solver, 10, normals, unit) - torch.from_numpy(normals)).abs().max()) < 1e-6
+
+
+def test_ddim_is_exact_for_a_point_mass(normals):
+    def point(x: np.ndarray, eta: float) -> tuple[np.ndarray, np.ndarray]:
+        return (x - 0.7 * math.cos(eta)) / max(math.sin(eta), 1e-300), np.full_like(x, 0.7)
+
+    for solver in ("ddim", "frozen"):
+        assert float((integrate(solver, 10, normals, point) - 0.7).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_hot_keeps_the_variance_of_unit_normal_data(k, normals):
+    def unit(x: np.ndarray, eta: float) -> tuple[np.ndarray, np.ndarray]:
+        return math.sin(eta) * x, math.cos(eta) * x
+
+    g = torch.Generator().manual_seed(0)
+
+    def draw(like: torch.Tensor) -> torch.Tensor:
+        return torch.randn(like.shape, generator=g, dtype=like.dtype)
+
+    end = integrate("hot", 50, normals, unit, hot_k=k, draw=draw)
+    assert float(end.square().mean()) == pytest.approx(1, abs=4 * math.sqrt(2 / len(normals)))
+    assert (float((end - torch.from_numpy(normals)).abs().max()) > 0.1) == (k > 1)
+
+
+def test_there_and_back(normals, exact):
+    scheduler = ArcScheduler("rk4", final="x")
+    scheduler.set_timesteps(200, start=0.0, stop=1.0)
+    state = exact[:, None]
+    for t, eta in zip(scheduler.timesteps, scheduler.visited, strict=True):
+        noise, x0 = mixture(state[:, 0].numpy(), eta)
+        state, _ = scheduler.step(torch.from_numpy(np.stack([noise, x0], 1)), t, state)
+    assert float((state[:, 0] - torch.from_numpy(normals)).square().mean().sqrt()) < 1e-3
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS, "hot"])
+def test_default_is_100_evaluations_from_pure_noise_and_returns_the_last_estimate(solver):
+    scheduler = ArcScheduler(solver)
+    assert float(scheduler.timesteps[0]) == 1000
+    count = {"midpoint": 100, "heun": 100, "rk4": 200}.get(solver, 50)
+    assert len(scheduler.timesteps) == count
+    for _ in range(2):  # begins again after the end
+        x = torch.zeros(2, 3)
+        for number, t in enumerate(scheduler.timesteps):
+            value = torch.full((2, 3), float(number))
+            x, x0 = scheduler.step(torch.cat([torch.zeros(2, 3), value], 1), t, x)
+            assert torch.equal(x0, value)
+        last = max(n for n, t in enumerate(scheduler.timesteps) if t > 0)
+        assert torch.equal(x, torch.full((2, 3), float(last)))
+
+
+def test_steps_out_of_order_and_outputs_of_one_head_are_refused():
+    scheduler = ArcScheduler("heun")
+    x = torch.zeros(1, 2)
+    with pytest.raises(ValueError, match="whose turn it is"):
+        scheduler.step(torch.zeros(1, 4), scheduler.timesteps[3], x)
+    with pytest.raises(ValueError, match="expected 4 channels"):
+        scheduler.step(torch.zeros(1, 2), scheduler.timesteps[0], x)
+    with pytest.raises(ValueError, match="solver: expected"):
+        ArcScheduler("rk5")
+
+
+def test_the_schedule_serves_monais_own_schedulers():
+    from monai.networks.schedulers import DDIMScheduler
+
+    monai = DDIMScheduler(schedule="quarter_circle")
+    ours = ArcScheduler()
+    x0, noise, t = torch.randn(3, 5), torch.randn(3, 5), torch.tensor([0, 500, 999])
+    torch.testing.assert_close(monai.add_noise(x0, noise, t), ours.add_noise(x0, noise, t), rtol=0, atol=2e-4)
+    torch.testing.assert_close(monai.get_velocity(x0, noise, t), ours.get_velocity(x0, noise, t), rtol=0, atol=2e-4)
