@@ -34,7 +34,7 @@ class Case:
 
 CASES = {
     "cohort 64, fast": Case("fast", 64),
-    "cohort 64, fast, stride 2": Case("fast", 64, ("stride=2",)),
+    "cohort 64, fast, stride 3": Case("fast", 64, ("stride=3",)),
     "cohort 64, four layers": Case("fast", 64, ("widths=[128,128,128,128]",)),
     "cohort 64, whole volumes": Case("fast", 64, ("region=volume", "batch=1")),
     "brats 128, whole volumes": Case("fast", 128, ("region=volume", "batch=1", "widths=[128,128,128,128]"), 2),

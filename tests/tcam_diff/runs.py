@@ -11,10 +11,16 @@ import numpy as np
 import torch
 from tcam_diff import config as configs
 from tcam_diff.autodecoder.config import TrainConfig
+from tcam_diff.autodecoder.latents import LatentWriter
+from tcam_diff.autodecoder.objective import make_decoder
+from tcam_diff.autodecoder.planes import PLANE_AXES, normalise
 from tcam_diff.autodecoder.train import Autodecoder
+from tcam_diff.cli import train_diffusion
 from tcam_diff.cli.train_autodecoder import FREE, train
 from tcam_diff.cli.training import prepare_folder
-from tcam_diff.data.store import Store, StoreWriter, quantise
+from tcam_diff.data.store import Record, Store, StoreWriter, quantise
+from tcam_diff.diffusion.config import DiffusionConfig
+from tcam_diff.diffusion.train import Diffusion
 from tcam_diff.training.ranks import ranks
 
 SMALL = (
@@ -24,7 +30,7 @@ SMALL = (
 
 #: Forks of a server that has imported everything and has never started a thread: each process costs milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tcam_diff.cli.train_autodecoder"])
+CONTEXT.set_forkserver_preload(["tcam_diff.cli.train_autodecoder", "tcam_diff.diffusion.train", "tcam_diff.diffusion.sampling"])
 
 
 def blobs(number: int, size: tuple[int, int, int]) -> np.ndarray:
@@ -76,6 +82,67 @@ def steps(store: Path, out: Path, count: int, overrides: tuple[str, ...] = ()) -
         }
         torch.save(found, out / f"rank-{group.rank}.pt")
         task.close()
+
+
+# ---- stage 2 -------------------------------------------------------------------------------
+
+SMALL_DIFFUSION = (
+    "network.base=8", "network.head_channels=8", "network.dropout=0.1", "steps=16", "batch=4", "warmup_steps=2", "log_every=4",
+    "checkpoint_every=3", "evaluate_every=8", "evaluate_volumes=4", "preview_steps=2",
+)  # fmt: skip
+
+
+def make_latents(folder: Path, count: int = 6, texels: tuple[int, int, int] = (8, 8, 8), seed: int = 0, split: str = "train"):
+    """A latent set of smooth planes that vary in a few ways, C = 4."""
+    stage1 = config(folder / "no-store", "channels=4", f"plane_size={list(texels)}", "widths=[8]")
+    g = torch.Generator().manual_seed(0)
+    decoder = make_decoder(stage1, 1)
+    shapes = [(4, texels[a], texels[b]) for a, b in PLANE_AXES]
+    common = [[torch.nn.functional.avg_pool2d(torch.randn(s, generator=g), 3, 1, 1) for s in shapes] for _ in range(4)]
+    own = torch.Generator().manual_seed(seed)
+    writer = LatentWriter(folder, stage1, decoder, {"made": "for a test"})
+    entries = []
+    for i in range(count):
+        weights = torch.cat([torch.ones(1), torch.randn(3, generator=own)])
+        planes = [sum(w * part[p] for w, part in zip(weights, common, strict=True)) for p in range(3)]
+        shape = (1, *(2 * n for n in texels))
+        affine = np.diag([1.0, 1.5, 2.0, 1.0])
+        affine[:3, 3] = i, 2.0, 3.0
+        record = Record(f"v{seed}-{i}", split, shape, "uint8", affine.tolist(), [(-10.0 - i, 90.0 + i)], [], f"{i}")
+        entries.append(writer.write(record, normalise([p[None] for p in planes]), 30.0, 100))
+    writer.finish(entries)
+    return folder
+
+
+def diffusion_config(latents: Path, *overrides: str) -> DiffusionConfig:
+    return configs.load(DiffusionConfig, "diffusion", "tiny", [f"latents={latents}", *SMALL_DIFFUSION, *overrides])
+
+
+def diffuse(latents: Path, out: Path, overrides: tuple[str, ...] = (), resume: str | None = None) -> None:
+    """As ``tcam train-diffusion`` does, on one thread."""
+    torch.set_num_threads(1)
+    wanted = diffusion_config(latents, *overrides)
+    with ranks("cpu") as group:
+        at = prepare_folder(out, wanted, resume, group, train_diffusion.FREE)
+        train_diffusion.train(wanted, out, group, at, quiet=True)
+
+
+def diffusion_steps(latents: Path, out: Path, count: int, overrides: tuple[str, ...] = ()) -> None:
+    """``count`` steps; every rank writes the gradients of the last one, and the network."""
+    torch.set_num_threads(1)
+    with ranks("cpu") as group:
+        task = Diffusion(diffusion_config(latents, *overrides), group, out)
+        for i in range(count):
+            task.step(i)
+        found = {
+            "gradients": [p.grad for p in task.network.parameters()],
+            "network": list(task.network.state_dict().values()),
+            "checked": task.evaluate(),
+        }
+        torch.save(found, out / f"rank-{group.rank}.pt")
+
+
+# ---- processes -----------------------------------------------------------------------------
 
 
 def _rank(rank: int, world: int, port: int, function, arguments) -> None:

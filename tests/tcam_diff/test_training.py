@@ -296,7 +296,7 @@ def test_a_loss_that_is_no_number_ends_the_run(store, tmp_path, cadence):
         return found
 
     task.step = poisoned
-    with pytest.raises(UserError, match=r"NaN.*step-00000009 is good: --resume auto.*lr_decoder"):
+    with pytest.raises(UserError, match=r"NaN.*step-00000009 is good: --resume auto.*learning rates"):
         loop(task, tmp_path, cadence, Ranks())
     _, shared, _ = checkpoint.load(checkpoint.latest(tmp_path / "checkpoints"))
     assert all(torch.isfinite(v).all() for v in shared["task"]["decoder"].values())

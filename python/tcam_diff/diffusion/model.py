@@ -178,6 +178,7 @@ class TriplaneDiffusion(nn.Module):
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise UserError(f"{path}: damaged: {error}") from error
         model = TriplaneDiffusion(network, decoder, config, stage1, geometry, centre, index["provenance"])
+        model.network.placed(torch.device(device))
         return model.to(device)
 
 

@@ -249,6 +249,11 @@ class TriplaneUNet(nn.Module):
                 c = base * m
         self.norm, self.leave = Norm(c, config.norm_groups, w), Conv(c, across * 2 * channels, 3, w, zero=True)
 
+    def placed(self, device: torch.device, dtype: torch.dtype = torch.float32) -> TriplaneUNet:
+        """On a device, as it is fastest there: channels last on GPUs; CPUs convolve groups faster with channels first."""
+        self.to(device, dtype)
+        return self.to(memory_format=torch.channels_last) if device.type == "cuda" else self
+
     def forward(self, planes: Sequence[Tensor], t: Tensor, labels: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """``planes``: xy, yz, xz, (B, C, rows, columns) of sizes that are multiples of 2^(levels - 1); ``t``: (B,) in
         [0, 1000]; ``labels``: (B,), 0 to ``classes`` - 1, or ``classes`` for none. Returns (noise, planes)."""

@@ -171,7 +171,7 @@ class ArcScheduler(Scheduler):
     def step(self, model_output: Tensor, timestep: Tensor | float, sample: Tensor) -> tuple[Tensor, Tensor]:
         """(next point for the network to look at, estimate of x0); after the last timestep the point is the result.
 
-        ``timestep`` is the one of ``timesteps`` whose turn it is. Raises ValueError where it is another, or where shapes differ.
+        ``timestep`` is the one of ``timesteps`` whose turn it is. Raises ValueError where it is not, or shapes differ.
         """
         if self._index == 0:
             self._running = self._solve(sample)

@@ -76,7 +76,7 @@ class Diffusion:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self.config.seed, "network"))
             made = TriplaneUNet(self.data.channels, self.config.network, len(self.data.classes))
-        return made.to(self.ranks.device, self.dtype).to(memory_format=torch.channels_last)
+        return made.placed(self.ranks.device, self.dtype)
 
     @property
     def parameters(self) -> int:

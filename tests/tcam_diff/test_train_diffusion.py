@@ -1,0 +1,282 @@
+"""Training of stage 2: data, steps, runs that survive, ranks, and the model that is left."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+
+import pytest
+import runs
+import torch
+from tcam_diff.autodecoder.latents import LatentSet
+from tcam_diff.diffusion.data import Centre, LatentData
+from tcam_diff.diffusion.model import TriplaneDiffusion
+from tcam_diff.diffusion.process import flip
+from tcam_diff.diffusion.train import Diffusion
+from tcam_diff.errors import UserError
+from tcam_diff.training import checkpoint, records
+from tcam_diff.training.ranks import Ranks
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    return runs.make_latents(tmp_path_factory.mktemp("set") / "latents")
+
+
+@pytest.fixture(scope="module")
+def oblong(tmp_path_factory):
+    return runs.make_latents(tmp_path_factory.mktemp("set") / "oblong", texels=(8, 12, 4))
+
+
+def states(out):
+    step, shared, _ = checkpoint.load(checkpoint.latest(out / "checkpoints"))
+    return step, shared["task"]
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+# ---- data ----------------------------------------------------------------------------------
+
+
+def test_data_are_the_planes_of_the_set(latents):
+    data, held = LatentData(latents), LatentSet(latents)
+    assert data.names == [e.name for e in held.entries]
+    for i, entry in enumerate(held.entries):
+        for a, b in zip(data.rows([i]), held.planes(entry), strict=True):
+            assert torch.equal(a[0], b)
+
+
+def test_centring_leaves_no_mean_and_unit_energy_and_is_undone(latents):
+    data = LatentData(latents)
+    centre = Centre.of(data.planes)
+    moved = centre.apply(data.rows(range(len(data))))
+    for p, q, original in zip(moved, centre.invert(moved), data.planes, strict=True):
+        assert float(p.mean(0).abs().max()) < 1e-5
+        assert float(p.square().mean()) == pytest.approx(1, abs=1e-5)
+        torch.testing.assert_close(q, original)
+
+
+def test_a_damaged_plane_file_is_named(latents, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(latents, copy)
+    path = sorted((copy / "planes").iterdir())[2]
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(UserError, match=path.name):
+        LatentData(copy)
+
+
+def test_labels_come_from_a_table(latents, tmp_path):
+    table = tmp_path / "labels.csv"
+    names = LatentData(latents).names
+    table.write_text("name,label\n" + "".join(f"{n},{'well' if i % 2 else 'ill'}\n" for i, n in enumerate(names)))
+    data = LatentData(latents, labels=str(table))
+    assert data.classes == ["ill", "well"]
+    assert data.labels.tolist() == [0, 1, 0, 1, 0, 1]
+    table.write_text("name,label\nv0-0,ill\n")
+    with pytest.raises(UserError, match="no label for v0-1"):
+        LatentData(latents, labels=str(table))
+    table.write_text("volume;class\n")
+    with pytest.raises(UserError, match="columns name and label"):
+        LatentData(latents, labels=str(tmp_path / "none.csv"))
+
+
+def test_every_epoch_visits_every_volume(latents):
+    task = Diffusion(runs.diffusion_config(latents), Ranks(), latents)
+    seen = [task.volume(p) for p in range(18)]
+    for epoch in range(3):
+        assert sorted(seen[6 * epoch : 6 * epoch + 6]) == list(range(6))
+    assert len({tuple(seen[i : i + 6]) for i in (0, 6, 12)}) == 3
+
+
+def test_flips_are_those_of_the_volume_and_only_along_the_axes_asked(latents):
+    still = Diffusion(runs.diffusion_config(latents), Ranks(), latents)
+    turning = Diffusion(runs.diffusion_config(latents, "flip=[x]"), Ranks(), latents)
+    turned = 0
+    for step in range(4):
+        a, noise, _ = still._batch(step, range(4))
+        b, same, _ = turning._batch(step, range(4))
+        assert all(torch.equal(p, q) for p, q in zip(noise, same, strict=True))
+        for row in range(4):
+            one, other = [p[row] for p in a], [p[row] for p in b]
+            if not equal(one, other):
+                assert equal(flip(one, 0), other)
+                turned += 1
+    assert 2 <= turned <= 14
+
+
+# ---- steps ---------------------------------------------------------------------------------
+
+
+def test_training_lowers_the_loss_of_held_out_volumes(latents, tmp_path):
+    held_out = runs.make_latents(tmp_path / "held-out", seed=1, split="test")
+    overrides = ("steps=150", "network.dropout=0", f"validation={held_out}", "lr=5e-3", "evaluate_volumes=6")
+    task = Diffusion(runs.diffusion_config(latents, *overrides), Ranks(), tmp_path)
+    assert task.evaluate()["validation_loss"] == pytest.approx(2, abs=0.1)
+    for i in range(150):
+        task.step(i)
+    assert task.evaluate()["validation_loss"] < 1.2
+
+
+@pytest.mark.parametrize("overrides", [("accumulate=2",), ("accumulate=4", "network.checkpointing=true")])
+def test_accumulated_gradients_are_those_of_the_batch(latents, tmp_path, overrides):
+    plain = ("network.dropout=0", "compute_dtype=float64")
+    found = []
+    for more in ((), overrides):
+        task = Diffusion(runs.diffusion_config(latents, *plain, *more), Ranks(), tmp_path)
+        task.step(0)
+        found.append([p.grad for p in task.network.parameters()])
+    for a, b in zip(*found, strict=True):
+        assert float((a - b).norm()) <= 1e-9 * float(a.norm() + 1e-12)
+
+
+@pytest.mark.parametrize("overrides", [("network.weights=shared",), ("network.weights=concatenated",), ("center=true",),
+    ("timesteps=antithetic",), ("latent_dtype=bfloat16",), ("compute_dtype=bfloat16",), ("network.cross=axis",)])  # fmt: skip
+def test_every_switch_trains(latents, tmp_path, overrides):
+    task = Diffusion(runs.diffusion_config(latents, *overrides, "lr=5e-3", "steps=40"), Ranks(), tmp_path)
+    first = float(task.step(0)["loss"])
+    for i in range(1, 40):
+        last = float(task.step(i)["loss"])
+    assert last < first
+
+
+def test_planes_of_unequal_sizes_train(oblong, tmp_path):
+    task = Diffusion(runs.diffusion_config(oblong), Ranks(), tmp_path)
+    assert float(task.step(0)["loss"]) == pytest.approx(2, abs=0.2)
+    assert task.model(1).geometry.texels == (8, 12, 4)
+
+
+# ---- runs ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(latents, tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    runs.finish(runs.start(runs.diffuse, latents, out))
+    return out
+
+
+def test_what_a_run_leaves(uninterrupted):
+    assert sorted(p.name for p in uninterrupted.iterdir()) == [
+        "checkpoints", "config.yaml", "metrics.jsonl", "model", "report.html", "samples", "tensorboard",
+    ]  # fmt: skip
+    found = records.read(uninterrupted)
+    assert [m["step"] for m in found if "loss" in m] == [4, 8, 12, 16]
+    assert [m["step"] for m in found if "validation_loss" in m] == [8, 16]
+    page = (uninterrupted / "report.html").read_text()
+    assert page.count("data:image/png") == 2
+    assert len(list((uninterrupted / "samples").glob("*.png"))) == 2
+
+
+def test_killed_at_random_points_a_run_ends_with_the_same_bits(latents, uninterrupted, tmp_path):
+    out, chance = tmp_path / "run", random.Random(1)
+
+    def reached():
+        return (checkpoint.steps(out / "checkpoints") or [0])[-1]
+
+    kills = 0
+    while reached() < 12:
+        (process,) = runs.start(runs.diffuse, latents, out, (), "auto")
+        goal = reached() + chance.choice((3, 3, 6))
+        while process.is_alive() and reached() < goal:
+            time.sleep(0.002)
+        process.join(chance.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        kills += 1
+    runs.finish(runs.start(runs.diffuse, latents, out, (), "auto"))
+    assert kills >= 2
+    assert equal(states(out), states(uninterrupted))
+    steps = [m["step"] for m in records.read(out) if "loss" in m]
+    assert steps == sorted(set(steps))
+
+
+def test_the_command_protects_a_run(latents, uninterrupted):
+    with pytest.raises(UserError, match=r"holds a run.*--resume auto"):
+        runs.diffuse(latents, uninterrupted)
+    with pytest.raises(UserError, match=r"lr: the run in .* was begun with 0.002, --resume was given 0.1"):
+        runs.diffuse(latents, uninterrupted, ("lr=0.1",), "auto")
+
+
+def test_other_latents_are_refused(uninterrupted, tmp_path):
+    other = runs.make_latents(tmp_path / "other", seed=3)
+    with pytest.raises(UserError, match="not the planes that the run was begun with"):
+        runs.diffuse(other, uninterrupted, (), "auto")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "count", "tolerance"),
+    [((), 1, 1e-6), (("compute_dtype=float64",), 20, 1e-9), (("compute_dtype=float64", "accumulate=2"), 2, 1e-9)],
+)
+def test_two_processes_are_one(latents, tmp_path, overrides, count, tolerance):
+    for world in (1, 2):
+        (tmp_path / str(world)).mkdir()
+        arguments = (latents, tmp_path / str(world), count, ("network.dropout=0", *overrides))
+        runs.finish(runs.start(runs.diffusion_steps, *arguments, world=world))
+    one, two = (torch.load(tmp_path / str(w) / "rank-0.pt") for w in (1, 2))
+    whole = torch.cat([g.flatten() for g in one["gradients"]]).norm()
+    for a, b in zip(one["gradients"], two["gradients"], strict=True):
+        assert float((a - b).norm()) <= tolerance * float(whole)
+    if count > 1:
+        for a, b in zip(one["network"], two["network"], strict=True):
+            assert float((a - b).norm()) <= tolerance * float(a.norm() + 1)
+    assert one["checked"]["validation_loss"] == pytest.approx(two["checked"]["validation_loss"], rel=1e-6)
+
+
+def test_a_batch_that_cannot_be_shared(latents, tmp_path):
+    with pytest.raises(UserError, match=r"batch: expected a multiple of 6 \(3 process"):
+        Diffusion(runs.diffusion_config(latents, "accumulate=2"), Ranks(0, 3), tmp_path)
+
+
+# ---- the model that is left ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overrides", [(), ("center=true",)])
+def test_a_model_is_read_back_as_it_was(latents, tmp_path, overrides):
+    task = Diffusion(runs.diffusion_config(latents, *overrides), Ranks(), tmp_path)
+    for i in range(3):
+        task.step(i)
+    model = task.model(3)
+    model.save(tmp_path / "model")
+    again = TriplaneDiffusion.load(tmp_path)  # a run's folder
+    assert again.geometry == model.geometry
+    x, t = torch.randn(2, model.length), torch.tensor([100.0, 800.0])
+    assert torch.equal(model.estimate(x, t), again.estimate(x, t))
+    for a, b in zip(model.planes(x), again.planes(x), strict=True):
+        assert torch.equal(a, b)
+        assert float(a.square().mean((1, 2, 3)).sub(1).abs().max()) < 1e-5
+    torch.testing.assert_close(again.state(again.planes(again.state(task.data.rows([1])))), again.state(task.data.rows([1])))
+
+
+def test_a_models_geometry_is_that_of_the_middle_volume(latents):
+    model = Diffusion(runs.diffusion_config(latents), Ranks(), latents).model(0)
+    assert model.geometry.affine[0][3] in (2.0, 3.0)  # volumes 0 to 5 begin at their number
+    assert model.geometry.intensity == [(-12.5, 92.5)]
+    assert model.geometry.shape == (16, 16, 16)
+
+
+def test_a_damaged_model_is_refused(uninterrupted, tmp_path):
+    import shutil
+
+    for name in ("network.safetensors", "model.json"):
+        copy = tmp_path / name
+        shutil.copytree(uninterrupted / "model", copy)
+        path = copy / name
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2])
+        with pytest.raises(UserError, match=name):
+            TriplaneDiffusion.load(copy)
+    with pytest.raises(UserError, match="no model: expected a run"):
+        TriplaneDiffusion.load(tmp_path)
+    index = json.loads((uninterrupted / "model" / "model.json").read_text())
+    assert index["provenance"]["volumes"] == 6
