@@ -11,6 +11,7 @@ from tcam_diff.cli import (
     ablate,
     check_data,
     compare,
+    critic,
     decode,
     encode,
     estimate,
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.command("fit")(fit.fit)
 app.command("decode")(decode.decode)
 app.command("compare")(compare.compare)
+app.command("critic")(critic.critic)
 app.command("check-data")(check_data.check_data)
 app.command("prepare")(prepare.prepare)
 app.command("train-autodecoder")(train_autodecoder.train_autodecoder)
