@@ -16,10 +16,11 @@ from tcam_diff.autodecoder.objective import make_decoder
 from tcam_diff.autodecoder.planes import PLANE_AXES, normalise
 from tcam_diff.autodecoder.train import Autodecoder
 from tcam_diff.cli import train_diffusion
+from tcam_diff.cli.sample import draw
 from tcam_diff.cli.train_autodecoder import FREE, train
 from tcam_diff.cli.training import prepare_folder
 from tcam_diff.data.store import Record, Store, StoreWriter, quantise
-from tcam_diff.diffusion.config import DiffusionConfig
+from tcam_diff.diffusion.config import DiffusionConfig, SampleConfig
 from tcam_diff.diffusion.train import Diffusion
 from tcam_diff.training.ranks import ranks
 
@@ -140,6 +141,12 @@ def diffusion_steps(latents: Path, out: Path, count: int, overrides: tuple[str, 
             "checked": task.evaluate(),
         }
         torch.save(found, out / f"rank-{group.rank}.pt")
+
+
+def sample(folder: Path, out: Path) -> None:
+    """As ``tcam sample`` does, five volumes one by one, on one thread."""
+    torch.set_num_threads(1)
+    draw(folder, out, range(5), SampleConfig(steps=3), batch_size=1, device="cpu", quiet=True)
 
 
 # ---- processes -----------------------------------------------------------------------------

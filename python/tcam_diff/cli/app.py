@@ -15,7 +15,9 @@ from tcam_diff.cli import (
     decode,
     encode,
     estimate,
+    export_bundle,
     fit,
+    interpolate,
     make_cohort,
     prepare,
     sample,
@@ -43,6 +45,8 @@ app.command("encode")(encode.encode)
 app.command("export-latents")(encode.export_latents)
 app.command("train-diffusion")(train_diffusion.train_diffusion)
 app.command("sample")(sample.sample)
+app.command("interpolate")(interpolate.interpolate)
+app.command("export-bundle")(export_bundle.export_bundle)
 app.command("make-cohort")(make_cohort.make_cohort)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,10 @@ from tcam_diff.diffusion.config import SampleConfig, Solver
 from tcam_diff.errors import UserError
 from tcam_diff.files import replacing, sha256, writable_folder, write_text
 from tcam_diff.training.ranks import ranks
+
+if TYPE_CHECKING:
+    from tcam_diff.diffusion.guidance import ImageGuidance
+    from tcam_diff.diffusion.model import TriplaneDiffusion
 
 SHEET = "contact-sheet.png"
 
@@ -35,6 +39,17 @@ def sample(
     final: Annotated[str, typer.Option(help="x0: the last estimate of the planes; x: the integrated state.")] = "x0",
     label: Annotated[str | None, typer.Option(help="A class, of a model trained with labels.")] = None,
     guidance_scale: Annotated[float, typer.Option(min=0, help="Of classifier-free guidance; 1: none.")] = 1.0,
+    known: Annotated[
+        Path | None,
+        typer.Option(help="A volume that samples agree with: whole with --mask or --known-channels, or coarse."),
+    ] = None,
+    mask: Annotated[Path | None, typer.Option(help="A volume on the grid of --known, not 0 where that is known.")] = None,
+    known_channels: Annotated[
+        str | None, typer.Option(help="Channels of --known that are known, e.g. 0,2; others are drawn.")
+    ] = None,
+    known_noise: Annotated[
+        float, typer.Option(min=1e-4, help="How closely it is followed: deviation, of a range of 1.")
+    ] = 0.02,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Samples at a time. With 1, a volume is always the same to the bit.")
     ] = 4,
@@ -50,7 +65,59 @@ def sample(
     """
     settings = {"solver": solver, "steps": steps, "final": final, "guidance_scale": guidance_scale, "seed": seed}
     config = configs.validate(SampleConfig, settings, "sample")
-    draw(model, out, range(first, first + n), config, size, label, None, batch_size, dtype, device, quiet)
+    if known is None and (mask is not None or known_channels is not None):
+        raise UserError("--mask and --known-channels say what of --known is known: give that too")
+
+    def guide(loaded: TriplaneDiffusion) -> ImageGuidance | None:
+        return None if known is None else read_known(loaded, known, mask, known_channels, known_noise)
+
+    draw(model, out, range(first, first + n), config, size, label, guide, batch_size, dtype, device, quiet)
+
+
+def read_known(
+    model: TriplaneDiffusion, known: Path, mask: Path | None = None, channels: str | None = None, noise: float = 0.02
+) -> ImageGuidance:
+    """Guidance by a file: on the model's grid, or coarser by whole factors. Raises UserError naming the file."""
+    import numpy as np
+    import torch
+
+    from tcam_diff.data.intensity import to_unit
+    from tcam_diff.data.nifti import read_volume
+    from tcam_diff.diffusion.guidance import ImageGuidance
+
+    g = model.geometry
+    volume = read_volume(known)
+    fits = all(n % m == 0 for n, m in zip(g.shape, volume.shape, strict=True))
+    if not fits or volume.data.shape[0] != g.outputs:
+        raise UserError(
+            f"{known}: expected {g.outputs} channel(s) of {size_text(g.shape)} voxels, or whole fractions of these, got "
+            f"{volume.data.shape[0]} of {size_text(volume.shape)}; tcam prepare makes volumes of a data set alike"
+        )
+    factor = tuple(n // m for n, m in zip(g.shape, volume.shape, strict=True))
+    held = np.ones_like(volume.data)
+    if channels is not None:
+        try:
+            chosen = {int(c) for c in channels.split(",")}
+        except ValueError:
+            chosen = {-1}
+        if not chosen <= set(range(g.outputs)):
+            raise UserError(f"--known-channels: expected numbers from 0 to {g.outputs - 1} with commas, got {channels}")
+        held[[c for c in range(g.outputs) if c not in chosen]] = 0
+    if mask is not None:
+        marked = read_volume(mask)
+        if marked.shape != volume.shape or marked.data.shape[0] not in (1, g.outputs):
+            raise UserError(f"{mask}: expected the {size_text(volume.shape)} voxels of {known}, got {size_text(marked.shape)}")
+        held = held * (marked.data != 0)
+    if not held.any():
+        raise UserError(f"{mask or known}: nothing is known: the mask is 0 everywhere")
+    provenance = {
+        "known": sha256(known),
+        "mask": None if mask is None else sha256(mask),
+        "channels": channels,
+        "noise": noise,
+    }
+    unit = torch.from_numpy(to_unit(volume.data, g.intensity))
+    return ImageGuidance(unit, torch.from_numpy(held), factor, noise, provenance=provenance)  # type: ignore[arg-type]
 
 
 def draw(
@@ -60,7 +127,7 @@ def draw(
     config: SampleConfig,
     size: tuple[int, int, int] | None = None,
     label: str | None = None,
-    guide: Any = None,
+    guide: Callable[[TriplaneDiffusion], ImageGuidance | None] | None = None,
     batch_size: int = 4,
     dtype: str = "float32",
     device: str = "auto",
@@ -76,6 +143,7 @@ def draw(
         quiet = quiet or not group.first
         model = TriplaneDiffusion.load(folder, group.device)
         chosen = model.label(label)
+        guidance = None if guide is None else guide(model)
         writable_folder(out)
         name = f"seed{config.seed}_{config.solver}{config.steps}" + (f"_{label}" if label else "")
         shape = size or model.geometry.shape
@@ -85,7 +153,7 @@ def draw(
             "label": label,
             "size": list(shape),
             "dtype": dtype,
-            "known": None if guide is None else guide.provenance,
+            "known": None if guidance is None else guidance.provenance,
         }
         files = {i: Files.of(out, i, name) for i in indices}
         mine = list(indices)[group.rank :: group.world]
@@ -111,7 +179,7 @@ def draw(
                         if stop():
                             raise KeyboardInterrupt
 
-                    correct = None if guide is None else guide.bind(model)
+                    correct = None if guidance is None else guidance.bind(model)
                     planes = sampler.sample(batch, chosen, correct, watch)
                     for row, i in enumerate(batch):
                         if stop():

@@ -1,13 +1,13 @@
 """Sampling of volumes that agree with known voxels: what is outside a lesion, a coarse scan, the other modalities.
 
-At an angle eta the network's estimate x0 of the planes is what it knows of them; its error has a variance of about sin^2(eta), that
-of planes of unit energy seen through the noise. The estimate that also knows the voxels y is the minimum over z of
+At an angle eta the network's estimate x0 of the planes is what it knows of them; its error has a variance of about sin^2(eta),
+that of planes of unit energy seen through the noise. The estimate that also knows the voxels y is the minimum over z of
 
     |m (A decode(z) - y)|^2 / (2 s^2)  +  |z - x0|^2 / (2 sin^2(eta))
 
-where A averages over cells (1: none) and m marks what is known. A few steps of Adam take x0 towards it, through the gradient of the
-fused decoder; the noise is then moved so that cos(eta) x0 + sin(eta) eps stays what it was. As eta goes to 0 the second term holds z
-fast, so the drift stays finite. This is the proximal step of DiffPIR with the variance of PiGDM, on planes instead of voxels.
+where A averages over cells (1: none) and m marks what is known. A few steps of Adam take x0 towards it, through the gradient
+of the fused decoder; the noise is then moved so that cos(eta) x0 + sin(eta) eps stays what it was. As eta goes to 0 the second
+term holds z fast, so the drift stays finite. This is DiffPIR's proximal step with PiGDM's variance, on planes, not on voxels.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class Guided:
         volume = self.model.decoder(list(planes), self.model.geometry.shape, box=self.box)
         if f != (1, 1, 1):
             volume = F.avg_pool3d(volume, f)
-        part = tuple(slice(lo // n, hi // n) for (lo, hi), n in zip(self.box, f, strict=True))
-        error = (volume - self.known[(slice(None), *part)]) * self.mask[(slice(None), *part)]
+        part = (slice(None), *(slice(lo // n, hi // n) for (lo, hi), n in zip(self.box, f, strict=True)))
+        error = (volume - self.known[part]) * self.mask[part]
         return error.square().sum((1, 2, 3, 4))
 
     def __call__(self, estimate: Estimate) -> Estimate:

@@ -1,0 +1,26 @@
+"""``tcam export-bundle``: a trained model as a MONAI bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tcam_diff.cli.common import bytes_text, folder_size, say
+
+
+def export_bundle(
+    model: Annotated[Path, typer.Argument(help="A run of `tcam train-diffusion`, or a model's folder.")],
+    out: Annotated[Path, typer.Option("--out", help="The bundle's folder.")],
+    name: Annotated[str, typer.Option(help="In the metadata.")] = "Triplane diffusion",
+) -> None:
+    """Write MODEL as a MONAI bundle: configs/metadata.json, configs/inference.json, models, docs.
+
+    python -m monai.bundle run --config_file configs/inference.json, in the bundle's folder, then draws volumes.
+    """
+    from tcam_diff.diffusion import interop
+    from tcam_diff.diffusion.model import TriplaneDiffusion
+
+    interop.export_bundle(TriplaneDiffusion.load(model), out, name)
+    say(f"{out}: {bytes_text(folder_size(out))}; there: python -m monai.bundle run --config_file configs/inference.json")

@@ -1,0 +1,208 @@
+"""For MONAI: adapters with which its LatentDiffusionInferer drives a model, and bundles.
+
+model = TriplaneDiffusion.load("run")
+inferer = LatentDiffusionInferer(ArcScheduler("heun"))
+volumes = inferer.sample(torch.randn(2, *latent_shape(model)), Autoencoder(model), Network(model))
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import monai
+import numpy as np
+import torch
+from monai.data.meta_tensor import MetaTensor
+from torch import Tensor, nn
+
+import tcam_ext
+from tcam_diff.autodecoder.config import EncodeConfig
+from tcam_diff.autodecoder.encode import Encoder, TrainedRun
+from tcam_diff.diffusion.model import TriplaneDiffusion
+from tcam_diff.errors import UserError
+from tcam_diff.files import writable_folder, write_text
+
+#: Of the metadata of bundles.
+SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
+
+
+def latent_shape(model: TriplaneDiffusion) -> tuple[int, ...]:
+    """Of one volume's latent: (3 C, rows, columns), planes xy, yz, xz one after another; (M,) where planes differ in size."""
+    sizes = set(model.geometry.sizes)
+    return (3 * model.channels, *sizes.pop()) if len(sizes) == 1 else (model.length,)
+
+
+class Network(nn.Module):
+    """The network as MONAI calls it: noisy latents (B, N, ...) to (B, 2N, ...), noise first, then planes."""
+
+    def __init__(self, model: TriplaneDiffusion) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
+        """``timesteps``: (1,) or (B,) in [0, 1000]. ``context``: (B, ...), a class number for each, negative for none, as
+        MONAI's ``cfg_fill_value`` has it."""
+        labels = None
+        if context is not None:
+            labels = context.flatten().long()
+            labels = torch.where(labels < 0, self.model.network.classes, labels)
+        found = self.model.estimate(x.flatten(1), timesteps.to(x.device).expand(len(x)), labels)
+        return found.view(len(x), 2 * x.shape[1], *x.shape[2:])
+
+
+class Autoencoder(nn.Module):
+    """Stage 1 as MONAI calls it."""
+
+    def __init__(
+        self, model: TriplaneDiffusion, size: Sequence[int] | None = None, encoding: EncodeConfig | None = None
+    ) -> None:
+        """``size``: voxels of decoded volumes; default: those of the training volumes."""
+        super().__init__()
+        self.model, self.size, self.encoding = model, size, encoding or EncodeConfig(init="start")
+
+    @torch.no_grad()
+    def decode_stage_2_outputs(self, z: Tensor) -> Tensor:
+        """(B, channels, H, W, D) in [0, 1] of latents."""
+        return self.model.decode(self.model.planes(z.flatten(1)), self.size)
+
+    def encode_stage_2_inputs(self, x: Tensor) -> Tensor:
+        """Latents of volumes (B, channels, H, W, D) in [0, 1]: planes found by optimisation under the frozen decoder."""
+        run = TrainedRun(Path(), self.model.stage1, 0, self.model.decoder, [], [], "")
+        h, w, d = x.shape[2:]
+        with torch.enable_grad():
+            encoder = Encoder(run, self.encoding, (h, w, d), x.device)
+            volumes = {f"{i}": v.detach().cpu().numpy().astype(np.float16) for i, v in enumerate(x)}
+            found = encoder.encode(volumes)
+        assert found is not None
+        each = [self.model.state(found[name].planes) for name in volumes]
+        return torch.cat(each).view(len(x), *latent_shape(self.model))
+
+
+def physical(model: TriplaneDiffusion, volumes: Tensor, numbers: Sequence[int], seed: int) -> list[MetaTensor]:
+    """Volumes in [0, 1] as MetaTensors in physical units, with the data set's affine: for MONAI's SaveImage."""
+    from tcam_diff.data.nifti import resized_affine
+
+    g, found = model.geometry, []
+    h, w, d = volumes.shape[2:]
+    affine = torch.from_numpy(resized_affine(np.asarray(g.affine), g.shape, (h, w, d)))
+    lo = volumes.new_tensor([a for a, _ in g.intensity]).view(-1, 1, 1, 1)
+    hi = volumes.new_tensor([b for _, b in g.intensity]).view(-1, 1, 1, 1)
+    for i, volume in zip(numbers, volumes, strict=True):
+        meta = {"filename_or_obj": f"sample-{i:04d}_seed{seed}"}
+        found.append(MetaTensor((lo + (hi - lo) * volume).cpu(), affine=affine, meta=meta))
+    return found
+
+
+INFERENCE: dict[str, Any] = {
+    "imports": [
+        "$import torch",
+        "$from tcam_diff.diffusion.config import SampleConfig",
+        "$from tcam_diff.diffusion.model import TriplaneDiffusion",
+        "$from tcam_diff.diffusion.interop import latent_shape",
+        "$from tcam_diff.diffusion.interop import physical",
+        "$from tcam_diff.diffusion.sampling import Sampler",
+    ],
+    "bundle_root": ".",
+    "output_dir": "$@bundle_root + '/eval'",
+    "device": "$torch.device('cuda:0' if torch.cuda.is_available() else 'cpu')",
+    "count": 1,
+    "first": 0,
+    "seed": 0,
+    "solver": "heun",
+    "steps": 50,
+    "size": None,
+    "model": "$TriplaneDiffusion.load(@bundle_root + '/models', @device)",
+    "network_def": {"_target_": "tcam_diff.diffusion.interop.Network", "model": "@model"},
+    "autoencoder_def": {"_target_": "tcam_diff.diffusion.interop.Autoencoder", "model": "@model", "size": "@size"},
+    "noise_scheduler": {"_target_": "tcam_diff.diffusion.schedulers.ArcScheduler", "solver": "@solver"},
+    "set_timesteps": "$@noise_scheduler.set_timesteps(@steps)",
+    "inferer": {"_target_": "LatentDiffusionInferer", "_requires_": "@set_timesteps", "scheduler": "@noise_scheduler"},
+    "numbers": "$range(@first, @first + @count)",
+    "noise": "$Sampler(@model, SampleConfig(seed=@seed)).noise(@numbers).view(-1, *latent_shape(@model))",
+    "generated": "$@inferer.sample(@noise, @autoencoder_def, @network_def, @noise_scheduler, verbose=False)",
+    "saver": {
+        "_target_": "SaveImage",
+        "output_dir": "@output_dir",
+        "output_postfix": "",
+        "separate_folder": False,
+        "print_log": False,
+        "resample": False,
+    },
+    "run": ["$[@saver(v) for v in physical(@model, @generated, @numbers, @seed)]"],
+}
+
+
+def export_bundle(model: TriplaneDiffusion, folder: Path, name: str, version: str = "0.1.0") -> None:
+    """Write a MONAI bundle: configs, models, docs. Runs where this package is installed, from the bundle alone.
+
+    Raises UserError where the folder holds something else.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / "configs" / "metadata.json").is_file():
+        raise UserError(f"{folder}: is not empty and no bundle; choose another folder")
+    for part in ("configs", "models", "docs"):
+        writable_folder(folder / part)
+    model.save(folder / "models")
+    state = {k: v.detach().cpu().contiguous() for k, v in model.network.state_dict().items()}
+    torch.save(state, folder / "models" / "model.pt")  # the file that the specification asks for
+    write_text(folder / "configs" / "inference.json", json.dumps(INFERENCE, indent=4))
+    write_text(folder / "configs" / "metadata.json", json.dumps(_metadata(model, name, version), indent=4))
+    write_text(folder / "docs" / "README.md", _readme(model, name))
+
+
+def _metadata(model: TriplaneDiffusion, name: str, version: str) -> dict[str, Any]:
+    g, shape = model.geometry, latent_shape(model)
+    latent = {
+        "type": "feature", "format": "latent", "modality": "n/a", "num_channels": shape[0], "spatial_shape": list(shape[1:]),
+        "dtype": "float32", "value_range": [], "is_patch_data": False, "channel_def": {"0": "xy, yz, xz: C channels each"},
+    }  # fmt: skip
+    return {
+        "schema": SCHEMA,
+        "version": version,
+        "changelog": {version: "exported by tcam export-bundle"},
+        "monai_version": monai.__version__,
+        "pytorch_version": torch.__version__.split("+")[0],
+        "numpy_version": np.__version__,
+        "required_packages_version": {"tcam-ext": tcam_ext.__version__},
+        "supported_apps": {},
+        "name": name,
+        "task": "Generation of 3D medical volumes",
+        "description": "Triplane-aware cross-attention diffusion (TCAM-Diff, AAAI 2025): a diffusion model draws three "
+        "feature planes, a small decoder makes a volume of them.",
+        "authors": "see the model's owner",
+        "copyright": "see the model's owner",
+        "data_source": "see the model's owner",
+        "data_type": "nibabel",
+        "image_classes": f"{g.outputs} channel(s), {g.shape} voxels",
+        "intended_use": "Research only; not for clinical use",
+        "references": ["Zhang, Ehinger, Drummond. TCAM-Diff: Triplane-Aware Cross-Attention Medical Diffusion Model. AAAI 25"],
+        "network_data_format": {
+            "inputs": {
+                "x": latent,
+                "timesteps": {
+                    "type": "timesteps", "format": "timesteps", "modality": "n/a", "num_channels": 1, "spatial_shape": [],
+                    "dtype": "float32", "value_range": [0, 1000], "is_patch_data": False, "channel_def": {"0": "t"},
+                },
+            },
+            "outputs": {"pred": latent | {"num_channels": 2 * shape[0], "channel_def": {"0": "noise, then planes"}}},
+        },
+    }  # fmt: skip
+
+
+def _readme(model: TriplaneDiffusion, name: str) -> str:
+    g, provenance = model.geometry, model.provenance
+    millions = sum(p.numel() for p in model.network.parameters()) / 1e6
+    size = " x ".join(map(str, g.shape))
+    return f"""# {name}
+
+A diffusion model of triplanes (TCAM-Diff, AAAI 2025) with its decoder: {g.outputs} channel(s), {size} voxels,
+{millions:.2f} M parameters, trained on {provenance.get("volumes", "?")} volumes for {provenance.get("step", "?")} steps.
+Needs the package tcam-ext with its extras `train` and `bundle`.
+
+    python -m monai.bundle run --config_file configs/inference.json --bundle_root . --count 4 --seed 0
+
+writes NIfTI volumes with the data set's affine and intensities into `eval`. `--solver`, `--steps` and
+`--size "[256, 256, 256]"` are those of `tcam sample`, for which `models` is a model's folder too.
+"""

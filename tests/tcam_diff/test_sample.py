@@ -1,0 +1,362 @@
+"""From a trained model to volumes: samples that depend on their number alone, guidance, interpolation, MONAI."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+import runs
+import torch
+from tcam_diff.cli.app import app
+from tcam_diff.cli.sample import read_known
+from tcam_diff.diffusion.config import SampleConfig
+from tcam_diff.diffusion.guidance import ImageGuidance
+from tcam_diff.diffusion.model import TriplaneDiffusion
+from tcam_diff.diffusion.sampling import Sampler
+from tcam_diff.errors import UserError
+from typer.testing import CliRunner
+
+SIZE = (16, 16, 16)
+
+
+def tcam(*arguments, fails=False):
+    done = CliRunner().invoke(app, [str(a) for a in arguments])
+    if fails:
+        assert isinstance(done.exception, UserError), (done.output, done.exception)
+        return str(done.exception)
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.output
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    return runs.make_latents(tmp_path_factory.mktemp("set") / "latents")
+
+
+@pytest.fixture(scope="module")
+def trained(latents, tmp_path_factory):
+    """With two classes."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    table = out.parent / "labels.csv"
+    table.write_text("name,label\n" + "".join(f"v0-{i},{'ab'[i % 2]}\n" for i in range(6)))
+    more = ("steps=60", "network.dropout=0", "lr=5e-3", "checkpoint_every=60", "evaluate_every=60", f"labels={table}")
+    runs.finish(runs.start(runs.diffuse, latents, out, more))
+    return out
+
+
+@pytest.fixture(scope="module")
+def model(trained):
+    return TriplaneDiffusion.load(trained)
+
+
+def sampler(model, **changes):
+    return Sampler(model, SampleConfig(**{"steps": 6} | changes))
+
+
+# ---- samples -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "ab2", "hot"])
+def test_a_sample_depends_on_its_number_alone(model, solver):
+    s = sampler(model, solver=solver)
+    assert torch.equal(s.noise([5]), s.noise(range(7))[5:6])
+    alone = model.decode(s.sample([5]))
+    among = model.decode(s.sample([2, 3, 5, 9]))[2:3]
+    assert float((alone - among).abs().max()) < 1e-3
+    assert torch.equal(alone, model.decode(s.sample([5])))
+    other = model.decode(sampler(model, solver=solver, seed=1).sample([5]))
+    assert float((alone - other).abs().max()) > 1e-3
+
+
+def test_planes_of_samples_have_unit_energy(model):
+    for p in sampler(model).sample([0, 1]):
+        torch.testing.assert_close(p.square().mean((1, 2, 3)), torch.ones(2), rtol=0, atol=1e-4)
+
+
+def test_classifier_free_guidance_is_what_it_says(model):
+    """Scale 1 is the conditional estimate, 0 the unconditional one, and the estimate is linear in the scale."""
+    x = sampler(model).noise([0, 1])
+    found = {s: sampler(model, guidance_scale=s)._estimate(x, 500.0, 1) for s in (0.0, 1.0, 2.0)}
+    times = torch.full((2,), 500.0)
+    torch.testing.assert_close(found[0.0], model.estimate(x, times))
+    torch.testing.assert_close(found[1.0], model.estimate(x, times, torch.tensor([1, 1])))
+    torch.testing.assert_close(found[2.0], 2 * found[1.0] - found[0.0])
+    assert not torch.equal(found[0.0], found[1.0])
+
+
+def test_there_and_back(model, latents):
+    """Planes to noise and to planes again: the ODE is one to one."""
+    from tcam_diff.autodecoder.latents import LatentSet
+
+    held = LatentSet(latents)
+    planes = [p[None] for p in held.planes(held.entries[0])]
+    s = sampler(model, solver="rk4", steps=40, final="x")
+    again = model.planes(s.integrate(s.invert(planes), [0]))
+    error = torch.cat([(a - b).flatten() for a, b in zip(again, planes, strict=True)]).square().mean().sqrt()
+    assert float(error) < 0.02
+
+
+def test_interpolation_begins_and_ends_at_its_volumes(model, latents):
+    from tcam_diff.autodecoder.latents import LatentSet
+
+    held = LatentSet(latents)
+    a, b = ([p[None] for p in held.planes(e)] for e in held.entries[:2])
+    found = sampler(model, solver="rk4", steps=30, final="x").interpolate(a, b, 3)
+    for i, want in ((0, a), (2, b)):
+        for p, q in zip(found, want, strict=True):
+            assert float((p[i : i + 1] - q).square().mean().sqrt()) < 0.05
+    assert float((found[0][1] - found[0][0]).square().mean()) > 1e-3
+
+
+# ---- the command ---------------------------------------------------------------------------
+
+
+def test_what_a_sample_leaves(trained, model, tmp_path):
+    out = tmp_path / "samples"
+    tcam("sample", trained, "--out", out, "--n", 2, "--seed", 3, "--steps", 4, "--size", 20, 16, 12, "-q")
+    stem = "sample-0001_seed3_heun4"
+    image = nib.load(out / f"{stem}.nii.gz")
+    assert image.shape == (20, 16, 12)
+    # the field of view is that of the training volumes
+    spacing = np.asarray(image.header.get_zooms()) * image.shape
+    np.testing.assert_allclose(spacing, np.array([1.0, 1.5, 2.0]) * SIZE, rtol=1e-5)
+    lo, hi = model.geometry.intensity[0]
+    data = image.get_fdata()
+    assert lo - 1e-3 <= data.min() < data.max() <= hi + 1e-3
+    held = json.loads((out / f"{stem}.json").read_text())
+    assert held["index"] == 1
+    assert held["sampling"]["seed"] == 3
+    assert held["intensity"] == [[lo, hi]]
+    assert (out / f"{stem}.png").is_file()
+    assert (out / "contact-sheet.png").is_file()
+
+
+def test_a_command_goes_on_with_what_is_missing(trained, tmp_path):
+    out = tmp_path / "samples"
+    command = ("sample", trained, "--out", out, "--steps", 3, "--batch-size", 1)
+    tcam(*command, "--n", 3)
+    files = {p.name: p.read_bytes() for p in out.glob("*.nii.gz")}
+    kept = out / "sample-0000_seed0_heun3.nii.gz"
+    before = kept.stat().st_mtime_ns
+    (out / "sample-0001_seed0_heun3.json").unlink()  # as if stopped before it was whole
+    (out / "sample-0002_seed0_heun3.nii.gz").unlink()
+    assert "1 are there already" in tcam(*command, "--n", 3)
+    assert kept.stat().st_mtime_ns == before
+    assert {p.name: p.read_bytes() for p in out.glob("*.nii.gz")} == files
+    assert "3 are there already" in tcam(*command, "--n", 3)
+    assert "0 are there" not in tcam(*command, "--n", 3, "--final", "x")  # other settings are another sample
+    assert {p.name: p.read_bytes() for p in out.glob("*.nii.gz")} != files
+
+
+def test_two_processes_draw_the_same_volumes(trained, tmp_path):
+    for world in (1, 2):
+        runs.finish(runs.start(runs.sample, trained, tmp_path / str(world), world=world))
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / str(w)).glob("*.nii.gz")} for w in (1, 2))
+    assert len(one) == 5
+    assert one == two
+    assert (tmp_path / "2" / "contact-sheet.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--label", "c"], "expected one of a, b, got c"),
+        (["--final", "y"], "final"),
+        (["--size", 0, 4, 4], "three positive numbers"),
+        (["--dtype", "int3"], "int3"),
+        (["--mask", "m.nii.gz"], "give that too"),
+    ],
+)
+def test_bad_requests_are_refused(trained, tmp_path, arguments, said):
+    assert said in tcam("sample", trained, "--out", tmp_path / "s", "--n", 1, "--steps", 1, "-q", *arguments, fails=True)
+
+
+def test_interpolate(trained, latents, tmp_path):
+    out = tmp_path / "between"
+    tcam("interpolate", trained, latents, "v0-0", "v0-3", "--out", out, "--n", 3, "--steps", 4, "-q")
+    assert sorted(p.name for p in out.iterdir()) == [
+        "00-of-3.nii.gz", "01-of-3.nii.gz", "02-of-3.nii.gz", "contact-sheet.png",
+    ]  # fmt: skip
+    assert "no volume 'v9'" in tcam("interpolate", trained, latents, "v9", "v0-3", "--out", out, fails=True)
+
+
+# ---- guidance ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def truth(model):
+    """A volume that the model can make: a sample of another seed."""
+    return model.decode(sampler(model, seed=77, final="x").sample([0]))[0]
+
+
+@pytest.mark.parametrize("what", ["half", "coarse"])
+def test_guided_samples_follow_what_is_known(model, truth, what):
+    s = sampler(model, steps=20, solver="euler")
+    if what == "half":
+        mask = torch.zeros_like(truth)
+        mask[:, :8] = 1
+        guidance = ImageGuidance(truth, mask, noise=0.005, iterations=10)
+    else:
+        guidance = ImageGuidance(torch.nn.functional.avg_pool3d(truth, 4), factor=(4, 4, 4), noise=0.005, iterations=10)
+    guided = guidance.bind(model)
+    free, held = s.sample([0, 1]), s.sample([0, 1], correct=guided)
+    before, after = guided.misfit(free), guided.misfit(held)
+    assert float((after / before).max()) < 0.2
+    assert float((held[0][0] - held[0][1]).square().mean()) > 1e-4  # what is not known still varies
+
+
+def test_guidance_keeps_the_state_where_it_is(model, truth):
+    """The noise moves with the planes: cos x0 + sin eps is as before."""
+    from tcam_diff.diffusion.process import Estimate
+
+    x = sampler(model).noise([0])
+    estimate = Estimate(x, torch.randn_like(x), torch.randn_like(x), 0.9)
+    found = ImageGuidance(truth).bind(model)(estimate)
+    torch.testing.assert_close(found.residual, estimate.residual, rtol=0, atol=1e-4)
+    assert not torch.equal(found.x0, estimate.x0)
+
+
+def test_unknown_voxels_do_not_matter(model, truth):
+    mask = torch.zeros_like(truth)
+    mask[:, 3:9, 5:11, 2:4] = 1
+    other = torch.where(mask > 0, truth, torch.rand_like(truth))
+    other[:, 0, 0, 0] = float("nan")
+    planes = sampler(model).sample([0])
+    a, b = (ImageGuidance(v, mask).bind(model) for v in (truth, other))
+    assert a.box == [(3, 9), (5, 11), (2, 4)]
+    assert torch.equal(a.misfit(planes), b.misfit(planes))
+    whole = (model.decode(planes)[0] - truth) * mask
+    torch.testing.assert_close(a.misfit(planes)[0], whole.square().sum(), rtol=1e-3, atol=1e-6)
+
+
+def test_known_files(model, trained, truth, tmp_path):
+    lo, hi = model.geometry.intensity[0]
+    path, mask = tmp_path / "known.nii.gz", tmp_path / "mask.nii.gz"
+    nib.save(nib.Nifti1Image(lo + (hi - lo) * truth[0].numpy(), np.eye(4)), path)
+    marked = np.zeros(SIZE, np.uint8)
+    marked[:8] = 1
+    nib.save(nib.Nifti1Image(marked, np.eye(4)), mask)
+    found = read_known(model, path, mask)
+    torch.testing.assert_close(found.known, truth, rtol=0, atol=1e-5)
+    assert found.mask.sum() == 8 * 16 * 16
+    out = tmp_path / "samples"
+    tcam("sample", trained, "--out", out, "--n", 1, "--steps", 3, "--known", path, "--mask", mask, "-q")
+    assert json.loads(next(out.glob("*.json")).read_text())["known"]["mask"] is not None
+    nib.save(nib.Nifti1Image(np.zeros((5, 16, 16), np.float32), np.eye(4)), path)
+    with pytest.raises(UserError, match=r"known\.nii\.gz: expected 1 channel"):
+        read_known(model, path)
+    nib.save(nib.Nifti1Image(np.ones((8, 4, 16), np.float32), np.eye(4)), path)
+    assert read_known(model, path).factor == (2, 4, 1)
+    with pytest.raises(UserError, match="numbers from 0 to 0"):
+        read_known(model, path, channels="1")
+
+
+# ---- MONAI ---------------------------------------------------------------------------------
+
+
+def test_monais_inferer_draws_our_samples(model):
+    from monai.inferers import LatentDiffusionInferer
+    from tcam_diff.diffusion.interop import Autoencoder, Network, latent_shape
+    from tcam_diff.diffusion.schedulers import ArcScheduler
+
+    s = sampler(model, steps=5)
+    scheduler = ArcScheduler("heun")
+    scheduler.set_timesteps(5)
+    inferer = LatentDiffusionInferer(scheduler)
+    noise = s.noise([4, 2]).view(2, *latent_shape(model))
+    assert noise.shape == (2, 12, 8, 8)
+    found = inferer.sample(noise, Autoencoder(model), Network(model), verbose=False)
+    torch.testing.assert_close(found, model.decode(s.sample([4, 2])), rtol=0, atol=1e-4)
+    context = torch.full((2, 1, 1), 1.0)
+    guided = inferer.sample(noise, Autoencoder(model), Network(model), verbose=False, conditioning=context, cfg=2.0)
+    ours = sampler(model, steps=5, guidance_scale=2.0).sample([4, 2], label=1)
+    torch.testing.assert_close(guided, model.decode(ours), rtol=0, atol=1e-4)
+
+
+def test_monais_inferer_trains_on_our_latents(model, truth):
+    from monai.inferers import LatentDiffusionInferer
+    from tcam_diff.autodecoder.config import EncodeConfig
+    from tcam_diff.diffusion.interop import Autoencoder, Network, latent_shape
+    from tcam_diff.diffusion.schedulers import ArcScheduler
+
+    encoding = EncodeConfig(steps=300, init="start", check_every=100, region="volume")
+    autoencoder = Autoencoder(model, encoding=encoding)
+    latent = autoencoder.encode_stage_2_inputs(truth[None])
+    assert float((autoencoder.decode_stage_2_outputs(latent)[0] - truth).square().mean().sqrt()) < 0.05
+    noise = torch.randn(1, *latent_shape(model))
+    inferer = LatentDiffusionInferer(ArcScheduler())
+    prediction = inferer(truth[None], autoencoder, Network(model), noise, torch.tensor([500]))
+    assert prediction.shape == (1, 24, 8, 8)
+
+
+#: The keys that MONAI's bundle specification calls mandatory, as a JSON schema: the published one needs a network.
+SPECIFICATION = {
+    "type": "object",
+    "required": [
+        "version", "monai_version", "pytorch_version", "numpy_version", "required_packages_version", "task", "description",
+        "authors", "copyright", "network_data_format",
+    ],
+    "properties": {
+        "version": {"type": "string"},
+        "changelog": {"type": "object"},
+        "required_packages_version": {"type": "object"},
+        "references": {"type": "array", "items": {"type": "string"}},
+        "network_data_format": {
+            "type": "object",
+            "required": ["inputs", "outputs"],
+            "additionalProperties": {"type": "object", "additionalProperties": {"$ref": "#/definitions/tensor"}},
+        },
+    },
+    "definitions": {
+        "tensor": {
+            "type": "object",
+            "required": [
+                "type", "format", "num_channels", "spatial_shape", "dtype", "value_range", "is_patch_data", "channel_def",
+            ],
+            "properties": {
+                "num_channels": {"type": "integer"},
+                "spatial_shape": {"type": "array", "items": {"type": ["integer", "string"]}},
+                "dtype": {"type": "string"},
+                "value_range": {"type": "array", "items": {"type": "number"}},
+                "is_patch_data": {"type": "boolean"},
+                "channel_def": {"type": "object"},
+            },
+        }
+    },
+}  # fmt: skip
+
+
+def test_a_bundle_is_verified_and_runs_alone(trained, model, tmp_path):
+    bundle, schema = tmp_path / "bundle", tmp_path / "schema.json"
+    tcam("export-bundle", trained, "--out", bundle)
+    schema.write_text(json.dumps(SPECIFICATION))
+    common = {"cwd": bundle, "check": True, "capture_output": True, "text": True}
+    meta = bundle / "configs" / "metadata.json"
+    command = [sys.executable, "-m", "monai.bundle"]
+    subprocess.run([*command, "verify_metadata", "--meta_file", meta, "--filepath", schema], **common)
+    run = [*command, "run", "--config_file", "configs/inference.json", "--count", "2", "--seed", "3", "--steps", "4"]
+    subprocess.run(run, **common)
+    names = sorted(p.name for p in (bundle / "eval").iterdir())
+    assert names == ["sample-0000_seed3.nii.gz", "sample-0001_seed3.nii.gz"]
+    image = nib.load(bundle / "eval" / names[1])
+    lo, hi = model.geometry.intensity[0]
+    want = lo + (hi - lo) * model.decode(sampler(model, steps=4, seed=3).sample([0, 1]))[1, 0]
+    np.testing.assert_allclose(image.get_fdata(), want.numpy(), atol=0.1)
+    np.testing.assert_allclose(image.affine, model.geometry.affine, atol=1e-5)
+    (bundle / "configs" / "metadata.json").unlink()
+    assert "is not empty and no bundle" in tcam("export-bundle", trained, "--out", bundle, fails=True)
+
+
+def test_a_model_loads_in_three_lines(trained):
+    code = (
+        "from tcam_diff.diffusion.model import TriplaneDiffusion\n"
+        "from tcam_diff.diffusion.sampling import Sampler\n"
+        f"model = TriplaneDiffusion.load({str(trained)!r})\n"
+        "print(model.decode(Sampler(model).sample([0])).shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "[1, 1, 16, 16, 16]" in done.stdout
