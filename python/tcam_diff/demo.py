@@ -1,12 +1,13 @@
-"""``make demo``: a real MRI becomes three feature planes and comes back as a volume.
+"""``make demo``: a real MRI becomes three feature planes and comes back as a volume; then new volumes are drawn.
 
-The volume is the MNI152 T1 template (ICBM 2009a, 1 mm) that nilearn ships, its central 128^3 voxels. Run with
-``python -m tcam_diff.demo [--out FOLDER]``.
+The MRI is the MNI152 T1 template (ICBM 2009a, 1 mm) that nilearn ships, its central 128^3 voxels. The new volumes come from a
+small diffusion model of a cohort made from it. Run with ``python -m tcam_diff.demo [--out FOLDER] [--fit-only]``.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 import warnings
 from pathlib import Path
@@ -18,12 +19,19 @@ import torch
 import tcam_ext
 from tcam_diff.autodecoder import artefact
 from tcam_diff.autodecoder.config import load_config
+from tcam_diff.autodecoder.objective import unit
+from tcam_diff.cli.app import app
+from tcam_diff.cli.common import say
 from tcam_diff.cli.compare import compare_volumes
 from tcam_diff.cli.decode import decode_to_file
 from tcam_diff.cli.fit import console, fit_volume
 from tcam_diff.data.intensity import to_unit
 from tcam_diff.data.nifti import read_volume
+from tcam_diff.data.store import Store
 from tcam_diff.evaluation import metrics
+from tcam_diff.evaluation.picture import sheet, strip
+from tcam_diff.files import write_text
+from tcam_diff.training import records as run_records
 
 SIZE = 128
 
@@ -47,15 +55,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything the demo makes (default: demo)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the preset fast")
+    parser.add_argument("--fit-only", action="store_true", help="the MRI alone: no cohort, no new volumes")
     arguments = parser.parse_args()
     start = time.monotonic()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
+    fit_one(out, arguments.overrides, start)
+    if not arguments.fit_only:
+        generate(out, start)
 
+
+def fit_one(out: Path, overrides: list[str], start: float) -> None:
+    """The template: planes, and back at two sizes."""
     original, fitted_folder = out / "mni152_128.nii.gz", out / "fitted"
     template(original)
     source = read_volume(original)
-    result, meta = fit_volume(source, load_config("fast", arguments.overrides))
+    result, meta = fit_volume(source, load_config("fast", overrides))
     artefact.save(fitted_folder, result, meta)
 
     fitted = artefact.load(fitted_folder)
@@ -75,6 +90,55 @@ def main() -> None:
         ("picture", picture),
     ):
         console.print(f"  {what + ':':<20}{path.resolve()}", highlight=False, soft_wrap=True)
+
+
+def generate(out: Path, start: float) -> None:
+    """A cohort, both stages on it, four new volumes, and a page with everything; by the commands, as one would type them."""
+    cohort, store, stage1, latents, stage2, samples = (
+        out / n for n in ("cohort", "store", "stage1", "latents", "stage2", "samples")
+    )
+    settings = out / "commands.txt"
+    commands: list[list[str | Path]] = [
+        ["make-cohort", "--n", "48", "--size", "48", "--seed", "0", "--held-out", "0", "--out", cohort],
+        ["prepare", cohort, "--out", store],
+        ["train-autodecoder", "fast", f"data={store}", "channels=6", "plane_size=16", "steps=700", "--out", stage1],
+        ["export-latents", stage1, "--out", latents],
+        ["train-diffusion", "tiny", f"latents={latents}", "center=true", "flip=[x]", "steps=1200", "--out", stage2],
+        ["sample", stage2, "--n", "4", "--steps", "25", "--out", samples],
+    ]
+    shown = "\n".join("tcam " + " ".join(map(str, c)) for c in commands)
+    if not settings.is_file() or settings.read_text() != shown:  # of another version of this demo
+        for folder in (cohort, store, stage1, latents, stage2, samples):
+            shutil.rmtree(folder, ignore_errors=True)
+        write_text(settings, shown)
+    for command in commands:
+        console.print("\ntcam " + " ".join(map(str, command)), style="bold", highlight=False, soft_wrap=True)
+        resumed = ["--resume", "auto"] if str(command[0]).startswith("train") else []
+        app([str(c) for c in command] + resumed, standalone_mode=False)
+    page = out / "index.html"
+    write_text(page, _page(out, store, stage1, stage2, samples, shown, time.monotonic() - start))
+    say(f"\n{time.monotonic() - start:.0f} s in all; everything on one page: {page.resolve()}")
+
+
+def _page(out: Path, store: Path, stage1: Path, stage2: Path, samples: Path, commands: str, seconds: float) -> str:
+    held = Store(store)
+    chosen = held.records[:4]
+    real = [(r.name, strip(unit(torch.from_numpy(held.volume(r)))[0].numpy(), np.asarray(r.affine))) for r in chosen]
+    curves = [
+        run_records.curves(run_records.read(stage1), [["loss", "data"], ["psnr"]]),
+        run_records.curves(run_records.read(stage2), [["loss", "validation_loss"], ["residual"]]),
+    ]
+    return run_records.page(
+        "tcam: from a volume to planes, and from noise to volumes",
+        [
+            ("One MRI: original, decoded from its planes, difference", (out / "compare.png").read_bytes()),
+            ("Four volumes of the cohort that the model is trained on", run_records.png(sheet(real))),
+            ("Four new volumes", (samples / "contact-sheet.png").read_bytes()),
+            ("Stage 1: one decoder, planes for every volume", curves[0]),
+            ("Stage 2: the diffusion model of the planes", curves[1]),
+            ("What was run", f"{commands}\n\n{seconds:.0f} s on {torch.get_num_threads()} threads"),
+        ],
+    )
 
 
 def noisy_psnr(fitted: artefact.FittedVolume, data: np.ndarray) -> float:

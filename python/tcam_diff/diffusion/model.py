@@ -199,7 +199,8 @@ def of_data(
     (x, y), (_, z) = data.planes[0].shape[2:], data.planes[1].shape[2:]
     outputs, h, w, d = entries[0].shape
     geometry = Geometry((x, y, z), (h, w, d), outputs, affine, intensity, data.classes)
-    provenance = {"step": step, "volumes": len(data), "latents": data.digest, "stage1": data.set.index["provenance"]}
+    stage1 = {k: v for k, v in data.set.index["provenance"].items() if k not in ("run", "store")}  # no folders of this machine
+    provenance = {"step": step, "volumes": len(data), "latents": data.digest, "stage1": stage1}
     return TriplaneDiffusion(network, data.set.decoder(), config, data.set.config, geometry, centre, provenance)
 
 
