@@ -71,7 +71,7 @@ def gpu(run: Callable[..., str]) -> dict[str, Any]:
 def _arguments() -> list[str]:
     """Those of the command line that matter to a figure: not where it is written."""
     found = list(sys.argv[1:])
-    for place in ("--json", "--work"):
+    for place in ("--json", "--work", "--picture"):
         if place in found:
             at = found.index(place)
             del found[at : at + 2]

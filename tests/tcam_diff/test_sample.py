@@ -72,6 +72,11 @@ def test_a_sample_depends_on_its_number_alone(model, solver):
     assert float((alone - other).abs().max()) > 1e-3
 
 
+def test_products_in_bfloat16_are_near_those_in_float32(model):
+    exact, rough = (model.decode(sampler(model, compute_dtype=c).sample([0])) for c in ("float32", "bfloat16"))
+    assert 0 < float((exact - rough).abs().max()) < 0.1
+
+
 def test_planes_of_samples_have_unit_energy(model):
     for p in sampler(model).sample([0, 1]):
         torch.testing.assert_close(p.square().mean((1, 2, 3)), torch.ones(2), rtol=0, atol=1e-4)

@@ -54,6 +54,9 @@ def sample(
         int, typer.Option(min=1, help="Samples at a time. With 1, a volume is always the same to the bit.")
     ] = 4,
     dtype: Annotated[str, typer.Option(help="float32, int16, uint16 or uint8 (integers with a scale).")] = "float32",
+    compute_dtype: Annotated[
+        str | None, typer.Option(help="auto, float32 or bfloat16. [default: as in training]", show_default=False)
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
@@ -63,7 +66,10 @@ def sample(
     Sample i depends on the seed and on i alone. Ctrl-C stops; the same command goes on with those that are missing. Under
     torchrun they are shared among its processes.
     """
-    settings = {"solver": solver, "steps": steps, "final": final, "guidance_scale": guidance_scale, "seed": seed}
+    settings = {
+        "solver": solver, "steps": steps, "final": final, "guidance_scale": guidance_scale, "seed": seed,
+        "compute_dtype": compute_dtype,
+    }  # fmt: skip
     config = configs.validate(SampleConfig, settings, "sample")
     if known is None and (mask is not None or known_channels is not None):
         raise UserError("--mask and --known-channels say what of --known is known: give that too")

@@ -137,4 +137,7 @@ class SampleConfig(Config):
         Literal["x0", "x"], Field(description="what is decoded: the last estimate of the planes, or the integrated state")
     ] = "x0"
     guidance_scale: Annotated[float, Field(ge=0, description="of classifier-free guidance; 1: none")] = 1.0
+    compute_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"] | None, Field(description="of the products; null: as the model was trained")
+    ] = None
     seed: Annotated[int, Field(ge=0)] = 0

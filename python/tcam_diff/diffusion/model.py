@@ -95,10 +95,11 @@ class TriplaneDiffusion(nn.Module):
 
     # ---- between states of the diffusion and planes --------------------------------------
 
-    def estimate(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """(B, 2M), noise then planes, for packed states (B, M): what a scheduler's step takes."""
-        compute = compute_dtype(self.config, x.device)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=compute == torch.bfloat16):
+    def estimate(self, x: Tensor, t: Tensor, labels: Tensor | None = None, compute: str | None = None) -> Tensor:
+        """(B, 2M), noise then planes, for packed states (B, M): what a scheduler's step takes. ``compute``: the type of the
+        products; None: as trained."""
+        products = compute_dtype(compute or self.config.compute_dtype, x.device)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=products == torch.bfloat16):
             noise, x0 = self.network(unpack(x, self.channels, self.geometry.sizes), t, labels)
         return torch.cat([pack(noise), pack(x0)], 1).to(x.dtype)
 
@@ -204,8 +205,8 @@ def of_data(
     return TriplaneDiffusion(network, data.set.decoder(), config, data.set.config, geometry, centre, provenance)
 
 
-def compute_dtype(config: DiffusionConfig, device: torch.device) -> torch.dtype:
-    """Of the network's products."""
-    if config.compute_dtype == "auto":
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Of the network's products. "auto": bfloat16 on GPUs."""
+    if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[config.compute_dtype]
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[name]

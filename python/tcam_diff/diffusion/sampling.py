@@ -24,6 +24,7 @@ class Sampler:
 
     def __init__(self, model: TriplaneDiffusion, config: SampleConfig | None = None) -> None:
         self.model, self.config = model, config or SampleConfig()
+        self.compute = self.config.compute_dtype or model.config.compute_dtype
 
     def noise(self, indices: Sequence[int]) -> Tensor:
         """(B, M) standard normals: row i is always the same for the seed."""
@@ -86,13 +87,12 @@ class Sampler:
         model, scale = self.model, self.config.guidance_scale
         times = torch.full((len(x),), t, device=x.device)
         if label is None:
-            return model.estimate(x, times)
+            return model.estimate(x, times, compute=self.compute)
         labels = torch.full((len(x),), label, device=x.device)
         if scale == 1:
-            return model.estimate(x, times, labels)
-        both = model.estimate(
-            torch.cat([x, x]), torch.cat([times, times]), torch.cat([labels, torch.full_like(labels, model.network.classes)])
-        )
+            return model.estimate(x, times, labels, self.compute)
+        none_of_them = torch.full_like(labels, model.network.classes)
+        both = model.estimate(torch.cat([x, x]), torch.cat([times, times]), torch.cat([labels, none_of_them]), self.compute)
         given, none = both.chunk(2)
         return none + scale * (given - none)
 

@@ -62,7 +62,7 @@ class Diffusion:
             )
         self.centre = Centre.of(self.data.planes) if config.center else None
         self.dtype = torch.float64 if config.compute_dtype == "float64" else torch.float32
-        self.compute = compute_dtype(config, ranks.device)
+        self.compute = compute_dtype(config.compute_dtype, ranks.device)
         self.network, self.average = self._network(), self._network().requires_grad_(False).eval()
         self.optimiser = torch.optim.Adam(
             self.network.parameters(), lr=config.lr, betas=(0.9, config.beta2), eps=config.adam_eps, fused=True

@@ -1,0 +1,54 @@
+"""From volumes to new volumes (algorithm.md 9.10): samples are nearer to the data than decoded noise is."""
+
+from __future__ import annotations
+
+import pytest
+import runs
+import torch
+from tcam_diff.autodecoder.planes import normalise
+from tcam_diff.cli.app import app
+from tcam_diff.diffusion.config import SampleConfig
+from tcam_diff.diffusion.model import TriplaneDiffusion
+from tcam_diff.diffusion.sampling import Sampler
+from tcam_diff.evaluation.critic import CriticConfig, prepare, score
+from tcam_diff.evaluation.sets import read_set
+
+COUNT = 24
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """(data, samples, decoded noise), (N, 1, H, W, D) each."""
+    work = tmp_path_factory.mktemp("whole")
+    store = runs.make_store(work / "store", count=COUNT, held_out=2, size=(16, 16, 16)).folder
+    stage1 = ("channels=6", "widths=[24]", "stride=2", "steps=600", "batch=4", "plane_size=8")
+    stage2 = ("steps=600", "batch=8", "center=true", "preview_steps=0")
+    for command in (
+        ["train-autodecoder", "fast", f"data={store}", *stage1, "--out", work / "one", "-q"],
+        ["export-latents", work / "one", "--out", work / "latents", "-q"],
+        ["train-diffusion", "tiny", f"latents={work / 'latents'}", *stage2, "--out", work / "two", "-q"],
+    ):
+        app([str(c) for c in command], standalone_mode=False)
+    model = TriplaneDiffusion.load(work / "two")
+    planes = Sampler(model, SampleConfig(steps=20)).sample(range(COUNT))
+    noise = normalise([torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) for i, p in enumerate(planes)])
+    data = read_set(store, lambda v: v, split="train")
+    with torch.no_grad():
+        return data, model.decode(planes), model.decode(noise)
+
+
+@pytest.mark.slow
+def test_samples_have_the_datas_mean_and_spread(sets):
+    data, samples, noise = sets
+    for moment in (torch.mean, torch.std):
+        want = moment(data, 0)
+        near, far = ((moment(s, 0) - want).square().mean().sqrt() for s in (samples, noise))
+        assert near < 0.8 * far
+
+
+@pytest.mark.slow
+def test_a_critic_finds_samples_nearer_than_noise(sets):
+    config = CriticConfig(size=16, width=8, epochs=12, lr=1e-3)
+    data, samples, noise = (prepare(s, config) for s in sets)
+    distances = [score(data, {"fake": s}, config, 0, torch.device("cpu")).distance["fake"] for s in (samples, noise)]
+    assert distances[0] < 0.5 * distances[1]
