@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,44 @@ def stage1_table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def stage2_table(found: dict[str, Any]) -> str:
+    lines = [
+        circumstances(found),
+        "",
+        f"{found['steps']} steps a network. Latents fitted beforehand in {found['before']['latents_s'] / 60:.0f} min, "
+        f"PSNR {found['psnr']:.1f} dB. Of critics: W on volumes held back, lower is nearer to real.",
+        "",
+        "| critic of samples and | "
+        + " | ".join(f"seed {r['seed']}" for r in found["rows"])
+        + " | mean ± std: samples | rival |",
+        "|---|" + "---|" * (len(found["rows"]) + 2),
+    ]
+    for rival in found["rows"][0]["pairs"]:
+        ours = [r["pairs"][rival]["samples"] for r in found["rows"]]
+        theirs = [r["pairs"][rival][rival] for r in found["rows"]]
+        each = " | ".join(f"{a:.2f} : {b:.2f}" for a, b in zip(ours, theirs, strict=True))
+        spread = [f"{statistics.fmean(x):.2f} ± {statistics.stdev(x):.2f}" for x in (ours, theirs)]
+        lines.append(f"| {rival} | {each} | {spread[0]} | {spread[1]} |")
+    lines += ["", "| a seed | " + " | ".join(f"seed {r['seed']}" for r in found["rows"]) + " |"]
+    lines.append("|---|" + "---|" * len(found["rows"]))
+    for name, cell in {
+        "training both networks, min": lambda r: f"{r['train_s'] / 60:.1f}",
+        "drawing 64 volumes of each, min": lambda r: f"{r['sample_s'] / 60:.1f}",
+        "critics, min": lambda r: f"{r['critic_s'] / 60:.1f}",
+        "all, min": lambda r: f"{r['total_s'] / 60:.1f}",
+        "loss of the average: with, without cross-attention": lambda r: " : ".join(f"{v:.3f}" for v in r["losses"].values()),
+        "distance to the nearest training volume (RMS): samples": lambda r: f"{r['nearest_training_samples']:.4f}",
+        "the same of held-out volumes": lambda r: f"{r['nearest_training_held_out']:.4f}",
+        "the nearest of all: samples, held-out volumes": lambda r: (
+            f"{r['nearest_training_samples_low']:.4f}, {r['nearest_training_held_out_low']:.4f}"
+        ),
+    }.items():
+        lines.append(f"| {name} | " + " | ".join(cell(r) for r in found["rows"]) + " |")
+    controls = ", ".join(f"{k} {v:.2f}" for k, v in found["controls"].items())
+    lines.append(f"\nControls, critics of one half of the real volumes against the other: {controls}.")
+    return "\n".join(lines)
+
+
 def decode_table(found: dict[str, Any]) -> str:
     lines = [
         circumstances(found),
@@ -129,6 +168,7 @@ def main() -> None:
             "sample": points_table,
             "train": train_table,
             "stage1": stage1_table,
+            "stage2": stage2_table,
         }
         table = tables.get(kind, decode_table)
         return f"<!-- table {match[1]} -->\n{table(json.loads(path.read_text()))}\n<!-- end -->"

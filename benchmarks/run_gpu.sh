@@ -5,7 +5,7 @@
 #     benchmarks/run_gpu.sh [FOLDER]      FOLDER: where JSON and logs go (default: benchmarks/results)
 #
 # PYTHON chooses the interpreter, whose environment must have torch with CUDA and the extras [dev]; STEPS the steps, by default
-# "build info ceiling test forward large decoders points profile sanitize" ("cpu" on request). A step that fails is named at
+# "build info ceiling test forward large decoders points diffusion profile sanitize" ("cpu" on request). A step that fails is named at
 # the end and does not stop the others.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -24,7 +24,7 @@ nvidia-smi
 card=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().replace("nvidia ", "").replace(" ", "_"))') || exit 1
 TORCH_CUDA_ARCH_LIST=$("$python" -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}.{b}" + ("a" if a == 9 else ""))')
 export TORCH_CUDA_ARCH_LIST
-want() { [[ " ${STEPS:-build info ceiling test forward large decoders points profile sanitize} " == *" $1 "* ]]; }
+want() { [[ " ${STEPS:-build info ceiling test forward large decoders points diffusion profile sanitize} " == *" $1 "* ]]; }
 bench="benchmarks/bench_decode_grid.py --device cuda"
 want build && TCAM_CUDA=on step build "$python" setup.py -q build_ext --inplace
 want info && step info "$python" -m tcam_ext.info
@@ -45,6 +45,8 @@ points() {
     "$python" benchmarks/bench_sample.py --device cuda --json "$out/sample_$card.json"
 }
 want points && step points points
+diffusion="benchmarks/bench_diffusion.py --device cuda --presets brats pancreas --batch 1 8"
+want diffusion && step diffusion "$python" $diffusion --json "$out/diffusion_$card.json"
 want profile && step profile "$python" $bench --cases tcam --sizes 256 --rivals 'ours bfloat16' 'ours tf32' 'ours float32' --profile
 # torch's caching allocator would hide overruns inside its segments, and hand out blocks that look initialised.
 want sanitize && for tool in memcheck racecheck initcheck; do

@@ -65,9 +65,12 @@ class FittedVolume:
             slab = max(1, min(size[2], (1 << 24) // (size[0] * size[1] * self.meta.channels) or 1))
         lo = torch.tensor([a for a, _ in self.meta.intensity]).view(-1, 1, 1, 1)
         hi = torch.tensor([b for _, b in self.meta.intensity]).view(-1, 1, 1, 1)
+        device = self.planes[0].device  # on a GPU as in training; on a CPU in float32
+        fast = device.type == "cuda" and self.config.compute_dtype in ("auto", "bfloat16")
+        compute = torch.bfloat16 if fast else None
         for z in range(0, size[2], slab):
             box = ((0, size[0]), (0, size[1]), (z, min(z + slab, size[2])))
-            values = self.decoder(self.planes, size, box=box)[0].clamp(0, 1).cpu()
+            values = self.decoder(self.planes, size, box=box, compute_dtype=compute)[0].clamp(0, 1).float().cpu()
             yield (lo + (hi - lo) * values).numpy()
 
 
