@@ -91,7 +91,7 @@ def test_planes_read_each_other_through_cross_attention_only(sizes, cross, depen
 
 
 def test_concatenated_planes_read_each_other_through_every_layer():
-    net = network(weights="concatenated")
+    net = network(weights="concatenated").requires_grad_(False)
     x = planes(SQUARE)
     after = net([x[0], x[1] + 1, x[2]], T)
     assert float((net(x, T)[0][0] - after[0][0]).abs().max()) > 0

@@ -13,6 +13,7 @@ from tcam_diff.autodecoder.latents import LatentSet
 from tcam_diff.diffusion.data import Centre, LatentData
 from tcam_diff.diffusion.model import TriplaneDiffusion
 from tcam_diff.diffusion.process import flip
+from tcam_diff.diffusion.report import samples_picture
 from tcam_diff.diffusion.train import Diffusion
 from tcam_diff.errors import UserError
 from tcam_diff.training import checkpoint, records
@@ -239,6 +240,11 @@ def test_a_batch_that_cannot_be_shared(latents, tmp_path):
 
 
 # ---- the model that is left ----------------------------------------------------------------
+
+
+def test_a_model_trained_in_float64_draws(latents, tmp_path):
+    task = Diffusion(runs.diffusion_config(latents, "compute_dtype=float64"), Ranks(), tmp_path)
+    assert samples_picture(task.model(0), 2, 1)[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize("overrides", [(), ("center=true",)])

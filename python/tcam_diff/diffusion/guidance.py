@@ -82,7 +82,8 @@ class Guided:
     def misfit(self, planes: Sequence[Tensor]) -> Tensor:
         """(B,): the sum over known voxels of the squared difference, of normalised planes."""
         f = self.guidance.factor
-        volume = self.model.decoder(list(planes), self.model.geometry.shape, box=self.box)
+        m = self.model
+        volume = m.decoder(list(planes), m.geometry.shape, box=self.box, compute_dtype=m.decoding).float()
         if f != (1, 1, 1):
             volume = F.avg_pool3d(volume, f)
         part = (slice(None), *(slice(lo // n, hi // n) for (lo, hi), n in zip(self.box, f, strict=True)))

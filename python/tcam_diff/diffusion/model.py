@@ -84,6 +84,12 @@ class TriplaneDiffusion(nn.Module):
         """M: entries of a volume's planes."""
         return self.channels * sum(h * w for h, w in self.geometry.sizes)
 
+    @property
+    def decoding(self) -> torch.dtype | None:
+        """Of the decoder's products: bfloat16 on GPUs, as in training; None, float32, on CPUs."""
+        fast = self.device.type == "cuda" and self.stage1.compute_dtype in ("auto", "bfloat16")
+        return torch.bfloat16 if fast else None
+
     def label(self, name: str | None) -> int | None:
         """The index of a class. Raises UserError."""
         if name is None:
@@ -100,7 +106,8 @@ class TriplaneDiffusion(nn.Module):
         products; None: as trained."""
         products = compute_dtype(compute or self.config.compute_dtype, x.device)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=products == torch.bfloat16):
-            noise, x0 = self.network(unpack(x, self.channels, self.geometry.sizes), t, labels)
+            state = x.to(self.network.enter.weight.dtype)
+            noise, x0 = self.network(unpack(state, self.channels, self.geometry.sizes), t, labels)
         return torch.cat([pack(noise), pack(x0)], 1).to(x.dtype)
 
     def planes(self, x: Tensor) -> list[Tensor]:
@@ -114,8 +121,8 @@ class TriplaneDiffusion(nn.Module):
 
     def decode(self, planes: Sequence[Tensor], size: Sequence[int] | None = None) -> Tensor:
         """(B, channels, H, W, D) in [0, 1], at once; see ``volume`` for large ones."""
-        values: Tensor = self.decoder(list(planes), tuple(size or self.geometry.shape))
-        return values.clamp(0, 1)
+        values: Tensor = self.decoder(list(planes), tuple(size or self.geometry.shape), compute_dtype=self.decoding)
+        return values.float().clamp(0, 1)
 
     def volume(self, planes: Sequence[Tensor]) -> FittedVolume:
         """One volume's planes (1, C, rows, columns), to be decoded to any size slab by slab, in physical units."""
@@ -202,7 +209,8 @@ def of_data(
     geometry = Geometry((x, y, z), (h, w, d), outputs, affine, intensity, data.classes)
     stage1 = {k: v for k, v in data.set.index["provenance"].items() if k not in ("run", "store")}  # no folders of this machine
     provenance = {"step": step, "volumes": len(data), "latents": data.digest, "stage1": stage1}
-    return TriplaneDiffusion(network, data.set.decoder(), config, data.set.config, geometry, centre, provenance)
+    decoder = data.set.decoder().to(network.enter.weight.device)
+    return TriplaneDiffusion(network, decoder, config, data.set.config, geometry, centre, provenance)
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
