@@ -100,7 +100,10 @@ def run(a: argparse.Namespace, work: Path) -> None:
     fast = ("compute_dtype=bfloat16",) if harness.environment()["bf16_instructions"] else ()
     truth = read_set(store, lambda v: v.half(), split="test")
     trained = read_set(store, lambda v: v.half(), split="train")
-    rows = []
+    rows: list[dict[str, object]] = []
+    about = {"cores": len(os.sched_getaffinity(0)), "steps": a.steps, "psnr": psnr, "before": before}
+    about["controls"] = controls(truth, config)
+    print(about["controls"], flush=True)
     for seed in range(a.seeds):
         times: dict[str, float] = {}
         volumes: dict[str, torch.Tensor] = {}
@@ -145,17 +148,19 @@ def run(a: argparse.Namespace, work: Path) -> None:
             "nearest_held_out_samples": float(between.median()),
         })  # fmt: skip
         print(json.dumps(rows[-1], indent=1), flush=True)
+        if a.json:
+            harness.write_json(a.json, rows, **about)
         if a.picture and seed == 0:
             picture(a.picture, {"held out": truth, "training": trained, **volumes}, np.asarray(model.geometry.affine))
-    a_half, b_half = halves(prepare(truth, config), 0)
-    controls = {}
-    for name, other in (("real", b_half), ("real, blurred by 1 voxel", blurred(b_half, 1.0).half())):
-        controls[name] = score(a_half, {name: other}, config, 0, cpu).distance[name]
-    print(controls)
-    if a.json:
-        harness.write_json(
-            a.json, rows, cores=len(os.sched_getaffinity(0)), steps=a.steps, psnr=psnr, controls=controls, before=before
-        )
+
+
+def controls(truth: torch.Tensor, config: CriticConfig) -> dict[str, float]:
+    """Critics of one half of the real volumes against the other."""
+    a, b = halves(prepare(truth, config), 0)
+    found = {}
+    for name, other in (("other half", b), ("other half, blurred by 1 voxel", blurred(b, 1.0).half())):
+        found[name] = score(a, {name: other}, config, 0, torch.device("cpu")).distance[name]
+    return found
 
 
 def picture(path: Path, volumes: dict[str, torch.Tensor], affine: np.ndarray) -> None:

@@ -90,6 +90,8 @@ def test_fakes_beyond_the_number_of_reals_are_left_out():
     real = prepare(blob_set(10, 0), SMALL)
     found = score(real, {"x": prepare(blob_set(30, 1), SMALL)}, SMALL.model_copy(update={"epochs": 1}), 0, CPU)
     assert found.counts == {"real": 4, "x": 4}
+    with pytest.raises(ValueError, match="none called real"):
+        score(real, {"real": real}, SMALL, 0, CPU)
     with pytest.raises(UserError, match="x: 1 volumes are too few"):
         score(real, {"x": real[:1]}, SMALL, 0, CPU)
 

@@ -135,6 +135,8 @@ def score(
 
     ``on_epoch`` is told (epoch, distance on the training volumes, mean gradient norm). Raises UserError where a set is small.
     """
+    if "real" in fakes or not fakes:
+        raise ValueError(f"fakes: expected one or more sets, none called real, got {list(fakes)}")
     parts = {}
     for name, held in {"real": real, **fakes}.items():
         held = held[: len(real)] if name != "real" else held
