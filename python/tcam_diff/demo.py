@@ -98,12 +98,13 @@ def generate(out: Path, start: float) -> None:
         out / n for n in ("cohort", "store", "stage1", "latents", "stage2", "samples")
     )
     settings = out / "commands.txt"
+    small = "network.attention_levels=[1]"  # of 12^2 texels
     commands: list[list[str | Path]] = [
         ["make-cohort", "--n", "48", "--size", "48", "--seed", "0", "--held-out", "0", "--out", cohort],
         ["prepare", cohort, "--out", store],
-        ["train-autodecoder", "fast", f"data={store}", "channels=6", "plane_size=16", "steps=700", "--out", stage1],
+        ["train-autodecoder", "fast", f"data={store}", "channels=8", "plane_size=24", "steps=900", "--out", stage1],
         ["export-latents", stage1, "--out", latents],
-        ["train-diffusion", "tiny", f"latents={latents}", "center=true", "flip=[x]", "steps=1200", "--out", stage2],
+        ["train-diffusion", "tiny", f"latents={latents}", "center=true", "flip=[x]", small, "steps=1200", "--out", stage2],
         ["sample", stage2, "--n", "4", "--steps", "25", "--out", samples],
     ]
     shown = "\n".join("tcam " + " ".join(map(str, c)) for c in commands)
@@ -112,7 +113,7 @@ def generate(out: Path, start: float) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         write_text(settings, shown)
     for command in commands:
-        console.print("\ntcam " + " ".join(map(str, command)), style="bold", highlight=False, soft_wrap=True)
+        say("\ntcam " + " ".join(map(str, command)), style="bold", markup=False)
         resumed = ["--resume", "auto"] if str(command[0]).startswith("train") else []
         app([str(c) for c in command] + resumed, standalone_mode=False)
     page = out / "index.html"
@@ -123,7 +124,7 @@ def generate(out: Path, start: float) -> None:
 def _page(out: Path, store: Path, stage1: Path, stage2: Path, samples: Path, commands: str, seconds: float) -> str:
     held = Store(store)
     chosen = held.records[:4]
-    real = [(r.name, strip(unit(torch.from_numpy(held.volume(r)))[0].numpy(), np.asarray(r.affine))) for r in chosen]
+    real = [(r.name, strip(unit(torch.tensor(held.volume(r)))[0].numpy(), np.asarray(r.affine))) for r in chosen]
     curves = [
         run_records.curves(run_records.read(stage1), [["loss", "data"], ["psnr"]]),
         run_records.curves(run_records.read(stage2), [["loss", "validation_loss"], ["residual"]]),

@@ -82,6 +82,8 @@ def test_a_score_is_a_function_of_its_seed():
     a, b, c = (score(real, {"x": fake}, config, s, CPU) for s in (0, 0, 1))
     assert a == b
     assert a != c
+    renamed = score(real, {"y": fake}, config, 0, CPU)
+    assert list(renamed.distance.values()) == list(a.distance.values())
     assert a.counts == {"real": 5, "x": 5}
     assert a.epochs == 3
 
@@ -141,7 +143,7 @@ def test_the_command_prints_a_line_for_every_set(tmp_path):
         for name, seed, shift in (("real", 0, 0.0), ("near", 1, 0.05), ("far", 2, 0.4))
     )
     found = tmp_path / "scores.json"
-    command = ["critic", real, near, far, "size=16", "width=8", "epochs=4", "lr=1e-3", "--seeds", 2, "--json", found, "-q"]
+    command = ["critic", real, near, far, "size=16", "width=8", "epochs=10", "lr=1e-3", "--seeds", 2, "--json", found, "-q"]
     done = CliRunner().invoke(app, [str(c) for c in command])
     assert done.exit_code == 0, (done.output, done.exception)
     assert [line.split(":")[0] for line in done.output.splitlines()] == [

@@ -21,8 +21,8 @@ def sets(tmp_path_factory):
     """(data, samples, decoded noise), (N, 1, H, W, D) each."""
     work = tmp_path_factory.mktemp("whole")
     store = runs.make_store(work / "store", count=COUNT, held_out=2, size=(16, 16, 16)).folder
-    stage1 = ("channels=6", "widths=[24]", "stride=2", "steps=600", "batch=4", "plane_size=8")
-    stage2 = ("steps=600", "batch=8", "center=true", "preview_steps=0")
+    stage1 = ("channels=6", "widths=[24]", "stride=2", "steps=250", "batch=4", "plane_size=8")
+    stage2 = ("steps=300", "batch=8", "center=true", "preview_steps=0")
     for command in (
         ["train-autodecoder", "fast", f"data={store}", *stage1, "--out", work / "one", "-q"],
         ["export-latents", work / "one", "--out", work / "latents", "-q"],

@@ -239,10 +239,10 @@ def test_killed_at_random_points_a_run_ends_with_the_same_bits(store, uninterrup
     kills = 0
     while reached() < 20:
         (process,) = runs.start(runs.run, store, out, (), "auto")
-        goal = reached() + chance.choice((0, 3, 3, 6))  # while it starts, soon after a checkpoint, or while one is written
+        goal = reached() + chance.choice((0, 3, 3))  # while it starts, soon after a checkpoint, or while one is written
         while process.is_alive() and reached() < goal:
             time.sleep(0.002)
-        process.join(chance.uniform(0, 0.3))
+        process.join(chance.uniform(0, 0.1))
         process.kill()
         process.join()
         kills += 1

@@ -138,9 +138,9 @@ def score(
     if "real" in fakes or not fakes:
         raise ValueError(f"fakes: expected one or more sets, none called real, got {list(fakes)}")
     parts = {}
-    for name, held in {"real": real, **fakes}.items():
+    for number, (name, held) in enumerate({"real": real, **fakes}.items()):
         held = held[: len(real)] if name != "real" else held
-        order = torch.randperm(len(held), generator=stream(seed, "critic split", name))
+        order = torch.randperm(len(held), generator=stream(seed, "critic split", number))
         cut = round(config.train_share * len(held))
         if cut < 1 or cut == len(held):
             raise UserError(f"{name}: {len(held)} volumes are too few to train on {config.train_share:.0%} and score the rest")
