@@ -12,7 +12,7 @@ import torch
 from tcam_diff.autodecoder.latents import LatentSet
 from tcam_diff.diffusion.data import Centre, LatentData
 from tcam_diff.diffusion.model import TriplaneDiffusion
-from tcam_diff.diffusion.process import flip
+from tcam_diff.diffusion.process import flip, pack
 from tcam_diff.diffusion.report import samples_picture
 from tcam_diff.diffusion.train import Diffusion
 from tcam_diff.errors import UserError
@@ -87,8 +87,10 @@ def test_labels_come_from_a_table(latents, tmp_path):
     table.write_text("name,label\nv0-0,ill\n")
     with pytest.raises(UserError, match="no label for v0-1"):
         LatentData(latents, labels=str(table))
-    table.write_text("volume;class\n")
+    table.write_text("volume,class\nv0-0,ill\n")
     with pytest.raises(UserError, match="columns name and label"):
+        LatentData(latents, labels=str(table))
+    with pytest.raises(UserError, match=r"none\.csv"):
         LatentData(latents, labels=str(tmp_path / "none.csv"))
 
 
@@ -100,20 +102,32 @@ def test_every_epoch_visits_every_volume(latents):
     assert len({tuple(seen[i : i + 6]) for i in (0, 6, 12)}) == 3
 
 
-def test_flips_are_those_of_the_volume_and_only_along_the_axes_asked(latents):
-    still = Diffusion(runs.diffusion_config(latents), Ranks(), latents)
-    turning = Diffusion(runs.diffusion_config(latents, "flip=[x]"), Ranks(), latents)
+@pytest.mark.parametrize("centre", ["center=false", "center=true"])
+def test_flips_are_those_of_the_volume_and_only_along_the_axes_asked(latents, centre):
+    """States that were turned decode to the volume mirrored along x, or to the volume itself."""
+    still = Diffusion(runs.diffusion_config(latents, centre), Ranks(), latents)
+    turning = Diffusion(runs.diffusion_config(latents, centre, "flip=[x]"), Ranks(), latents)
     turned = 0
     for step in range(4):
         a, noise, _ = still._batch(step, range(4))
         b, same, _ = turning._batch(step, range(4))
         assert all(torch.equal(p, q) for p, q in zip(noise, same, strict=True))
-        for row in range(4):
-            one, other = [p[row] for p in a], [p[row] for p in b]
-            if not equal(one, other):
-                assert equal(flip(one, 0), other)
-                turned += 1
+        before, after = (t.model(0).decode(t.model(0).planes(pack(x))) for t, x in ((still, a), (turning, b)))
+        for one, other in zip(before, after, strict=True):
+            mirrored = float((one - other).abs().max()) > 1e-3
+            torch.testing.assert_close(other, one.flip(1) if mirrored else one, rtol=0, atol=1e-5)
+            turned += mirrored
     assert 2 <= turned <= 14
+
+
+def test_states_that_are_flipped_have_unit_energy_too(latents):
+    task = Diffusion(runs.diffusion_config(latents, "center=true", "flip=[x, z]"), Ranks(), latents)
+    states = task.centre.apply(task.data.rows(range(len(task.data))))
+    for axis in (0, 2):
+        turned = task.centre.apply(flip(task.data.rows(range(len(task.data))), axis))
+        for p, q in zip(flip(states, axis), turned, strict=True):
+            assert float(q.square().mean()) == pytest.approx(1, abs=1e-5)
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
 
 
 # ---- steps ---------------------------------------------------------------------------------

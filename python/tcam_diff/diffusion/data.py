@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tcam_diff.autodecoder.latents import Entry, LatentSet
 from tcam_diff.autodecoder.planes import PLANE_NAMES
+from tcam_diff.diffusion.process import flip
 from tcam_diff.errors import UserError
 
 
@@ -25,25 +26,32 @@ class Centre:
     scale: list[float]
 
     @staticmethod
-    def of(planes: Sequence[Tensor]) -> Centre:
-        """Of planes (N, C, rows, columns): the mean over volumes, and the root mean square of what is left."""
-        mean, scale = [], []
+    def of(planes: Sequence[Tensor], flips: Sequence[int] = ()) -> Centre:
+        """Of planes (N, C, rows, columns): the mean over volumes, and the root mean square of what is left.
+
+        ``flips``: axes along which volumes are mirrored at random. The mean is then over mirrored volumes too: it has their
+        symmetry, so that mirrored planes less the mean are the mirrored difference, and decode to the mirrored volume.
+        """
+        mean = []
         for p in planes:
             total = torch.zeros(p.shape[1:], dtype=torch.float64)
-            squares = 0.0
             for one in p:
                 total += one.double()
-            total /= len(p)
-            for one in p:
-                squares += float((one.double() - total).square().mean())
-            mean.append(total.float())
+            mean.append(total / len(p))
+        for axis in flips:
+            mean = [(m + turned) / 2 for m, turned in zip(mean, flip(mean, axis), strict=True)]
+        scale = []
+        for p, m in zip(planes, mean, strict=True):
+            squares = sum(float((one.double() - m).square().mean()) for one in p)
             scale.append(max((squares / len(p)) ** 0.5, 1e-6))
-        return Centre(mean, scale)
+        return Centre([m.float() for m in mean], scale)
 
     def apply(self, planes: Sequence[Tensor]) -> list[Tensor]:
+        """States, of unit energy over the set, of planes (B, C, rows, columns)."""
         return [(p - m.to(p)) / s for p, m, s in zip(planes, self.mean, self.scale, strict=True)]
 
     def invert(self, planes: Sequence[Tensor]) -> list[Tensor]:
+        """Planes of states."""
         return [p * s + m.to(p) for p, m, s in zip(planes, self.mean, self.scale, strict=True)]
 
 
@@ -98,10 +106,12 @@ def _labels(path: str, names: Sequence[str]) -> tuple[list[str], Tensor]:
     """(classes in alphabetical order, the index of each volume's)."""
     try:
         with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        given = {row["name"]: row["label"] for row in rows}
-    except (OSError, KeyError, UnicodeDecodeError) as error:
-        raise UserError(f"labels: {path}: expected a CSV file with columns name and label: {error!r}") from error
+            table = csv.DictReader(file)
+            if not {"name", "label"} <= set(table.fieldnames or []):
+                raise ValueError(f"columns {', '.join(table.fieldnames or ['none'])}")
+            given = {row["name"]: row["label"] for row in table}
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"labels: {path}: expected a CSV file with columns name and label: {error}") from error
     missing = [n for n in names if not given.get(n)]
     if missing:
         raise UserError(f"labels: {path}: no label for {missing[0]} ({len(missing)} of {len(names)} volumes)")

@@ -60,7 +60,8 @@ class Diffusion:
                 f"batch: expected a multiple of {parts} ({ranks.world} process(es), accumulate={config.accumulate}), got "
                 f"{config.batch}"
             )
-        self.centre = Centre.of(self.data.planes) if config.center else None
+        flips = ["xyz".index(name) for name in config.flip]
+        self.centre = Centre.of(self.data.planes, flips) if config.center else None
         self.dtype = torch.float64 if config.compute_dtype == "float64" else torch.float32
         self.compute = compute_dtype(config.compute_dtype, ranks.device)
         self.network, self.average = self._network(), self._network().requires_grad_(False).eval()
