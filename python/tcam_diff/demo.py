@@ -28,6 +28,7 @@ from tcam_diff.cli.fit import console, fit_volume
 from tcam_diff.data.intensity import to_unit
 from tcam_diff.data.nifti import read_volume
 from tcam_diff.data.store import Store
+from tcam_diff.errors import UserError
 from tcam_diff.evaluation import metrics
 from tcam_diff.evaluation.picture import sheet, strip
 from tcam_diff.files import write_text
@@ -60,9 +61,12 @@ def main() -> None:
     start = time.monotonic()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    fit_one(out, arguments.overrides, start)
-    if not arguments.fit_only:
-        generate(out, start)
+    try:
+        fit_one(out, arguments.overrides, start)
+        if not arguments.fit_only:
+            generate(out, start)
+    except UserError as error:
+        raise SystemExit(f"demo: {error}") from error
 
 
 def fit_one(out: Path, overrides: list[str], start: float) -> None:
@@ -108,10 +112,15 @@ def generate(out: Path, start: float) -> None:
         ["sample", stage2, "--n", "4", "--steps", "25", "--out", samples],
     ]
     shown = "\n".join("tcam " + " ".join(map(str, c)) for c in commands)
-    if not settings.is_file() or settings.read_text() != shown:  # of another version of this demo
-        for folder in (cohort, store, stage1, latents, stage2, samples):
+    folders = (cohort, store, stage1, latents, stage2, samples)
+    if settings.is_file() and settings.read_text() != shown:  # of another version of this demo
+        for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
-        write_text(settings, shown)
+    elif not settings.is_file():
+        theirs = [str(f) for f in folders if f.exists()]
+        if theirs:
+            raise UserError(f"--out {out}: holds {', '.join(theirs)}, which this demo did not make; choose another folder")
+    write_text(settings, shown)
     for command in commands:
         say("\ntcam " + " ".join(map(str, command)), style="bold", markup=False)
         resumed = ["--resume", "auto"] if str(command[0]).startswith("train") else []

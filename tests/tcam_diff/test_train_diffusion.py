@@ -193,6 +193,24 @@ def test_what_a_run_leaves(uninterrupted):
     assert len(list((uninterrupted / "samples").glob("*.png"))) == 2
 
 
+def test_a_finished_run_stays_as_it_is(latents, uninterrupted):
+    page = (uninterrupted / "report.html").read_text()
+    weights = states(uninterrupted)
+    runs.finish(runs.start(runs.diffuse, latents, uninterrupted, (), "auto"))
+    assert (uninterrupted / "report.html").read_text() == page
+    assert equal(states(uninterrupted), weights)
+
+
+def test_the_best_checkpoint_is_one_that_was_evaluated(latents, tmp_path):
+    """Its score is that of its own step, not of the evaluation before it."""
+    runs.finish(runs.start(runs.diffuse, latents, tmp_path, ("keep=9", "checkpoint_every=3", "evaluate_every=4")))
+    scores = {s: json.loads((tmp_path / "checkpoints" / f"step-{s:08d}" / "manifest.json").read_text())["score"]
+              for s in checkpoint.steps(tmp_path / "checkpoints")}  # fmt: skip
+    losses = {m["step"]: -m["validation_loss"] for m in records.read(tmp_path) if "validation_loss" in m}
+    assert {s: v for s, v in scores.items() if v is not None} == losses
+    assert {3, 9, 15} <= {s for s, v in scores.items() if v is None}
+
+
 def test_killed_at_random_points_a_run_ends_with_the_same_bits(latents, uninterrupted, tmp_path):
     out, chance = tmp_path / "run", random.Random(1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -16,7 +17,7 @@ from torch import Tensor
 from tcam_diff.errors import UserError
 from tcam_diff.training import checkpoint
 from tcam_diff.training.ranks import Ranks
-from tcam_diff.training.records import Records
+from tcam_diff.training.records import Records, read
 
 
 class Task(Protocol):
@@ -80,8 +81,8 @@ def run(
     """Train from the start, or from the checkpoint ``resume``, to the last step, or until ``should_stop``.
 
     ``score``: the metric of evaluations that is high for good checkpoints, or, with a minus before it, low.
-    Ends with a checkpoint. Raises UserError where the loss is no number, or a checkpoint cannot be written or read; the
-    checkpoints before are then intact.
+    Ends with a checkpoint; there is one at every evaluation too, so that the best can be kept. Raises UserError where the loss
+    is no number, or a checkpoint cannot be written or read; the checkpoints before are then intact.
     """
     checkpoints = folder / "checkpoints"
     if ranks.first:
@@ -94,8 +95,8 @@ def run(
         task.load_state(shared["task"], shards)
     records = Records(folder, step) if ranks.first else None
     began = time.monotonic()
-    metrics: dict[str, float] = {}
-    last_score: float | None = None
+    metrics = _last_records(folder, step)  # those of a run that is gone on with
+    measured: dict[int, float] = {}  # the score at the last step that was evaluated
     finite = torch.ones((), dtype=torch.bool, device=ranks.device)
     mark, mark_time, stopped = step, began, False
 
@@ -107,7 +108,7 @@ def run(
         if ranks.any(not (bool(finite) and task.finite())):
             raise _not_a_number(step, metrics, checkpoints)
         shared = {"task": task.shared_state(), "seconds": seconds()}
-        checkpoint.save(checkpoints, step, shared, task.shard_state(), ranks, score=last_score, keep=cadence.keep)
+        checkpoint.save(checkpoints, step, shared, task.shard_state(), ranks, score=measured.get(step), keep=cadence.keep)
         saved = step
 
     try:
@@ -134,9 +135,8 @@ def run(
             if step % cadence.evaluate == 0 or last:
                 checked = task.evaluate()
                 metrics |= checked
-                last_score = checked.get(score.lstrip("-"))
-                if last_score is not None and score.startswith("-"):
-                    last_score = -last_score
+                value = checked.get(score.lstrip("-"))
+                measured = {} if value is None else {step: -value if score.startswith("-") else value}
                 if records is not None:
                     records.scalars(step, checked)
                 if on_evaluate is not None:
@@ -144,7 +144,7 @@ def run(
                 mark, mark_time = step, time.monotonic()
             if on_progress is not None:
                 on_progress(Progress(step, task.steps, metrics, seconds()))
-            if step % cadence.checkpoint == 0 or last:
+            if step % cadence.checkpoint == 0 or step in measured or last:
                 save()
                 mark, mark_time = step, time.monotonic()
         if saved != step:
@@ -153,6 +153,14 @@ def run(
         if records is not None:
             records.close()
     return Outcome(step, seconds(), stopped, metrics)
+
+
+def _last_records(folder: Path, step: int) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for record in read(folder):
+        if record["step"] <= step:
+            found |= {k: math.nan if v is None else v for k, v in record.items() if k != "step"}
+    return found
 
 
 def _not_a_number(step: int, metrics: Mapping[str, float], checkpoints: Path) -> UserError:
