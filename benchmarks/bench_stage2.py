@@ -63,7 +63,7 @@ def nearest(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=900, help="of each network")
+    parser.add_argument("--steps", type=int, default=1500, help="of each network")
     parser.add_argument("--stage1-steps", type=int, default=3000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=64)
@@ -102,7 +102,7 @@ def run(a: argparse.Namespace, work: Path) -> None:
     trained = read_set(store, lambda v: v.half(), split="train")
     rows: list[dict[str, object]] = []
     about = {"cores": len(os.sched_getaffinity(0)), "steps": a.steps, "psnr": psnr, "before": before}
-    about["controls"] = controls(truth, config)
+    about["controls"] = controls(truth, reconstructed(latents, a.samples), config)
     print(about["controls"], flush=True)
     for seed in range(a.seeds):
         times: dict[str, float] = {}
@@ -154,11 +154,24 @@ def run(a: argparse.Namespace, work: Path) -> None:
             picture(a.picture, {"held out": truth, "training": trained, **volumes}, np.asarray(model.geometry.affine))
 
 
-def controls(truth: torch.Tensor, config: CriticConfig) -> dict[str, float]:
-    """Critics of one half of the real volumes against the other."""
+@torch.no_grad()
+def reconstructed(latents: Path, count: int) -> torch.Tensor:
+    """(N, 1, 64, 64, 64): training volumes decoded from their planes: the best that samples of these planes can be."""
+    held = LatentSet(latents)
+    fitted = [held.fitted(e.name) for e in held.entries[:count]]
+    return torch.cat([f.decoder(f.planes, f.meta.shape).float().clamp(0, 1) for f in fitted])
+
+
+def controls(truth: torch.Tensor, decoded: torch.Tensor, config: CriticConfig) -> dict[str, float]:
+    """Critics of one half of the held-out volumes against the other, and against decoded training volumes."""
     a, b = halves(prepare(truth, config), 0)
     found = {}
-    for name, other in (("other half", b), ("other half, blurred by 1 voxel", blurred(b, 1.0).half())):
+    others = {
+        "other half": b,
+        "other half, blurred by 1 voxel": blurred(b, 1.0).half(),
+        "training volumes, decoded from their planes": prepare(decoded, config),
+    }
+    for name, other in others.items():
         found[name] = score(a, {name: other}, config, 0, torch.device("cpu")).distance[name]
     return found
 

@@ -16,7 +16,7 @@ from tcam_diff.autodecoder.objective import make_decoder
 from tcam_diff.autodecoder.planes import PLANE_AXES, normalise
 from tcam_diff.autodecoder.train import Autodecoder
 from tcam_diff.cli import train_diffusion
-from tcam_diff.cli.sample import draw
+from tcam_diff.cli.sample import Output, draw
 from tcam_diff.cli.train_autodecoder import FREE, train
 from tcam_diff.cli.training import prepare_folder
 from tcam_diff.data.store import Record, Store, StoreWriter, quantise
@@ -93,11 +93,18 @@ SMALL_DIFFUSION = (
 )  # fmt: skip
 
 
-def make_latents(folder: Path, count: int = 6, texels: tuple[int, int, int] = (8, 8, 8), seed: int = 0, split: str = "train"):
+def make_latents(
+    folder: Path,
+    count: int = 6,
+    texels: tuple[int, int, int] = (8, 8, 8),
+    seed: int = 0,
+    split: str = "train",
+    decoder_seed: int = 0,
+) -> Path:
     """A latent set of smooth planes that vary in a few ways, C = 4."""
     stage1 = config(folder / "no-store", "channels=4", f"plane_size={list(texels)}", "widths=[8]")
     g = torch.Generator().manual_seed(0)
-    decoder = make_decoder(stage1, 1)
+    decoder = make_decoder(stage1.model_copy(update={"seed": decoder_seed}), 1)
     shapes = [(4, texels[a], texels[b]) for a, b in PLANE_AXES]
     common = [[torch.nn.functional.avg_pool2d(torch.randn(s, generator=g), 3, 1, 1) for s in shapes] for _ in range(4)]
     own = torch.Generator().manual_seed(seed)
@@ -146,7 +153,7 @@ def diffusion_steps(latents: Path, out: Path, count: int, overrides: tuple[str, 
 def sample(folder: Path, out: Path) -> None:
     """As ``tcam sample`` does, five volumes one by one, on one thread."""
     torch.set_num_threads(1)
-    draw(folder, out, range(5), SampleConfig(steps=3), batch_size=1, device="cpu", quiet=True)
+    draw(folder, Output(out), range(5), SampleConfig(steps=3), batch_size=1, device="cpu", quiet=True)
 
 
 # ---- processes -----------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import runs
 import torch
 from tcam_diff.cli.app import app
 from tcam_diff.errors import UserError
-from tcam_diff.evaluation.critic import Critic, CriticConfig, blurred, halves, prepare, score
+from tcam_diff.evaluation.critic import Critic, CriticConfig, _epoch, blurred, halves, prepare, score
 from tcam_diff.evaluation.sets import read_set
 from typer.testing import CliRunner
 
@@ -84,24 +84,29 @@ def test_a_score_is_a_function_of_its_seed():
     assert a != c
     renamed = score(real, {"y": fake}, config, 0, CPU)
     assert list(renamed.distance.values()) == list(a.distance.values())
-    assert a.counts == {"real": 5, "x": 5}
+    assert (a.real_count, a.counts) == (5, {"x": 5})
     assert a.epochs == 3
 
 
 def test_fakes_beyond_the_number_of_reals_are_left_out():
     real = prepare(blob_set(10, 0), SMALL)
     found = score(real, {"x": prepare(blob_set(30, 1), SMALL)}, SMALL.model_copy(update={"epochs": 1}), 0, CPU)
-    assert found.counts == {"real": 4, "x": 4}
-    with pytest.raises(ValueError, match="none called real"):
-        score(real, {"real": real}, SMALL, 0, CPU)
+    assert (found.real_count, found.counts) == (4, {"x": 4})
+    with pytest.raises(ValueError, match="one or more sets"):
+        score(real, {}, SMALL, 0, CPU)
     with pytest.raises(UserError, match="x: 1 volumes are too few"):
         score(real, {"x": real[:1]}, SMALL, 0, CPU)
 
 
 def test_clipped_weights_stay_clipped():
-    config = SMALL.model_copy(update={"constraint": "clip", "epochs": 2})
-    real = prepare(blob_set(10, 0), config)
-    assert score(real, {"x": prepare(blob_set(10, 1, 0.4), config)}, config, 0, CPU).valid
+    config = SMALL.model_copy(update={"constraint": "clip", "lr": 1e-3})
+    real, fake = (prepare(blob_set(10, i, 0.4 * i), config) for i in (0, 1))
+    critic = Critic(1, config)
+    weights = [m.weight for m in critic.modules() if isinstance(m, torch.nn.Conv3d)]
+    assert max(float(w.detach().abs().max()) for w in weights) > 2 * config.clip
+    _epoch(critic, torch.optim.RMSprop(critic.parameters(), lr=config.lr), real, [fake], config, 0, 1, CPU)
+    assert max(float(w.detach().abs().max()) for w in weights) <= config.clip
+    assert score(real, {"x": fake}, config.model_copy(update={"epochs": 2}), 0, CPU).valid
 
 
 def test_halves_share_nothing():
@@ -126,6 +131,8 @@ def test_sets_come_from_stores_samples_and_files(tmp_path):
     volumes = blob_set(3, 0, size=12)
     samples = write(tmp_path / "samples", volumes, -1000.0, 400.0)
     torch.testing.assert_close(read_set(samples, lambda v: v), volumes, rtol=0, atol=1e-5)
+    told = read_set(samples, lambda v: v, intensity=(0, 200))  # what files say of themselves counts
+    torch.testing.assert_close(told, volumes, rtol=0, atol=1e-5)
     plain = write(tmp_path / "plain", volumes, -1000.0, 400.0, sidecars=False)
     with pytest.raises(UserError, match=r"s0\.nii\.gz: values from .*--intensity"):
         read_set(plain, lambda v: v)
@@ -140,7 +147,7 @@ def test_sets_come_from_stores_samples_and_files(tmp_path):
 def test_the_command_prints_a_line_for_every_set(tmp_path):
     real, near, far = (
         write(tmp_path / name, blob_set(12, seed, shift), 0.0, 1.0)
-        for name, seed, shift in (("real", 0, 0.0), ("near", 1, 0.05), ("far", 2, 0.4))
+        for name, seed, shift in (("truth", 0, 0.0), ("real", 1, 0.05), ("far", 2, 0.4))
     )
     found = tmp_path / "scores.json"
     command = ["critic", real, near, far, "size=16", "width=8", "epochs=10", "lr=1e-3", "--seeds", 2, "--json", found, "-q"]

@@ -72,9 +72,23 @@ def test_a_sample_depends_on_its_number_alone(model, solver):
     assert float((alone - other).abs().max()) > 1e-3
 
 
-def test_products_in_bfloat16_are_near_those_in_float32(model):
-    exact, rough = (model.decode(sampler(model, compute_dtype=c).sample([0])) for c in ("float32", "bfloat16"))
+def test_products_in_bfloat16_are_near_those_in_float32(model, trained):
+    other = TriplaneDiffusion.load(trained, compute="bfloat16")
+    assert (model.computing, other.computing) == (torch.float32, torch.bfloat16)
+    exact, rough = (m.decode(sampler(m).sample([0])) for m in (model, other))
     assert 0 < float((exact - rough).abs().max()) < 0.1
+
+
+def test_float32_products_are_that_on_gpus_too():
+    """No TF32 while they run; what the user had set is back afterwards."""
+    from tcam_diff.diffusion.model import _exact
+
+    held = torch.backends.cudnn.allow_tf32
+    with _exact(torch.float32):
+        assert not torch.backends.cudnn.allow_tf32
+    with _exact(torch.bfloat16):
+        assert torch.backends.cudnn.allow_tf32 == held
+    assert torch.backends.cudnn.allow_tf32 == held
 
 
 def test_planes_of_samples_have_unit_energy(model):
@@ -110,11 +124,11 @@ def test_interpolation_begins_and_ends_at_its_volumes(model, latents):
 
     held = LatentSet(latents)
     a, b = ([p[None] for p in held.planes(e)] for e in held.entries[:2])
-    found = sampler(model, solver="rk4", steps=30, final="x").interpolate(a, b, 3)
-    for i, want in ((0, a), (2, b)):
-        for p, q in zip(found, want, strict=True):
-            assert float((p[i : i + 1] - q).square().mean().sqrt()) < 0.05
-    assert float((found[0][1] - found[0][0]).square().mean()) > 1e-3
+    found = list(sampler(model, solver="rk4", steps=30, final="x").interpolate(a, b, 3))
+    for planes, want in ((found[0], a), (found[2], b)):
+        for p, q in zip(planes, want, strict=True):
+            assert float((p - q).square().mean().sqrt()) < 0.05
+    assert float((found[1][0] - found[0][0]).square().mean()) > 1e-3
 
 
 # ---- the command ---------------------------------------------------------------------------
@@ -153,8 +167,20 @@ def test_a_command_goes_on_with_what_is_missing(trained, tmp_path):
     assert kept.stat().st_mtime_ns == before
     assert {p.name: p.read_bytes() for p in out.glob("*.nii.gz")} == files
     assert "3 are there already" in tcam(*command, "--n", 3)
-    assert "0 are there" not in tcam(*command, "--n", 3, "--final", "x")  # other settings are another sample
-    assert {p.name: p.read_bytes() for p in out.glob("*.nii.gz")} != files
+    for other in (("--final", "x"), ("--size", 8, 8, 8), ("--dtype", "uint8"), ("--compute-dtype", "bfloat16")):
+        assert "made with" in tcam(*command, "--n", 3, *other, fails=True)  # nothing is overwritten
+    assert {p.name: p.read_bytes() for p in out.glob("*.nii.gz")} == files
+
+
+def test_the_mean_residual_is_that_of_the_sample(trained, tmp_path):
+    """Whatever else was in its batch."""
+    found = []
+    for size in (1, 3):
+        out = tmp_path / f"{size}"
+        tcam("sample", trained, "--out", out, "--n", 3, "--steps", 3, "--batch-size", size, "-q")
+        found.append([json.loads(p.read_text())["residual_mean_square"] for p in sorted(out.glob("*.json"))])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert len(set(found[0])) == 3
 
 
 def test_two_processes_draw_the_same_volumes(trained, tmp_path):
@@ -164,6 +190,10 @@ def test_two_processes_draw_the_same_volumes(trained, tmp_path):
     assert len(one) == 5
     assert one == two
     assert (tmp_path / "2" / "contact-sheet.png").is_file()
+    for number in (1, 3):  # both of the second process, as the samples were first dealt
+        next((tmp_path / "2").glob(f"sample-000{number}*.json")).unlink()
+    runs.finish(runs.start(runs.sample, trained, tmp_path / "2", world=2))
+    assert len(list((tmp_path / "2").glob("*.json"))) == 5
 
 
 @pytest.mark.parametrize(
@@ -172,7 +202,10 @@ def test_two_processes_draw_the_same_volumes(trained, tmp_path):
         (["--label", "c"], "expected one of a, b, got c"),
         (["--final", "y"], "final"),
         (["--size", 0, 4, 4], "three positive numbers"),
+        (["--size", 40000, 4, 4], "at most 32767"),
         (["--dtype", "int3"], "int3"),
+        (["--device", "tpu9"], "expected auto, cpu, cuda"),
+        (["--guidance-scale", 3], "give --label"),
         (["--mask", "m.nii.gz"], "give that too"),
     ],
 )
@@ -184,9 +217,19 @@ def test_interpolate(trained, latents, tmp_path):
     out = tmp_path / "between"
     tcam("interpolate", trained, latents, "v0-0", "v0-3", "--out", out, "--n", 3, "--steps", 4, "-q")
     assert sorted(p.name for p in out.iterdir()) == [
-        "00-of-3.nii.gz", "01-of-3.nii.gz", "02-of-3.nii.gz", "contact-sheet.png",
+        "00-of-3.nii.gz", "01-of-3.nii.gz", "02-of-3.nii.gz", "contact-sheet.png", "interpolation.json",
     ]  # fmt: skip
-    assert "no volume 'v9'" in tcam("interpolate", trained, latents, "v9", "v0-3", "--out", out, fails=True)
+    assert json.loads((out / "interpolation.json").read_text())["b"] == "v0-3"
+    for names, said in (
+        (("v9", "v0-3"), "no volume 'v9'"),
+        (("v0-1", "v0-3"), "of another interpolation"),
+        (("v0-0", "v0-3", "--solver", "hot"), "no inverse"),
+        (("v0-0", "v0-3", "--dtype", "int3"), "int3"),
+    ):
+        command = ("interpolate", trained, latents, *names, "--out", out)
+        assert said in tcam(*command, "--n", 3, "--steps", 4, fails=True)
+    other = runs.make_latents(tmp_path / "other", decoder_seed=1)
+    assert "planes of another decoder" in tcam("interpolate", trained, other, "v0-0", "v0-3", "--out", out, fails=True)
 
 
 # ---- guidance ------------------------------------------------------------------------------
@@ -258,6 +301,28 @@ def test_known_files(model, trained, truth, tmp_path):
     assert read_known(model, path).factor == (2, 4, 1)
     with pytest.raises(UserError, match="numbers from 0 to 0"):
         read_known(model, path, channels="1")
+
+
+def test_known_files_are_turned_to_the_models_axes(model, truth, tmp_path):
+    """A file that holds the same anatomy along other axes is known to be the same."""
+    lo, hi = model.geometry.intensity[0]
+    path, mask = tmp_path / "known.nii.gz", tmp_path / "mask.nii.gz"
+    marked = np.zeros(SIZE, np.uint8)
+    marked[:5, :, 2:] = 1
+    affine = np.diag([1.0, 1.0, 1.0, 1.0])
+    turned = affine.copy()  # x is backward, y and z are swapped
+    turned[0, 0], turned[0, 3] = -1.0, SIZE[0] - 1
+    turned[1:3, 1:3] = [[0, 1], [1, 0]]
+    for target, values in ((path, lo + (hi - lo) * truth[0].numpy()), (mask, marked)):
+        nib.save(nib.Nifti1Image(values[::-1].transpose(0, 2, 1), turned), target)
+    found = read_known(model, path, mask)
+    torch.testing.assert_close(found.known, truth, rtol=0, atol=1e-5)
+    assert torch.equal(found.mask[0] != 0, torch.from_numpy(marked != 0))
+    told = read_known(model, path, intensity=(lo, lo + 2 * (hi - lo)))
+    torch.testing.assert_close(told.known, truth / 2, rtol=0, atol=1e-5)
+    nib.save(nib.Nifti1Image(marked, affine @ np.diag([1, 1, 1.5, 1])), mask)
+    with pytest.raises(UserError, match=r"mask\.nii\.gz: its affine is not that of"):
+        read_known(model, path, mask)
 
 
 # ---- MONAI ---------------------------------------------------------------------------------
@@ -352,8 +417,11 @@ def test_a_bundle_is_verified_and_runs_alone(trained, model, tmp_path):
     want = lo + (hi - lo) * model.decode(sampler(model, steps=4, seed=3).sample([0, 1]))[1, 0]
     np.testing.assert_allclose(image.get_fdata(), want.numpy(), atol=0.1)
     np.testing.assert_allclose(image.affine, model.geometry.affine, atol=1e-5)
-    (bundle / "configs" / "metadata.json").unlink()
-    assert "is not empty and no bundle" in tcam("export-bundle", trained, "--out", bundle, fails=True)
+    tcam("export-bundle", trained, "--out", bundle)  # over a bundle, whole or not
+    (tmp_path / "file").write_text("")
+    (bundle / "precious.txt").write_text("")
+    for place in (tmp_path / "file", bundle):
+        assert "is there and no bundle" in tcam("export-bundle", trained, "--out", place, fails=True)
 
 
 def test_a_model_loads_in_three_lines(trained):

@@ -66,6 +66,16 @@ def test_centring_leaves_no_mean_and_unit_energy_and_is_undone(latents):
         torch.testing.assert_close(q, original)
 
 
+def test_planes_that_do_not_fit_the_network_are_refused_at_the_start(latents, oblong, tmp_path):
+    with pytest.raises(UserError, match=r"latents: .*rows and columns multiples of 16 \(5 network.multipliers\)"):
+        Diffusion(runs.diffusion_config(latents, "network.multipliers=[1,1,1,1,1]"), Ranks(), tmp_path)
+    with pytest.raises(UserError, match="concatenated needs planes of one size"):
+        Diffusion(runs.diffusion_config(oblong, "network.weights=concatenated"), Ranks(), tmp_path)
+    other = runs.make_latents(tmp_path / "other", seed=1, decoder_seed=1)
+    with pytest.raises(UserError, match="planes of another decoder"):
+        Diffusion(runs.diffusion_config(latents, f"validation={other}"), Ranks(), tmp_path)
+
+
 def test_a_damaged_plane_file_is_named(latents, tmp_path):
     import shutil
 
@@ -90,6 +100,9 @@ def test_labels_come_from_a_table(latents, tmp_path):
     table.write_text("volume,class\nv0-0,ill\n")
     with pytest.raises(UserError, match="columns name and label"):
         LatentData(latents, labels=str(table))
+    table.write_text("name,label\n" + "".join(f"{n},new\n" for n in names))
+    with pytest.raises(UserError, match="v0-0 is new, the training volumes ill, well"):
+        LatentData(latents, labels=str(table), classes=["ill", "well"])
     with pytest.raises(UserError, match=r"none\.csv"):
         LatentData(latents, labels=str(tmp_path / "none.csv"))
 

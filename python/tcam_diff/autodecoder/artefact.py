@@ -51,6 +51,11 @@ class Metadata:
     tcam_ext: str = tcam_ext.__version__
 
 
+def decoding_dtype(config: ObjectiveConfig, device: torch.device) -> torch.dtype | None:
+    """Of a trained decoder's products: on a GPU as in training; None, float32, on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" and config.compute_dtype in ("auto", "bfloat16") else None
+
+
 @dataclass
 class FittedVolume:
     planes: list[Tensor]  # (1, C, rows, columns), normalised
@@ -65,9 +70,7 @@ class FittedVolume:
             slab = max(1, min(size[2], (1 << 24) // (size[0] * size[1] * self.meta.channels) or 1))
         lo = torch.tensor([a for a, _ in self.meta.intensity]).view(-1, 1, 1, 1)
         hi = torch.tensor([b for _, b in self.meta.intensity]).view(-1, 1, 1, 1)
-        device = self.planes[0].device  # on a GPU as in training; on a CPU in float32
-        fast = device.type == "cuda" and self.config.compute_dtype in ("auto", "bfloat16")
-        compute = torch.bfloat16 if fast else None
+        compute = decoding_dtype(self.config, self.planes[0].device)
         for z in range(0, size[2], slab):
             box = ((0, size[0]), (0, size[1]), (z, min(z + slab, size[2])))
             values = self.decoder(self.planes, size, box=box, compute_dtype=compute)[0].clamp(0, 1).float().cpu()

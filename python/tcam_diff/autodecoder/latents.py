@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -179,6 +180,17 @@ class LatentSet:
         made = make_decoder(self.config, self.entries[0].shape[0]).float()
         made.load_state_dict(read_tensors(path))
         return made.requires_grad_(False)
+
+    def check_decoder(self, other: tcam_ext.TriplaneDecoder, whose: object) -> None:
+        """Raises UserError where this set's planes are of another decoder: they would decode to something else."""
+        mine, theirs = self.decoder().state_dict(), other.state_dict()
+        same = mine.keys() == theirs.keys() and all(
+            v.shape == theirs[k].shape and torch.equal(v, theirs[k].to(v)) for k, v in mine.items()
+        )
+        if not same:
+            raise UserError(
+                f"{self.folder}: planes of another decoder than that of {whose}; encode with the same run of stage 1"
+            )
 
     def fitted(self, name: str) -> artefact.FittedVolume:
         """A volume, ready to be decoded."""

@@ -13,7 +13,7 @@ import typer
 from tcam_diff import config as configs
 from tcam_diff.cli.common import say, tracked
 from tcam_diff.errors import UserError
-from tcam_diff.files import write_text
+from tcam_diff.files import writable_folder, write_text
 
 
 def critic(
@@ -31,7 +31,8 @@ def critic(
     intensity: Annotated[
         tuple[float, float] | None,
         typer.Option(
-            help="Physical values at 0 and 1, where files do not say. [default: files are in 0 to 1]", show_default=False
+            help="Physical values at 0 and 1, of files that do not say: stores and samples do. [default: files are in 0 to 1]",
+            show_default=False,
         ),
     ] = None,
     controls: Annotated[bool, typer.Option(help="Score also real against real, and against blurred real, volumes.")] = True,
@@ -54,6 +55,8 @@ def critic(
         raise UserError(f"expected at most two generators, FAKE and FAKE2, got {' '.join([str(fake), *others])}")
     config = configs.load(CriticConfig, "critic", "default", [m for m in more or [] if "=" in m])
     device = device_of(config.device)
+    if out is not None:
+        writable_folder(out.parent)
 
     def read(path: Path, what: str, part: str | None = None) -> torch.Tensor:
         return read_set(
@@ -98,8 +101,8 @@ def critic(
         trained = statistics.fmean(s.train_distance for s in scores)
         norm = statistics.fmean(s.gradient_norm for s in scores)
         say(
-            f"{what}: {statistics.fmean(distances):.4g}{spread}   ({counts['real']} real and {counts[what]} fake ones scored; "
-            f"on the training volumes {trained:.4g}, gradient norm {norm:.2f}){doubt}"
+            f"{what}: {statistics.fmean(distances):.4g}{spread}   ({scores[0].real_count} real and {counts[what]} fake ones "
+            f"scored; on the training volumes {trained:.4g}, gradient norm {norm:.2f}){doubt}"
         )
     if out is not None:
         found_ = {

@@ -49,6 +49,13 @@ def _load(folder: Path, volume: str | None) -> artefact.FittedVolume:
     return found.fitted(volume or found.entries[0].name)
 
 
+def check_output(size: tuple[int, int, int], dtype: str) -> None:
+    """Whether a volume of this size and type can be written. Raises UserError."""
+    if min(size) < 1 or max(size) > 32767:
+        raise UserError(f"--size: expected three positive numbers, at most 32767 (NIfTI-1), got {' '.join(map(str, size))}")
+    Quantiser(dtype, 0.0, 1.0)
+
+
 def decode_to_file(
     fitted: artefact.FittedVolume,
     out: Path,
@@ -56,8 +63,7 @@ def decode_to_file(
     dtype: str = "float32",
     quiet: bool = False,
 ) -> None:
-    if min(size) < 1:
-        raise UserError(f"--size: expected three positive numbers, got {size}")
+    check_output(size, dtype)
     meta = fitted.meta
     quantiser = Quantiser(dtype, min(lo for lo, _ in meta.intensity), max(hi for _, hi in meta.intensity))
     affine = resized_affine(np.asarray(meta.affine), meta.shape, size)

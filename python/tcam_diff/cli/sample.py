@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from tcam_diff import config as configs
 from tcam_diff.cli.common import say, size_text, stop_on_interrupt, tracked
+from tcam_diff.cli.decode import check_output
 from tcam_diff.diffusion.config import SampleConfig, Solver
 from tcam_diff.errors import UserError
 from tcam_diff.files import replacing, sha256, writable_folder, write_text
 from tcam_diff.training.ranks import ranks
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tcam_diff.diffusion.guidance import ImageGuidance
     from tcam_diff.diffusion.model import TriplaneDiffusion
 
 SHEET = "contact-sheet.png"
+ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
 
 def sample(
@@ -38,7 +44,8 @@ def sample(
     steps: Annotated[int, typer.Option(min=1, help="Intervals; heun and midpoint take two evaluations, rk4 four.")] = 50,
     final: Annotated[str, typer.Option(help="x0: the last estimate of the planes; x: the integrated state.")] = "x0",
     label: Annotated[str | None, typer.Option(help="A class, of a model trained with labels.")] = None,
-    guidance_scale: Annotated[float, typer.Option(min=0, help="Of classifier-free guidance; 1: none.")] = 1.0,
+    hot_k: Annotated[int, typer.Option(min=1, help="Intervals that hot jumps ahead before it adds noise.")] = 2,
+    guidance_scale: Annotated[float, typer.Option(min=0, help="Of classifier-free guidance, with --label; 1: none.")] = 1.0,
     known: Annotated[
         Path | None,
         typer.Option(help="A volume that samples agree with: whole with --mask or --known-channels, or coarse."),
@@ -47,15 +54,20 @@ def sample(
     known_channels: Annotated[
         str | None, typer.Option(help="Channels of --known that are known, e.g. 0,2; others are drawn.")
     ] = None,
+    known_range: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="Intensities of --known at 0 and 1. [default: the data set's]", show_default=False),
+    ] = None,
     known_noise: Annotated[
         float, typer.Option(min=1e-4, help="How closely it is followed: deviation, of a range of 1.")
     ] = 0.02,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Samples at a time. With 1, a volume is always the same to the bit.")
+        int, typer.Option(min=1, help="Samples at a time; 1 with --known. With 1, a volume is always the same to the bit.")
     ] = 4,
     dtype: Annotated[str, typer.Option(help="float32, int16, uint16 or uint8 (integers with a scale).")] = "float32",
     compute_dtype: Annotated[
-        str | None, typer.Option(help="auto, float32 or bfloat16. [default: as in training]", show_default=False)
+        ComputeDtype | None,
+        typer.Option(help="Of the products. [default: as in training; auto: bfloat16 on GPUs]", show_default=False),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
@@ -67,32 +79,52 @@ def sample(
     torchrun they are shared among its processes.
     """
     settings = {
-        "solver": solver, "steps": steps, "final": final, "guidance_scale": guidance_scale, "seed": seed,
-        "compute_dtype": compute_dtype,
+        "solver": solver, "steps": steps, "final": final, "guidance_scale": guidance_scale, "seed": seed, "hot_k": hot_k,
     }  # fmt: skip
     config = configs.validate(SampleConfig, settings, "sample")
-    if known is None and (mask is not None or known_channels is not None):
-        raise UserError("--mask and --known-channels say what of --known is known: give that too")
+    if guidance_scale != 1 and label is None:
+        raise UserError(f"--guidance-scale {guidance_scale:g}: guides towards a class: give --label, or leave it out")
+    if known is None and (mask is not None or known_channels is not None or known_range is not None):
+        raise UserError("--mask, --known-channels and --known-range say what of --known is known: give that too")
 
     def guide(loaded: TriplaneDiffusion) -> ImageGuidance | None:
-        return None if known is None else read_known(loaded, known, mask, known_channels, known_noise)
+        return None if known is None else read_known(loaded, known, mask, known_channels, known_noise, known_range)
 
-    draw(model, out, range(first, first + n), config, size, label, guide, batch_size, dtype, device, quiet)
+    output = Output(out, size, dtype)
+    draw(model, output, range(first, first + n), config, label, guide, batch_size, compute_dtype, device, quiet)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where samples go, and as what. Raises UserError where that cannot be."""
+
+    folder: Path
+    size: tuple[int, int, int] | None = None  # None: as the training volumes
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        check_output(self.size or (1, 1, 1), self.dtype)
 
 
 def read_known(
-    model: TriplaneDiffusion, known: Path, mask: Path | None = None, channels: str | None = None, noise: float = 0.02
+    model: TriplaneDiffusion,
+    known: Path,
+    mask: Path | None = None,
+    channels: str | None = None,
+    noise: float = 0.02,
+    intensity: tuple[float, float] | None = None,
 ) -> ImageGuidance:
-    """Guidance by a file: on the model's grid, or coarser by whole factors. Raises UserError naming the file."""
+    """Guidance by a file: on the model's grid, or coarser by whole factors; its axes are turned to the model's by its affine.
+    Raises UserError naming the file."""
     import numpy as np
     import torch
 
     from tcam_diff.data.intensity import to_unit
-    from tcam_diff.data.nifti import read_volume
+    from tcam_diff.data.nifti import oriented, read_volume
     from tcam_diff.diffusion.guidance import ImageGuidance
 
     g = model.geometry
-    volume = read_volume(known)
+    volume = oriented(read_volume(known), np.asarray(g.affine))
     fits = all(n % m == 0 for n, m in zip(g.shape, volume.shape, strict=True))
     if not fits or volume.data.shape[0] != g.outputs:
         raise UserError(
@@ -110,7 +142,9 @@ def read_known(
             raise UserError(f"--known-channels: expected numbers from 0 to {g.outputs - 1} with commas, got {channels}")
         held[[c for c in range(g.outputs) if c not in chosen]] = 0
     if mask is not None:
-        marked = read_volume(mask)
+        marked = oriented(read_volume(mask), np.asarray(g.affine))
+        if not np.allclose(marked.affine, volume.affine, atol=0.01 * max(volume.spacing)):
+            raise UserError(f"{mask}: its affine is not that of {known}: save the mask on the grid of that volume")
         if marked.shape != volume.shape or marked.data.shape[0] not in (1, g.outputs):
             raise UserError(f"{mask}: expected the {size_text(volume.shape)} voxels of {known}, got {size_text(marked.shape)}")
         held = held * (marked.data != 0)
@@ -121,80 +155,89 @@ def read_known(
         "mask": None if mask is None else sha256(mask),
         "channels": channels,
         "noise": noise,
+        "range": intensity,
     }
-    unit = torch.from_numpy(to_unit(volume.data, g.intensity))
+    unit = torch.from_numpy(to_unit(volume.data, g.intensity if intensity is None else [intensity] * g.outputs))
     return ImageGuidance(unit, torch.from_numpy(held), factor, noise, provenance=provenance)  # type: ignore[arg-type]
 
 
 def draw(
     folder: Path,
-    out: Path,
+    output: Output,
     indices: range,
     config: SampleConfig,
-    size: tuple[int, int, int] | None = None,
     label: str | None = None,
     guide: Callable[[TriplaneDiffusion], ImageGuidance | None] | None = None,
     batch_size: int = 4,
-    dtype: str = "float32",
+    compute: str | None = None,
     device: str = "auto",
     quiet: bool = False,
 ) -> None:
-    """Draw the samples that ``out`` lacks, and the sheet of all."""
+    """Draw the samples that the folder lacks, and the sheet of all."""
+    import torch
+
     from tcam_diff.diffusion.model import INDEX, TriplaneDiffusion, find
     from tcam_diff.diffusion.sampling import Sampler
 
-    if size is not None and min(size) < 1:
-        raise UserError(f"--size: expected three positive numbers, got {size_text(size)}")
-    with ranks(device) as group:
+    with ranks(device, patience=timedelta(days=7)) as group:  # shares differ: the last one may take long
         quiet = quiet or not group.first
-        model = TriplaneDiffusion.load(folder, group.device)
+        out = output.folder
+        model = TriplaneDiffusion.load(folder, group.device, compute)
         chosen = model.label(label)
         guidance = None if guide is None else guide(model)
         writable_folder(out)
-        name = f"seed{config.seed}_{config.solver}{config.steps}" + (f"_{label}" if label else "")
-        shape = size or model.geometry.shape
+        name = f"seed{config.seed}_{config.solver}{config.steps}"
+        if label is not None:
+            name += "_" + re.sub(r"[^\w.+-]+", "-", label)
+        shape = output.size or model.geometry.shape
         settings: dict[str, Any] = {
             "model": sha256(find(folder) / INDEX),
             "sampling": config.model_dump(mode="json"),
+            "compute_dtype": str(model.computing).removeprefix("torch."),
             "label": label,
             "size": list(shape),
-            "dtype": dtype,
+            "dtype": output.dtype,
             "known": None if guidance is None else guidance.provenance,
         }
+        settings = json.loads(json.dumps(settings))  # as they are read back
         files = {i: Files.of(out, i, name) for i in indices}
-        mine = list(indices)[group.rank :: group.world]
-        missing = [i for i in mine if not files[i].holds(settings)]
+        missing = [i for i in indices if not files[i].hold(settings)]
         if not quiet:
-            kept = len(mine) - len(missing)
+            kept = len(indices) - len(missing)
             say(
                 f"{find(folder)}: {len(indices)} volumes, {size_text(shape)}, {config.solver} with {config.steps} steps"
                 + (f"; {kept} are there already" if kept else "")
             )
+        group.barrier()  # all have looked before one writes
+        mine = missing[group.rank :: group.world]
+        if guidance is not None:
+            batch_size = 1  # rounding grows in its iterations; and the decoder, which they run, gains nothing by more
         sampler = Sampler(model, config)
+        correct = None if guidance is None else guidance.bind(model)
         stopped = False
         with stop_on_interrupt("the same command goes on") as stop:
 
             def made() -> Iterator[int]:
-                nonlocal stopped
-                for start in range(0, len(missing), batch_size):
-                    batch = missing[start : start + batch_size]
-                    residuals: list[float] = []
+                for start in range(0, len(mine), batch_size):
+                    batch = mine[start : start + batch_size]
+                    residuals: list[Tensor] = []
 
-                    def watch(step: int, total: int, residual: float, residuals: list[float] = residuals) -> None:
+                    def watch(step: int, total: int, residual: Tensor, residuals: list[Tensor] = residuals) -> None:
                         residuals.append(residual)
                         if stop():
                             raise KeyboardInterrupt
 
-                    correct = None if guidance is None else guidance.bind(model)
                     planes = sampler.sample(batch, chosen, correct, watch)
+                    mean = torch.stack(residuals).double().mean(0).tolist()
                     for row, i in enumerate(batch):
                         if stop():
                             raise KeyboardInterrupt
-                        files[i].write([p[row : row + 1] for p in planes], model, shape, settings, i, len(batch), residuals)
+                        about = {"index": i, "batch": len(batch), "residual_mean_square": mean[row]}
+                        files[i].write([p[row : row + 1] for p in planes], model, output.dtype, settings, about)
                         yield i
 
             try:
-                for _ in tracked(made(), len(missing), "sampling", quiet):
+                for _ in tracked(made(), len(mine), "sampling", quiet):
                     pass
             except KeyboardInterrupt:
                 stopped = True
@@ -202,7 +245,7 @@ def draw(
             raise KeyboardInterrupt
         group.barrier()
         if group.first:
-            _sheet(out / SHEET, [(f"{i}", files[i].preview) for i in indices])
+            _sheet(out / SHEET, [files[i].preview for i in indices])
         if not quiet:
             say(f"{out}: {len(indices)} volumes; {out / SHEET}")
 
@@ -220,18 +263,23 @@ class Files:
         stem = f"sample-{index:04d}_{name}"
         return Files(out / f"{stem}.nii.gz", out / f"{stem}.png", out / f"{stem}.json")
 
-    def holds(self, settings: dict[str, Any]) -> bool:
-        """Whether it was made before, alike."""
+    def hold(self, settings: dict[str, Any]) -> bool:
+        """Whether the sample was made before. Raises UserError where one of other settings is in its place."""
         try:
             held = json.loads(self.sidecar.read_text())
-            return all(held[k] == v for k, v in settings.items()) and self.volume.is_file() and self.preview.is_file()
-        except (OSError, ValueError, KeyError):
+            differ = [k for k, v in settings.items() if held[k] != v]
+        except (OSError, ValueError, KeyError, TypeError):
             return False
+        if not (self.volume.is_file() and self.preview.is_file()):
+            return False
+        if differ:
+            told = {k: "another model" if k == "model" else f"{k} {held[k]}, now {settings[k]}" for k in differ}
+            raise UserError(f"{self.volume}: is there, made with {'; '.join(told.values())}: choose another folder")
+        return True
 
     def write(
-        self, planes: list[Any], model: Any, size: tuple[int, int, int], settings: dict[str, Any], index: int,
-        batch: int, residuals: list[float],
-    ) -> None:  # fmt: skip
+        self, planes: list[Tensor], model: TriplaneDiffusion, dtype: str, settings: dict[str, Any], about: dict[str, Any]
+    ) -> None:
         import tcam_ext
         from tcam_diff.cli.decode import decode_to_file
         from tcam_diff.diffusion.report import plane_strip
@@ -239,22 +287,20 @@ class Files:
         from tcam_diff.training.records import png
 
         self.sidecar.unlink(missing_ok=True)
-        decode_to_file(model.volume(planes), self.volume, size, settings["dtype"], quiet=True)
+        decode_to_file(model.volume(planes), self.volume, tuple(settings["size"]), dtype, quiet=True)
         with replacing(self.preview) as file:
             file.write(png(sheet([(self.volume.name.removesuffix(".nii.gz"), plane_strip(model, planes))], 1)))
-        g = model.geometry
-        found = settings | {
-            "index": index,
-            "batch": batch,
-            "intensity": g.intensity,
-            "residual_mean_square": sum(residuals) / len(residuals),
+        found = settings | about
+        found |= {
+            "intensity": model.geometry.intensity,
+            "device": model.device.type,
             "sha256": sha256(self.volume),
             "tcam_ext": tcam_ext.__version__,
         }
         write_text(self.sidecar, json.dumps(found, indent=1))
 
 
-def _sheet(path: Path, previews: list[tuple[str, Path]], most: int = 64) -> None:
+def _sheet(path: Path, previews: list[Path], most: int = 64) -> None:
     """One picture of the previews, at most ``most``."""
     import numpy as np
 
@@ -262,6 +308,6 @@ def _sheet(path: Path, previews: list[tuple[str, Path]], most: int = 64) -> None
     from tcam_diff.evaluation.picture import sheet
     from tcam_diff.training.records import png
 
-    strips = [("", rgb(p.read_bytes()).mean(2).astype(np.uint8)) for _, p in previews[:most]]
+    strips = [("", rgb(p.read_bytes()).mean(2).astype(np.uint8)) for p in previews[:most]]
     with replacing(path) as file:
         file.write(png(sheet(strips, min(len(strips), 2 if len(strips) < 9 else 4))))

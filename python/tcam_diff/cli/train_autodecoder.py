@@ -71,7 +71,7 @@ def train(config: TrainConfig, out: Path, group: Ranks, resume: Path | None = No
         records.picture(step, "planes", rgb(channels_picture(next(task.fitted())[1])))
 
     try:
-        with training(task.steps, quiet, group, SHOWN) as (show, stop):
+        with training(task.steps, quiet, SHOWN) as (show, stop):
             outcome = run(task, out, cadence, group, resume=resume, on_progress=show, on_evaluate=look, should_stop=stop)
         if outcome.stopped:
             if not quiet:

@@ -76,7 +76,7 @@ def train(config: DiffusionConfig, out: Path, group: Ranks, resume: Path | None 
             (samples / f"step-{step:08d}.png").write_bytes(picture)
             records.picture(step, "samples", rgb(picture))
 
-    with training(task.steps, quiet, group, SHOWN) as (show, stop):
+    with training(task.steps, quiet, SHOWN) as (show, stop):
         score = "-validation_loss"
         outcome = run(
             task, out, cadence, group, resume=resume, score=score, on_progress=show, on_evaluate=look, should_stop=stop

@@ -49,22 +49,11 @@ def prepare_folder(out: Path, config: Config, resume: str | None, group: Ranks, 
 
 @contextmanager
 def training(
-    steps: int, quiet: bool, group: Ranks, shown: Sequence[tuple[str, str, int, str]]
+    steps: int, quiet: bool, shown: Sequence[tuple[str, str, int, str]]
 ) -> Iterator[tuple[Callable[[Progress], None], Callable[[], bool]]]:
-    """(on_progress, should_stop) of a run; ``shown``: label, metric, digits and unit of what the bar tells.
-
-    Raises UserError in the ranks that are left where one of them is gone.
-    """
-    try:
-        with _bar(steps, quiet, shown) as show, stop_on_interrupt("a checkpoint is written (again: stop at once)") as stop:
-            yield show, stop
-    except RuntimeError as error:
-        if group.world > 1 and "gloo" in str(error).lower():
-            raise UserError(
-                f"rank {group.rank}: another rank is gone ({str(error).splitlines()[0]}); see its message. --resume auto "
-                "goes on, with any number of ranks that divides batch"
-            ) from error
-        raise
+    """(on_progress, should_stop) of a run; ``shown``: label, metric, digits and unit of what the bar tells."""
+    with _bar(steps, quiet, shown) as show, stop_on_interrupt("a checkpoint is written (again: stop at once)") as stop:
+        yield show, stop
 
 
 @contextmanager

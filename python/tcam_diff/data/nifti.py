@@ -9,7 +9,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -50,6 +50,13 @@ class Volume:
 def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
     x, y, z = np.sqrt((affine[:3, :3] ** 2).sum(0))
     return float(x), float(y), float(z)
+
+
+def oriented(volume: Volume, affine: np.ndarray) -> Volume:
+    """With axes swapped and turned so that they point as those of ``affine`` do: voxels are moved, none is resampled."""
+    turn = nib.orientations.ornt_transform(nib.io_orientation(volume.affine), nib.io_orientation(affine))
+    data = np.stack([nib.apply_orientation(channel, turn) for channel in volume.data])
+    return replace(volume, data=data, affine=volume.affine @ nib.orientations.inv_ornt_aff(turn, volume.shape))
 
 
 def resized_affine(affine: np.ndarray, old: tuple[int, ...], new: tuple[int, ...]) -> np.ndarray:

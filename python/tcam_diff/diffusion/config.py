@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tcam_diff.autodecoder.config import Count, Rate, Weight
+from tcam_diff.autodecoder.config import Count, Rate
 from tcam_diff.config import Config
 
 Solver = Literal["euler", "frozen", "ddim", "midpoint", "heun", "rk4", "ab2", "hot"]
@@ -90,8 +90,8 @@ class DiffusionConfig(Config):
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     grad_clip: Annotated[float, Field(gt=0, description="norm")] = 1.0
-    noise_weight: Annotated[float, Field(ge=0, description="of the error of the noise in equation 9")] = 1.0
-    image_weight: Weight = 1.0
+    noise_weight: Annotated[float, Field(gt=0, description="of the error of the noise in equation 9")] = 1.0
+    image_weight: Annotated[float, Field(gt=0, description="of the error of the planes; the sampler needs both")] = 1.0
     timesteps: Annotated[
         Literal["stratified", "uniform", "integer", "antithetic"],
         Field(description="of a batch: one in each of its equal parts, independent, of 0 to 999, or pairs t, 999 - t"),
@@ -100,7 +100,9 @@ class DiffusionConfig(Config):
         list[Literal["x", "y", "z"]],
         Field(description="axes along which volumes are mirrored at random, exactly, by flipping their planes"),
     ] = Field(default=[])
-    label_dropout: Annotated[float, Field(ge=0, le=1, description="share trained without its label, for guidance")] = 0.1
+    label_dropout: Annotated[
+        float, Field(gt=0, le=1, description="share trained without its label: for samples without one, and for guidance")
+    ] = 0.1
     ema_decay: Annotated[float, Field(ge=0, lt=1, description="of the average that samples are drawn from, with warm-up")] = (
         0.9999
     )
@@ -137,7 +139,4 @@ class SampleConfig(Config):
         Literal["x0", "x"], Field(description="what is decoded: the last estimate of the planes, or the integrated state")
     ] = "x0"
     guidance_scale: Annotated[float, Field(ge=0, description="of classifier-free guidance; 1: none")] = 1.0
-    compute_dtype: Annotated[
-        Literal["auto", "float32", "bfloat16"] | None, Field(description="of the products; null: as the model was trained")
-    ] = None
     seed: Annotated[int, Field(ge=0)] = 0

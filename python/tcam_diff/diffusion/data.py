@@ -58,7 +58,15 @@ class Centre:
 class LatentData:
     """All planes of a set, with the labels of its volumes."""
 
-    def __init__(self, folder: str | Path, dtype: torch.dtype = torch.float32, labels: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        dtype: torch.dtype = torch.float32,
+        labels: str | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        """``dtype``: of the planes in memory; ``labels``: a CSV of names and labels; ``classes``: those that there are, None:
+        those of the set. Raises UserError naming the file."""
         self.set = LatentSet(folder)
         entries = self.set.entries
         if not entries:
@@ -79,7 +87,7 @@ class LatentData:
         self.classes: list[str] = []
         self.labels: Tensor | None = None
         if labels:
-            self.classes, self.labels = _labels(labels, self.names)
+            self.classes, self.labels = _labels(labels, self.names, classes)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -102,8 +110,8 @@ def typical(entries: Sequence[Entry]) -> tuple[list[list[float]], list[tuple[flo
     return entries[int(distance.argmin())].affine, [(float(lo), float(hi)) for lo, hi in ranges]
 
 
-def _labels(path: str, names: Sequence[str]) -> tuple[list[str], Tensor]:
-    """(classes in alphabetical order, the index of each volume's)."""
+def _labels(path: str, names: Sequence[str], among: Sequence[str] | None) -> tuple[list[str], Tensor]:
+    """(classes in alphabetical order, or ``among``; the index of each volume's)."""
     try:
         with open(path, newline="") as file:
             table = csv.DictReader(file)
@@ -115,5 +123,8 @@ def _labels(path: str, names: Sequence[str]) -> tuple[list[str], Tensor]:
     missing = [n for n in names if not given.get(n)]
     if missing:
         raise UserError(f"labels: {path}: no label for {missing[0]} ({len(missing)} of {len(names)} volumes)")
-    classes = sorted({given[n] for n in names})
+    classes = sorted({given[n] for n in names}) if among is None else list(among)
+    foreign = [n for n in names if given[n] not in classes]
+    if foreign:
+        raise UserError(f"labels: {path}: {foreign[0]} is {given[foreign[0]]}, the training volumes {', '.join(classes)}")
     return classes, torch.tensor([classes.index(given[n]) for n in names])

@@ -5,9 +5,10 @@ that of planes of unit energy seen through the noise. The estimate that also kno
 
     |m (A decode(z) - y)|^2 / (2 s^2)  +  |z - x0|^2 / (2 sin^2(eta))
 
-where A averages over cells (1: none) and m marks what is known. A few steps of Adam take x0 towards it, through the gradient
-of the fused decoder; the noise is then moved so that cos(eta) x0 + sin(eta) eps stays what it was. As eta goes to 0 the second
-term holds z fast, so the drift stays finite. This is DiffPIR's proximal step with PiGDM's variance, on planes, not on voxels.
+where A averages over cells (1: none) and m marks what is known. A few steps of conjugate gradients take x0 towards it, through
+the gradient of the fused decoder; the noise is then moved so that cos(eta) x0 + sin(eta) eps stays what it was. As eta goes to
+0 the second term holds z fast, so the drift stays finite. This is DiffPIR's proximal step with PiGDM's variance, on planes, not
+on voxels.
 """
 
 from __future__ import annotations
@@ -34,8 +35,7 @@ class ImageGuidance:
         mask: like ``known``, 1 where it is known; None: everywhere.
         factor: voxels of the model's volume along x, y, z that a known one is the mean of.
         noise: s, the standard deviation of known voxels: how closely they are followed.
-        iterations: steps of Adam at every evaluation of the network.
-        rate: of those steps, times sin(eta).
+        iterations: of conjugate gradients at every evaluation of the network.
         provenance: for the record.
     """
 
@@ -44,7 +44,6 @@ class ImageGuidance:
     factor: tuple[int, int, int] = (1, 1, 1)
     noise: float = 0.02
     iterations: int = 5
-    rate: float = 0.1
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def bind(self, model: TriplaneDiffusion) -> Guided:
@@ -81,28 +80,62 @@ class Guided:
 
     def misfit(self, planes: Sequence[Tensor]) -> Tensor:
         """(B,): the sum over known voxels of the squared difference, of normalised planes."""
+        return self._difference(planes).square().sum(1)
+
+    def _difference(self, planes: Sequence[Tensor]) -> Tensor:
+        """(B, n): of every voxel of the box that holds all known ones; 0 where it is not known."""
         f = self.guidance.factor
         m = self.model
         volume = m.decoder(list(planes), m.geometry.shape, box=self.box, compute_dtype=m.decoding).float()
         if f != (1, 1, 1):
             volume = F.avg_pool3d(volume, f)
         part = (slice(None), *(slice(lo // n, hi // n) for (lo, hi), n in zip(self.box, f, strict=True)))
-        error = (volume - self.known[part]) * self.mask[part]
-        return error.square().sum((1, 2, 3, 4))
+        return ((volume - self.known[part]) * self.mask[part]).flatten(1)
 
     def __call__(self, estimate: Estimate) -> Estimate:
-        g = self.guidance
         sine, cosine = math.sin(estimate.eta), math.cos(estimate.eta)
         if sine < 1e-6:
             return estimate
-        before = estimate.x0.detach()
-        with torch.enable_grad():
-            z = before.clone().requires_grad_()
-            adam = torch.optim.Adam([z], lr=g.rate * sine)
-            for _ in range(g.iterations):
-                prior = (z - before).square().sum() / (2 * sine**2)
-                data = self.misfit(self.model.planes(z)).sum() / (2 * g.noise**2)
-                (z.grad,) = torch.autograd.grad(prior + data, z)
-                adam.step()
-        x0 = z.detach()
-        return Estimate(estimate.x, estimate.noise - cosine / sine * (x0 - before), x0, estimate.eta)
+        x0 = self._minimise(estimate.x0.detach(), sine)
+        return Estimate(estimate.x, estimate.noise - cosine / sine * (x0 - estimate.x0), x0, estimate.eta)
+
+    def _minimise(self, before: Tensor, sine: float) -> Tensor:
+        """Conjugate gradients (Polak-Ribiere) from ``before``, a direction and a step for every sample. Along a direction d the
+        difference r is taken to be linear, its slope J d from r at a point a little ahead, which gives the step
+
+            -g d / (|J d|^2 / s^2 + |d|^2 / sin^2(eta));
+
+        where that made the objective larger, the next one is a quarter of it.
+        """
+        g = self.guidance
+        z, best = before, before
+        lowest = torch.full((len(before), 1), math.inf, device=before.device)
+        gradient = direction = step = torch.zeros_like(before)
+        for iteration in range(g.iterations + 1):
+            last = iteration == g.iterations
+            with torch.set_grad_enabled(not last):
+                z = z.detach().requires_grad_(not last)
+                r = self._difference(self.model.planes(z)) / g.noise
+                value = (r.square().sum(1, keepdim=True) + ((z - before) / sine).square().sum(1, keepdim=True)) / 2
+                slope = torch.zeros_like(z) if last else torch.autograd.grad(value.sum(), z)[0]
+            z, r, value = z.detach(), r.detach(), value.detach()
+            better = value < lowest
+            best, lowest = torch.where(better, z, best), torch.where(better, value, lowest)
+            if last:
+                break
+            change = _dot(slope, slope - gradient) / _dot(gradient, gradient).clamp_min(1e-30)
+            ahead = -slope + (change.clamp_min(0) if iteration else 0) * direction
+            ahead = torch.where(_dot(ahead, slope) < 0, ahead, -slope)
+            direction, gradient = torch.where(better, ahead, direction), torch.where(better, slope, gradient)
+            small = 0.05 * sine / direction.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30)
+            with torch.no_grad():
+                along = (self._difference(self.model.planes(z + small * direction)) / g.noise - r) / small
+            curvature = _dot(along, along) + _dot(direction, direction) / sine**2
+            step = torch.where(better, -_dot(direction, gradient) / curvature.clamp_min(1e-30), step / 4)
+            z = best + step * direction
+        return best
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """(B, 1) of (B, M)."""
+    return (a * b).sum(1, keepdim=True)

@@ -23,8 +23,10 @@ from tcam_diff.autodecoder.config import EncodeConfig
 from tcam_diff.autodecoder.encode import Encoder, TrainedRun
 from tcam_diff.diffusion.model import TriplaneDiffusion
 from tcam_diff.errors import UserError
-from tcam_diff.files import writable_folder, write_text
+from tcam_diff.files import replacing, writable_folder, write_text
 
+#: Folders of a bundle.
+PARTS = ("configs", "models", "docs")
 #: Of the metadata of bundles.
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 
@@ -140,13 +142,14 @@ def export_bundle(model: TriplaneDiffusion, folder: Path, name: str, version: st
 
     Raises UserError where the folder holds something else.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / "configs" / "metadata.json").is_file():
-        raise UserError(f"{folder}: is not empty and no bundle; choose another folder")
-    for part in ("configs", "models", "docs"):
+    if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - {*PARTS, "eval"}):
+        raise UserError(f"{folder}: is there and no bundle; choose another folder")
+    for part in PARTS:
         writable_folder(folder / part)
     model.save(folder / "models")
     state = {k: v.detach().cpu().contiguous() for k, v in model.network.state_dict().items()}
-    torch.save(state, folder / "models" / "model.pt")  # the file that the specification asks for
+    with replacing(folder / "models" / "model.pt") as file:  # the file that the specification asks for
+        torch.save(state, file)
     write_text(folder / "configs" / "inference.json", json.dumps(INFERENCE, indent=4))
     write_text(folder / "configs" / "metadata.json", json.dumps(_metadata(model, name, version), indent=4))
     write_text(folder / "docs" / "README.md", _readme(model, name))

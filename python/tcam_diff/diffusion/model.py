@@ -7,9 +7,11 @@ decoder.safetensors   stage 1's decoder
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 import tcam_ext
 from tcam_diff import config as configs
-from tcam_diff.autodecoder.artefact import FittedVolume, Metadata, read_tensors
+from tcam_diff.autodecoder.artefact import FittedVolume, Metadata, decoding_dtype, read_tensors
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.objective import make_decoder
 from tcam_diff.autodecoder.planes import PLANE_AXES, PLANE_NAMES, normalise
@@ -29,10 +31,11 @@ from tcam_diff.diffusion.data import Centre, LatentData, typical
 from tcam_diff.diffusion.network import TriplaneUNet
 from tcam_diff.diffusion.process import pack, unpack
 from tcam_diff.errors import UserError
-from tcam_diff.files import replacing, sha256, writable_folder, write_text
+from tcam_diff.files import replacing, sha256, writable_folder
 
 FORMAT = 1
 INDEX, NETWORK, DECODER = "model.json", "network.safetensors", "decoder.safetensors"
+FOLDERS = ("latents", "validation", "labels")  # of a configuration
 
 
 @dataclass
@@ -86,9 +89,13 @@ class TriplaneDiffusion(nn.Module):
 
     @property
     def decoding(self) -> torch.dtype | None:
-        """Of the decoder's products: bfloat16 on GPUs, as in training; None, float32, on CPUs."""
-        fast = self.device.type == "cuda" and self.stage1.compute_dtype in ("auto", "bfloat16")
-        return torch.bfloat16 if fast else None
+        """Of the decoder's products."""
+        return decoding_dtype(self.stage1, self.device)
+
+    @property
+    def computing(self) -> torch.dtype:
+        """Of the network's products."""
+        return compute_dtype(self.config.compute_dtype, self.device)
 
     def label(self, name: str | None) -> int | None:
         """The index of a class. Raises UserError."""
@@ -101,11 +108,10 @@ class TriplaneDiffusion(nn.Module):
 
     # ---- between states of the diffusion and planes --------------------------------------
 
-    def estimate(self, x: Tensor, t: Tensor, labels: Tensor | None = None, compute: str | None = None) -> Tensor:
-        """(B, 2M), noise then planes, for packed states (B, M): what a scheduler's step takes. ``compute``: the type of the
-        products; None: as trained."""
-        products = compute_dtype(compute or self.config.compute_dtype, x.device)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=products == torch.bfloat16):
+    def estimate(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """(B, 2M), noise then planes, for packed states (B, M): what a scheduler's step takes."""
+        products = self.computing
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=products == torch.bfloat16), _exact(products):
             state = x.to(self.network.enter.weight.dtype)
             noise, x0 = self.network(unpack(state, self.channels, self.geometry.sizes), t, labels)
         return torch.cat([pack(noise), pack(x0)], 1).to(x.dtype)
@@ -133,16 +139,14 @@ class TriplaneDiffusion(nn.Module):
     # ---- files --------------------------------------------------------------------------
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the model. The index, with the checksums, comes last: without it there is no model."""
+        """Write the model. Its files take their names together, the index with the checksums last, when all are on the disk."""
         folder = Path(folder)
         writable_folder(folder)
-        (folder / INDEX).unlink(missing_ok=True)
         tensors = dict(self.network.state_dict())
         if self.centre is not None:
             tensors |= {f"centre.{n}": m for n, m in zip(PLANE_NAMES, self.centre.mean, strict=True)}
-        for name, held in ((NETWORK, tensors), (DECODER, self.decoder.state_dict())):
-            with replacing(folder / name) as file:
-                file.write(save({k: v.detach().float().cpu().contiguous() for k, v in held.items()}))
+        held = {NETWORK: tensors, DECODER: self.decoder.state_dict()}
+        files = {n: save({k: v.detach().float().cpu().contiguous() for k, v in t.items()}) for n, t in held.items()}
         index = {
             "format": FORMAT,
             "axis_order": "planes xy, yz, xz of volumes (channels, x, y, z) = file axes (i, j, k); first axis first",
@@ -152,13 +156,24 @@ class TriplaneDiffusion(nn.Module):
             "config": self.config.model_dump(mode="json"),
             "stage1": self.stage1.model_dump(mode="json"),
             "provenance": self.provenance | {"tcam_ext": tcam_ext.__version__},
-            "sha256": {n: sha256(folder / n) for n in (NETWORK, DECODER)},
+            "sha256": {n: hashlib.sha256(content).hexdigest() for n, content in files.items()},
         }
-        write_text(folder / INDEX, json.dumps(index, indent=1))
+        files = {INDEX: json.dumps(index, indent=1).encode()} | files
+        with contextlib.ExitStack() as stack:  # leaves them in reverse order: the index is replaced last
+            for name, content in files.items():
+                file = stack.enter_context(replacing(folder / name))
+                file.write(content)
+                file.flush()
 
     @staticmethod
-    def load(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> TriplaneDiffusion:
-        """A model's folder, or that of a run that holds one. Every file is compared with its checksum. Raises UserError."""
+    def load(
+        folder: str | os.PathLike[str], device: str | torch.device = "cpu", compute: str | None = None
+    ) -> TriplaneDiffusion:
+        """A model's folder, or that of a run that holds one. Every file is compared with its checksum. Raises UserError.
+
+        ``compute``: the type of the products of network and decoder: auto, float32 or bfloat16; None: as in training. In
+        float32 GPUs take no TF32.
+        """
         folder = find(Path(folder))
         path = folder / INDEX
         try:
@@ -175,6 +190,9 @@ class TriplaneDiffusion(nn.Module):
             )  # fmt: skip
             config = configs.validate(DiffusionConfig, index["config"], str(path))
             stage1 = configs.validate(TrainConfig, index["stage1"], str(path))
+            if compute is not None:
+                config = config.model_copy(update={"compute_dtype": compute})
+                stage1 = stage1.model_copy(update={"compute_dtype": compute})
             tensors = read_tensors(folder / NETWORK)
             centre = None
             if index["centre_scale"] is not None:
@@ -188,6 +206,17 @@ class TriplaneDiffusion(nn.Module):
         model = TriplaneDiffusion(network, decoder, config, stage1, geometry, centre, index["provenance"])
         model.network.placed(torch.device(device))
         return model.to(device)
+
+
+@contextlib.contextmanager
+def _exact(products: torch.dtype) -> Iterator[None]:
+    """Convolutions in float32 proper where that is asked for: cuDNN takes TF32 by default."""
+    held, exact = torch.backends.cudnn.allow_tf32, products == torch.float32
+    torch.backends.cudnn.allow_tf32 = held and not exact
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = held
 
 
 def find(folder: Path) -> Path:
@@ -207,7 +236,9 @@ def of_data(
     (x, y), (_, z) = data.planes[0].shape[2:], data.planes[1].shape[2:]
     outputs, h, w, d = entries[0].shape
     geometry = Geometry((x, y, z), (h, w, d), outputs, affine, intensity, data.classes)
-    stage1 = {k: v for k, v in data.set.index["provenance"].items() if k not in ("run", "store")}  # no folders of this machine
+    # no folders of this machine go with the model
+    config = config.model_copy(update={k: Path(v).name for k in FOLDERS if (v := getattr(config, k)) is not None})
+    stage1 = {k: v for k, v in data.set.index["provenance"].items() if k not in ("run", "store")}
     provenance = {"step": step, "volumes": len(data), "latents": data.digest, "stage1": stage1}
     decoder = data.set.decoder().to(network.enter.weight.device)
     return TriplaneDiffusion(network, decoder, config, data.set.config, geometry, centre, provenance)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tcam_diff.autodecoder.planes import PLANE_AXES
+from tcam_diff.autodecoder.planes import PLANE_AXES, PLANE_NAMES
 from tcam_diff.diffusion.config import NetworkConfig
 
 State = list[Tensor]
@@ -257,7 +257,7 @@ class TriplaneUNet(nn.Module):
     def forward(self, planes: Sequence[Tensor], t: Tensor, labels: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """``planes``: xy, yz, xz, (B, C, rows, columns) of sizes that are multiples of 2^(levels - 1); ``t``: (B,) in
         [0, 1000]; ``labels``: (B,), 0 to ``classes`` - 1, or ``classes`` for none. Returns (noise, planes)."""
-        self._check(planes)
+        self.check([tuple(p.shape[1:]) for p in planes])
         e = self.time(_sinusoids(t, self.config.base).to(self.enter.weight.dtype))
         if self.label is not None:
             e = e + self.label(torch.full(t.shape, self.classes, device=t.device) if labels is None else labels)
@@ -285,18 +285,17 @@ class TriplaneUNet(nn.Module):
         found = layer(state, time)
         return found
 
-    def _check(self, planes: Sequence[Tensor]) -> None:
+    def check(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        """Raises ValueError where planes of these shapes, (C, rows, columns) each, do not fit the network."""
         fold = 2 ** (len(self.config.multipliers) - 1)
-        for name, p in zip(("xy", "yz", "xz"), planes, strict=True):
-            if p.dim() != 4 or p.shape[1] != self.channels or p.shape[2] % fold or p.shape[3] % fold:
+        for name, shape in zip(PLANE_NAMES, shapes, strict=True):
+            if len(shape) != 3 or shape[0] != self.channels or shape[1] % fold or shape[2] % fold:
                 raise ValueError(
-                    f"planes: expected {name} of shape (B, {self.channels}, rows, columns) sizes multiples of {fold} "
-                    f"({len(self.config.multipliers)} levels), got {tuple(p.shape)}"
+                    f"planes: expected {name} of {self.channels} channels, rows and columns multiples of {fold} "
+                    f"({len(self.config.multipliers)} network.multipliers), got {shape}"
                 )
-        if self.config.weights == "concatenated" and len({p.shape for p in planes}) > 1:
-            raise ValueError(
-                f"planes: weights=concatenated needs planes of one size, got {[tuple(p.shape[2:]) for p in planes]}"
-            )
+        if self.config.weights == "concatenated" and len(set(shapes)) > 1:
+            raise ValueError(f"planes: network.weights=concatenated needs planes of one size, got {[s[1:] for s in shapes]}")
 
     def _enter(self, planes: Sequence[Tensor]) -> State:
         w = self.config.weights

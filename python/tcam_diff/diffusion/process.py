@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tcam_diff.autodecoder.planes import PLANE_AXES
 from tcam_diff.training.streams import stream
 
 TIMESTEPS = 1000
@@ -87,6 +88,6 @@ def unpack(flat: Tensor, channels: int, texels: Sequence[tuple[int, int]]) -> li
 def flip(planes: Sequence[Tensor], axis: int) -> list[Tensor]:
     """The planes of the volume mirrored along x (0), y (1) or z (2). Exact: the decoder sees no coordinates."""
     found = []
-    for plane, axes in zip(planes, ((0, 1), (1, 2), (0, 2)), strict=True):
+    for plane, axes in zip(planes, PLANE_AXES, strict=True):
         found.append(plane.flip(plane.dim() - 2 + axes.index(axis)) if axis in axes else plane)
     return found

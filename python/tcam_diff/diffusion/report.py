@@ -34,12 +34,18 @@ def plane_strip(model: TriplaneDiffusion, planes: list[Tensor], longest: int = 1
 
 
 def samples_picture(model: TriplaneDiffusion, steps: int, count: int = 4) -> bytes:
-    """A PNG of the first samples of the model's seed, integrated by ab2."""
+    """A PNG of the first samples of the model's seed, integrated by ab2; of each class in turn, where there are labels."""
     from tcam_diff.diffusion.sampling import Sampler
 
     config = SampleConfig(solver="ab2", steps=steps, seed=model.config.seed)
-    planes = Sampler(model, config).sample(range(count))
-    strips = [(f"sample {i}", plane_strip(model, [p[i : i + 1] for p in planes])) for i in range(count)]
+    sampler, classes = Sampler(model, config), model.geometry.classes
+    if not classes:
+        planes = sampler.sample(range(count))
+        each = [(f"sample {i}", [p[i : i + 1] for p in planes]) for i in range(count)]
+    else:
+        numbers = [i % len(classes) for i in range(count)]
+        each = [(f"sample {i}, {classes[k]}", sampler.sample([i], k)) for i, k in enumerate(numbers)]
+    strips = [(title, plane_strip(model, planes)) for title, planes in each]
     return run_records.png(sheet(strips))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ class Sampler:
 
     def __init__(self, model: TriplaneDiffusion, config: SampleConfig | None = None) -> None:
         self.model, self.config = model, config or SampleConfig()
-        self.compute = self.config.compute_dtype or model.config.compute_dtype
 
     def noise(self, indices: Sequence[int]) -> Tensor:
         """(B, M) standard normals: row i is always the same for the seed."""
@@ -39,7 +38,7 @@ class Sampler:
         indices: Sequence[int],
         label: int | None = None,
         correct: Correct | None = None,
-        on_step: Callable[[int, int, float], None] | None = None,
+        on_step: Callable[[int, int, Tensor], None] | None = None,
     ) -> list[Tensor]:
         """Normalised planes (B, C, rows, columns) of the samples of these numbers.
 
@@ -47,7 +46,7 @@ class Sampler:
             indices: their numbers.
             label: a class of the model, for all of them; None: none.
             correct: a correction of every estimate.
-            on_step: is told (evaluation, evaluations, mean square of the residual).
+            on_step: is told (evaluation, evaluations, mean square of each sample's residual, (B,)).
         """
         return self.model.planes(self.integrate(self.noise(indices), indices, label, correct, on_step))
 
@@ -58,7 +57,7 @@ class Sampler:
         indices: Sequence[int],
         label: int | None = None,
         correct: Correct | None = None,
-        on_step: Callable[[int, int, float], None] | None = None,
+        on_step: Callable[[int, int, Tensor], None] | None = None,
         start: float = 1.0,
         stop: float = 0.0,
     ) -> Tensor:
@@ -78,7 +77,7 @@ class Sampler:
             if correct is not None:
                 estimate = correct(estimate)
             if on_step is not None:
-                on_step(number, len(scheduler.visited), float(estimate.residual.square().mean()))
+                on_step(number, len(scheduler.visited), estimate.residual.square().mean(1))
             x, _ = scheduler.step(torch.cat([estimate.noise, estimate.x0], 1), t, x)
         return x
 
@@ -87,12 +86,12 @@ class Sampler:
         model, scale = self.model, self.config.guidance_scale
         times = torch.full((len(x),), t, device=x.device)
         if label is None:
-            return model.estimate(x, times, compute=self.compute)
+            return model.estimate(x, times)
         labels = torch.full((len(x),), label, device=x.device)
         if scale == 1:
-            return model.estimate(x, times, labels, self.compute)
+            return model.estimate(x, times, labels)
         none_of_them = torch.full_like(labels, model.network.classes)
-        both = model.estimate(torch.cat([x, x]), torch.cat([times, times]), torch.cat([labels, none_of_them]), self.compute)
+        both = model.estimate(torch.cat([x, x]), torch.cat([times, times]), torch.cat([labels, none_of_them]))
         given, none = both.chunk(2)
         return none + scale * (given - none)
 
@@ -103,12 +102,14 @@ class Sampler:
         deterministic = Sampler(self.model, self.config.model_copy(update={"final": "x", "solver": solver}))
         return deterministic.integrate(x, range(len(x)), label, start=0.0, stop=1.0)
 
-    def interpolate(self, a: Sequence[Tensor], b: Sequence[Tensor], count: int, label: int | None = None) -> list[Tensor]:
-        """Normalised planes (count, C, rows, columns) from those of one volume (1, C, rows, columns) to those of another, along
-        the great circle between the noises that they come from."""
+    def interpolate(
+        self, a: Sequence[Tensor], b: Sequence[Tensor], count: int, label: int | None = None
+    ) -> Iterator[list[Tensor]]:
+        """``count`` times normalised planes (1, C, rows, columns), one after another, from those of one volume to those of
+        another, along the great circle between the noises that they come from."""
         x, y = self.invert(a, label), self.invert(b, label)
         cosine = torch.nn.functional.cosine_similarity(x, y).clamp(-1, 1).item()
         omega = max(math.acos(cosine), 1e-6)
-        weights = torch.linspace(0, 1, count, device=x.device)[:, None]
-        between = (((1 - weights) * omega).sin() * x + (weights * omega).sin() * y) / math.sin(omega)
-        return self.model.planes(self.integrate(between, range(count), label))
+        for i, weight in enumerate(torch.linspace(0, 1, count).tolist()):
+            between = (math.sin((1 - weight) * omega) * x + math.sin(weight * omega) * y) / math.sin(omega)
+            yield self.model.planes(self.integrate(between, [i], label))

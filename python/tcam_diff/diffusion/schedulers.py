@@ -147,7 +147,7 @@ class ArcScheduler(Scheduler):
         shares = (start + (stop - start) * i / num_inference_steps for i in range(num_inference_steps + 1))
         self.etas = [s * math.pi / 2 for s in shares]
         zero, visited = torch.zeros(()), []
-        solve = self._solve(zero)
+        solve = self._solve(zero, torch.zeros_like)
         try:
             _, eta = next(solve)
             while True:
@@ -163,9 +163,9 @@ class ArcScheduler(Scheduler):
         self._index = 0
         self._kept: Tensor | None = None
 
-    def _solve(self, x: Tensor) -> Solve:
+    def _solve(self, x: Tensor, draw: Draw) -> Solve:
         if self.solver == "hot":
-            return hot(x, self.etas, self.hot_k, self.draw)
+            return hot(x, self.etas, self.hot_k, draw)
         return SOLVERS[self.solver](x, self.etas)
 
     def step(self, model_output: Tensor, timestep: Tensor | float, sample: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,7 +174,7 @@ class ArcScheduler(Scheduler):
         ``timestep`` is the one of ``timesteps`` whose turn it is. Raises ValueError where it is not, or shapes differ.
         """
         if self._index == 0:
-            self._running = self._solve(sample)
+            self._running = self._solve(sample, self.draw)
             next(self._running)
         assert self._running is not None
         eta = self.visited[self._index]

@@ -51,9 +51,10 @@ class Diffusion:
         self.data = LatentData(config.latents, held, config.labels)
         self.validation = self.data
         if config.validation is not None:
-            self.validation = LatentData(config.validation, held, None)
+            self.validation = LatentData(config.validation, held, config.labels, self.data.classes)
             if [p.shape[1:] for p in self.validation.planes] != [p.shape[1:] for p in self.data.planes]:
                 raise UserError(f"validation: {config.validation}: its planes have other sizes than those of {config.latents}")
+            self.validation.set.check_decoder(self.data.set.decoder(), config.latents)
         parts = ranks.world * config.accumulate
         if config.batch % parts:
             raise UserError(
@@ -65,6 +66,10 @@ class Diffusion:
         self.dtype = torch.float64 if config.compute_dtype == "float64" else torch.float32
         self.compute = compute_dtype(config.compute_dtype, ranks.device)
         self.network, self.average = self._network(), self._network().requires_grad_(False).eval()
+        try:
+            self.network.check([tuple(p.shape[1:]) for p in self.data.planes])
+        except ValueError as error:
+            raise UserError(f"latents: {config.latents}: {error}") from error
         self.optimiser = torch.optim.Adam(
             self.network.parameters(), lr=config.lr, betas=(0.9, config.beta2), eps=config.adam_eps, fused=True
         )
@@ -158,7 +163,8 @@ class Diffusion:
             draw = stream(c.seed, "validation", i)
             noise = [torch.randn(p.shape, generator=draw).to(device, self.dtype) for p in x0]
             t = torch.tensor([(i + 0.5) / count * TIMESTEPS], device=device)
-            sums += torch.cat(of_average([p.to(device, self.dtype) for p in x0], noise, t, None)).double()
+            labels = None if self.validation.labels is None else self.validation.labels[i : i + 1].to(device)
+            sums += torch.cat(of_average([p.to(device, self.dtype) for p in x0], noise, t, labels)).double()
         noise_error, image_error, residual = (self.ranks.sum(sums) / count).tolist()
         loss = c.noise_weight * noise_error + c.image_weight * image_error
         return {"validation_loss": loss, "validation_residual": residual}

@@ -69,7 +69,7 @@ class Critic(nn.Module):
             out = min(width << i, most)
             strided = conv(c, out, 4, 2, 1)
             nn.init.normal_(strided.weight, 0, 0.02)
-            layers.append(spectral_norm(strided) if three else strided)
+            layers.append(spectral_norm(strided) if three and config.constraint == "penalty" else strided)
             if i:
                 layers.append(norm(out, affine=True))
             layers.append(nn.LeakyReLU(0.2))
@@ -93,7 +93,8 @@ class Score:
     epoch: int  # that was kept, from 1
     epochs: int  # that were run
     valid: bool  # whether an epoch had a gradient norm within the tolerance
-    counts: dict[str, int] = field(default_factory=dict)  # volumes scored
+    counts: dict[str, int] = field(default_factory=dict)  # volumes scored, by the fakes' name
+    real_count: int = 0
 
 
 def prepare(volumes: Tensor, config: CriticConfig) -> Tensor:
@@ -135,16 +136,19 @@ def score(
 
     ``on_epoch`` is told (epoch, distance on the training volumes, mean gradient norm). Raises UserError where a set is small.
     """
-    if "real" in fakes or not fakes:
-        raise ValueError(f"fakes: expected one or more sets, none called real, got {list(fakes)}")
-    parts = {}
-    for number, (name, held) in enumerate({"real": real, **fakes}.items()):
-        held = held[: len(real)] if name != "real" else held
+    if not fakes:
+        raise ValueError("fakes: expected one or more sets, got none")
+
+    def split(name: str, held: Tensor, number: int) -> tuple[Tensor, Tensor]:
         order = torch.randperm(len(held), generator=stream(seed, "critic split", number))
         cut = round(config.train_share * len(held))
         if cut < 1 or cut == len(held):
             raise UserError(f"{name}: {len(held)} volumes are too few to train on {config.train_share:.0%} and score the rest")
-        parts[name] = (held[order[:cut]], held[order[cut:]])
+        return held[order[:cut]], held[order[cut:]]
+
+    truth, real_left = split("real", real, 0)
+    parts = {name: split(name, held[: len(real)], i) for i, (name, held) in enumerate(fakes.items(), 1)}
+    pools, left = [train for train, _ in parts.values()], {name: rest for name, (_, rest) in parts.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "critic"))
         critic = Critic(real.shape[1], config).to(device)
@@ -158,7 +162,7 @@ def score(
     history: list[tuple[float, float, float]] = []  # W, gradient norm, penalty
     epoch = 0
     for epoch in range(1, config.epochs + 1):
-        found = _epoch(critic, optimiser, parts, config, seed, epoch, device)
+        found = _epoch(critic, optimiser, truth, pools, config, seed, epoch, device)
         history.append(found)
         distance, norm, _ = found
         if on_epoch is not None:
@@ -173,18 +177,19 @@ def score(
         critic.load_state_dict(best[2])
     critic.eval()
     with torch.no_grad():
-        means = {k: _mean(critic, held_back, config.batch, device) for k, (_, held_back) in parts.items()}
+        mean = _mean(critic, real_left, config.batch, device)
+        distances = {k: mean - _mean(critic, v, config.batch, device) for k, v in left.items()}
     kept = best or (history[-1][0], epoch, {}, history[-1][1])
     return Score(
-        {k: means["real"] - v for k, v in means.items() if k != "real"},
-        kept[0], kept[3], kept[1], epoch, was_valid, {k: len(h) for k, (_, h) in parts.items()},
+        distances, kept[0], kept[3], kept[1], epoch, was_valid, {k: len(v) for k, v in left.items()}, len(real_left),
     )  # fmt: skip
 
 
 def _epoch(
     critic: Critic,
     optimiser: torch.optim.Optimizer,
-    parts: Mapping[str, tuple[Tensor, Tensor]],
+    real: Tensor,
+    fakes: Sequence[Tensor],
     config: CriticConfig,
     seed: int,
     epoch: int,
@@ -192,8 +197,6 @@ def _epoch(
 ) -> tuple[float, float, float]:
     """One pass over the real volumes, with as many fakes, drawn equally from every set. (W, gradient norm, penalty), means."""
     chosen = stream(seed, "critic epoch", epoch)
-    real, _ = parts["real"]
-    fakes = [train for name, (train, _) in parts.items() if name != "real"]
     order = torch.randperm(len(real), generator=chosen)
     turns = [torch.randperm(len(f), generator=chosen) for f in fakes]
     which = torch.arange(len(real)) % len(fakes)  # set of the i-th fake

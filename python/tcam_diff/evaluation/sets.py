@@ -69,7 +69,7 @@ def _stored(volume: np.ndarray) -> np.ndarray:
 
 def _unit(data: np.ndarray, path: Path, sidecar: Path, intensity: tuple[float, float] | None) -> np.ndarray:
     """In [0, 1]."""
-    if intensity is None and sidecar.is_file():
+    if sidecar.is_file():
         try:
             held = json.loads(sidecar.read_text())["intensity"]
             return to_unit(data, [(float(lo), float(hi)) for lo, hi in held])

@@ -45,7 +45,10 @@ def device_of(name: str, local_rank: int = 0) -> torch.device:
     """ "auto": a GPU where there is one. Raises UserError where the device is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device: expected auto, cpu, cuda or cuda:0, cuda:1, ..., got {name!r}") from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"device: {name}, but torch {torch.__version__} sees no GPU; take device=cpu")
@@ -54,8 +57,11 @@ def device_of(name: str, local_rank: int = 0) -> torch.device:
 
 
 @contextmanager
-def ranks(device: str = "auto") -> Iterator[Ranks]:
-    """The process group that torchrun describes, or this process alone. What fails in one ends all: torchrun sees to that."""
+def ranks(device: str = "auto", patience: timedelta = timedelta(minutes=10)) -> Iterator[Ranks]:
+    """The process group that torchrun describes, or this process alone. What fails in one ends all: torchrun sees to that.
+
+    ``patience``: how long a rank waits for the others. Raises UserError in the ranks that are left where one is gone.
+    """
     world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")))
     where = device_of(device, local)
     if where.type == "cuda":
@@ -63,8 +69,15 @@ def ranks(device: str = "auto") -> Iterator[Ranks]:
     if world == 1:
         yield Ranks(0, 1, where)
         return
-    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=patience)
     try:
         yield Ranks(rank, world, where)
+    except RuntimeError as error:
+        if not any(word in str(error).lower() for word in ("gloo", "nccl", "process group")):
+            raise
+        raise UserError(
+            f"rank {rank}: another rank is gone ({str(error).splitlines()[0]}); see its message. Start again, training with "
+            "--resume auto, with any number of processes that divides batch"
+        ) from error
     finally:
         dist.destroy_process_group()
