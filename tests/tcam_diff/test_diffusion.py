@@ -44,8 +44,8 @@ T = torch.tensor([3.5, 700.0])
 
 @pytest.mark.parametrize(
     ("preset", "channels", "millions"),
-    [("tiny", 6, 0.60), ("small", 16, 3.84), ("brats", 42, 67.4), ("brats-large", 42, 119.7), ("pancreas", 42, 71.9),
-     ("colon", 42, 41.5)],
+    [("tiny", 6, 0.60), ("small", 16, 3.84), ("cohort", 8, 3.52), ("brats", 42, 67.4), ("brats-large", 42, 119.7),
+     ("pancreas", 42, 71.9), ("colon", 42, 41.5)],
 )  # fmt: skip
 def test_presets_have_the_designed_parameter_counts(preset, channels, millions):
     config = configs.load(DiffusionConfig, "diffusion", preset)
@@ -316,7 +316,7 @@ def test_errors_on_the_closed_form_mixture(solver, normals, exact):
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("ab2", 2), ("heun", 2), ("midpoint", 2), ("rk4", 4)])
 def test_order_of_convergence(solver, order, normals):
-    """Where the posterior is smooth: one wide normal beside another."""
+    """Where the posterior is smooth: one normal, off the middle."""
 
     def smooth(x: np.ndarray, eta: float) -> tuple[np.ndarray, np.ndarray]:
         c, s = math.cos(eta), math.sin(eta)
@@ -370,7 +370,7 @@ def test_there_and_back(normals, exact):
 
 
 @pytest.mark.parametrize("solver", [*SOLVERS, "hot"])
-def test_default_is_100_evaluations_from_pure_noise_and_returns_the_last_estimate(solver):
+def test_solvers_evaluate_from_pure_noise_and_return_the_last_estimate(solver):
     scheduler = ArcScheduler(solver)
     assert float(scheduler.timesteps[0]) == 1000
     count = {"midpoint": 100, "heun": 100, "rk4": 200}.get(solver, 50)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 
@@ -266,6 +267,41 @@ def test_guidance_keeps_the_state_where_it_is(model, truth):
     found = ImageGuidance(truth).bind(model)(estimate)
     torch.testing.assert_close(found.residual, estimate.residual, rtol=0, atol=1e-4)
     assert not torch.equal(found.x0, estimate.x0)
+
+
+def test_guidance_approaches_the_minimum_and_moves_what_is_known(model, truth):
+    """Texels far from all known voxels stay, but for the common scale of the normalisation."""
+    from tcam_diff.diffusion.process import Estimate, unpack
+
+    mask = torch.zeros_like(truth)
+    mask[:, :3, :3, :3] = 1
+    eta = 1.4
+    before = model.state([p[None] for p in (t[0] for t in sampler(model, seed=3, final="x").sample([0]))])
+    estimate = Estimate(before, torch.randn_like(before), before, eta)
+
+    def objective(z):
+        guided = ImageGuidance(truth, mask).bind(model)
+        return float(guided.misfit(model.planes(z)) / 0.02**2 + ((z - before) / math.sin(eta)).square().sum()) / 2
+
+    few, many = (ImageGuidance(truth, mask, iterations=n).bind(model)(estimate).x0 for n in (5, 100))
+    start, found, least = objective(before), objective(few), objective(many)
+    assert least <= found < start
+    assert found - least < 0.1 * (start - least)
+    for plane in unpack(few - before, model.channels, model.geometry.sizes):
+        near, far = plane[..., :3, :3], plane[..., 5:, 5:]
+        assert float(far.square().mean()) < 0.01 * float(near.square().mean())
+
+
+def test_guided_samples_depend_on_their_numbers_alone(trained, model, truth, tmp_path):
+    """The command draws them one by one."""
+    path = tmp_path / "known.nii.gz"
+    lo, hi = model.geometry.intensity[0]
+    nib.save(nib.Nifti1Image(lo + (hi - lo) * torch.nn.functional.avg_pool3d(truth, 4)[0].numpy(), np.eye(4)), path)
+    command = ("sample", trained, "--steps", 3, "--known", path, "-q")
+    tcam(*command, "--out", tmp_path / "all", "--n", 3, "--batch-size", 3)
+    tcam(*command, "--out", tmp_path / "one", "--n", 1, "--first", 2)
+    one = next((tmp_path / "one").glob("*.nii.gz"))
+    assert one.read_bytes() == (tmp_path / "all" / one.name).read_bytes()
 
 
 def test_unknown_voxels_do_not_matter(model, truth):
