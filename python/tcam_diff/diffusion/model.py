@@ -56,7 +56,17 @@ class Geometry:
 
 
 class TriplaneDiffusion(nn.Module):
-    """Network and decoder: ``TriplaneDiffusion.load(folder)``; ``Sampler`` of tcam_diff.diffusion.sampling draws from it."""
+    """Network and decoder: ``TriplaneDiffusion.load(folder)``; ``Sampler`` of tcam_diff.diffusion.sampling draws from it.
+
+    Args:
+        network: the trained network, its weights averaged.
+        decoder: stage 1's.
+        config: of the training of the network.
+        stage1: of the training of the decoder: how planes are normalised, in which type it decodes.
+        geometry: of the volumes.
+        centre: what was subtracted from planes, and divided by; None: nothing.
+        provenance: for the record.
+    """
 
     def __init__(
         self,

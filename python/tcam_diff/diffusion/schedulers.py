@@ -43,6 +43,7 @@ def ddim(x: Tensor, etas: Sequence[float]) -> Solve:
 
 
 def midpoint(x: Tensor, etas: Sequence[float]) -> Solve:
+    """Runge-Kutta of second order: the drift halfway, found by half a step of Euler's."""
     for a, b in pairwise(etas):
         h = b - a
         k1 = (yield x, a).drift
@@ -51,6 +52,7 @@ def midpoint(x: Tensor, etas: Sequence[float]) -> Solve:
 
 
 def heun(x: Tensor, etas: Sequence[float]) -> Solve:
+    """Runge-Kutta of second order: the mean of the drifts at both ends."""
     for a, b in pairwise(etas):
         h = b - a
         k1 = (yield x, a).drift
@@ -60,6 +62,7 @@ def heun(x: Tensor, etas: Sequence[float]) -> Solve:
 
 
 def rk4(x: Tensor, etas: Sequence[float]) -> Solve:
+    """Runge-Kutta of fourth order, the classical one."""
     for a, b in pairwise(etas):
         h = b - a
         k1 = (yield x, a).drift

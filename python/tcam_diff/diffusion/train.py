@@ -156,15 +156,21 @@ class Diffusion:
         count = min(c.evaluate_volumes, len(self.validation))
         of_average = _Loss(self.average, self.compute)
         sums = torch.zeros(3, dtype=torch.float64, device=device)
-        for i in range(self.ranks.rank, count, self.ranks.world):
-            x0 = self.validation.rows([i])
+        mine, each = range(self.ranks.rank, count, self.ranks.world), c.batch // (self.ranks.world * c.accumulate)
+        for first in range(0, len(mine), each):
+            which = list(mine[first : first + each])
+            x0 = self.validation.rows(which)
             if self.centre is not None:
                 x0 = self.centre.apply(x0)
-            draw = stream(c.seed, "validation", i)
-            noise = [torch.randn(p.shape, generator=draw).to(device, self.dtype) for p in x0]
-            t = torch.tensor([(i + 0.5) / count * TIMESTEPS], device=device)
-            labels = None if self.validation.labels is None else self.validation.labels[i : i + 1].to(device)
-            sums += torch.cat(of_average([p.to(device, self.dtype) for p in x0], noise, t, labels)).double()
+            noise = [torch.empty_like(p) for p in x0]
+            for row, i in enumerate(which):
+                draw = stream(c.seed, "validation", i)
+                for plane in noise:
+                    torch.randn(plane.shape[1:], generator=draw, out=plane[row])
+            t = (torch.tensor(which, device=device) + 0.5) / count * TIMESTEPS
+            labels = None if self.validation.labels is None else self.validation.labels[which].to(device)
+            found = of_average(*([p.to(device, self.dtype) for p in held] for held in (x0, noise)), t, labels)
+            sums += torch.stack([f.double().sum() for f in found])
         noise_error, image_error, residual = (self.ranks.sum(sums) / count).tolist()
         loss = c.noise_weight * noise_error + c.image_weight * image_error
         return {"validation_loss": loss, "validation_residual": residual}
