@@ -12,6 +12,7 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,89 +34,96 @@ def circumstances(found: dict[str, Any]) -> str:
     )
 
 
-def fits_table(found: dict[str, Any]) -> str:
-    lines = [
-        circumstances(found),
-        "",
-        "| fit | changes to the preset | steps | s | PSNR dB | SSIM | PSNR dB with noise C = 0.32 |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for r in found["rows"]:
-        changes = f"`{r['changes']}`" if r["changes"] else ""
-        lines.append(
-            f"| {r['fit']} | {changes} | {r['steps']} | {r['seconds']:.0f} | {r['psnr']:.2f} | {r['ssim']:.4f} | "
-            f"{r['psnr_noisy']:.2f} |"
-        )
-    return "\n".join(lines)
+Columns = dict[str, Callable[[dict[str, Any]], object]]
 
 
-def points_table(found: dict[str, Any]) -> str:
-    lines = [
-        circumstances(found),
-        "",
-        "| case | points | what | rival | median s | spread | Mpoint/s | ratio | peak MB |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in found["rows"]:
-        lines.append(
-            f"| {r['case']} | {r['points']} | {r['what']} | {r['rival']} | {r['seconds']:.3f} | {r['low']:.3f} to "
-            f"{r['high']:.3f} | {r['mpoints']:.2f} | {number(r['ratio'], 2)} | {number(r['memory_mb'], 0)} |"
-        )
-    return "\n".join(lines)
+def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
+    """Lines of Markdown."""
+    header = list(header)
+    return [f"| {' | '.join(header)} |", "|" + "---|" * len(header)] + [f"| {' | '.join(map(str, r))} |" for r in rows]
 
 
-def train_table(found: dict[str, Any]) -> str:
-    lines = [
-        circumstances(found),
-        "",
-        "| case | objects | voxels a step | step s | spread | bare s | of the step | Mvoxel/s | 200,000 steps |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in found["rows"]:
-        rate = r["voxels"] / r["step_s"] / 1e6
-        lines.append(
-            f"| {r['case']} | {r['batch']} | {r['voxels']} | {r['step_s']:.4f} | {r['step_low']:.4f} to {r['step_high']:.4f} | "
-            f"{r['bare_s']:.4f} | {100 * r['share']:.0f} % | {rate:.2f} | {r['hours_200000']:.1f} h |"
-        )
-    return "\n".join(lines)
+def by_columns(columns: Columns) -> Callable[[dict[str, Any]], str]:
+    """A table of the file's rows, after the circumstances they were measured in."""
+
+    def write(found: dict[str, Any]) -> str:
+        rows = ([cell(r) for cell in columns.values()] for r in found["rows"])
+        fits = [f"\n{name}: **{value:.3f}** (log-log least squares)" for name, value in found.get("fits", {}).items()]
+        return "\n".join([circumstances(found), "", *table(columns, rows), *fits])
+
+    return write
+
+
+FIT: Columns = {
+    "fit": lambda r: r["fit"],
+    "changes to the preset": lambda r: f"`{r['changes']}`" if r["changes"] else "",
+    "steps": lambda r: r["steps"],
+    "s": lambda r: f"{r['seconds']:.0f}",
+    "PSNR dB": lambda r: f"{r['psnr']:.2f}",
+    "SSIM": lambda r: f"{r['ssim']:.4f}",
+    "PSNR dB with noise C = 0.32": lambda r: f"{r['psnr_noisy']:.2f}",
+}
+POINTS: Columns = {
+    "case": lambda r: r["case"],
+    "points": lambda r: r["points"],
+    "what": lambda r: r["what"],
+    "rival": lambda r: r["rival"],
+    "median s": lambda r: f"{r['seconds']:.3f}",
+    "spread": lambda r: f"{r['low']:.3f} to {r['high']:.3f}",
+    "Mpoint/s": lambda r: f"{r['mpoints']:.2f}",
+    "ratio": lambda r: number(r["ratio"], 2),
+    "peak MB": lambda r: number(r["memory_mb"], 0),
+}
+TRAIN: Columns = {
+    "case": lambda r: r["case"],
+    "objects": lambda r: r["batch"],
+    "voxels a step": lambda r: r["voxels"],
+    "step s": lambda r: f"{r['step_s']:.4f}",
+    "spread": lambda r: f"{r['step_low']:.4f} to {r['step_high']:.4f}",
+    "bare s": lambda r: f"{r['bare_s']:.4f}",
+    "of the step": lambda r: f"{100 * r['share']:.0f} %",
+    "Mvoxel/s": lambda r: f"{r['voxels'] / r['step_s'] / 1e6:.2f}",
+    "200,000 steps": lambda r: f"{r['hours_200000']:.1f} h",
+}
+DECODE: Columns = {
+    "case": lambda r: r["case"],
+    "size": lambda r: f"{r['size']}³",
+    "what": lambda r: r["what"],
+    "rival": lambda r: r["rival"] + (" (extrapolated)" if r["extrapolated"] else ""),
+    "median s": lambda r: f"{r['seconds']:.3f}",
+    "spread": lambda r: "" if r["repeats"] < 2 else f"{r['low']:.3f} to {r['high']:.3f}",
+    "Mvoxel/s": lambda r: f"{r['mvoxels']:.2f}",
+    "ratio to naive": lambda r: number(r["ratio"]),
+    "peak MB": lambda r: number(r["memory_mb"], 0),
+    "of peak": lambda r: "" if r["of_peak"] is None else f"{100 * r['of_peak']:.0f} %",
+}
 
 
 def stage1_table(found: dict[str, Any]) -> str:
-    lines = [circumstances(found), "", "| what | measured | estimated before |", "|---|---|---|"]
+    lines = []
     for r in found["rows"]:
+        spread = f"{r['held_out_low']:.2f} to {r['held_out_high']:.2f}"
         lines += [
-            f"| training, {r['steps']} steps | {r['train_s'] / 60:.1f} min | {r['estimated_s'] / 60:.0f} min |",
-            f"| peak memory | {r['memory_gb']:.2f} GB | {r['estimated_memory_gb']:.2f} GB |",
-            f"| checkpoints | {r['disk_gb']:.2f} GB | {r['estimated_disk_gb']:.2f} GB |",
-            f"| fitted PSNR, 64 volumes | **{r['fitted_psnr']:.2f} dB** | |",
-            f"| encoding, {r['encode_steps']} steps | {r['encode_s'] / 60:.1f} min | |",
-            f"| held-out PSNR, 16 volumes | **{r['held_out_psnr']:.2f} dB** "
-            f"({r['held_out_low']:.2f} to {r['held_out_high']:.2f}) | |",
+            (f"training, {r['steps']} steps", f"{r['train_s'] / 60:.1f} min", f"{r['estimated_s'] / 60:.0f} min"),
+            ("peak memory", f"{r['memory_gb']:.2f} GB", f"{r['estimated_memory_gb']:.2f} GB"),
+            ("checkpoints", f"{r['disk_gb']:.2f} GB", f"{r['estimated_disk_gb']:.2f} GB"),
+            ("fitted PSNR, 64 volumes", f"**{r['fitted_psnr']:.2f} dB**", ""),
+            (f"encoding, {r['encode_steps']} steps", f"{r['encode_s'] / 60:.1f} min", ""),
+            ("held-out PSNR, 16 volumes", f"**{r['held_out_psnr']:.2f} dB** ({spread})", ""),
         ]
-    return "\n".join(lines)
+    return "\n".join([circumstances(found), "", *table(["what", "measured", "estimated before"], lines)])
 
 
 def stage2_table(found: dict[str, Any]) -> str:
-    lines = [
-        circumstances(found),
-        "",
-        f"{found['steps']} steps a network. Latents fitted beforehand in {found['before']['latents_s'] / 60:.0f} min, "
-        f"PSNR {found['psnr']:.1f} dB. Of critics: W on volumes held back, lower is nearer to real.",
-        "",
-        "| critic of samples and | "
-        + " | ".join(f"seed {r['seed']}" for r in found["rows"])
-        + " | mean ± std: samples | rival |",
-        "|---|" + "---|" * (len(found["rows"]) + 2),
-    ]
-    for rival in found["rows"][0]["pairs"]:
-        ours = [r["pairs"][rival]["samples"] for r in found["rows"]]
-        theirs = [r["pairs"][rival][rival] for r in found["rows"]]
-        each = " | ".join(f"{a:.2f} : {b:.2f}" for a, b in zip(ours, theirs, strict=True))
-        spread = [f"{statistics.fmean(x):.2f} ± {statistics.stdev(x):.2f}" for x in (ours, theirs)]
-        lines.append(f"| {rival} | {each} | {spread[0]} | {spread[1]} |")
-    lines += ["", "| a seed | " + " | ".join(f"seed {r['seed']}" for r in found["rows"]) + " |"]
-    lines.append("|---|" + "---|" * len(found["rows"]))
-    for name, cell in {
+    rows = found["rows"]
+    seeds = [f"seed {r['seed']}" for r in rows]
+    pairs = []
+    for rival in rows[0]["pairs"]:
+        ours = [r["pairs"][rival]["samples"] for r in rows]
+        theirs = [r["pairs"][rival][rival] for r in rows]
+        each = [f"{a:.2f} : {b:.2f}" for a, b in zip(ours, theirs, strict=True)]
+        pairs.append([rival, *each, *(f"{statistics.fmean(x):.2f} ± {statistics.stdev(x):.2f}" for x in (ours, theirs))])
+    cells: Columns = {
         "training both networks, min": lambda r: f"{r['train_s'] / 60:.1f}",
         "drawing 64 volumes of each, min": lambda r: f"{r['sample_s'] / 60:.1f}",
         "critics, min": lambda r: f"{r['critic_s'] / 60:.1f}",
@@ -126,31 +134,29 @@ def stage2_table(found: dict[str, Any]) -> str:
         "the nearest of all: samples, held-out volumes": lambda r: (
             f"{r['nearest_training_samples_low']:.4f}, {r['nearest_training_held_out_low']:.4f}"
         ),
-    }.items():
-        lines.append(f"| {name} | " + " | ".join(cell(r) for r in found["rows"]) + " |")
+    }
     controls = ", ".join(f"{k} {v:.2f}" for k, v in found["controls"].items())
-    lines.append(f"\nControls, critics of one half of the real volumes against the other: {controls}.")
-    return "\n".join(lines)
-
-
-def decode_table(found: dict[str, Any]) -> str:
-    lines = [
+    return "\n".join([
         circumstances(found),
         "",
-        "| case | size | what | rival | median s | spread | Mvoxel/s | ratio to naive | peak MB | of peak |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in found["rows"]:
-        name = r["rival"] + (" (extrapolated)" if r["extrapolated"] else "")
-        share = "" if r["of_peak"] is None else f"{100 * r['of_peak']:.0f} %"
-        spread = "" if r["repeats"] < 2 else f"{r['low']:.3f} to {r['high']:.3f}"
-        lines.append(
-            f"| {r['case']} | {r['size']}³ | {r['what']} | {name} | {r['seconds']:.3f} | {spread} | {r['mvoxels']:.2f} | "
-            f"{number(r['ratio'])} | {number(r['memory_mb'], 0)} | {share} |"
-        )
-    for name, value in found["fits"].items():
-        lines.append(f"\n{name}: **{value:.3f}** (log-log least squares)")
-    return "\n".join(lines)
+        f"{found['steps']} steps a network. Latents fitted beforehand in {found['before']['latents_s'] / 60:.0f} min, "
+        f"PSNR {found['psnr']:.1f} dB. Of critics: W on volumes held back, lower is nearer to real.",
+        "",
+        *table(["critic of samples and", *seeds, "mean ± std: samples", "rival"], pairs),
+        "",
+        *table(["a seed", *seeds], ([name, *map(cell, rows)] for name, cell in cells.items())),
+        f"\nControls, critics of one half of the held-out volumes and: {controls}.",
+    ])  # fmt: skip
+
+
+WRITERS = {
+    "fit": by_columns(FIT),
+    "points": by_columns(POINTS),
+    "sample": by_columns(POINTS),
+    "train": by_columns(TRAIN),
+    "stage1": stage1_table,
+    "stage2": stage2_table,
+}
 
 
 def main() -> None:
@@ -161,17 +167,8 @@ def main() -> None:
 
     def fill(match: re.Match[str]) -> str:
         path = ROOT / "benchmarks" / "results" / f"{match[1]}.json"
-        kind = match[1].split("_")[0]
-        tables = {
-            "fit": fits_table,
-            "points": points_table,
-            "sample": points_table,
-            "train": train_table,
-            "stage1": stage1_table,
-            "stage2": stage2_table,
-        }
-        table = tables.get(kind, decode_table)
-        return f"<!-- table {match[1]} -->\n{table(json.loads(path.read_text()))}\n<!-- end -->"
+        write = WRITERS.get(match[1].split("_")[0], by_columns(DECODE))
+        return f"<!-- table {match[1]} -->\n{write(json.loads(path.read_text()))}\n<!-- end -->"
 
     filled = re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", fill, page, flags=re.S)
     if check:
