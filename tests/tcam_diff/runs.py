@@ -13,7 +13,7 @@ from tcam_diff import config as configs
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.latents import LatentWriter
 from tcam_diff.autodecoder.objective import make_decoder
-from tcam_diff.autodecoder.planes import PLANE_AXES, normalise
+from tcam_diff.autodecoder.planes import normalise, plane_sizes
 from tcam_diff.autodecoder.train import Autodecoder
 from tcam_diff.cli import train_diffusion
 from tcam_diff.cli.sample import Output, draw
@@ -105,7 +105,7 @@ def make_latents(
     stage1 = config(folder / "no-store", "channels=4", f"plane_size={list(texels)}", "widths=[8]")
     g = torch.Generator().manual_seed(0)
     decoder = make_decoder(stage1.model_copy(update={"seed": decoder_seed}), 1)
-    shapes = [(4, texels[a], texels[b]) for a, b in PLANE_AXES]
+    shapes = [(4, *size) for size in plane_sizes(texels)]
     common = [[torch.nn.functional.avg_pool2d(torch.randn(s, generator=g), 3, 1, 1) for s in shapes] for _ in range(4)]
     own = torch.Generator().manual_seed(seed)
     writer = LatentWriter(folder, stage1, decoder, {"made": "for a test"})

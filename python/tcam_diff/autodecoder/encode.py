@@ -16,7 +16,7 @@ import tcam_ext
 from tcam_diff import config as configs
 from tcam_diff.autodecoder.config import EncodeConfig, TrainConfig
 from tcam_diff.autodecoder.objective import Objective, make_decoder, parameter_dtype
-from tcam_diff.autodecoder.planes import PLANE_AXES, PLANE_NAMES, init_planes, normalise
+from tcam_diff.autodecoder.planes import PLANE_NAMES, init_planes, normalise, plane_sizes
 from tcam_diff.autodecoder.tables import PlaneTable
 from tcam_diff.errors import UserError
 from tcam_diff.training import checkpoint
@@ -98,7 +98,7 @@ class Encoder:
         self.decoder = run.decoder.to(device)
         if config.init == "mean":
             self.start = run.mean_planes()
-            want = [(self.objective.texels[a], self.objective.texels[b]) for a, b in PLANE_AXES]
+            want = plane_sizes(self.objective.texels)
             if [tuple(p.shape[2:]) for p in self.start] != want:
                 self.start = [
                     torch.nn.functional.interpolate(p, w, mode="bilinear") for p, w in zip(self.start, want, strict=True)

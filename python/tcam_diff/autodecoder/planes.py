@@ -18,9 +18,14 @@ PLANE_AXES = ((0, 1), (1, 2), (0, 2))
 PLANE_NAMES = ("xy", "yz", "xz")
 
 
+def plane_sizes(texels: Sequence[int]) -> list[tuple[int, int]]:
+    """Rows and columns of xy, yz, xz, of texels along x, y, z."""
+    return [(texels[a], texels[b]) for a, b in PLANE_AXES]
+
+
 def init_planes(channels: int, texels: Sequence[int], std: float, generator: torch.Generator, batch: int = 1) -> list[Tensor]:
     """Planes (batch, C, rows, columns) drawn from N(0, std^2); ``texels`` are those along x, y, z."""
-    return [std * torch.randn(batch, channels, texels[a], texels[b], generator=generator) for a, b in PLANE_AXES]
+    return [std * torch.randn(batch, channels, h, w, generator=generator) for h, w in plane_sizes(texels)]
 
 
 def rms_norm(plane: Tensor, dims: Sequence[int] = (-3, -2, -1), eps: float = 1e-8) -> Tensor:

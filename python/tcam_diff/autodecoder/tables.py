@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from tcam_diff.autodecoder.planes import PLANE_AXES, PLANE_NAMES
+from tcam_diff.autodecoder.planes import PLANE_NAMES, plane_sizes
 from tcam_diff.errors import UserError
 
 Name = int | str
@@ -52,7 +52,7 @@ class PlaneTable:
     ) -> None:
         self.objects, self.device = list(objects), device or torch.device("cpu")
         self.row = {o: i for i, o in enumerate(self.objects)}
-        self.shapes = [(channels, texels[a], texels[b]) for a, b in PLANE_AXES]
+        self.shapes = [(channels, *size) for size in plane_sizes(texels)]
         self.where, self.folder, self.dtype = where, folder, dtype
         self.tables = {
             kind: [self._table(kind, name, s) for name, s in zip(PLANE_NAMES, self.shapes, strict=True)] for kind in KINDS
@@ -156,4 +156,4 @@ class PlaneTable:
     @staticmethod
     def bytes(count: int, channels: int, texels: Sequence[int], itemsize: int = 4) -> int:
         """Of the tables of ``count`` objects."""
-        return count * len(KINDS) * sum(channels * texels[a] * texels[b] for a, b in PLANE_AXES) * itemsize
+        return count * len(KINDS) * channels * sum(h * w for h, w in plane_sizes(texels)) * itemsize

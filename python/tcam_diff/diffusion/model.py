@@ -25,7 +25,7 @@ from tcam_diff import config as configs
 from tcam_diff.autodecoder.artefact import FittedVolume, Metadata, decoding_dtype, read_tensors
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.objective import make_decoder
-from tcam_diff.autodecoder.planes import PLANE_AXES, PLANE_NAMES, normalise
+from tcam_diff.autodecoder.planes import PLANE_NAMES, normalise, plane_sizes
 from tcam_diff.diffusion.config import DiffusionConfig
 from tcam_diff.diffusion.data import Centre, LatentData, typical
 from tcam_diff.diffusion.network import TriplaneUNet
@@ -52,7 +52,7 @@ class Geometry:
     @property
     def sizes(self) -> list[tuple[int, int]]:
         """Rows and columns of xy, yz, xz."""
-        return [(self.texels[a], self.texels[b]) for a, b in PLANE_AXES]
+        return plane_sizes(self.texels)
 
 
 class TriplaneDiffusion(nn.Module):
