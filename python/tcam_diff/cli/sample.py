@@ -267,13 +267,13 @@ class Files:
         """Whether the sample was made before. Raises UserError where one of other settings is in its place."""
         try:
             held = json.loads(self.sidecar.read_text())
-            differ = [k for k, v in settings.items() if held[k] != v]
-        except (OSError, ValueError, KeyError, TypeError):
+            differ = [k for k, v in settings.items() if held.get(k) != v]
+        except (OSError, ValueError, AttributeError):
             return False
         if not (self.volume.is_file() and self.preview.is_file()):
             return False
         if differ:
-            told = {k: "another model" if k == "model" else f"{k} {held[k]}, now {settings[k]}" for k in differ}
+            told = {k: "another model" if k == "model" else f"{k} {held.get(k)}, now {settings[k]}" for k in differ}
             raise UserError(f"{self.volume}: is there, made with {'; '.join(told.values())}: choose another folder")
         return True
 
