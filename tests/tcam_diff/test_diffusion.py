@@ -76,6 +76,19 @@ def test_grouped_and_looped_execution_agree(weights, cross):
             assert (p - q).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("cross", ["full", "axis"])
+def test_gradients_in_bfloat16_are_near_those_in_float32(cross):
+    found = []
+    for enabled in (False, True):
+        net = network(cross=cross)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            halves = net(planes(SQUARE), T)
+        sum(p.float().square().mean() for half in halves for p in half).backward()
+        found.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
+    exact, rough = found
+    assert 0 < float((rough - exact).norm()) < 0.05 * float(exact.norm())
+
+
 @pytest.mark.parametrize("sizes", [SQUARE, OBLONG], ids=["square", "oblong"])
 @pytest.mark.parametrize(("cross", "dependent"), [("none", False), ("full", True), ("axis", True)])
 def test_planes_read_each_other_through_cross_attention_only(sizes, cross, dependent):

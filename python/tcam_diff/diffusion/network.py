@@ -182,7 +182,7 @@ class TriplaneAttention(nn.Module):
                 axis = next(a for a in PLANE_AXES[p] if a in PLANE_AXES[o])
                 mine, theirs = PLANE_AXES[p].index(axis), PLANE_AXES[o].index(axis)
                 k, v = (_by_line(t, sizes[o], theirs) for t in kv[o])
-                found = F.scaled_dot_product_attention(_by_line(q[p], sizes[p], mine), k, v)  # (B S, heads, L, d)
+                found = _softmax(_by_line(q[p], sizes[p], mine), k, v)  # (B S, heads, L, d)
                 found = found.unflatten(0, (-1, sizes[p][mine])).transpose(1, 2)  # (B, heads, S, L, d)
                 found = (found if mine == 0 else found.transpose(2, 3)).flatten(2, 3)
                 total = found if total is None else total + found
@@ -323,8 +323,16 @@ def _add(a: State, b: State) -> State:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """(planes, B, heads, N, d) each."""
-    found = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
-    return found.unflatten(0, tuple(q.shape[:2]))
+    return _softmax(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)).unflatten(0, tuple(q.shape[:2]))
+
+
+def _softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v of (B, heads, N, d) each; in training in float32 on CPUs, where the way back from bfloat16 is
+    slow: five times for few keys."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def _by_line(t: Tensor, size: tuple[int, ...], shared: int) -> Tensor:
