@@ -10,10 +10,22 @@ from tcam_diff.cli.app import app
 from tcam_diff.diffusion.config import SampleConfig
 from tcam_diff.diffusion.model import TriplaneDiffusion
 from tcam_diff.diffusion.sampling import Sampler
+from tcam_diff.errors import UserError
 from tcam_diff.evaluation.critic import CriticConfig, prepare, score
 from tcam_diff.evaluation.sets import read_set
 
 COUNT = 24
+
+
+def test_the_demo_spares_what_it_did_not_make(tmp_path):
+    from tcam_diff import demo
+
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "precious.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds .*samples, which this demo did not make"):
+        demo.generate(tmp_path, 0.0)
+    assert (tmp_path / "samples" / "precious.txt").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["samples"]
 
 
 @pytest.fixture(scope="module")
