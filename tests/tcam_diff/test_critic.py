@@ -137,6 +137,11 @@ def test_sets_come_from_stores_samples_and_files(tmp_path):
     with pytest.raises(UserError, match=r"s0\.nii\.gz: values from .*--intensity"):
         read_set(plain, lambda v: v)
     torch.testing.assert_close(read_set(plain, lambda v: v, intensity=(-1000, 400)), volumes, rtol=0, atol=1e-5)
+    (plain / "s0.json").write_text(json.dumps({"EchoTime": 0.03}))  # as BIDS has it
+    torch.testing.assert_close(read_set(plain, lambda v: v, intensity=(-1000, 400)), volumes, rtol=0, atol=1e-5)
+    (plain / "s0.json").write_text("{")
+    with pytest.raises(UserError, match=r"s0\.json: damaged"):
+        read_set(plain, lambda v: v, intensity=(-1000, 400))
     store = runs.make_store(tmp_path / "store", count=3, held_out=2)
     assert read_set(store.folder, lambda v: v).shape == (5, 1, 12, 10, 14)
     held_out = read_set(store.folder, lambda v: v, split="test")

@@ -84,12 +84,13 @@ def test_float32_products_are_that_on_gpus_too():
     """No TF32 while they run; what the user had set is back afterwards."""
     from tcam_diff.diffusion.model import _exact
 
-    held = torch.backends.cudnn.allow_tf32
-    with _exact(torch.float32):
-        assert not torch.backends.cudnn.allow_tf32
-    with _exact(torch.bfloat16):
-        assert torch.backends.cudnn.allow_tf32 == held
-    assert torch.backends.cudnn.allow_tf32 == held
+    flags, gpu = torch.backends.cudnn.conv, torch.device("cuda")
+    held = flags.fp32_precision
+    with _exact(gpu, torch.float32):
+        assert flags.fp32_precision == "ieee"
+    with _exact(gpu, torch.bfloat16):
+        assert flags.fp32_precision == held
+    assert flags.fp32_precision == held
 
 
 def test_planes_of_samples_have_unit_energy(model):
@@ -231,6 +232,8 @@ def test_interpolate(trained, latents, tmp_path):
         assert said in tcam(*command, "--n", 3, "--steps", 4, fails=True)
     other = runs.make_latents(tmp_path / "other", decoder_seed=1)
     assert "planes of another decoder" in tcam("interpolate", trained, other, "v0-0", "v0-3", "--out", out, fails=True)
+    other = runs.make_latents(tmp_path / "oblong", texels=(16, 8, 8))
+    assert "its planes are" in tcam("interpolate", trained, other, "v0-0", "v0-3", "--out", out, fails=True)
 
 
 # ---- guidance ------------------------------------------------------------------------------
@@ -455,8 +458,8 @@ def test_a_bundle_is_verified_and_runs_alone(trained, model, tmp_path):
     np.testing.assert_allclose(image.affine, model.geometry.affine, atol=1e-5)
     tcam("export-bundle", trained, "--out", bundle)  # over a bundle, whole or not
     (tmp_path / "file").write_text("")
-    (bundle / "precious.txt").write_text("")
-    for place in (tmp_path / "file", bundle):
+    (tmp_path / "project" / "docs").mkdir(parents=True)
+    for place in (tmp_path / "file", tmp_path / "project"):
         assert "is there and no bundle" in tcam("export-bundle", trained, "--out", place, fails=True)
 
 

@@ -12,7 +12,7 @@ from tcam_diff import config as configs
 from tcam_diff.cli.common import say, tracked
 from tcam_diff.diffusion.config import SampleConfig, Solver
 from tcam_diff.errors import UserError
-from tcam_diff.files import replacing, sha256, writable_folder, write_text
+from tcam_diff.files import replacing, writable_folder, write_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,7 +42,7 @@ def interpolate(
     """
     from tcam_diff.autodecoder.latents import LatentSet
     from tcam_diff.cli.decode import check_output, decode_to_file
-    from tcam_diff.diffusion.model import INDEX, TriplaneDiffusion, find
+    from tcam_diff.diffusion.model import TriplaneDiffusion
     from tcam_diff.diffusion.report import plane_strip
     from tcam_diff.diffusion.sampling import Sampler
     from tcam_diff.evaluation.picture import sheet
@@ -60,9 +60,12 @@ def interpolate(
     for name in (a, b):
         held.verify(held.entry(name))
     ends = [[p.unsqueeze(0) for p in held.planes(held.entry(name))] for name in (a, b)]
+    want, found = [[(1, loaded.channels, *s) for s in loaded.geometry.sizes], [tuple(p.shape) for p in ends[0]]]
+    if found != want:
+        raise UserError(f"{latents}: its planes are {found}, those of {model} {want}")
     shape = size or loaded.geometry.shape
     settings = {
-        "model": sha256(find(model) / INDEX), "a": a, "b": b, "planes": [held.entry(name).sha256 for name in (a, b)], "n": n,
+        "model": loaded.identity, "a": a, "b": b, "planes": [held.entry(name).sha256 for name in (a, b)], "n": n,
         "size": list(shape), "label": label, "solver": solver, "steps": steps, "dtype": dtype,
     }  # fmt: skip
     record = out / "interpolation.json"

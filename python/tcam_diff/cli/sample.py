@@ -176,7 +176,7 @@ def draw(
     """Draw the samples that the folder lacks, and the sheet of all."""
     import torch
 
-    from tcam_diff.diffusion.model import INDEX, TriplaneDiffusion, find
+    from tcam_diff.diffusion.model import TriplaneDiffusion, find
     from tcam_diff.diffusion.sampling import Sampler
 
     with ranks(device, patience=timedelta(days=7)) as group:  # shares differ: the last one may take long
@@ -191,7 +191,7 @@ def draw(
             name += "_" + re.sub(r"[^\w.+-]+", "-", label)
         shape = output.size or model.geometry.shape
         settings: dict[str, Any] = {
-            "model": sha256(find(folder) / INDEX),
+            "model": model.identity,
             "sampling": config.model_dump(mode="json"),
             "compute_dtype": str(model.computing).removeprefix("torch."),
             "label": label,

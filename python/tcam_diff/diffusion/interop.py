@@ -25,8 +25,6 @@ from tcam_diff.diffusion.model import TriplaneDiffusion
 from tcam_diff.errors import UserError
 from tcam_diff.files import replacing, writable_folder, write_text
 
-#: Folders of a bundle.
-PARTS = ("configs", "models", "docs")
 #: Of the metadata of bundles.
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 
@@ -142,16 +140,17 @@ def export_bundle(model: TriplaneDiffusion, folder: Path, name: str, version: st
 
     Raises UserError where the folder holds something else.
     """
-    if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - {*PARTS, "eval"}):
+    metadata = folder / "configs" / "metadata.json"
+    if folder.exists() and not metadata.is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is there and no bundle; choose another folder")
-    for part in PARTS:
+    for part in ("configs", "models", "docs"):
         writable_folder(folder / part)
+    write_text(metadata, json.dumps(_metadata(model, name, version), indent=4))  # first: it marks the folder as ours
     model.save(folder / "models")
     state = {k: v.detach().cpu().contiguous() for k, v in model.network.state_dict().items()}
     with replacing(folder / "models" / "model.pt") as file:  # the file that the specification asks for
         torch.save(state, file)
     write_text(folder / "configs" / "inference.json", json.dumps(INFERENCE, indent=4))
-    write_text(folder / "configs" / "metadata.json", json.dumps(_metadata(model, name, version), indent=4))
     write_text(folder / "docs" / "README.md", _readme(model, name))
 
 

@@ -103,6 +103,15 @@ class TriplaneDiffusion(nn.Module):
         return decoding_dtype(self.stage1, self.device)
 
     @property
+    def identity(self) -> str:
+        """A digest of network, centre, decoder and geometry: what samples are a function of, beside their settings."""
+        digest = hashlib.sha256(repr(self.geometry).encode())
+        means = [] if self.centre is None else [*self.centre.mean, torch.tensor(self.centre.scale)]
+        for t in (*self.network.state_dict().values(), *means, *self.decoder.state_dict().values()):
+            digest.update(t.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
     def computing(self) -> torch.dtype:
         """Of the network's products."""
         return compute_dtype(self.config.compute_dtype, self.device)
@@ -121,7 +130,7 @@ class TriplaneDiffusion(nn.Module):
     def estimate(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """(B, 2M), noise then planes, for packed states (B, M): what a scheduler's step takes."""
         products = self.computing
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=products == torch.bfloat16), _exact(products):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=products == torch.bfloat16), _exact(x.device, products):
             state = x.to(self.network.enter.weight.dtype)
             noise, x0 = self.network(unpack(state, self.channels, self.geometry.sizes), t, labels)
         return torch.cat([pack(noise), pack(x0)], 1).to(x.dtype)
@@ -219,14 +228,18 @@ class TriplaneDiffusion(nn.Module):
 
 
 @contextlib.contextmanager
-def _exact(products: torch.dtype) -> Iterator[None]:
-    """Convolutions in float32 proper where that is asked for: cuDNN takes TF32 by default."""
-    held, exact = torch.backends.cudnn.allow_tf32, products == torch.float32
-    torch.backends.cudnn.allow_tf32 = held and not exact
+def _exact(device: torch.device, products: torch.dtype) -> Iterator[None]:
+    """Convolutions on GPUs in float32 proper where that is asked for: cuDNN takes TF32 by default."""
+    if device.type != "cuda" or products != torch.float32:
+        yield
+        return
+    flags: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    held = flags.fp32_precision
+    flags.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = held
+        flags.fp32_precision = held
 
 
 def find(folder: Path) -> Path:

@@ -67,14 +67,22 @@ def _stored(volume: np.ndarray) -> np.ndarray:
     return volume.astype(np.float32) / (255 if volume.dtype == np.uint8 else 1)
 
 
+def _told(sidecar: Path) -> list[tuple[float, float]] | None:
+    """What 0 and 1 stand for, where the JSON file beside a volume is that of a sample; BIDS has others there."""
+    try:
+        held = json.loads(sidecar.read_text())
+        return [(float(lo), float(hi)) for lo, hi in held["intensity"]] if "intensity" in held else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{sidecar}: damaged: expected JSON, and of a sample its intensity: {error}") from error
+
+
 def _unit(data: np.ndarray, path: Path, sidecar: Path, intensity: tuple[float, float] | None) -> np.ndarray:
     """In [0, 1]."""
-    if sidecar.is_file():
-        try:
-            held = json.loads(sidecar.read_text())["intensity"]
-            return to_unit(data, [(float(lo), float(hi)) for lo, hi in held])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{sidecar}: expected the JSON file of a sample, with intensity: {error!r}") from error
+    told = _told(sidecar)
+    if told is not None:
+        return to_unit(data, told)
     if intensity is not None:
         return to_unit(data, [intensity] * data.shape[0])
     if data.min() < -1e-3 or data.max() > 1 + 1e-3:
