@@ -113,10 +113,11 @@ def generate(out: Path, start: float) -> None:
     ]
     shown = "\n".join("tcam " + " ".join(map(str, c)) for c in commands)
     folders = (cohort, store, stage1, latents, stage2, samples)
-    if settings.is_file() and settings.read_text() != shown:  # of another version of this demo
+    ours = settings.is_file() and settings.read_text().startswith("tcam make-cohort")
+    if ours and settings.read_text() != shown:  # of another version of this demo
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
-    elif not settings.is_file():
+    elif not ours:
         theirs = [str(f) for f in folders if f.exists()]
         if theirs:
             raise UserError(f"--out {out}: holds {', '.join(theirs)}, which this demo did not make; choose another folder")

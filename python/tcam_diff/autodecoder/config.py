@@ -105,7 +105,9 @@ class TrainConfig(ObjectiveConfig):
     log_every: Annotated[Count, Field(description="steps")] = 50
     evaluate_every: Annotated[int | None, Field(ge=1, description="steps; null: a tenth of all")] = None
     evaluate_objects: Annotated[Count, Field(description="of an evaluation on the way")] = 8
-    checkpoint_every: Annotated[int | None, Field(ge=1, description="steps; null: a twentieth of all")] = None
+    checkpoint_every: Annotated[
+        int | None, Field(ge=1, description="steps, beside every evaluation; null: a twentieth of all")
+    ] = None
     keep: Annotated[Count, Field(description="checkpoints, beside the best")] = 2
 
     def evaluation_steps(self) -> int:

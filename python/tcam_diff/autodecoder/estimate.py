@@ -89,8 +89,8 @@ def estimate(config: TrainConfig, seconds: float = 10.0) -> Estimate:
     else:
         host += more if where != "disk" else 0
     one = written + more
-    evaluations = -(-config.steps // config.evaluation_steps())
-    checkpoints = -(-config.steps // config.checkpoint_steps())
+    at = [{*range(n, config.steps + 1, n), config.steps} for n in (config.evaluation_steps(), config.checkpoint_steps())]
+    evaluations, checkpoints = len(at[0]), len(at[0] | at[1])
     on_disk = per_object * count if where == "disk" else 0
     total = config.steps * step + evaluations * (checked + looked) + checkpoints * saved * one / written + whole
     free = torch.cuda.mem_get_info(ranks.device)[0] if device and where == "device" else available_memory()

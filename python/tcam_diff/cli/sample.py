@@ -273,8 +273,14 @@ class Files:
         if not (self.volume.is_file() and self.preview.is_file()):
             return False
         if differ:
-            told = {k: "another model" if k == "model" else f"{k} {held.get(k)}, now {settings[k]}" for k in differ}
-            raise UserError(f"{self.volume}: is there, made with {'; '.join(told.values())}: choose another folder")
+            told = []
+            for k in differ:
+                old, new = held.get(k), settings[k]
+                if isinstance(old, dict) and isinstance(new, dict):
+                    told += [f"{n} {old.get(n)}, now {v}" for n, v in new.items() if old.get(n) != v]
+                else:
+                    told.append("another model" if k == "model" else f"{k} {old}, now {new}")
+            raise UserError(f"{self.volume}: is there, made with {'; '.join(told)}: choose another folder")
         return True
 
     def write(

@@ -116,7 +116,9 @@ class DiffusionConfig(Config):
     evaluate_every: Annotated[int | None, Field(ge=1, description="steps; null: a tenth of all")] = None
     evaluate_volumes: Annotated[Count, Field(description="whose loss an evaluation takes")] = 64
     preview_steps: Annotated[int, Field(ge=0, description="of ab2 for the samples shown at evaluations; 0: none")] = 20
-    checkpoint_every: Annotated[int | None, Field(ge=1, description="steps; null: a twentieth of all")] = None
+    checkpoint_every: Annotated[
+        int | None, Field(ge=1, description="steps, beside every evaluation; null: a twentieth of all")
+    ] = None
     keep: Annotated[Count, Field(description="checkpoints, beside the best")] = 2
     seed: Annotated[int, Field(ge=0)] = 0
 
