@@ -60,9 +60,11 @@ def interpolate(
     for name in (a, b):
         held.verify(held.entry(name))
     ends = [[p.unsqueeze(0) for p in held.planes(held.entry(name))] for name in (a, b)]
-    want, found = [[(1, loaded.channels, *s) for s in loaded.geometry.sizes], [tuple(p.shape) for p in ends[0]]]
-    if found != want:
-        raise UserError(f"{latents}: its planes are {found}, those of {model} {want}")
+    want = [(1, loaded.channels, *s) for s in loaded.geometry.sizes]
+    for name, end in zip((a, b), ends, strict=True):
+        found = [tuple(p.shape) for p in end]
+        if found != want:
+            raise UserError(f"{latents}: its planes are {found} for {name}, those of {model} {want}")
     shape = size or loaded.geometry.shape
     settings = {
         "model": loaded.identity, "a": a, "b": b, "planes": [held.entry(name).sha256 for name in (a, b)], "n": n,

@@ -233,7 +233,7 @@ def draw(
                         if stop():
                             raise KeyboardInterrupt
                         about = {"index": i, "batch": len(batch), "residual_mean_square": mean[row]}
-                        files[i].write([p[row : row + 1] for p in planes], model, output.dtype, settings, about)
+                        files[i].write([p[row : row + 1] for p in planes], model, settings, about)
                         yield i
 
             try:
@@ -283,9 +283,7 @@ class Files:
             raise UserError(f"{self.volume}: is there, made with {'; '.join(told)}: choose another folder")
         return True
 
-    def write(
-        self, planes: list[Tensor], model: TriplaneDiffusion, dtype: str, settings: dict[str, Any], about: dict[str, Any]
-    ) -> None:
+    def write(self, planes: list[Tensor], model: TriplaneDiffusion, settings: dict[str, Any], about: dict[str, Any]) -> None:
         import tcam_ext
         from tcam_diff.cli.decode import decode_to_file
         from tcam_diff.diffusion.report import plane_strip
@@ -293,16 +291,19 @@ class Files:
         from tcam_diff.training.records import png
 
         self.sidecar.unlink(missing_ok=True)
-        decode_to_file(model.volume(planes), self.volume, tuple(settings["size"]), dtype, quiet=True)
+        decode_to_file(model.volume(planes), self.volume, tuple(settings["size"]), settings["dtype"], quiet=True)
         with replacing(self.preview) as file:
             file.write(png(sheet([(self.volume.name.removesuffix(".nii.gz"), plane_strip(model, planes))], 1)))
-        found = settings | about
-        found |= {
-            "intensity": model.geometry.intensity,
-            "device": model.device.type,
-            "sha256": sha256(self.volume),
-            "tcam_ext": tcam_ext.__version__,
-        }
+        found = (
+            settings
+            | about
+            | {
+                "intensity": model.geometry.intensity,
+                "device": model.device.type,
+                "sha256": sha256(self.volume),
+                "tcam_ext": tcam_ext.__version__,
+            }
+        )
         write_text(self.sidecar, json.dumps(found, indent=1))
 
 

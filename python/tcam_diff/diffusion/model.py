@@ -191,7 +191,7 @@ class TriplaneDiffusion(nn.Module):
         """A model's folder, or that of a run that holds one. Every file is compared with its checksum. Raises UserError.
 
         ``compute``: the type of the products of network and decoder: auto, float32 or bfloat16; None: as in training. In
-        float32 GPUs take no TF32.
+        float32 convolutions on GPUs take no TF32; other products follow torch's own switch, which is off by default.
         """
         folder = find(Path(folder))
         path = folder / INDEX
