@@ -166,6 +166,14 @@ struct FusedBackwardKernel {
       for (int s = 0; s < steps; ++s) ptx::store_matrices(to + m * 16 * N + (lane.rows ^ (s << 4)), f[m][s]);
   }
 
+  // h_1 of a step, whose maps stand in `buffer`.
+  TCAM_DEVICE static void first_layer(Fragment& h, const Memory& memory, int warp, int buffer, const Lane<N>& lane) {
+#pragma unroll
+    for (int q = 0; q < steps; ++q)
+      Block::first_layer(h, q, memory.stage.a_row(warp, buffer), memory.stage.b_tile(warp, buffer), memory.stage.g_tile(warp),
+                         lane);
+  }
+
   // What the head reads at this lane's voxels, the target or the gradient: of output t at rows g + 8 q; with one output, of row
   // g + 8 t alone, in seen[0]. Zero beyond the volume. Early, so that it is there when it is needed.
   struct Seen {
@@ -229,7 +237,7 @@ struct FusedBackwardKernel {
         ptx::barrier_wait(chain_barrier, chain_threads);  // step jb has landed, and all have read step jb - 1
         if (jb + 1 < column.j_last) Block::stage_step(memory.stage, p.maps, column, jb + 1, buffer ^ 1, tid);
         float* const dy_at = p.dy + (static_cast<size_t>(s) * chain_warps + warp) * p.n_out * R;
-        uint32_t mask[words], first_mask[words];
+        uint32_t mask[words];
         Seen seen;
         if (p.head) {
           look(seen, p, column.i0 + warp % WI, jb * WJ + warp / WI, column.k0, lane);
@@ -240,13 +248,7 @@ struct FusedBackwardKernel {
         }
 
         Fragment h, next;
-#pragma unroll
-        for (int q = 0; q < steps; ++q)
-          Block::first_layer(h, q, memory.stage.a_row(warp, buffer), memory.stage.b_tile(warp, buffer),
-                             memory.stage.g_tile(warp), lane);
-        if (p.layer == 2) to_mask(first_mask, h);
-        if (p.weighted) ptx::barrier_wait(read + warp, pair_threads);
-        if (p.weighted && p.layer == 2) store_tile(h_tile, h, lane);
+        if (forward > 0) first_layer(h, memory, warp, buffer, lane);
 #pragma unroll 1
         for (int q = 0; q < forward; ++q) {
 #pragma unroll
@@ -263,7 +265,10 @@ struct FusedBackwardKernel {
             to_mask(mask, h);
             store_mask(mask, p, q + 2, all.count(), s, tid);
           }
-          if (p.weighted && q + 2 == p.layer - 1) store_tile(h_tile, h, lane);
+          if (p.weighted && q + 2 == p.layer - 1) {
+            ptx::barrier_wait(read + warp, pair_threads);
+            store_tile(h_tile, h, lane);
+          }
         }
 
         float dy[4];
@@ -303,19 +308,7 @@ struct FusedBackwardKernel {
           spread_one(h, dy, p.head, mask, lane);
         else
           spread(h, dy_at, p.n_out, memory.last, mask, lane);
-#pragma unroll 1
-        for (int layer = top;; --layer) {  // h is delta_layer
-          if (p.weighted && layer == p.layer) {
-            store_tile(delta_tile, h, lane);
-            ptx::barrier_arrive(written + warp, pair_threads);
-          }
-          if (layer == p.layer && layer > 2) break;
-          if (layer > 2) {
-            load_mask(mask, p, layer - 1, all.count(), s, tid);
-          } else {
-#pragma unroll
-            for (int q = 0; q < words; ++q) mask[q] = first_mask[q];
-          }
+        auto walk_back = [&](int layer) {  // h: delta_layer, then delta_(layer-1)
           const uint16_t* panel = memory.panels + (forward + top - layer) * N * N;
 #pragma unroll
           for (int nb = 0; nb < steps; nb += 2) {
@@ -332,10 +325,28 @@ struct FusedBackwardKernel {
                 }
           }
           copy(h, next);
-          if (layer == 2) {
-            write_delta1(p, h, column.i0 + warp % WI, jb * WJ + warp / WI, column.k0, lane);
-            break;
+        };
+#pragma unroll 1
+        for (int layer = top; layer > p.layer; --layer) {
+          load_mask(mask, p, layer - 1, all.count(), s, tid);
+          walk_back(layer);
+        }
+        if (p.layer == 2) {  // h_1 again: neither it nor its mask stays in registers from the step's start
+          Fragment h1;
+          first_layer(h1, memory, warp, buffer, lane);
+          to_mask(mask, h1);
+          if (p.weighted) {
+            ptx::barrier_wait(read + warp, pair_threads);
+            store_tile(h_tile, h1, lane);
           }
+        }
+        if (p.weighted) {
+          store_tile(delta_tile, h, lane);
+          ptx::barrier_arrive(written + warp, pair_threads);
+        }
+        if (p.layer == 2) {
+          walk_back(2);
+          write_delta1(p, h, column.i0 + warp % WI, jb * WJ + warp / WI, column.k0, lane);
         }
       }
     }
