@@ -144,6 +144,32 @@ class Call {
     return tcam_decode_cpu_workspace(&p_, backward) + workspace_alignment;
   }
 
+  // Which kernels decode it and why not faster ones. `output`: 0 the volume, 1 the losses alone, 2 all gradients;
+  // `shared_limit`: bytes of shared memory that a block of a CUDA device may have; 0: on a CPU.
+  std::string explain(int output, int shared_limit) const {
+    between("output", output, 0, 2);
+    if (empty_) return "nothing to decode";
+    tcam_problem p = p_;
+    if (output == 2) p.grad_planes = 1, p.grad_decoder = p.layers > 0;  // of all
+    std::string text = p_.points >= 0 ? "points: " : "maps over pairs of axes: ";
+    if (const char* why = p_.points < 0 ? not_separable(p_) : nullptr) text = std::string("voxel by voxel, as ") + why + ": ";
+    if (shared_limit == 0) {
+      text += std::string("compiled for ") + tcam_cpu_isa() + ", ";
+      if (p_.compute == TCAM_BF16 && tcam_cpu_has_bf16()) return text + "bfloat16 products";
+      text += p_.compute == TCAM_F64 ? "float64 products" : "float32 products";
+      if (p_.compute == TCAM_BF16) text += "; not bfloat16 ones: they need AVX512_BF16";
+      if (p_.compute == TCAM_F16 || p_.compute == TCAM_TF32) text += "; there are no float16 or TensorFloat-32 ones on a CPU";
+      return text;
+    }
+#ifdef TCAM_WITH_CUDA
+    char more[400];
+    tcam_decode_cuda_explain(&p, output, shared_limit, more, sizeof more);
+    return text + more;
+#else
+    throw std::runtime_error("tcam_ext was built without CUDA; install it where nvcc is found");
+#endif
+  }
+
   void forward(py::handle out, py::handle workspace) const {
     const Tensor to = output(out, "out");
     void* scratch = workspace_of(workspace, false);
@@ -434,6 +460,19 @@ py::dict cuda_info() {
   return info;
 }
 
+// Bytes of shared memory that a block of a device may have.
+int cuda_shared_limit(int device) {
+#ifdef TCAM_WITH_CUDA
+  int bytes = 0;
+  const int status = tcam_cuda_shared_limit(device, &bytes);
+  if (status) throw std::runtime_error(std::string("tcam_ext: CUDA: ") + tcam_cuda_error(status));
+  return bytes;
+#else
+  (void)device;
+  throw std::runtime_error("tcam_ext was built without CUDA; install it where nvcc is found");
+#endif
+}
+
 }  // namespace
 }  // namespace tcam
 
@@ -466,6 +505,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("has_cuda") = false;
 #endif
   m.def("cuda_info", &cuda_info);
+  m.def("cuda_shared_limit", &cuda_shared_limit, py::arg("device"));
   py::class_<Options> options(m, "Options");
   options.def(py::init<>());
 #define TCAM_OPTION(name) options.def_readwrite(#name, &Options::name);
@@ -497,6 +537,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("planes"), py::arg("weights"), py::arg("biases"), py::arg("bounds"), py::arg("points"), py::arg("objects"),
            py::arg("extra"), py::arg("options"))
       .def("workspace", &Call::workspace)
+      .def("explain", &Call::explain, py::arg("output"), py::arg("shared_limit"))
       .def("forward", &Call::forward)
       .def("backward", &Call::backward)
       .def("loss", &Call::loss);

@@ -4,10 +4,14 @@
 
 namespace tcam {
 
-// Whether a problem goes point by point: points, and grids that do not separate into maps over pairs of axes.
-inline bool walks_points(const tcam_problem& p) {
-  return p.points >= 0 || p.reduce == TCAM_PRODUCT || p.extra > 0 || p.noise_std != 0;
+// Why a grid does not separate into maps over pairs of axes, and goes point by point; null: it does.
+inline const char* not_separable(const tcam_problem& p) {
+  if (p.reduce == TCAM_PRODUCT) return "planes are multiplied";
+  if (p.extra > 0) return "voxels have features of their own";
+  if (p.noise_std != 0) return "every voxel has noise of its own";
+  return nullptr;
 }
+inline bool walks_points(const tcam_problem& p) { return p.points >= 0 || not_separable(p); }
 
 // Whether decode_loss goes back, and takes the workspace of that.
 inline bool loss_wants_gradients(const tcam_problem& p) { return p.grad_planes || p.grad_decoder || p.grad_extra; }

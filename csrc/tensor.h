@@ -3,6 +3,7 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -40,6 +41,16 @@ struct DLExchangeApi {
   int (*current_stream)(int32_t device_type, int32_t device_id, void** out);
 };
 
+// The layout of dlpack.h 1.2 on a 64-bit machine, which these structs copy.
+static_assert(sizeof(void*) == 8 && sizeof(DLDevice) == 8 && sizeof(DLDataType) == 4, "");
+static_assert(offsetof(DLDevice, id) == 4 && offsetof(DLDataType, bits) == 1 && offsetof(DLDataType, lanes) == 2, "");
+static_assert(sizeof(DLTensor) == 48 && offsetof(DLTensor, device) == 8 && offsetof(DLTensor, ndim) == 16, "");
+static_assert(offsetof(DLTensor, dtype) == 20 && offsetof(DLTensor, shape) == 24 && offsetof(DLTensor, strides) == 32, "");
+static_assert(offsetof(DLTensor, byte_offset) == 40, "");
+static_assert(sizeof(DLExchangeHeader) == 16 && offsetof(DLExchangeHeader, minor) == 4, "");
+static_assert(offsetof(DLExchangeHeader, previous) == 8 && offsetof(DLExchangeApi, allocate) == 16, "");
+static_assert(offsetof(DLExchangeApi, dltensor) == 40 && offsetof(DLExchangeApi, current_stream) == 48, "");
+
 constexpr int32_t device_cpu = 1, device_cuda = 2;
 
 class TensorApi {
@@ -57,10 +68,7 @@ class TensorApi {
     py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
     auto* api = static_cast<DLExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (!api) throw py::error_already_set();
-    if (api->header.major != 1 || !api->dltensor || !api->current_stream)
-      throw std::runtime_error("tcam_ext: torch's DLPack exchange table has major version " +
-                               std::to_string(api->header.major) + ", this build reads version 1");
-    api_ = api;
+    api_ = version_1(api);
     tensor_ = tensor.release().ptr();  // held for the life of the process
     parameter_ = parameter.release().ptr();
   }
@@ -80,6 +88,23 @@ class TensorApi {
   }
 
  private:
+  // The table of major version 1: the one given, or one before it in its list.
+  static DLExchangeApi* version_1(DLExchangeApi* newest) {
+    std::string seen;
+    DLExchangeHeader* at = &newest->header;
+    for (int n = 0; at && n < 64; ++n, at = at->previous) {
+      if (at->major != 1) {
+        seen += (seen.empty() ? "" : ", ") + std::to_string(at->major);
+        continue;
+      }
+      auto* api = reinterpret_cast<DLExchangeApi*>(at);
+      if (api->dltensor && api->current_stream) return api;
+      throw std::runtime_error("tcam_ext: torch's DLPack exchange table of version 1 lacks functions that this build calls");
+    }
+    throw std::runtime_error("tcam_ext: torch's DLPack exchange tables have major versions " + seen +
+                             ", and this build reads version 1; it needs a newer tcam_ext");
+  }
+
   DLExchangeApi* api_ = nullptr;
   PyObject *tensor_ = nullptr, *parameter_ = nullptr;
 };

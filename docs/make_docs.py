@@ -23,6 +23,7 @@ OPS = (
     tcam_ext.sample_grid,
     tcam_ext.sample_points,
     tcam_ext.TriplaneDecoder,
+    tcam_ext.explain,
 )
 
 

@@ -13,6 +13,7 @@ _load(torch)
 
 from tcam_ext import conventions, reference  # noqa: E402
 from tcam_ext._version import __version__  # noqa: E402
+from tcam_ext.explain import explain  # noqa: E402
 from tcam_ext.nn import TriplaneDecoder  # noqa: E402
 from tcam_ext.ops import decode_grid, decode_grid_loss, decode_points, sample_grid, sample_points  # noqa: E402
 
@@ -23,6 +24,7 @@ __all__ = [
     "decode_grid",
     "decode_grid_loss",
     "decode_points",
+    "explain",
     "reference",
     "sample_grid",
     "sample_points",

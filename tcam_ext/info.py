@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from tcam_ext import _C, __version__
+from tcam_ext import _C, TriplaneDecoder, __version__, explain
 
 
 def lines() -> list[tuple[str, str]]:
@@ -20,6 +20,7 @@ def lines() -> list[tuple[str, str]]:
         ("bfloat16 products", "bfloat16 instructions" if _C.cpu_has_bf16() else "computed in float32"),
         ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} CPUs"),
     ]
+    out += _operating_point("cpu", torch.float32)
     if not cuda["built"]:
         return [*out, ("CUDA", "left out of this build")]
     out.append(("CUDA architectures", cuda["architectures"]))
@@ -39,7 +40,16 @@ def lines() -> list[tuple[str, str]]:
         for i in range(cuda["devices"]):
             p = torch.cuda.get_device_properties(i)
             out.append((f"CUDA device {i}", f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"))
+            out += _operating_point(f"cuda:{i}", torch.bfloat16)
     return out
+
+
+def _operating_point(device: str, compute: torch.dtype) -> list[tuple[str, str]]:
+    """Which kernels TCAM-Diff's decoder takes there: 42 channels, four hidden layers of 128, one output."""
+    decoder, planes = TriplaneDecoder(42), torch.zeros(1, 3, 42, 8, 8)
+    found = explain(decoder, planes, (8, 8, 8), compute_dtype=compute, device=device)
+    name = str(compute).removeprefix("torch.")
+    return [("  42 -> 4 x 128 -> 1" if key == "values" else "", f"{key}, {name}: {found[key]}") for key in found]
 
 
 def _cuda_version(number: int) -> str:

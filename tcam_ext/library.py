@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -67,6 +68,8 @@ class _Workspaces:
 
 
 _workspaces = _Workspaces()
+#: Where set, the forward calls of this context are put into it and not run: see explain.py.
+explaining: ContextVar[list[_Call] | None] = ContextVar("explaining", default=None)
 
 
 def storage_dtype(compute: str) -> torch.dtype:
@@ -129,6 +132,10 @@ def _output_activation(name: str) -> tuple[int, float]:
     return activations.output("output_activation", name)[:2]
 
 
+def _result_device() -> str | None:
+    return None if explaining.get() is None else "meta"
+
+
 class _Call:
     """The tensors and options of an op as the kernels take them, and the gradients wanted."""
 
@@ -164,6 +171,7 @@ class _Call:
         o.threads = torch.get_num_threads()
         for name, value in more.items():
             setattr(o, name, value)
+        self.is_loss = False
         self.points, self.extra = None, dense(where.extra)
         if isinstance(where, Grid):
             o.size, o.box, o.corners = list(where.size), list(where.box), where.corners
@@ -176,8 +184,13 @@ class _Call:
     def _workspace(self, backward: bool) -> Tensor:
         return _workspaces.take(self._call.workspace(backward), self.device)
 
+    def explain(self, output: int, shared_limit: int) -> str:
+        return self._call.explain(output, shared_limit)
+
     def forward(self, out: Tensor) -> None:
-        if out.numel():
+        if (calls := explaining.get()) is not None:
+            calls.append(self)
+        elif out.numel():
             workspace = self._workspace(False)
             self._call.forward(out, workspace)
             _workspaces.give_back(workspace)
@@ -191,7 +204,10 @@ class _Call:
             _workspaces.give_back(workspace)
 
     def loss(self, target: Tensor, loss: str, beta: float, per_object: bool, losses: Tensor, to: _Gradients) -> None:
-        if target.numel() == 0:
+        if (calls := explaining.get()) is not None:
+            self.is_loss = True
+            calls.append(self)
+        elif target.numel() == 0:
             to.zero()
         else:
             workspace = self._workspace(bool(to.list()))
@@ -248,7 +264,7 @@ def _decode_grid(*arguments: Any, tile: int = 0) -> Tensor:
 def _decode_grid_fake(*arguments: Any, tile: int = 0) -> Tensor:
     inputs, _, grid, (out_dtype,) = _unpack(Grid, arguments)
     shape = [inputs.planes[0].shape[0], inputs.weights[-1].shape[0], *grid.shape]
-    volume: Tensor = inputs.planes[0].new_empty(shape, dtype=out_dtype)
+    volume: Tensor = inputs.planes[0].new_empty(shape, dtype=out_dtype, device=_result_device())
     return volume
 
 
@@ -299,7 +315,7 @@ def _decode_points_fake(*arguments: Any, formulation: int = 0) -> Tensor:
     inputs, options, points, (out_dtype,) = _unpack(Points, arguments)
     features = inputs.planes[0].shape[1] * (len(inputs.planes) if options.reduce == "concat" else 1)
     n = inputs.weights[-1].shape[0] if inputs.weights else features
-    return points.points.new_empty([points.points.shape[0], n], dtype=out_dtype)
+    return points.points.new_empty([points.points.shape[0], n], dtype=out_dtype, device=_result_device())
 
 
 def _decode_points_backward(grad_out: Tensor, *arguments: Any, formulation: int = 0) -> list[Tensor]:

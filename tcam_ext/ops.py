@@ -85,7 +85,7 @@ def decode_grid(
             where the machine has them (AVX512_BF16); elsewhere it, float16 and "tf32" are computed in float32. On CUDA
             fused kernels with bfloat16 or float16 products serve relu decoders of 3 to 5 layers, hidden widths to 128 and
             C_out to 4 (gradients of widths above 64 need 216 KB of shared memory a block: Hopper, B200); every other case has
-            TensorFloat-32 products, which round as float16 does. None with float32 tensors on CUDA means what
+            TensorFloat-32 products, which round as float16 does. :func:`explain` says which a call takes, and why. None with float32 tensors on CUDA means what
             ``torch.backends.cuda.matmul.fp32_precision`` says.
         noise_std: >= 0. The decoder reads f + noise_std eps in place of f, with eps standard normal: TCAM-Diff's regularisation
             of training, equation 7, where it is 0.32.
@@ -101,6 +101,9 @@ def decode_grid(
     Returns:
         ``(B, C_out, H, W, D)``, or the box's size in place of (H, W, D); with ``return_preactivation`` a pair. Differentiable
         once with respect to planes, weights, biases and extra. Results are the same bits for any number of threads.
+
+    Calls can be captured into a CUDA graph. Make one call of the same kind before the capture, backward too where it is
+    captured: the first call of a kernel loads it, which a capture does not permit.
 
     Noise is Philox4x32-10 keyed by the seed, with counters of the voxel's number in the whole grid, the object and the
     feature, and Box and Muller's transform in arithmetic that has the same bits everywhere; nothing of it is stored.

@@ -8,13 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 import tcam_ext
 from tcam_ext import _C
 
 ROOT = Path(__file__).resolve().parents[1]
-settings.register_profile("tcam", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("tcam", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=1000)
+#: For minutes on a borrowed GPU: the same few examples every time, and none sought that fails more simply.
+settings.register_profile(
+    "card", settings.get_profile("tcam"), max_examples=25, derandomize=True, database=None,
+    phases=[Phase.explicit, Phase.generate],
+)  # fmt: skip
 settings.load_profile("tcam")
 
 
@@ -26,7 +31,14 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    if not pluginmanager.hasplugin("timeout"):  # pytest-timeout is not installed: its setting and its mark mean nothing then
+        parser.addini("timeout", "seconds a test may take")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.hasplugin("timeout"):
+        config.addinivalue_line("markers", "timeout(seconds): as pytest-timeout has it")
     if os.environ.get("TCAM_TEST_DETERMINISTIC"):  # fresh memory is filled with NaN
         torch.use_deterministic_algorithms(True)
     if os.environ.get("TCAM_TEST_ANY_BINARY"):  # a wheel built elsewhere

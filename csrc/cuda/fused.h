@@ -9,9 +9,10 @@ constexpr int64_t slab_bytes_forward = 256ll << 20, slab_bytes_backward = 1152ll
 class Fused : public FusedMlp<Planes<float>> {
  public:
   Fused(const tcam_problem& problem, bool backward, void* workspace, cudaStream_t stream) : FusedMlp(problem, stream) {
-    if (n_[0] > INT32_MAX / n_[1] || n_[0] * n_[1] > INT32_MAX / ceil_div(n_[2], 32)) return;  // steps are counted in int
-    N_ = choose_width();
-    if (!N_) return;
+    look_at_shape();
+    if (n_[0] > INT32_MAX / n_[1] || n_[0] * n_[1] > INT32_MAX / ceil_div(n_[2], 32))
+      refusal_ = {"they count tiles of 32 voxels in 31 bits", 0, 0};
+    if (refusal_.why) return;
     Carver ws(workspace);
     carve_planes(ws, backward);
     carve(ws, backward, workspace);

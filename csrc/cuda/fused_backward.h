@@ -514,10 +514,11 @@ inline int fused_backward_steps(const FusedMaps& maps) {
   return FusedBackwardKernel<ptx::BFloat16, 128>::Block::Steps(maps, 0, 1).count();
 }
 
-inline bool fused_backward_fits(const FusedBackward& p, int width, const Device& device) {
+// Of shared memory that a block takes.
+inline size_t fused_backward_bytes(const FusedBackward& p, int width) {
   using Narrow = FusedBackwardKernel<ptx::BFloat16, 64>;
   using Wide = FusedBackwardKernel<ptx::BFloat16, 128>;
-  return static_cast<size_t>(device.shared_limit) >= (width == 64 ? Narrow::shared_bytes(p) : Wide::shared_bytes(p));
+  return width == 64 ? Narrow::shared_bytes(p) : Wide::shared_bytes(p);
 }
 
 template <class T, int N>

@@ -144,47 +144,58 @@ __global__ void __launch_bounds__(WI * WJ * 32, 1) fused_forward_kernel(FusedFor
   FusedForwardKernel<T, N, MT, WI, WJ, products>::run(p);
 }
 
+// The kernels by padded width and warps, WI x WJ, of a block; of those of a width the first that fits is taken. The last is
+// for the 163 KiB of shared memory that a block of sm_80 may have.
+#define TCAM_FUSED_FORWARD(X) X(64, 12, 1) X(128, 12, 1) X(128, 3, 2)
+
+struct FusedForwardKind {
+  int width, wi, wj;
+  size_t bytes[fused_most_products + 1];  // of shared memory, by products
+};
+#define TCAM_KIND(N, WI, WJ) \
+  {N,                        \
+   WI,                       \
+   WJ,                       \
+   {0, fused_shared_bytes<N, 2, WI, WJ, 1>(), fused_shared_bytes<N, 2, WI, WJ, 2>(), fused_shared_bytes<N, 2, WI, WJ, 3>()}},
+constexpr FusedForwardKind fused_forward_kinds[] = {TCAM_FUSED_FORWARD(TCAM_KIND)};
+#undef TCAM_KIND
+
+// By the sizes alone. Null: a block of the device has too little shared memory, and `needs` says how much the smallest takes.
+inline const FusedForwardKind* choose_fused_forward(int width, int products, const Device& device, size_t* needs = nullptr) {
+  for (const FusedForwardKind& kind : fused_forward_kinds) {
+    if (kind.width != width) continue;
+    if (kind.bytes[products] <= static_cast<size_t>(device.shared_limit)) return &kind;
+    if (needs) *needs = kind.bytes[products];
+  }
+  return nullptr;
+}
+
 template <class T, int N, int MT, int WI, int WJ, int products>
 cudaError_t launch_fused_forward(const FusedForward& p, const Device& device, cudaStream_t stream) {
   constexpr size_t bytes = fused_shared_bytes<N, MT, WI, WJ, products>();
-  if (static_cast<size_t>(device.shared_limit) < bytes) return cudaErrorInvalidConfiguration;
   auto kernel = fused_forward_kernel<T, N, MT, WI, WJ, products>;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (status != cudaSuccess) return status;
   return launch(kernel, dim3(static_cast<unsigned>(device.processors)), WI * WJ * 32, bytes, stream, p);
 }
 
-// cudaErrorInvalidConfiguration where no kernel fits: the caller then takes another road.
 template <class T>
-cudaError_t choose_fused_forward(const FusedForward& p, int width, int products, const Device& device, cudaStream_t stream) {
-#define TCAM_FUSED(N, WI, WJ)                                                                \
-  do {                                                                                       \
-    cudaError_t status = cudaErrorInvalidConfiguration;                                      \
-    if (products == 1) status = launch_fused_forward<T, N, 2, WI, WJ, 1>(p, device, stream); \
-    if (products == 2) status = launch_fused_forward<T, N, 2, WI, WJ, 2>(p, device, stream); \
-    if (products == 3) status = launch_fused_forward<T, N, 2, WI, WJ, 3>(p, device, stream); \
-    if (status != cudaErrorInvalidConfiguration) return status;                              \
-  } while (0)
-  if (width <= 64) {
-    TCAM_FUSED(64, 12, 1);
-  } else if (width <= 128) {
-    TCAM_FUSED(128, 12, 1);
-    TCAM_FUSED(128, 3, 2);  // for the 163 KiB of sm_80
+cudaError_t launch_fused_forward(const FusedForward& p, const FusedForwardKind& kind, int products, const Device& device,
+                                 cudaStream_t stream) {
+#define TCAM_LAUNCH(N, WI, WJ)                                                             \
+  if (kind.width == N && kind.wi == WI && kind.wj == WJ) {                                 \
+    if (products == 1) return launch_fused_forward<T, N, 2, WI, WJ, 1>(p, device, stream); \
+    if (products == 2) return launch_fused_forward<T, N, 2, WI, WJ, 2>(p, device, stream); \
+    if (products == 3) return launch_fused_forward<T, N, 2, WI, WJ, 3>(p, device, stream); \
   }
-#undef TCAM_FUSED
-  return cudaErrorInvalidConfiguration;
+  TCAM_FUSED_FORWARD(TCAM_LAUNCH)
+#undef TCAM_LAUNCH
+  return cudaErrorInvalidValue;
 }
 
-// Whether choose_fused_forward finds a kernel: the smallest of each width are these.
-inline bool fused_forward_fits(int width, int products, const Device& device) {
-  const size_t narrow[] = {0, fused_shared_bytes<64, 2, 12, 1, 1>(), fused_shared_bytes<64, 2, 12, 1, 2>(),
-                           fused_shared_bytes<64, 2, 12, 1, 3>()};
-  const size_t wide[] = {0, fused_shared_bytes<128, 2, 3, 2, 1>(), fused_shared_bytes<128, 2, 3, 2, 2>(),
-                         fused_shared_bytes<128, 2, 3, 2, 3>()};
-  return static_cast<size_t>(device.shared_limit) >= (width == 64 ? narrow : wide)[products];
-}
-
-cudaError_t fused_forward_bfloat16(const FusedForward& p, int width, int products, const Device& device, cudaStream_t stream);
-cudaError_t fused_forward_float16(const FusedForward& p, int width, int products, const Device& device, cudaStream_t stream);
+cudaError_t fused_forward_bfloat16(const FusedForward& p, const FusedForwardKind& kind, int products, const Device& device,
+                                   cudaStream_t stream);
+cudaError_t fused_forward_float16(const FusedForward& p, const FusedForwardKind& kind, int products, const Device& device,
+                                  cudaStream_t stream);
 
 }  // namespace tcam

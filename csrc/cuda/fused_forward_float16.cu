@@ -3,8 +3,9 @@
 
 namespace tcam {
 
-cudaError_t fused_forward_float16(const FusedForward& p, int width, int products, const Device& device, cudaStream_t stream) {
-  return choose_fused_forward<ptx::Float16>(p, width, products, device, stream);
+cudaError_t fused_forward_float16(const FusedForward& p, const FusedForwardKind& kind, int products, const Device& device,
+                                  cudaStream_t stream) {
+  return launch_fused_forward<ptx::Float16>(p, kind, products, device, stream);
 }
 
 }  // namespace tcam

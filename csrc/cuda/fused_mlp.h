@@ -1,6 +1,8 @@
 // The layers above the first on tensor cores: the kernels of fused_forward.h and fused_backward.h over maps that the road which
 // it stands on (a grid's slabs, a wave of points) has made.
 #pragma once
+#include <stdio.h>
+
 #include "fused_backward.h"
 #include "fused_forward.h"
 #include "fused_operands.h"
@@ -8,8 +10,22 @@
 
 namespace tcam {
 
-// What a call is for.
-enum class Output { volume, losses, gradients };
+// Whether the fused kernels take a problem, by its shape and options.
+inline Refusal fused_refusal(const tcam_problem& p) {
+  const int L = p.layers;
+  if (p.dtype != TCAM_F32 || (p.compute != TCAM_BF16 && p.compute != TCAM_F16))
+    return {"they have bfloat16 or float16 products (compute_dtype), which the call does not ask for", 0, 0};
+  for (int l = 1; l < L; ++l)
+    if (static_cast<Activation>(p.activation[l - 1].kind) != Activation::relu) return {"hidden layer %lld is not a relu", l, 0};
+  if (static_cast<OutputActivation>(p.output_activation.kind) == OutputActivation::half_sine)
+    return {"output_activation is half_sine, which they do not have", 0, 0};
+  if (L < 3 || L - 2 > fused_most_products)
+    return {"there are %lld layers, and they take 3 to %lld", L, fused_most_products + 2};
+  if (p.width[L] > fused_most_out) return {"there are %lld outputs, and they take up to %lld", p.width[L], fused_most_out};
+  for (int l = 1; l < L; ++l)
+    if (p.width[l] > 128) return {"a hidden layer is %lld wide, and they take up to %lld", p.width[l], 128};
+  return {};
+}
 
 // Base: Planes<float> or what derives from it.
 template <class Base>
@@ -19,15 +35,29 @@ class FusedMlp : public Base {
       Base::output_activation, Base::p, Base::reals, Base::status_, Base::stream_, Base::weights_, Base::width;
 
  public:
-  // Whether this road takes the problem: its shape, and the shared memory of the current device.
-  bool serves(Output output) {
-    if (!N_) return false;
-    int id = 0;
-    check(cudaGetDevice(&id));
-    check(cudaDeviceGetAttribute(&device_.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, id));
-    check(cudaDeviceGetAttribute(&device_.processors, cudaDevAttrMultiProcessorCount, id));
-    if (status_) return true;  // and fails
-    return output == Output::volume ? fused_forward_fits(N_, products(), device_) : fits(launches(output));
+  // Whether this road takes the problem on a device: by sizes, before anything is launched.
+  Refusal refuses(Output output, const Device& device) {
+    device_ = device;
+    if (refusal_.why) return refusal_;
+    size_t needs = 0;
+    if (output == Output::volume) {
+      kind_ = choose_fused_forward(N_, products(), device, &needs);
+      if (kind_) return {};
+    } else {
+      needs = shared_bytes(output);
+      if (needs <= static_cast<size_t>(device.shared_limit)) return {};
+    }
+    return {"a block needs %lld bytes of shared memory and has %lld", static_cast<long long>(needs), device.shared_limit};
+  }
+  // Which kernels those are.
+  void describe(Output output, char* text, size_t size) const {
+    const char* type = bfloat() ? "bfloat16" : "float16";
+    if (output == Output::volume)
+      snprintf(text, size, "fused, on tensor cores in %s: %d channels, %d products, blocks of %d x %d warps", type, N_,
+               products(), kind_->wi, kind_->wj);
+    else
+      snprintf(text, size, "fused, on tensor cores in %s: %d channels, %d products, %d launches", type, N_, products(),
+               launches(output).count);
   }
 
  protected:
@@ -46,7 +76,9 @@ class FusedMlp : public Base {
   };
 
   Device device_ = {0, 0};
-  int N_ = 0;  // padded width of the hidden layers; 0: not for this road
+  Refusal refusal_ = {};                    // by the shape
+  const FusedForwardKind* kind_ = nullptr;  // set where refuses() was asked of a volume
+  int N_ = 0;                               // padded width of the hidden layers; 0: not for this road
   int64_t most_blocks_ = 0;
   uint16_t *panels_ = nullptr, *top_ = nullptr;  // W_2 to W_(P+1); diag(w) W_(P+1)
   float *panel_biases_ = nullptr, *last_ = nullptr, *last_bias_ = nullptr;
@@ -63,16 +95,12 @@ class FusedMlp : public Base {
   int n_out() const { return width(p.layers); }
   bool bfloat() const { return p.compute == TCAM_BF16; }
 
-  int choose_width() const {
-    const int L = p.layers;
-    if (p.dtype != TCAM_F32 || (p.compute != TCAM_BF16 && p.compute != TCAM_F16)) return 0;
-    for (int l = 1; l < L; ++l)
-      if (activation(l).kind != Activation::relu) return 0;
-    if (output_activation().kind == OutputActivation::half_sine) return 0;
-    if (L < 3 || L - 2 > fused_most_products || p.width[L] > fused_most_out) return 0;
-    int64_t widest = 0;
-    for (int l = 1; l < L; ++l) widest = p.width[l] > widest ? p.width[l] : widest;
-    return widest <= 64 ? 64 : widest <= 128 ? 128 : 0;
+  // Sets refusal_ or N_.
+  void look_at_shape() {
+    refusal_ = fused_refusal(p);
+    if (refusal_.why) return;
+    N_ = 64;
+    for (int l = 1; l < p.layers; ++l) N_ = p.width[l] > 64 ? 128 : N_;
   }
 
   // With one output the head computes the gradient of layer P+1 too; with more, that of the last layer.
@@ -85,15 +113,19 @@ class FusedMlp : public Base {
       if (p.grad_decoder || l == 2) all.add(l, false);
     return all;
   }
-  bool fits(const Launches& all) const {
+  // What a block of the largest launch takes.
+  size_t shared_bytes(Output output) const {
+    const Launches all = launches(output);
+    size_t most = 0;
     for (int e = 0; e < all.count; ++e) {
       FusedBackward call = {};
       call.products = products();
       call.layer = all.all[e].layer;
       call.head = all.all[e].head;
-      if (!fused_backward_fits(call, N_, device_)) return false;
+      const size_t bytes = fused_backward_bytes(call, N_);
+      most = bytes > most ? bytes : most;
     }
-    return true;
+    return most;
   }
 
   // `steps` of the backward kernel, and `voxels`, at once.
@@ -170,8 +202,8 @@ class FusedMlp : public Base {
     if (!all.count) {
       const FusedForward call = {maps, panels_, panel_biases_, last_, last_bias_, n_out(), output_activation(),
                                  at,   dtype,   channel_stride};
-      check(T::dtype == TCAM_BF16 ? fused_forward_bfloat16(call, N_, products(), device_, stream_)
-                                  : fused_forward_float16(call, N_, products(), device_, stream_));
+      check(T::dtype == TCAM_BF16 ? fused_forward_bfloat16(call, *kind_, products(), device_, stream_)
+                                  : fused_forward_float16(call, *kind_, products(), device_, stream_));
       return;
     }
     FusedBackward call = {};

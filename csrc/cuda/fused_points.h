@@ -48,8 +48,8 @@ class FusedPoints : public FusedMlp<PointLayers<float>> {
  public:
   FusedPoints(const tcam_problem& problem, bool backward, void* workspace, cudaStream_t stream)
       : FusedMlp(problem, backward, workspace, stream, backward ? bytes_backward : bytes_forward, fused_wave_points) {
-    N_ = choose_width();
-    if (!N_) return;
+    look_at_shape();
+    if (refusal_.why) return;
     Carver ws(workspace);
     ws.take(bytes_);
     if (backward && p.grad_decoder) {  // beside those of the first layer, which come last

@@ -24,6 +24,12 @@ struct Device {
   int processors;
 };
 
+// Why kernels do not take a problem: a printf format of the two numbers; null where they do.
+struct Refusal {
+  const char* why;
+  long long got, most;
+};
+
 // A lane's element in the first k-step of a tile; in step s it is that ^ 16 s, because the swizzle is an exclusive or.
 template <int N>
 struct Lane {

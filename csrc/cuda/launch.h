@@ -22,7 +22,12 @@ int tcam_resample_axis_cuda(const tcam_resample* problem, const double bounds[2]
                             void* stream);
 int tcam_normals_cuda(const tcam_normals* normals, float* out, int device, void* stream);
 
+// The kernels that a problem takes where a block may have `shared_limit` bytes of shared memory, and why not faster ones, as
+// text. `output`: 0 the volume, 1 the losses alone, 2 gradients. Needs no device.
+void tcam_decode_cuda_explain(const tcam_problem* problem, int output, int shared_limit, char* text, int size);
+
 int tcam_cuda_info(int* runtime, int* driver, int* devices);
+int tcam_cuda_shared_limit(int device, int* bytes);  // of shared memory that a block may have
 const char* tcam_cuda_error(int status);
 
 #ifdef __cplusplus

@@ -176,6 +176,14 @@ class Layers : public Planes<Real> {
     this->bytes_ = ws.used();
   }
 
+  // Which kernels those are.
+  void describe(Output, char* text, size_t size) const {
+    snprintf(text, size, "layer by layer, %s products",
+             tensor_floats()                 ? "TensorFloat-32"
+             : sizeof(Real) == sizeof(float) ? "float32"
+                                             : "float64");
+  }
+
  protected:
   Layers(const tcam_problem& problem, cudaStream_t stream) : Base(problem, stream) {}  // points.h carves for itself
 
@@ -263,11 +271,13 @@ class Layers : public Planes<Real> {
         }
   }
 
-  // Of the hidden layers: in Real or, for float32, on tensor cores.
+  // Whether the hidden layers' products are TensorFloat-32 on tensor cores.
+  bool tensor_floats() const { return sizeof(Real) == sizeof(float) && p.compute != TCAM_F32; }
+
   template <class A, class B, class Store>
   cudaError_t product(int64_t m, int n, int64_t k, int64_t k_chunk, A a, B b, Store store) {
     if constexpr (sizeof(Real) == sizeof(float))
-      if (p.compute != TCAM_F32) return gemm<TensorFloats>(m, n, k, k_chunk, a, b, store, stream_);
+      if (tensor_floats()) return gemm<TensorFloats>(m, n, k, k_chunk, a, b, store, stream_);
     return gemm<Scalars<Real, 64>>(m, n, k, k_chunk, a, b, store, stream_);
   }
 

@@ -2,6 +2,8 @@
 // and from the gradients of the first layer's maps dA, dB, dG back to the planes and to the first layer. The maps go to texels
 // by a gather, so no sum needs atomics and each has one order.
 #pragma once
+#include <stdio.h>
+
 #include "../carver.h"
 #include "../maths/loss.h"
 #include "gemm.h"
@@ -10,6 +12,9 @@ namespace tcam {
 
 constexpr int64_t texel_splits = 32, row_splits = 64;  // partial sums over texels, and over rows of dA
 constexpr int threads = 256, warps = threads / 32;
+
+// What a call is for.
+enum class Output { volume, losses, gradients };
 
 inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

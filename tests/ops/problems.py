@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -140,8 +141,39 @@ def flat_options(problem: Problem, compute: str = "float64") -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def relative(got: Tensor, want: Tensor) -> float:
-    return float((got.detach().cpu().double() - want.detach()).norm() / want.detach().norm().clamp_min(1e-30))
+def examples(count: int) -> Any:
+    """hypothesis settings of so many examples, or of the profile's where it has fewer (`--hypothesis-profile=card`)."""
+    return settings(max_examples=min(count, settings.default.max_examples))
+
+
+def relative(got: Tensor, want: Tensor, terms: Tensor | None = None) -> float:
+    """The norm of the error over that of what is wanted. With ``terms`` (:func:`terms_of`), an output that cancels to less than
+    a tenth of them is held to that tenth: FORWARD_LIMIT of it is 16 roundings of float32."""
+    floor = 1e-30 if terms is None else max(1e-30, 0.1 * float(terms.norm()))
+    return float((got.detach().cpu().double() - want.detach()).norm() / want.detach().norm().clamp_min(floor))
+
+
+def terms_of(p: Problem, xyz: Tensor | None = None) -> Tensor:
+    """|W_L| |h_(L-1)| + |b_L| times the slope of the output activation, of a grid or of points: the sum of the magnitudes that
+    an output is a sum of. Rounding is relative to it, however far the sum cancels."""
+    op, place, channels = ("grid", p.size, 1) if xyz is None else ("points", xyz, -1)
+    options = {k: v for k, v in p.options.items() if k not in ("activation", "output_activation")}
+    names = activations.hidden_layers(p.options.get("activation", "relu"), len(p.weights) - 1)
+    with torch.no_grad():
+        if names:
+            decode = getattr(reference, f"decode_{op}")
+            h = decode(p.planes, p.weights[:-1], p.biases[:-1], place, activation=names[:-1], **options)
+            h = activations.hidden("activation", names[-1])(h)
+        else:
+            h = getattr(reference, f"sample_{op}")(p.planes, place, **options)
+        h = h.movedim(channels, -1)
+        w, b = p.weights[-1], p.biases[-1]
+        z = torch.nn.functional.linear(h, w, b)
+        found = torch.nn.functional.linear(h.abs(), w.abs(), None if b is None else b.abs())
+    z.requires_grad_()
+    output = activations.output("output_activation", p.options.get("output_activation", "none"))(z)
+    (slope,) = torch.autograd.grad(output.sum(), z)
+    return found * slope.abs()
 
 
 def gradient_error(got: list[Tensor], want: list[Tensor]) -> float:

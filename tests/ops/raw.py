@@ -127,12 +127,19 @@ class Kernels:
         """Bytes that a float32 decode, or its backward, asks for."""
         return self._workspace(self._problem(p, compute, None, (backward, backward), 2, 0, torch.float32), backward)
 
+    def explain(self, p: Problem, compute: int, output: int, shared_limit: int) -> str:
+        """tcam_decode_cuda_explain."""
+        text = ctypes.create_string_buffer(400)
+        problem = self._problem(p, compute, None, (output == 2, output == 2), 2, 0, torch.float32)
+        self.library.tcam_decode_cuda_explain(ctypes.byref(problem), output, shared_limit, text, len(text))
+        return text.value.decode()
+
     def _call(self, op: str, problem: Decode, backward: bool, *arguments: Any) -> None:
         raw = np.full(self._workspace(problem, backward) + 256, 0xFF, np.uint8)
         workspace = ctypes.c_void_p((raw.ctypes.data + 255) // 256 * 256)
         status = getattr(self.library, f"tcam_{op}_{self.suffix}")(ctypes.byref(problem), *arguments, workspace, *self.more)
-        if self.suffix == "cuda":
-            assert status == 0
+        if status and self.suffix == "cuda":
+            raise RuntimeError(f"status {status}")
 
     def _problem(
         self, p: Problem, compute: int, box: Any, grads: tuple[bool, bool], threads: int, tile: int, out_dtype: torch.dtype

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import os
 import random
 
@@ -197,3 +199,49 @@ def test_activations_beside_no_layers_are_refused():
     o.activation = [(0, 1.0)] * 1000
     with pytest.raises(ValueError, match="activation"):
         _C.Call([torch.zeros(1, 2, 3, 3)], [], [], None, torch.zeros(4, 3), None, None, o)
+
+
+# ---- DLPack's table of functions -----------------------------------------------------------------
+
+
+class Header(ctypes.Structure):
+    """DLPackExchangeAPIHeader of dlpack.h."""
+
+    _fields_ = [("major", ctypes.c_uint32), ("minor", ctypes.c_uint32), ("previous", ctypes.c_void_p)]
+
+
+def with_tables(*majors: int, last: int | None):
+    """A type whose tables have these major versions, each the predecessor of the one before; ``last``: address of one more."""
+    headers = [Header(m, 0, last) for m in majors]
+    for newer, older in itertools.pairwise(headers):
+        newer.previous = ctypes.addressof(older)
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    kind = type("Kind", (), {"__dlpack_c_exchange_api__": new(ctypes.addressof(headers[0]), b"dlpack_exchange_api", None)})
+    kind.kept = headers
+    return kind
+
+
+@pytest.fixture
+def bound():
+    yield
+    _C.bind(torch.Tensor, torch.nn.Parameter)
+
+
+def torchs_table() -> int:
+    get = ctypes.pythonapi.PyCapsule_GetPointer
+    get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    return get(torch.Tensor.__dlpack_c_exchange_api__, b"dlpack_exchange_api")
+
+
+def test_a_newer_table_leads_to_the_one_of_version_1(bound):
+    kind = with_tables(3, 2, last=torchs_table())
+    _C.bind(kind, torch.nn.Parameter)
+    parameter = torch.nn.Parameter(torch.empty(2, 3), requires_grad=False)
+    _C.normals(parameter, 0, 1, 1)  # read through the table of version 1
+    assert parameter.isfinite().all()
+
+
+def test_tables_of_other_versions_alone_are_refused(bound):
+    with pytest.raises(RuntimeError, match=r"major versions 3, 2, .*version 1"):
+        _C.bind(with_tables(3, 2, last=None), torch.nn.Parameter)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import problems
 import pytest
 import torch
@@ -56,16 +59,22 @@ def test_fused_kernels_equal_their_mirror(shape, dtype):
 
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_tensor_floats(activation):
-    p = problems.make(**{**OPERATING_POINT, "size": (24, 24, 24)}, activation=activation)
-    exact, mine = p.to(torch.float64, True), p.to(torch.float32, True, "cuda")
-    out, trusted = problems.masked_reference(exact, problems.round_tensor_float, margin=1e-4)
-    volume = mine.call(tcam_ext.decode_grid, compute_dtype="tf32")
-    error = problems.relative(volume, exact.call(tcam_ext.reference.decode_grid))
-    assert 1e-5 < error < 1e-3
-    grad = torch.randn_like(out) * trusted
-    want = torch.autograd.grad(out, exact.tensors, grad)
-    got = torch.autograd.grad(volume, mine.tensors, grad.float().cuda())
-    assert problems.gradient_error(list(got), list(want)) < 1e-3
+    """The root mean square over seeds: a single draw of relu's masks has between 3e-4 and 1.2e-3."""
+    errors = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        p = problems.make(**{**OPERATING_POINT, "size": (24, 24, 24)}, activation=activation)
+        exact, mine = p.to(torch.float64, True), p.to(torch.float32, True, "cuda")
+        out, trusted = problems.masked_reference(exact, problems.round_tensor_float, margin=1e-4)
+        volume = mine.call(tcam_ext.decode_grid, compute_dtype="tf32")
+        grad = torch.randn_like(out) * trusted
+        want = torch.autograd.grad(out, exact.tensors, grad)
+        got = torch.autograd.grad(volume, mine.tensors, grad.float().cuda())
+        forward = problems.relative(volume, exact.call(tcam_ext.reference.decode_grid))
+        errors.append((forward, problems.gradient_error(list(got), list(want))))
+    forward, backward = torch.tensor(errors).square().mean(0).sqrt().tolist()
+    assert 1e-5 < forward < 1e-3
+    assert backward < 1e-3
 
 
 def test_a_float16_mean_is_the_sum_over_n():
@@ -137,6 +146,36 @@ def test_a_graph_replays_forward_and_backward(p, compute):
     graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+FIRST_CALLS = """
+import torch, tcam_ext
+decoder = tcam_ext.TriplaneDecoder(8, (64, 64)).cuda()
+planes = torch.randn(1, 3, 8, 16, 16, device="cuda", requires_grad=True)
+def run():
+    decoder.zero_grad(set_to_none=True)
+    planes.grad = None
+    volume = decoder(planes, (32, 32, 32), compute_dtype=torch.bfloat16)
+    volume.square().sum().backward()
+    return [volume.detach(), planes.grad, *(p.grad for p in decoder.parameters())]
+side = torch.cuda.Stream()
+side.wait_stream(torch.cuda.current_stream())
+with torch.cuda.stream(side):
+    want = [t.clone() for t in run()]
+torch.cuda.current_stream().wait_stream(side)
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    found = run()
+graph.replay()
+torch.cuda.synchronize()
+assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+"""
+
+
+def test_one_call_is_enough_to_warm_up_for_a_graph():
+    """In a process of its own, where no kernel has been loaded by another test."""
+    done = subprocess.run([sys.executable, "-c", FIRST_CALLS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @BOTH

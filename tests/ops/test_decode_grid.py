@@ -11,7 +11,7 @@ import numpy as np
 import problems
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import grid_sample
 
@@ -47,7 +47,7 @@ def test_reference_samples_as_grid_sample_does(align_corners, padding_mode):
 
 
 @pytest.mark.parametrize("device", problems.DEVICES)
-@settings(max_examples=150)
+@problems.examples(150)
 @given(p=problems.problems(), dtype=st.sampled_from([torch.float64, torch.float32]))
 def test_equals_the_float64_reference(device, p, dtype):
     name = str(dtype).removeprefix("torch.")
@@ -55,11 +55,11 @@ def test_equals_the_float64_reference(device, p, dtype):
     want = p.call(reference.decode_grid)
     assert got.shape == want.shape
     assert got.dtype == dtype
-    assert problems.relative(got, want) < problems.FORWARD_LIMIT[name]
+    assert problems.relative(got, want, problems.terms_of(p)) < problems.FORWARD_LIMIT[name]
 
 
 @pytest.mark.parametrize("device", problems.DEVICES)
-@settings(max_examples=150)
+@problems.examples(150)
 @given(p=problems.problems(), dtype=st.sampled_from([torch.float64, torch.float32]))
 def test_gradients_equal_the_float64_reference(device, p, dtype):
     name = str(dtype).removeprefix("torch.")
@@ -81,7 +81,7 @@ def test_wide_decoders(device, activation, widths):
     out, trusted = problems.masked_reference(exact)
     grad = torch.randn_like(out) * trusted
     got = mine.call(tcam_ext.decode_grid)
-    assert problems.relative(got, out) < 1e-5
+    assert problems.relative(got, out, problems.terms_of(exact)) < 1e-5
     want = torch.autograd.grad(out, exact.tensors, grad)
     assert problems.gradient_error(list(torch.autograd.grad(got, mine.tensors, grad.float().to(device))), list(want)) < 1e-4
 
@@ -161,7 +161,7 @@ def test_nan_and_infinity_reach_the_output():
 
 
 @pytest.mark.parametrize("device", problems.DEVICES)
-@settings(max_examples=60)
+@problems.examples(60)
 @given(p=problems.problems(), data=st.data())
 def test_a_box_is_the_same_part_of_the_whole_bit_for_bit(device, p, data):
     p = p.to(torch.float32, device=device)

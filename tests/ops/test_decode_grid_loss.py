@@ -8,7 +8,7 @@ import problems
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import tcam_ext
@@ -38,7 +38,7 @@ def gradients(value, tensors, weight=None):
 
 
 @pytest.mark.parametrize("device", problems.DEVICES)
-@settings(max_examples=100)
+@problems.examples(100)
 @given(
     p=problems.problems(),
     loss=st.sampled_from(sorted(LOSSES)),
@@ -62,13 +62,12 @@ def test_equals_the_float64_reference(device, p, loss, reduction, beta, target):
 @pytest.mark.parametrize("loss", sorted(LOSSES))
 @pytest.mark.parametrize("device", problems.DEVICES)
 def test_equals_decode_then_loss_then_backward(device, activation, compute, loss):
-    """The two roads run the same products: no mask can flip between them, whatever the activation and the precision.
-    (On CUDA the loss takes float32 products whatever is asked, so the other road does too.) Of sums: where bfloat16 rounds the
-    gradients of a layer, those of a mean, divided by N first, would round to other numbers."""
+    """Both run the same products: no mask can flip between them, whatever the activation and the precision. Of sums: where
+    bfloat16 rounds the gradients of a layer, those of a mean, divided by N first, would round to other numbers."""
     p = problems.make(channels=42, texels=(9, 8, 7), widths=(128, 96, 2), size=(9, 12, 11), activation=activation, batch=2)
     p = p.to(torch.float32, True, device)
     target = random_target(p, torch.float32).to(device)
-    volume = p.call(tcam_ext.decode_grid, compute_dtype=compute if device == "cpu" else torch.float32)
+    volume = p.call(tcam_ext.decode_grid, compute_dtype=compute)
     want = LOSSES[loss](volume, target, 0.3).sum()
     got = one_pass(p, target, loss=loss, compute_dtype=compute, reduction="sum")
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)

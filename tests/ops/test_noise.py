@@ -10,7 +10,7 @@ from dataclasses import replace
 import problems
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import tcam_ext
@@ -36,6 +36,7 @@ def test_philox_has_its_published_values(counter, key, want):
     assert tuple(int(x) for x in reference.philox([torch.tensor([c]) for c in counter], key)) == want
 
 
+@problems.examples(100)
 @given(
     objects=st.integers(1, 3), shape=st.lists(st.integers(1, 40), min_size=1, max_size=3),
     stream=st.integers(0, 16), seed=st.integers(0, 2**63 - 1),
@@ -113,7 +114,7 @@ def noisy_problems(draw):
     return p
 
 
-@settings(max_examples=60)
+@problems.examples(60)
 @given(p=noisy_problems())
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("device", problems.DEVICES)
@@ -128,7 +129,7 @@ def test_equals_the_float64_reference(device, p, dtype):
     assert problems.gradient_error(list(found), list(wanted)) < problems.GRADIENT_LIMIT["float32"]
 
 
-@settings(max_examples=40)
+@problems.examples(40)
 @given(p=noisy_problems(), reduction=st.sampled_from(["mean", "sum", "none_batch"]))
 @pytest.mark.parametrize("device", problems.DEVICES)
 def test_the_loss_equals_the_float64_reference(device, p, reduction):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import problems
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import grid_sample
 
@@ -74,7 +74,7 @@ def test_the_reference_samples_as_grid_sample_does(align_corners, padding_mode, 
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
-@settings(max_examples=150)
+@problems.examples(150)
 @given(case=point_problems(), formulation=st.sampled_from([AUTO, PROJECTED, FEATURES]))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("device", problems.DEVICES)
@@ -99,7 +99,7 @@ def test_values_and_gradients_equal_the_float64_reference(device, case, formulat
             library.decode_points_backward = lambda *a: direct(*a, formulation=formulation)
         got = tcam_ext.decode_points(mine.planes, mine.weights, mine.biases, there, **p.options)
         assert got.shape == want.shape
-        assert problems.relative(got, want) < problems.FORWARD_LIMIT[name]
+        assert problems.relative(got, want, problems.terms_of(exact, where)) < problems.FORWARD_LIMIT[name]
         grad = torch.randn_like(want)
         found = torch.autograd.grad(got, [*mine.tensors, there], grad.to(device, dtype))
     finally:
@@ -123,7 +123,7 @@ def _smooth(xyz, p):
     return close
 
 
-@settings(max_examples=60)
+@problems.examples(60)
 @given(sampling=problems.sampling(), bounds=problems.bounds, grid=st.sampled_from(checks.GRIDS), seed=st.integers(0, 2**31))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("device", problems.DEVICES)
@@ -141,7 +141,7 @@ def test_sample_grid_equals_the_reference(device, sampling, bounds, grid, seed, 
     assert problems.gradient_error(found, torch.autograd.grad(want, exact.planes, grad)) < 1e-5
 
 
-@settings(max_examples=40)
+@problems.examples(40)
 @given(sampling=problems.sampling(), seed=st.integers(0, 2**31))
 def test_points_at_voxels_equal_the_grid(sampling, seed):
     """decode_points and decode_grid, sample_points and sample_grid."""

@@ -296,6 +296,49 @@ def test_fused_losses(kernels, shape, loss, per_object):
         assert all(torch.equal(a, b) for a, b in zip(some, chosen, strict=True))
 
 
+@pytest.mark.parametrize("shape", FUSED_BACKWARD, ids=[str(s["widths"]) for s in FUSED_BACKWARD])
+@pytest.mark.parametrize("dtype", sorted(HALF))
+def test_fused_losses_equal_decode_then_loss_then_backward(kernels, shape, dtype):
+    """As test_decode_grid_loss.py has it on a card: the forward kernel and the head of the backward agree."""
+    p, compute = problems.make(**shape, output_activation="sigmoid").to(torch.float32), raw.DTYPES[HALF[dtype]]
+    volume = kernels.forward(p, compute).requires_grad_()
+    target = torch.rand_like(volume)
+    each = LOSSES["smooth_l1"](volume, target, 0.3).double().flatten(1).sum(1)
+    losses, *got = kernels.loss(p, target, "smooth_l1", 0.3, compute=compute)
+    torch.testing.assert_close(losses, each.detach(), rtol=1e-6, atol=0)
+    (grad,) = torch.autograd.grad(each.sum(), volume)
+    want = kernels.backward(p, grad, compute)
+    limit = problems.GRADIENT_LIMIT["float32"] if dtype == "bfloat16" else 1e-3  # float16's scales follow the gradient
+    assert problems.gradient_error(got, [w.double() for w in want]) < limit
+
+
+def test_a_launch_that_fails_is_an_error_and_no_reason_for_other_kernels(kernels):
+    p = problems.make(**FUSED_BACKWARD[0]).to(torch.float32)
+    for call in (lambda: kernels.forward(p, 3), lambda: kernels.backward(p, torch.ones(1, 1, *p.size), 3)):
+        kernels.library.simt_fail(9)  # cudaErrorInvalidConfiguration, which once meant: too little shared memory
+        with pytest.raises(RuntimeError, match="status 9"):
+            call()
+
+
+@pytest.mark.parametrize("shared", [99, 163, 227])
+@pytest.mark.parametrize("shape", [*FUSED_FORWARD, *SHAPES[:2]], ids=lambda s: str(s["widths"]))
+def test_the_explanation_is_what_happens(kernels, shape, shared):
+    """Said to be fused exactly where the bits are not those of the general kernels."""
+    p = problems.make(**shape).to(torch.float32)
+    grad = torch.randn(p.planes[0].shape[0], p.weights[-1].shape[0], *p.size)
+    kernels.library.simt_device(shared << 10, 2)
+    try:
+        values = torch.equal(kernels.forward(p, 3), kernels.forward(p, 5))
+        found = zip(kernels.backward(p, grad, 3), kernels.backward(p, grad, 5), strict=True)
+        gradients = all(torch.equal(a, b) for a, b in found)
+    finally:
+        kernels.library.simt_device(227 << 10, 2)
+    for output, general in ((0, values), (2, gradients)):
+        text = kernels.explain(p, 3, output, shared << 10)
+        assert ("layer by layer, TensorFloat-32 products; not the fused kernels: " in text) == general
+        assert text.startswith("fused, ") != general
+
+
 @pytest.mark.parametrize("shape", FUSED_BACKWARD[:2], ids=[str(s["widths"]) for s in FUSED_BACKWARD[:2]])
 def test_fused_gradients_under_every_schedule(kernels, schedule, shape):
     p = problems.make(**shape).to(torch.float32)

@@ -23,7 +23,7 @@ struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 inline void __syncthreads() { simt::machine->barrier(); }
 inline void __syncwarp(uint32_t mask = 0xffffffffu) {
   simt::machine->warp_function(1, mask, [](int) {});
@@ -45,7 +45,9 @@ T atomicAdd(T* at, T value) {
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
-  return cudaSuccess;
+  const int status = simt::failure;
+  simt::failure = 0;
+  return static_cast<cudaError_t>(status);
 }
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {

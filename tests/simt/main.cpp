@@ -7,3 +7,5 @@ extern "C" void simt_schedule(int order, int greedy, int early_copies, unsigned 
 }
 
 extern "C" void simt_device(int shared_limit, int processors) { simt::device = {shared_limit, processors}; }
+
+extern "C" void simt_fail(int status) { simt::failure = status; }

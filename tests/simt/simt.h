@@ -147,7 +147,8 @@ inline Schedule schedule;
 struct Device {
   int shared_limit = 227 << 10, processors = 2;
 };
-inline Device device;  // what the launchers may ask
+inline Device device;    // what the launchers may ask
+inline int failure = 0;  // status of the next cudaFuncSetAttribute, which stands before every launch of a fused kernel
 
 class Machine;
 inline thread_local Machine* machine = nullptr;
