@@ -85,8 +85,8 @@ def decode_grid(
             where the machine has them (AVX512_BF16); elsewhere it, float16 and "tf32" are computed in float32. On CUDA
             fused kernels with bfloat16 or float16 products serve relu decoders of 3 to 5 layers, hidden widths to 128 and
             C_out to 4 (gradients of widths above 64 need 216 KB of shared memory a block: Hopper, B200); every other case has
-            TensorFloat-32 products, which round as float16 does. :func:`explain` says which a call takes, and why. None with float32 tensors on CUDA means what
-            ``torch.backends.cuda.matmul.fp32_precision`` says.
+            TensorFloat-32 products, which round as float16 does; :func:`explain` says what a call takes, and why. None with
+            float32 tensors on CUDA means what ``torch.backends.cuda.matmul.fp32_precision`` says.
         noise_std: >= 0. The decoder reads f + noise_std eps in place of f, with eps standard normal: TCAM-Diff's regularisation
             of training, equation 7, where it is 0.32.
         noise_seed: 0 to 2^63 - 1, needed with noise_std > 0. Equal seeds give equal noise on every device, for any box and any
