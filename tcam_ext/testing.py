@@ -45,6 +45,23 @@ class Problem:
         return decode(self.planes, self.weights, self.biases, self.size, **{**self.options, **more})
 
 
+@dataclass
+class AtVoxels(Problem):
+    """The same problem at some voxels alone, indices (n, 3); a call gives the reference there, (B, C_out, n)."""
+
+    voxels: Tensor = field(default_factory=lambda: torch.empty(0, 3))
+
+    @classmethod
+    def of(cls, p: Problem, voxels: Tensor) -> AtVoxels:
+        return cls(p.planes, p.weights, p.biases, p.size, p.options, voxels)
+
+    def call(self, decode: Any, **more: Any) -> Tensor:
+        xyz = (self.voxels.to(self.planes[0]) + 0.5) / torch.tensor(self.size).to(self.planes[0]) * 2 - 1
+        xyz = xyz.expand(self.planes[0].shape[0], -1, -1)
+        out: Tensor = reference.decode_points(self.planes, self.weights, self.biases, xyz, **{**self.options, **more})
+        return out.movedim(-1, 1)
+
+
 def make(
     channels: int = 5,
     texels: tuple[int, int, int] = (5, 6, 7),
@@ -183,8 +200,9 @@ FUSED_BACKWARD = [
 ]
 
 
-def fused_mirror(p: Problem, dtype: torch.dtype) -> list[Tensor]:
-    """The fused kernel in plain PyTorch: float32 sums, rounded where the kernel rounds. Gives the layers before activation."""
+def fused_mirror(p: Problem, dtype: torch.dtype, voxels: Tensor | None = None) -> list[Tensor]:
+    """The fused kernel in plain PyTorch: float32 sums, rounded where the kernel rounds. Gives the layers before activation,
+    (B, H, W, D, width) each, or of ``voxels``, indices (n, 3), (B, n, width)."""
 
     def r(t: Tensor) -> Tensor:
         return t.to(dtype).float()
@@ -200,7 +218,11 @@ def fused_mirror(p: Problem, dtype: torch.dtype) -> list[Tensor]:
         rows, columns = ((0, 1), (1, 2), (0, 2))[q]
         sampled = reference.sample_plane(projected, taps[rows], taps[columns]).movedim(1, -1)
         maps.append(r(sampled + p.biases[0] if q == 0 and p.biases[0] is not None else sampled))
-    a, b, g = maps[0].unsqueeze(3), maps[1].unsqueeze(1), maps[2].unsqueeze(2)
+    if voxels is None:
+        a, b, g = maps[0].unsqueeze(3), maps[1].unsqueeze(1), maps[2].unsqueeze(2)
+    else:
+        x, y, z = voxels.unbind(1)
+        a, b, g = maps[0][:, x, y], maps[1][:, y, z], maps[2][:, x, z]
     return _fused_layers(p, r(r(a + g) + b), dtype)
 
 
