@@ -6,9 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := train,dev
 
-.PHONY: help demo demo-fit test test-all test-releases build lint format clean bench
+.PHONY: help demo demo-fit test test-all test-releases test-emulated rehearse rehearse-short build lint format clean bench
 help:
-	@sed -n 's/^# //p' Makefile; echo "make test-all | test-releases | lint | format | build | bench | clean"
+	@sed -n 's/^# //p' Makefile; echo "make test-all | test-releases | test-emulated | rehearse | lint | format | build | bench | clean"
 
 # The packages, installed once; the kernels, again when a source changed.
 $(VENV)/.packages: pyproject.toml
@@ -32,9 +32,20 @@ demo-fit: build
 test: build
 	$(BIN)/python -m pytest
 
-test-all: build test-releases
+test-all: build test-releases test-emulated rehearse
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest -m exhaustive -n auto
+
+# The GPU tests of the ops on the emulated CUDA kernels.
+test-emulated: build
+	TCAM_TEST_EMULATED="$$($(BIN)/python tests/ops/simt.py build/simt)" \
+	  $(BIN)/python -m pytest tests/ops -m gpu --hypothesis-profile=card -n auto
+
+# The script for a GPU that is lent for minutes, every step, without one; and what of it takes a minute.
+rehearse: build
+	$(BIN)/python benchmarks/rehearse.py
+rehearse-short: build
+	$(BIN)/python benchmarks/rehearse.py --short
 
 test-releases: build
 	$(BIN)/tox

@@ -16,7 +16,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+import setuptools
+from setuptools import Distribution, Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -34,6 +35,10 @@ if X86:
 DEFAULT_ARCHITECTURES = "8.0;9.0a;9.0-PTX"  # short to build; "-PTX" (ours) is PTX without a cubin
 
 
+# A license as an expression, which pyproject.toml has, is an error to older ones.
+READS_PYPROJECT = int(setuptools.__version__.split(".")[0]) >= 77
+
+
 def say(text):
     print(f"tcam_ext: {text}", file=sys.stderr, flush=True)
 
@@ -45,6 +50,10 @@ def instruction_sets():
     if unknown := set(named) - set(INSTRUCTION_SETS):
         raise SystemExit(f"TCAM_CPU_SETS: unknown {', '.join(sorted(unknown))}; known here: {', '.join(INSTRUCTION_SETS)}")
     return {name: how for name, how in INSTRUCTION_SETS.items() if name == "portable" or name in named}
+
+
+def version():
+    return re.search(r'"(.+)"', (ROOT / "tcam_ext" / "_version.py").read_text())[1]
 
 
 def find_nvcc():
@@ -107,6 +116,16 @@ def escape(path):
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
+class InPlace(Distribution):
+    """For `python setup.py build_ext --inplace` where setuptools is too old for pyproject.toml: the build can do without."""
+
+    def parse_config_files(self, filenames=None, ignore_option_errors=False):
+        if set(self.script_args or []) & {"install", "develop", "bdist_wheel", "sdist", "dist_info", "egg_info"}:
+            raise SystemExit(
+                f"setuptools {setuptools.__version__} is too old to install tcam_ext: 77 or newer, or `pip install .`"
+            )
+
+
 class NinjaBuild(build_ext):
     def build_extension(self, ext):
         import pybind11
@@ -134,7 +153,7 @@ class NinjaBuild(build_ext):
         includes = [f"-I{shlex.quote(p)}" for p in (pybind_include, sysconfig.get_paths()["include"])]
         flags = ["-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp -DNDEBUG -Wall -Wextra -Wno-psabi"]
         flags += [os.environ.get("CXXFLAGS", "")]
-        defines = [f"-DTCAM_VERSION='\"{self.distribution.get_version()}\"' -DTCAM_SOURCE_HASH='\"{source_hash()}\"'"]
+        defines = [f"-DTCAM_VERSION='\"{version()}\"' -DTCAM_SOURCE_HASH='\"{source_hash()}\"'"]
         edges, objects = [], []
 
         def compile_cpp(source, stem, extra):
@@ -182,6 +201,7 @@ class NinjaBuild(build_ext):
 
 
 setup(
+    **({} if READS_PYPROJECT else {"distclass": InPlace, "name": "tcam-ext", "version": version()}),
     packages=find_packages(include=["tcam_ext", "tcam_ext.*"]) + find_packages("python"),
     package_dir={"tcam_diff": "python/tcam_diff"},
     ext_modules=[Extension("tcam_ext._C", sources=[])],

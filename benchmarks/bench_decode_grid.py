@@ -44,6 +44,7 @@ DECODERS = {
 #: What is timed, and how many products of every hidden layer it takes: backward recomputes, loss+gradients need not. (The fused
 #: CUDA kernels recompute more, and are held to these.)
 PRODUCTS = {"forward": 1, "forward+backward": 4, "loss+gradients": 3}
+AUTOTUNE = "max-autotune-no-cudagraphs"  # a graph's memory would be one chunk's output, which the next overwrites
 PLANE = 64
 CHUNK_VOXELS = {"cpu": 8 * 128**2, "cuda": 2**21}  # that the naive decode takes at a time, in whole slices of x
 
@@ -151,8 +152,8 @@ class Case:
             self.other_rows = self.other.view(self.decoder.widths[-1], -1).t().contiguous()
         torch._dynamo.reset()
 
-        def compiled(chunk: Callable[..., Tensor], *more: Any) -> Callable[[], list[Tensor]]:
-            fast = torch.compile(chunk, fullgraph=True)
+        def compiled(chunk: Callable[..., Tensor], *more: Any, mode: str = "default") -> Callable[[], list[Tensor]]:
+            fast = torch.compile(chunk, fullgraph=True, mode=mode)
             return lambda: self.chunked(lambda x: fast(x, *more), what)
 
         def naive(dtype: torch.dtype) -> Callable[[], list[Tensor]]:
@@ -164,6 +165,8 @@ class Case:
             "naive bfloat16 MLP": lambda: naive(torch.bfloat16),
             "naive bfloat16 autocast": lambda: lambda: self.chunked(self.autocast_chunk, what),
             "naive bfloat16 compiled": lambda: compiled(self.autocast_chunk),
+            "naive max-autotune": lambda: compiled(self.naive_chunk, torch.float32, mode=AUTOTUNE),
+            "naive bfloat16 max-autotune": lambda: compiled(self.autocast_chunk, mode=AUTOTUNE),
             "naive checkpointed": lambda: lambda: self.chunked(self.checkpointed_chunk, what),
             "factored PyTorch float32": lambda: lambda: self.chunked(self.factored_chunk, what),
             "ours float32": lambda: lambda: self.ours(torch.float32, what),
@@ -199,6 +202,8 @@ RIVALS = {
         "naive checkpointed",
         "naive bfloat16 autocast",
         "naive bfloat16 compiled",
+        "naive max-autotune",
+        "naive bfloat16 max-autotune",
         "factored PyTorch float32",
         "ours float32",
         "ours tf32",
@@ -228,20 +233,34 @@ def compare(
     peak: dict[str, float],
     device: str,
     keep: Callable[[list[harness.Row]], None],
+    budget: float | None,
+    jsonl: Path | None,
 ) -> list[harness.Row]:
-    """``keep`` gets the rows so far after each comparison: a later failure loses none."""
+    """``keep`` gets the rows so far after each comparison: a later failure loses none. With a ``budget`` in seconds rivals run
+    one after the other, each at most so long, and not by turns."""
     rows: list[harness.Row] = []
     for key in cases:
         for size in sizes:
             case = Case(DECODERS[key], size, device)
             for what in PRODUCTS:
                 runs = case.rivals(what, names)
-                times = harness.interleave(runs, repeats, device)
+                times = {}
+                if budget is None:
+                    times = harness.interleave(runs, repeats, device)
+                for name in runs if budget is not None else ():
+                    try:
+                        times[name] = harness.measure(runs[name], repeats, budget, device)
+                    except Exception as error:
+                        print(f"# {name}: left out, {type(error).__name__}: {str(error).splitlines()[:1]}", flush=True)
+                        continue
+                    harness.append(jsonl, harness.row(case.decoder.name, size, what, name, times[name]))
                 base = statistics.median(times["naive float32"]) if "naive float32" in times else None
                 for name, t in times.items():
                     r = finish(harness.row(case.decoder.name, size, what, name, t), case, peak)
                     r.ratio = base / r.seconds if base else None
-                    r.memory_mb = round(harness.peak_memory(runs[name], device), 1)
+                    if budget is None:
+                        r.memory_mb = round(harness.peak_memory(runs[name], device), 1)
+                        harness.append(jsonl, r)
                     rows.append(r)
                     print(harness.line(r), flush=True)
                 keep(rows)
@@ -346,7 +365,9 @@ def main() -> None:
     parser.add_argument("--large", action="store_true", help="256^3 and 512^3 instead; naive rows extrapolated from 96^3")
     parser.add_argument("--scaling", action="store_true", help="time over size and width instead")
     parser.add_argument("--profile", action="store_true", help="list the CUDA kernels of ours instead, with --device cuda")
+    parser.add_argument("--budget", type=float, help="seconds for each rival, one after the other instead of by turns")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--jsonl", type=Path, help="append a line for each figure to this file as soon as it is there")
     a = parser.parse_args()
     environment = harness.environment()
     for key, value in environment.items():
@@ -375,7 +396,7 @@ def main() -> None:
     elif a.scaling:
         rows, fits = scaling(a.repeats, peak)
     else:
-        rows = compare(a.cases, a.sizes, a.rivals or RIVALS[a.device], a.repeats, peak, a.device, keep)
+        rows = compare(a.cases, a.sizes, a.rivals or RIVALS[a.device], a.repeats, peak, a.device, keep, a.budget, a.jsonl)
     keep(rows)
     if a.json:
         print(f"wrote {a.json}")

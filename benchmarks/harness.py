@@ -20,8 +20,50 @@ from typing import Any
 
 import torch
 
-import tcam_ext
-from tcam_ext import _C, library
+ROOT = Path(__file__).resolve().parents[1]
+try:
+    import tcam_ext
+except ModuleNotFoundError:  # built in place and not installed
+    sys.path[:0] = [str(ROOT), str(ROOT / "python")]
+    import tcam_ext
+from tcam_ext import _C, library  # noqa: E402
+
+
+def commit() -> str:
+    """Of the sources: TCAM_COMMIT where that is set (a copy without .git), else git's, "+changes" where there are some."""
+
+    def git(*arguments: str) -> str:
+        try:
+            done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+        except OSError:
+            return ""
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    if told := os.environ.get("TCAM_COMMIT"):
+        return told
+    if git("rev-parse", "--show-toplevel") != str(ROOT):  # none, or that of a folder around this one
+        return "unknown"
+    return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+
+
+def append(path: Path | None, row: Row | dict[str, Any]) -> None:
+    """A line of JSON, at once: what was measured before a failure is kept."""
+    if path:
+        with path.open("a") as file:
+            file.write(json.dumps(asdict(row) if isinstance(row, Row) else row) + "\n")
+
+
+def _say_what_is_missing(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """A benchmark of tcam_diff, where the packages of its extra are not installed, ends with a sentence."""
+    if isinstance(error, ModuleNotFoundError):
+        print(
+            f"{Path(sys.argv[0]).name}: there is no package {error.name} here; pip install '.[train]' has all", file=sys.stderr
+        )
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _say_what_is_missing
 
 
 @functools.cache
@@ -40,8 +82,7 @@ def environment() -> dict[str, Any]:
     name = f"{cpu.get('model name', 'unknown')} (family {cpu.get('cpu family')}, model {cpu.get('model')})"
     return {
         "command": " ".join(["python", *map(shlex.quote, (os.path.relpath(sys.argv[0]), *_arguments()))]),
-        "commit": run("git", "rev-parse", "--short", "HEAD")
-        + ("+changes" if run("git", "status", "--porcelain", "..") else ""),
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "cpu": name,
         "threads": torch.get_num_threads(),
@@ -71,7 +112,7 @@ def gpu(run: Callable[..., str]) -> dict[str, Any]:
 def _arguments() -> list[str]:
     """Those of the command line that matter to a figure: not where it is written."""
     found = list(sys.argv[1:])
-    for place in ("--json", "--work", "--picture"):
+    for place in ("--json", "--jsonl", "--work", "--picture"):
         if place in found:
             at = found.index(place)
             del found[at : at + 2]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("TCAM_TEST_EMULATED"):  # a library of simt.build: the GPU tests run on it
+        for item in items:
+            if "card" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="the emulator does not show it"))
+        return
     if not _C.cuda_info()["built"]:
         reason = "tcam_ext was built without CUDA"
     elif not torch.cuda.is_available():
@@ -59,9 +66,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """A line of JSON for each test, at once, where TCAM_TEST_JSONL names a file: benchmarks/run_gpu.py asks for it."""
+    path = os.environ.get("TCAM_TEST_JSONL")
+    if path and (report.when == "call" or report.outcome != "passed"):
+        why = "" if report.outcome == "passed" else str(report.longrepr)[-2000:]
+        row = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3), "why": why}
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    library = os.environ.get("TCAM_TEST_EMULATED")
+    if not library or "gpu" not in request.keywords:
+        yield
+        return
+    import emulated
+
+    emulated.replace_kernels(monkeypatch, Path(library))
+    with emulated.OnCpu():
+        yield
 
 
 @pytest.fixture

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import raw
+import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from tcam_ext import _C
 
@@ -118,6 +120,19 @@ class EmulatedCall:
         objective = raw.Objective(target.data_ptr(), raw.DTYPES[target.dtype], loss, beta, per_object)
         self.module._run("tcam_decode_loss_cuda", ctypes.byref(self.p), ctypes.byref(objective), ctypes.byref(self.inputs),
                          ctypes.c_void_p(losses.data_ptr()), ctypes.byref(to), self._aligned(workspace))  # fmt: skip
+
+
+class OnCpu(TorchFunctionMode):
+    """Tensors that a test puts on "cuda" stay on the CPU, where the emulated kernels find them."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.cuda:
+            return args[0]
+
+        def here(x: Any) -> Any:
+            return "cpu" if str(x).startswith("cuda") and isinstance(x, (str, torch.device)) else x
+
+        return function(*(here(x) for x in args), **{k: here(v) for k, v in (kwargs or {}).items()})
 
 
 def replace_kernels(monkeypatch: Any, path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -42,3 +43,9 @@ def build(folder: Path, *flags: str, csrc: Path = ROOT / "csrc") -> Path:
     objects = [str(o) for o, _ in compiled]
     subprocess.run([*CXX.split(), *flags, "-shared", *objects, "-o", "simt.so", "-lpthread"], cwd=folder, check=True)
     return folder / "simt.so"
+
+
+if __name__ == "__main__":  # python tests/ops/simt.py FOLDER: builds there and prints the library's path
+    target = Path(sys.argv[1]).resolve()
+    target.mkdir(parents=True, exist_ok=True)
+    print(build(target))

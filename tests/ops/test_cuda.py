@@ -77,6 +77,7 @@ def test_tensor_floats(activation):
     assert backward < 1e-3
 
 
+@pytest.mark.card
 def test_a_float16_mean_is_the_sum_over_n():
     """1/N of 256^3 voxels is next to float16's smallest number: no gradient may pass through it."""
     p = problems.make(**{**OPERATING_POINT, "size": (256, 256, 256)}).to(torch.float32, True, "cuda")
@@ -93,6 +94,7 @@ def test_a_float16_mean_is_the_sum_over_n():
     assert problems.gradient_error(list(losses[0]), [(t / count).cpu().double() for t in losses[1]]) < 1e-6
 
 
+@pytest.mark.card
 @BOTH
 def test_runs_on_the_current_stream(p, compute):
     want = gradients(p, compute_dtype=compute)
@@ -108,6 +110,7 @@ def test_runs_on_the_current_stream(p, compute):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.card
 @BOTH
 def test_never_synchronises(p, compute):
     """The call returns while the GPU still sleeps, and torch sees no synchronisation either."""
@@ -130,6 +133,7 @@ def test_never_synchronises(p, compute):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.card
 @BOTH
 def test_a_graph_replays_forward_and_backward(p, compute):
     want = gradients(p, compute_dtype=compute)
@@ -172,12 +176,14 @@ assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
 """
 
 
+@pytest.mark.card
 def test_one_call_is_enough_to_warm_up_for_a_graph():
     """In a process of its own, where no kernel has been loaded by another test."""
     done = subprocess.run([sys.executable, "-c", FIRST_CALLS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.card
 @BOTH
 def test_memory_stays_bounded(compute):
     """Above inputs and outputs, whatever the volume: no voxels x width."""
@@ -192,6 +198,7 @@ def test_memory_stays_bounded(compute):
         assert torch.cuda.max_memory_allocated() - before - volume.nbytes * (2 if backward else 1) < limit
 
 
+@pytest.mark.card
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 @BOTH
 def test_other_devices_than_the_current_one(p, compute):
@@ -201,6 +208,7 @@ def test_other_devices_than_the_current_one(p, compute):
     assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, gradients(p, compute_dtype=compute), strict=True))
 
 
+@pytest.mark.card
 def test_mixed_devices_are_refused(p):
     with pytest.raises(ValueError, match=r"weights\[0\].*cuda.*cpu"):
         tcam_ext.decode_grid(p.planes, [w.cpu() for w in p.weights], p.biases, p.size)
