@@ -69,7 +69,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """A line of JSON for each test, at once, where TCAM_TEST_JSONL names a file: benchmarks/run_gpu.py asks for it."""
     path = os.environ.get("TCAM_TEST_JSONL")
-    if path and (report.when == "call" or report.outcome != "passed"):
+    if path and "PYTEST_XDIST_WORKER" not in os.environ and (report.when == "call" or report.outcome != "passed"):
         why = "" if report.outcome == "passed" else str(report.longrepr)[-2000:]
         row = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3), "why": why}
         with open(path, "a") as file:
