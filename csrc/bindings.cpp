@@ -29,6 +29,12 @@ const char* const activation_names[] = {TCAM_HIDDEN_ACTIVATIONS(TCAM_NAME)};
 const char* const output_activation_names[] = {TCAM_OUTPUT_ACTIVATIONS(TCAM_NAME)};
 const char* const loss_names[] = {TCAM_LOSSES(TCAM_NAME)};
 #undef TCAM_NAME
+#define TCAM_NAME(constant, name) #name,
+const char* const dtype_names[] = {TCAM_DTYPES(TCAM_NAME)};
+const char* const padding_names[] = {TCAM_PADDINGS(TCAM_NAME)};
+const char* const reduce_names[] = {TCAM_REDUCTIONS(TCAM_NAME)};
+const char* const formulation_names[] = {TCAM_FORMULATIONS(TCAM_NAME)};
+#undef TCAM_NAME
 constexpr int hidden_count = sizeof(activation_names) / sizeof(char*);
 constexpr int output_count = sizeof(output_activation_names) / sizeof(char*);
 constexpr int loss_count = sizeof(loss_names) / sizeof(char*);
@@ -78,24 +84,44 @@ void run_on(DLDevice device, Cpu cpu, Cuda cuda) {
 #define TCAM_ON_CUDA(call) 0
 #endif
 
-struct Options {                                // what is not a tensor; library.py sets it
-  std::vector<std::pair<int, int>> plane_axes;  // (row axis, column axis) of each plane, ascending
-  int reduce = TCAM_CONCAT;
-  double plane_scale = 1, noise_std = 0;
-  uint64_t noise_seed = 0;
-  Sizes size, box;  // of a grid
-  int corners = 0, axes = 3;
-  std::vector<std::pair<int, double>> activation;  // of each hidden layer: kind, parameter
-  std::pair<int, double> output_activation{0, 0};
-  int align_corners = 0, padding = TCAM_PAD_BORDER, compute = TCAM_F32, out_dtype = TCAM_F32;
-  int grad_planes = 0, grad_decoder = 0, grad_points = 0, grad_extra = 0;
-  int threads = 1, formulation = TCAM_AUTO, tile = 0;
-};
-
 template <class T>
 T between(const char* name, T value, T least, T most) {
-  if (value < least || value > most) throw py::value_error(std::string(name) + ": out of range");
+  if (!(value >= least && value <= most))
+    throw py::value_error(std::string(name) + ": expected " + std::to_string(least) + " to " + std::to_string(most) + ", got " +
+                          std::to_string(value));
   return value;
+}
+
+// What is not a tensor; library.py sets it. The fields of `problem` that follow from the tensors are a Call's.
+struct Options {
+  tcam_problem problem{};
+  std::vector<std::pair<int, int>> plane_axes;     // (row axis, column axis) of each plane, ascending
+  Sizes size, box;                                 // of a grid
+  std::vector<std::pair<int, double>> activation;  // of each hidden layer: kind, parameter
+  std::pair<int, double> output_activation{0, 0};
+
+  Options() {
+#define TCAM_NONE(...)
+#define TCAM_DEFAULT(type, name, default_value, least, most) problem.name = default_value;
+    TCAM_PROBLEM(TCAM_NONE, TCAM_NONE, TCAM_DEFAULT)
+#undef TCAM_DEFAULT
+  }
+};
+
+// The fields of tcam_problem as a host lays them out: name, offset, bytes of an element, elements, and what it is.
+py::list problem_layout() {
+  py::list fields;
+  auto add = [&](const char* name, size_t offset, size_t bytes, size_t count, const char* kind) {
+    fields.append(py::make_tuple(name, offset, bytes, count, kind));
+  };
+#define TCAM_FIELD(type, name) add(#name, offsetof(tcam_problem, name), sizeof(type), 0, #type);
+#define TCAM_ARRAY(type, name, count) add(#name, offsetof(tcam_problem, name), sizeof(type), count, #type);
+#define TCAM_OPTION(type, name, default_value, least, most) TCAM_FIELD(type, name)
+  TCAM_PROBLEM(TCAM_FIELD, TCAM_ARRAY, TCAM_OPTION)
+#undef TCAM_FIELD
+#undef TCAM_ARRAY
+#undef TCAM_OPTION
+  return fields;
 }
 
 constexpr uintptr_t workspace_alignment = 256;
@@ -106,33 +132,23 @@ class Call {
  public:
   Call(py::list planes, py::list weights, py::list biases, py::object bounds, py::object points, py::object objects,
        py::object extra, const Options& o)
-      : kept_{planes, weights, biases, bounds, points, objects, extra} {
+      : kept_{planes, weights, biases, bounds, points, objects, extra}, p_(o.problem) {
     take_planes(planes, o);
     take_layers(weights, biases, extra.is_none() ? 0 : take_extra(extra), o);
     if (points.is_none())
       take_grid(bounds, o);
     else
-      take_points(points, objects, o);
+      take_points(points, objects);
     if (p_.extra && extra_.shape != Sizes{place_count(), p_.extra})
       throw py::value_error("extra: expected shape (points, or voxels of the box for each object, features)");
-    p_.axes = between("axes", o.axes, 2, int(TCAM_MAX_AXES));
-    p_.align_corners = o.align_corners != 0;
-    p_.noise_std = p_.layers ? o.noise_std : 0;
-    p_.noise_seed = o.noise_seed;
+    if (!p_.layers) p_.noise_std = 0;
     if (p_.noise_std != 0 && p_.batch > max_noise_objects) throw py::value_error("planes: too many objects for noise");
-    p_.padding = between("padding", o.padding, int(TCAM_PAD_BORDER), int(TCAM_PAD_REFLECTION));
-    const bool rounded = o.compute == TCAM_BF16 || o.compute == TCAM_F16 || o.compute == TCAM_TF32;
-    if (o.compute != p_.dtype && !(rounded && p_.dtype == TCAM_F32))
+    const bool rounded = p_.compute == TCAM_BF16 || p_.compute == TCAM_F16 || p_.compute == TCAM_TF32;
+    if (p_.compute != p_.dtype && !(rounded && p_.dtype == TCAM_F32))
       throw py::value_error("compute: does not fit the tensors' dtype");
-    p_.compute = o.compute;
-    p_.out_dtype = between("out_dtype", o.out_dtype, int(TCAM_F32), int(TCAM_BF16));
-    p_.grad_planes = o.grad_planes;
-    p_.grad_decoder = o.grad_decoder && p_.layers;
-    p_.grad_points = o.grad_points && p_.points >= 0;
-    p_.grad_extra = o.grad_extra && p_.extra;
-    p_.threads = o.threads < 1 ? 1 : (o.threads > 4096 ? 4096 : o.threads);
-    p_.formulation = between("formulation", o.formulation, int(TCAM_AUTO), int(TCAM_FEATURES));
-    p_.tile = o.tile;
+    p_.grad_decoder = p_.grad_decoder && p_.layers;
+    p_.grad_points = p_.grad_points && p_.points >= 0;
+    p_.grad_extra = p_.grad_extra && p_.extra;
     empty_ = product(out_shape()) == 0;
   }
 
@@ -212,7 +228,7 @@ class Call {
 
  private:
   std::array<py::object, 7> kept_;
-  tcam_problem p_{};
+  tcam_problem p_;
   std::vector<Tensor> planes_, weights_, biases_;
   std::vector<const void*> plane_data_, weight_data_, bias_data_;
   Tensor bounds_, points_, objects_, extra_;
@@ -233,7 +249,7 @@ class Call {
       if (rows < 1 || columns < 1 || rows > INT32_MAX || columns > INT32_MAX)
         throw py::value_error(name + ": expected 1 to 2^31 - 1 texels on each axis");
       const auto [row_axis, column_axis] = o.plane_axes[q];
-      if (row_axis < 0 || column_axis <= row_axis || column_axis >= o.axes)
+      if (row_axis < 0 || column_axis <= row_axis || column_axis >= p_.axes)
         throw py::value_error("plane_axes: expected 0 <= row axis < column axis < axes");
       p_.planes[q] = {row_axis, column_axis, rows, columns};
       plane_data_.push_back(t.data);
@@ -243,8 +259,6 @@ class Call {
     p_.batch = planes_[0].shape[0];
     p_.channels = between("planes: channels", planes_[0].shape[1], int64_t(1), int64_t(TCAM_MAX_WIDTH));
     p_.plane_count = static_cast<int32_t>(planes.size());
-    p_.reduce = between("reduce", o.reduce, int(TCAM_CONCAT), int(TCAM_PRODUCT));
-    p_.plane_scale = o.plane_scale;
   }
 
   int64_t take_extra(py::handle extra) {
@@ -282,10 +296,9 @@ class Call {
 
   void take_grid(py::handle bounds, const Options& o) {
     if (o.size.size() != 3 || o.box.size() != 6) throw py::value_error("size: expected 3 numbers; box: expected 6");
-    if (o.axes != 3) throw py::value_error("axes: expected 3 of a grid");
+    if (p_.axes != 3) throw py::value_error("axes: expected 3 of a grid");
     if (!p_.layers) throw py::value_error("weights: expected a layer");
     p_.points = -1;
-    p_.corners = o.corners != 0;
     for (int a = 0; a < 3; ++a) {
       p_.size[a] = o.size[a];
       p_.lo[a] = o.box[2 * a];
@@ -298,10 +311,10 @@ class Call {
     bounds_.expect("bounds", {p_.batch, 3, 2}, TCAM_F64, device_);
   }
 
-  void take_points(py::handle points, py::handle objects, const Options& o) {
+  void take_points(py::handle points, py::handle objects) {
     points_ = Tensor(points, "points");
     if (points_.shape.size() != 2) throw py::value_error("points: expected 2 dimensions");
-    points_.expect("points", {points_.shape[0], o.axes}, p_.dtype, device_);
+    points_.expect("points", {points_.shape[0], p_.axes}, p_.dtype, device_);
     for (const Tensor& t : planes_)  // coordinates in float32 do not tell more texels apart
       if (p_.dtype == TCAM_F32 && (t.shape[2] > 1 << 24 || t.shape[3] > 1 << 24))
         throw py::value_error("planes: points take up to 2^24 texels an axis in float32");
@@ -485,6 +498,17 @@ PYBIND11_MODULE(_C, m) {
   m.attr("activations") = names(activation_names);
   m.attr("output_activations") = names(output_activation_names);
   m.attr("losses") = names(loss_names);
+  m.attr("dtypes") = names(dtype_names);
+  m.attr("paddings") = names(padding_names);
+  m.attr("reductions") = names(reduce_names);
+  m.attr("formulations") = names(formulation_names);
+  m.attr("max_layers") = int(TCAM_MAX_LAYERS);
+  m.attr("max_width") = int(TCAM_MAX_WIDTH);
+  m.attr("max_out") = int(TCAM_MAX_OUT);
+  m.attr("max_planes") = int(TCAM_MAX_PLANES);
+  m.attr("max_axes") = int(TCAM_MAX_AXES);
+  m.attr("max_noise_objects") = max_noise_objects;
+  m.def("problem_layout", &problem_layout);
   m.def("bind",
         [](py::object tensor, py::object parameter) { TensorApi::get().bind(std::move(tensor), std::move(parameter)); });
   m.def("cpu_isa", &tcam_cpu_isa);
@@ -508,30 +532,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_shared_limit", &cuda_shared_limit, py::arg("device"));
   py::class_<Options> options(m, "Options");
   options.def(py::init<>());
-#define TCAM_OPTION(name) options.def_readwrite(#name, &Options::name);
-  TCAM_OPTION(plane_axes)
-  TCAM_OPTION(reduce)
-  TCAM_OPTION(plane_scale)
-  TCAM_OPTION(noise_std)
-  TCAM_OPTION(noise_seed)
-  TCAM_OPTION(size)
-  TCAM_OPTION(box)
-  TCAM_OPTION(corners)
-  TCAM_OPTION(axes)
-  TCAM_OPTION(activation)
-  TCAM_OPTION(output_activation)
-  TCAM_OPTION(align_corners)
-  TCAM_OPTION(padding)
-  TCAM_OPTION(compute)
-  TCAM_OPTION(out_dtype)
-  TCAM_OPTION(grad_planes)
-  TCAM_OPTION(grad_decoder)
-  TCAM_OPTION(grad_points)
-  TCAM_OPTION(grad_extra)
-  TCAM_OPTION(threads)
-  TCAM_OPTION(formulation)
-  TCAM_OPTION(tile)
+  options.def_readwrite("plane_axes", &Options::plane_axes)
+      .def_readwrite("size", &Options::size)
+      .def_readwrite("box", &Options::box)
+      .def_readwrite("activation", &Options::activation)
+      .def_readwrite("output_activation", &Options::output_activation);
+#define TCAM_OPTION(type, name, default_value, least, most)   \
+  options.def_property(                                       \
+      #name, [](const Options& o) { return o.problem.name; }, \
+      [](Options& o, type value) { o.problem.name = between<type>(#name, value, least, most); });
+  TCAM_PROBLEM(TCAM_NONE, TCAM_NONE, TCAM_OPTION)
 #undef TCAM_OPTION
+#undef TCAM_NONE
   py::class_<Call>(m, "Call")
       .def(py::init<py::list, py::list, py::list, py::object, py::object, py::object, py::object, const Options&>(),
            py::arg("planes"), py::arg("weights"), py::arg("biases"), py::arg("bounds"), py::arg("points"), py::arg("objects"),

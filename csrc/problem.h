@@ -9,8 +9,22 @@ extern "C" {
 
 enum { TCAM_MAX_LAYERS = 6, TCAM_MAX_WIDTH = 256, TCAM_MAX_OUT = 64, TCAM_MAX_PLANES = 16, TCAM_MAX_AXES = 4 };
 
-typedef enum { TCAM_F32 = 0, TCAM_F64 = 1, TCAM_F16 = 2, TCAM_BF16 = 3, TCAM_U8 = 4, TCAM_TF32 = 5, TCAM_I64 = 6 } tcam_dtype;
-typedef enum { TCAM_PAD_BORDER = 0, TCAM_PAD_ZEROS = 1, TCAM_PAD_REFLECTION = 2 } tcam_padding;
+// Enumerations by X(constant, name); a host reads the names from the binding and counts from 0.
+#define TCAM_DTYPES(X) \
+  X(TCAM_F32, float32) \
+  X(TCAM_F64, float64) X(TCAM_F16, float16) X(TCAM_BF16, bfloat16) X(TCAM_U8, uint8) X(TCAM_TF32, tf32) X(TCAM_I64, int64)
+#define TCAM_PADDINGS(X) X(TCAM_PAD_BORDER, border) X(TCAM_PAD_ZEROS, zeros) X(TCAM_PAD_REFLECTION, reflection)
+#define TCAM_REDUCTIONS(X) /* what becomes of the samples of several planes */ \
+  X(TCAM_CONCAT, concat) X(TCAM_SUM, sum) X(TCAM_PRODUCT, product)
+#define TCAM_FORMULATIONS(X) /* what points gather: the planes' features, or these projected through the first layer */ \
+  X(TCAM_AUTO, auto) X(TCAM_PROJECTED, projected) X(TCAM_FEATURES, features)
+
+#define TCAM_CONSTANT(constant, name) constant,
+typedef enum { TCAM_DTYPES(TCAM_CONSTANT) } tcam_dtype;
+typedef enum { TCAM_PADDINGS(TCAM_CONSTANT) } tcam_padding;
+typedef enum { TCAM_REDUCTIONS(TCAM_CONSTANT) } tcam_reduce;
+typedef enum { TCAM_FORMULATIONS(TCAM_CONSTANT) } tcam_formulation;
+#undef TCAM_CONSTANT
 
 // An activation and its parameter (tcam_ext/activations.py); `kind` counts in the lists of maths/activation.h.
 typedef struct {
@@ -18,48 +32,62 @@ typedef struct {
   double parameter;
 } tcam_activation;
 
-// What becomes of the samples of several planes.
-typedef enum { TCAM_CONCAT = 0, TCAM_SUM = 1, TCAM_PRODUCT = 2 } tcam_reduce;
-
-// What points gather: the planes' features, or these projected through the first layer.
-typedef enum { TCAM_AUTO = 0, TCAM_PROJECTED = 1, TCAM_FEATURES = 2 } tcam_formulation;
-
 // A plane (B, C, rows, columns): which coordinate runs over its rows, which over its columns; row_axis < column_axis.
 typedef struct {
   int32_t row_axis, column_axis;
   int64_t rows, columns;
 } tcam_plane;
 
-// What is decoded, and how. weights[l] is (width[l+1], width[l]); the first layer reads the reduced features of the planes
-// (concatenated plane by plane), then a point's own: width[0] = (plane_count or 1) * channels + extra.
+// What is decoded, and how, field by field. F(type, name) and A(type, name, count) follow from the tensors; O(type, name,
+// default, least, most) is an option that the host sets within these limits. weights[l] is (width[l+1], width[l]); the first
+// layer reads the reduced features of the planes (concatenated plane by plane), then a point's own: width[0] =
+// (plane_count or 1) * channels + extra.
+#define TCAM_PROBLEM(F, A, O)                                                                                               \
+  F(int64_t, batch)                                                                                                         \
+  F(int64_t, channels)                                                                                                      \
+  F(int32_t, plane_count)                                                                                                   \
+  O(int32_t, reduce, TCAM_CONCAT, TCAM_CONCAT, TCAM_PRODUCT)                                                                \
+  O(double, plane_scale, 1, -1e300, 1e300) /* that every sample of a plane is multiplied with */                            \
+  A(tcam_plane, planes, TCAM_MAX_PLANES)                                                                                    \
+  F(int64_t, points)  /* of all objects together; -1: a grid, of which the next three speak */                              \
+  A(int64_t, size, 3) /* H, W, D of the whole volume */                                                                     \
+  A(int64_t, lo, 3)   /* the box decoded, in voxels, lo <= index < hi */                                                    \
+  A(int64_t, hi, 3)                                                                                                         \
+  O(int32_t, corners, 0, 0, 1)          /* voxels lie from corner to corner of the volume; 0: they are its cells */         \
+  O(int32_t, axes, 3, 2, TCAM_MAX_AXES) /* coordinates of a point; 3 for a grid */                                          \
+  F(int64_t, extra)                     /* features that a point brings itself */                                           \
+  A(int64_t, width, TCAM_MAX_LAYERS + 1)                                                                                    \
+  F(int32_t, layers)                                                                                                        \
+  A(tcam_activation, activation, TCAM_MAX_LAYERS) /* of layers 1 to layers-1, from index 0 */                               \
+  F(tcam_activation, output_activation)                                                                                     \
+  O(int32_t, align_corners, 0, 0, 1)                                                                                        \
+  O(int32_t, padding, TCAM_PAD_BORDER, TCAM_PAD_BORDER, TCAM_PAD_REFLECTION)                                                \
+  O(double, noise_std, 0, 0, 1e300)         /* normal noise of so much, as maths/noise.h has it, is added to the reduced */ \
+                                            /* features of the planes; 0: none */                                           \
+  O(uint64_t, noise_seed, 0, 0, UINT64_MAX) /* keys have the object and the voxel of the whole grid, or the point of */     \
+                                            /* the object (see tcam_inputs) */                                              \
+  F(int32_t, dtype) /* of planes, weights, biases, coordinates and their gradients: TCAM_F32 or TCAM_F64 */                 \
+  O(int32_t, compute, TCAM_F32, TCAM_F32, TCAM_TF32)   /* of the hidden layers' products: equal to dtype, or TCAM_BF16, */  \
+                                                       /* TCAM_F16 or TCAM_TF32 with TCAM_F32 */                            \
+  O(int32_t, out_dtype, TCAM_F32, TCAM_F32, TCAM_BF16) /* of the volume and of its gradient */                              \
+  O(int32_t, grad_planes, 0, 0, 1)                     /* backward only: which gradients are wanted */                      \
+  O(int32_t, grad_decoder, 0, 0, 1)                                                                                         \
+  O(int32_t, grad_points, 0, 0, 1)                                                                                          \
+  O(int32_t, grad_extra, 0, 0, 1)                                                                                           \
+  O(int32_t, threads, 1, 1, 4096)                                                                                           \
+  O(int32_t, formulation, TCAM_AUTO, TCAM_AUTO, TCAM_FEATURES) /* of points */                                              \
+  O(int32_t, tile, 0, 0, INT32_MAX) /* voxels a tile; 0 takes the default. Results do not depend on it; CUDA gradients */   \
+                                    /* do in their last bits. */
+
+#define TCAM_FIELD(type, name) type name;
+#define TCAM_ARRAY(type, name, count) type name[count];
+#define TCAM_OPTION(type, name, default_value, least, most) type name;
 typedef struct {
-  int64_t batch, channels;
-  int32_t plane_count;
-  int32_t reduce;      // tcam_reduce
-  double plane_scale;  // that every sample of a plane is multiplied with
-  tcam_plane planes[TCAM_MAX_PLANES];
-  int64_t points;        // of all objects together; -1: a grid, of which the next three speak
-  int64_t size[3];       // H, W, D of the whole volume
-  int64_t lo[3], hi[3];  // the box decoded, in voxels, lo <= index < hi
-  int32_t corners;       // voxels lie from corner to corner of the volume; 0: they are its cells
-  int32_t axes;          // coordinates of a point; 3 for a grid
-  int64_t extra;         // features that a point brings itself
-  int64_t width[TCAM_MAX_LAYERS + 1];
-  int32_t layers;
-  tcam_activation activation[TCAM_MAX_LAYERS];  // of layers 1 to layers-1, from index 0
-  tcam_activation output_activation;
-  int32_t align_corners, padding;
-  double noise_std;  // normal noise of so much is added to the reduced features of the planes, 0: none, as maths/noise.h has
-  uint64_t
-      noise_seed;     // it; keys have the object and the voxel of the whole grid, or the point of the object (see tcam_inputs)
-  int32_t dtype;      // of planes, weights, biases, coordinates and their gradients: TCAM_F32 or TCAM_F64
-  int32_t compute;    // of the hidden layers' products: equal to dtype, or TCAM_BF16, TCAM_F16 or TCAM_TF32 with TCAM_F32
-  int32_t out_dtype;  // of the volume and of its gradient
-  int32_t grad_planes, grad_decoder, grad_points, grad_extra;  // backward only: which gradients are wanted
-  int32_t threads;
-  int32_t formulation;  // of points: tcam_formulation
-  int32_t tile;  // voxels a tile; 0 takes the default. Results do not depend on it; CUDA gradients do in their last bits.
+  TCAM_PROBLEM(TCAM_FIELD, TCAM_ARRAY, TCAM_OPTION)
 } tcam_problem;
+#undef TCAM_FIELD
+#undef TCAM_ARRAY
+#undef TCAM_OPTION
 
 // Contiguous arrays; those marked * may be null.
 typedef struct {

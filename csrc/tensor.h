@@ -110,7 +110,9 @@ class TensorApi {
 };
 
 inline const char* dtype_name(int dtype) {
-  static const char* names[] = {"float32", "float64", "float16", "bfloat16", "uint8", "", "int64"};
+#define TCAM_NAME(constant, name) #name,
+  static const char* names[] = {TCAM_DTYPES(TCAM_NAME)};
+#undef TCAM_NAME
   return names[dtype];
 }
 

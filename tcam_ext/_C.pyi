@@ -11,6 +11,16 @@ compiler: str
 activations: tuple[str, ...]
 output_activations: tuple[str, ...]
 losses: tuple[str, ...]
+dtypes: tuple[str, ...]
+paddings: tuple[str, ...]
+reductions: tuple[str, ...]
+formulations: tuple[str, ...]
+max_layers: int
+max_width: int
+max_out: int
+max_planes: int
+max_axes: int
+max_noise_objects: int
 
 class Options:
     plane_axes: Sequence[tuple[int, int]]
@@ -83,6 +93,7 @@ has_cuda: bool
 
 def normals(out: Tensor, stream: int, seed: int, threads: int) -> None: ...
 def philox(counter: Sequence[int], key: Sequence[int]) -> list[int]: ...
+def problem_layout() -> list[tuple[str, int, int, int, str]]: ...
 def cuda_info() -> dict[str, Any]: ...
 def cuda_shared_limit(device: int) -> int: ...
 def resample_axis(

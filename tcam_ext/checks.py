@@ -11,41 +11,22 @@ import torch
 from torch import Tensor
 
 from tcam_ext import _C, activations
+from tcam_ext import options as option_records
 from tcam_ext.losses import LOSSES
+from tcam_ext.options import PLANE_AXES as PLANE_AXES
+from tcam_ext.options import Options
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-PADDING_MODES = ("border", "zeros", "reflection")
+PADDING_MODES = _C.paddings
 REDUCTIONS_OF_PLANES = ("concat", "concat_channel_major", "sum", "mean", "prod")
 GRIDS = ("cells", "corners")
 TARGET_DTYPES = (*DTYPES, torch.uint8)
 NOISE_MODES = ("point", "texel")
 REDUCTIONS = ("mean", "sum", "none_batch")
-PLANE_AXES = ((0, 1), (1, 2), (0, 2))
-MAX_LAYERS = 6
-MAX_WIDTH = 256
-MAX_OUT = 64
-MAX_PLANES = 16
-MAX_AXES = 4
-MAX_AXIS = 2**31 - 1
-MAX_NOISE_OBJECTS = 2**27
+MAX_AXIS = 2**31 - 1  # voxels or texels
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 PlaneAxes = tuple[tuple[int, int], ...]
-
-
-class Options(NamedTuple):
-    """How every op samples and decodes; see :func:`tcam_ext.decode_grid`."""
-
-    plane_axes: Any = PLANE_AXES
-    reduce: str = "concat"
-    align_corners: bool = False
-    padding_mode: str = "border"
-    activation: str | Sequence[str] = "relu"
-    output_activation: str = "none"
-    compute_dtype: torch.dtype | str | None = None
-    noise_std: float = 0.0
-    noise_seed: int | None = None
-    noise_mode: str = "point"
 
 
 class Sampled(NamedTuple):
@@ -86,6 +67,11 @@ class Decoder(NamedTuple):
     out_dtype: torch.dtype
     noise: Noise = Noise()
 
+    @property
+    def storage(self) -> torch.dtype:
+        """The dtype that is read and summed in: half inputs are widened on entry."""
+        return torch.float64 if self.compute == "float64" else torch.float32
+
 
 class Grid(NamedTuple):
     """The voxels to decode, checked."""
@@ -109,6 +95,78 @@ class Points(NamedTuple):
     objects: Tensor | None  # (N,)
     extra: Tensor | None  # (N, E)
     leading: tuple[int, ...]  # the shape of the result, without its features
+
+
+def options(given: Any, layers: int) -> Options:
+    """Of a decoder with so many hidden layers: names and choices, without any tensor."""
+    o = option_records.of(option_records.Decoding, given)
+    activations.hidden_layers(o.activation, layers)
+    activations.output("output_activation", o.output_activation)
+    choice("padding_mode", o.padding_mode, PADDING_MODES)
+    choice("reduce", o.reduce, REDUCTIONS_OF_PLANES)
+    return o
+
+
+class GridRequest(NamedTuple):
+    """A call for voxels, checked. Without weights: for the features of the planes."""
+
+    planes: Sampled
+    mlp: Decoder
+    where: Grid
+
+
+class PointsRequest(NamedTuple):
+    """The same for points."""
+
+    planes: Sampled
+    mlp: Decoder
+    where: Points
+
+
+Request = GridRequest | PointsRequest
+
+
+def grid_request(
+    planes: Any,
+    weights: Any,
+    biases: Any,
+    size: Any,
+    box: Any,
+    kind: Any,
+    bounds: Any,
+    extra: Any,
+    options: Options,
+    out_dtype: Any,
+) -> GridRequest:
+    found, mlp = _decoded(sampled(planes, options, 3), weights, biases, options, out_dtype, extra_width(extra, 1))
+    return GridRequest(found, mlp, grid(found, size, box, kind, bounds, extra))
+
+
+def points_request(
+    planes: Any,
+    weights: Any,
+    biases: Any,
+    xyz: Any,
+    batch_index: Any,
+    bounds: Any,
+    extra: Any,
+    options: Options,
+    out_dtype: Any,
+) -> PointsRequest:
+    found = sampled(planes, options, coordinates(xyz))
+    found, mlp = _decoded(found, weights, biases, options, out_dtype, extra_width(extra, -1))
+    return PointsRequest(found, mlp, points(found, xyz, batch_index, extra, bounds, mlp.storage))
+
+
+def _decoded(
+    planes: Sampled, weights: Any, biases: Any, options: Options, out_dtype: Any, extra: int
+) -> tuple[Sampled, Decoder]:
+    if weights != ():
+        return decoder(planes, weights, biases, options, out_dtype, extra)
+    dtype = planes.planes[0].dtype
+    one_dtype(dtype, planes.planes[0].device)
+    compute = "float64" if dtype == torch.float64 else "float32"
+    return planes, Decoder([], [], (), "none", compute, dtype)
 
 
 def sampled(planes: Any, options: Options, axes: int) -> Sampled:
@@ -176,8 +234,8 @@ def _noise(options: Options, batch: int) -> Noise:
         return Noise()
     if seed is None:
         raise ValueError("noise_seed: expected an integer beside noise_std > 0 (another for each step of a training), got None")
-    if batch > MAX_NOISE_OBJECTS:
-        raise ValueError(f"planes: expected up to {MAX_NOISE_OBJECTS} objects with noise, got {batch}")
+    if batch > _C.max_noise_objects:
+        raise ValueError(f"planes: expected up to {_C.max_noise_objects} objects with noise, got {batch}")
     return Noise(cast(float, std) * 1.0, seed, mode)
 
 
@@ -216,7 +274,7 @@ def _check_extra(extra: Tensor, device: torch.device) -> None:
 def coordinates(xyz: Any) -> int:
     """How many a point has."""
     axes = xyz.shape[-1] if isinstance(xyz, Tensor) and xyz.dim() else 0
-    if not isinstance(xyz, Tensor) or not xyz.dtype.is_floating_point or xyz.dim() < 2 or not 2 <= axes <= MAX_AXES:
+    if not isinstance(xyz, Tensor) or not xyz.dtype.is_floating_point or xyz.dim() < 2 or not 2 <= axes <= _C.max_axes:
         got = f"{tuple(xyz.shape)} of {xyz.dtype}" if isinstance(xyz, Tensor) else _type(xyz)
         raise ValueError(f"xyz: expected floating coordinates (B, N, 3), or (N, 3) with batch_index, got {got}")
     return axes
@@ -267,8 +325,14 @@ def points(planes: Sampled, xyz: Any, batch_index: Any, extra: Any, bounds: Any,
 class Objective(NamedTuple):
     """What decode_grid_loss has beside the arguments of decode_grid."""
 
+    loss: str
     beta: float
+    reduction: str
     voxels: int  # that a loss is the mean of, channels counted; 1 for a sum
+
+    @property
+    def per_object(self) -> bool:
+        return self.reduction == "none_batch"
 
 
 def objective(
@@ -292,7 +356,7 @@ def objective(
     if not 0 <= beta < math.inf:  # a SymFloat under torch.compile
         raise ValueError(f"beta: expected a finite number >= 0, got {beta}")
     count = math.prod(want[1:]) if reduction == "none_batch" else math.prod(want) if reduction == "mean" else 1
-    return Objective(cast(float, beta) * 1.0, count)
+    return Objective(loss, cast(float, beta) * 1.0, reduction, count)
 
 
 def _check_objects(objects: Tensor, batch: int) -> None:
@@ -316,15 +380,15 @@ def native_limits(planes: Sampled, weights: Sequence[Tensor]) -> None:
     """What the kernels serve. The message names impl="reference", which has no such limits."""
     advice = 'impl="reference" has no such limit'
     channels = planes.planes[0].shape[1]
-    if channels > MAX_WIDTH:
-        raise ValueError(f"planes: the native kernel takes up to {MAX_WIDTH} channels, got {channels}; {advice}")
-    if len(planes.planes) > MAX_PLANES:
-        raise ValueError(f"planes: the native kernel takes up to {MAX_PLANES} planes, got {len(planes.planes)}; {advice}")
-    if len(weights) > MAX_LAYERS:
-        raise ValueError(f"weights: the native kernel takes up to {MAX_LAYERS} layers, got {len(weights)}; {advice}")
+    if channels > _C.max_width:
+        raise ValueError(f"planes: the native kernel takes up to {_C.max_width} channels, got {channels}; {advice}")
+    if len(planes.planes) > _C.max_planes:
+        raise ValueError(f"planes: the native kernel takes up to {_C.max_planes} planes, got {len(planes.planes)}; {advice}")
+    if len(weights) > _C.max_layers:
+        raise ValueError(f"weights: the native kernel takes up to {_C.max_layers} layers, got {len(weights)}; {advice}")
     last = len(weights) - 1
     for i, w in enumerate(weights):
-        most = MAX_OUT if i == last else MAX_WIDTH
+        most = _C.max_out if i == last else _C.max_width
         if w.shape[0] > most:
             what = "output channels" if i == last else "wide"
             raise ValueError(f"weights[{i}]: the native kernel takes layers up to {most} {what}, got {w.shape[0]}; {advice}")

@@ -13,13 +13,65 @@ from torch import Tensor
 from tcam_ext import _C, activations
 
 _library = torch.library.Library("tcam_ext", "DEF")
-_INPUTS = "Tensor[] planes, Tensor[] weights, Tensor?[] biases"
-_OPTIONS = (  # plane_axes: row and column axis of each plane, ascending; reduce: concat, sum or product
-    "int[] plane_axes, str reduce, float plane_scale, bool align_corners, str padding_mode, str[] activation, "
-    "str output_activation, str compute, float noise_std, SymInt noise_seed"
-)
-_GRID = "SymInt[] size, SymInt[] box, bool corners, Tensor? bounds, Tensor? extra"
-_POINTS = "Tensor points, Tensor? objects, Tensor? extra"
+SymInts = list[int]
+
+
+class Sampling(NamedTuple):
+    """The options as the kernels take them. plane_axes: row and column axis of each plane, ascending."""
+
+    plane_axes: list[int]
+    reduce: str
+    plane_scale: float
+    align_corners: bool
+    padding: str
+    activation: list[str]
+    output_activation: str
+    compute: str
+    noise_std: float
+    noise_seed: int
+
+
+class Grid(NamedTuple):
+    """The voxels of a grid, as the ops take them."""
+
+    size: SymInts
+    box: SymInts
+    corners: bool
+    bounds: Tensor | None
+    extra: Tensor | None
+
+    @property
+    def shape(self) -> list[int]:
+        return [self.box[2 * a + 1] - self.box[2 * a] for a in range(3)]
+
+
+class Points(NamedTuple):
+    """Points, as the ops take them."""
+
+    points: Tensor
+    objects: Tensor | None
+    extra: Tensor | None
+
+
+class Inputs(NamedTuple):
+    """The tensors of a decoder and its planes, as the ops take them."""
+
+    planes: list[Tensor]
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+
+
+_SPELLED = {"Tensor | None": "Tensor?", "list[Tensor]": "Tensor[]", "list[Tensor | None]": "Tensor?[]", "list[int]": "int[]",
+            "list[str]": "str[]", "int": "SymInt", "SymInts": "SymInt[]"}  # fmt: skip
+
+
+def _fields(record: Any) -> str:
+    """The fields of a record as a schema has them."""
+    types = {name: t.__forward_arg__ for name, t in record.__annotations__.items()}
+    return ", ".join(f"{_SPELLED.get(t, t)} {name}" for name, t in types.items())
+
+
+_INPUTS, _OPTIONS, _GRID, _POINTS = (_fields(r) for r in (Inputs, Sampling, Grid, Points))
 _PT2 = (torch.Tag.pt2_compliant_tag,)
 for _schema in (
     f"decode_grid({_INPUTS}, {_OPTIONS}, {_GRID}, ScalarType out_dtype, *, int tile=0) -> Tensor",
@@ -36,11 +88,9 @@ for _schema in (
 ):
     _library.define(_schema, tags=_PT2)
 
-# The codes of csrc/problem.h.
-_DTYPE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-_TF32 = 5  # TCAM_TF32
-_PADDING = {"border": 0, "zeros": 1, "reflection": 2}
-_REDUCE = {"concat": 0, "sum": 1, "product": 2}
+_DTYPES = {getattr(torch, name): code for code, name in enumerate(_C.dtypes) if hasattr(torch, name)}
+#: Options that the kernels take as the number of a name.
+_NAMES = {"reduce": _C.reductions, "padding": _C.paddings, "compute": _C.dtypes}
 
 
 class _Workspaces:
@@ -75,51 +125,6 @@ explaining: ContextVar[list[_Call] | None] = ContextVar("explaining", default=No
 def storage_dtype(compute: str) -> torch.dtype:
     """The dtype that the kernels read and sum in: half inputs are widened on entry."""
     return torch.float64 if compute == "float64" else torch.float32
-
-
-class Sampling(NamedTuple):
-    """The options of _OPTIONS, in its order."""
-
-    plane_axes: list[int]
-    reduce: str
-    plane_scale: float
-    align_corners: bool
-    padding_mode: str
-    activation: list[str]
-    output_activation: str
-    compute: str
-    noise_std: float
-    noise_seed: int
-
-
-class Grid(NamedTuple):
-    """The arguments of _GRID, in its order."""
-
-    size: list[int]
-    box: list[int]
-    corners: bool
-    bounds: Tensor | None
-    extra: Tensor | None
-
-    @property
-    def shape(self) -> list[int]:
-        return [self.box[2 * a + 1] - self.box[2 * a] for a in range(3)]
-
-
-class Points(NamedTuple):
-    """The arguments of _POINTS, in its order."""
-
-    points: Tensor
-    objects: Tensor | None
-    extra: Tensor | None
-
-
-class Inputs(NamedTuple):
-    """The arguments of _INPUTS, in its order."""
-
-    planes: list[Tensor]
-    weights: list[Tensor]
-    biases: list[Tensor | None]
 
 
 @lru_cache
@@ -159,14 +164,16 @@ class _Call:
         self.inputs = Inputs(*([dense(t) for t in group] for group in inputs))  # type: ignore[arg-type]
         self.device = inputs.planes[0].device
         o = _C.Options()
-        o.noise_std, o.noise_seed = options.noise_std, options.noise_seed
-        o.plane_axes = list(zip(options.plane_axes[::2], options.plane_axes[1::2], strict=True))
-        o.reduce, o.plane_scale = _REDUCE[options.reduce], options.plane_scale
-        o.align_corners, o.padding = options.align_corners, _PADDING[options.padding_mode]
-        o.activation = [_activation(name) for name in options.activation]
-        o.output_activation = _output_activation(options.output_activation)
-        o.compute = _TF32 if compute == "tf32" else _DTYPE[getattr(torch, compute)]
-        o.out_dtype = _DTYPE[out_dtype]
+        converted = {
+            "plane_axes": list(zip(options.plane_axes[::2], options.plane_axes[1::2], strict=True)),
+            "activation": [_activation(name) for name in options.activation],
+            "output_activation": _output_activation(options.output_activation),
+            "compute": compute,
+        }
+        for name, value in zip(Sampling._fields, options, strict=True):
+            value = converted.get(name, value)
+            setattr(o, name, _NAMES[name].index(value) if name in _NAMES else value)
+        o.out_dtype = _DTYPES[out_dtype]
         o.grad_planes, o.grad_decoder, o.grad_extra, o.grad_points = (*wanted, *[False] * (4 - len(wanted)))
         o.threads = torch.get_num_threads()
         for name, value in more.items():
@@ -344,8 +351,9 @@ def _normals_fake(like: Tensor, stream: int, seed: int) -> Tensor:
 def _resample_axis(x: Tensor, *arguments: Any) -> Tensor:
     out = _resample_axis_fake(x, *arguments)
     texels, size, lo, hi, align_corners, padding_mode, corners, bounds, adjoint = arguments
+    padding = _C.paddings.index(padding_mode)
     _C.resample_axis(
-        x.detach().contiguous(), out, texels, size, lo, hi, align_corners, _PADDING[padding_mode], corners, bounds, adjoint,
+        x.detach().contiguous(), out, texels, size, lo, hi, align_corners, padding, corners, bounds, adjoint,
         torch.get_num_threads(),
     )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-"""The public functions."""
+"""The public functions: each checks its arguments, and hands the request to the kernels or to their plain PyTorch twin."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from tcam_ext import activations, checks, library, reference
-from tcam_ext.autograd import DecodeGrid, DecodeGridLoss, DecodePoints, ResampleAxis
+from tcam_ext import activations, checks, native, reference
+from tcam_ext import options as opts
+from tcam_ext.options import Decoding, Sampling, takes
 
 IMPLS = ("auto", "native", "reference")
-PlaneAxes = Sequence[tuple[int, int]]
 
 
+@takes(Decoding)
 def decode_grid(
     planes: Tensor | Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -25,19 +27,10 @@ def decode_grid(
     grid: str = "cells",
     bounds: Any = None,
     extra: Tensor | None = None,
-    plane_axes: PlaneAxes = checks.PLANE_AXES,
-    reduce: str = "concat",
-    align_corners: bool = False,
-    padding_mode: str = "border",
-    activation: str | Sequence[str] = "relu",
-    output_activation: str = "none",
     return_preactivation: bool = False,
-    compute_dtype: torch.dtype | str | None = None,
-    noise_std: float = 0.0,
-    noise_seed: int | None = None,
-    noise_mode: str = "point",
     out_dtype: torch.dtype | None = None,
     impl: str = "auto",
+    **options: Unpack[Decoding],
 ) -> Any:
     r"""Decode a dense grid of voxels from feature planes and an MLP.
 
@@ -66,35 +59,9 @@ def decode_grid(
             of from -1 to 1, which are the edges of the planes. It gets no gradient.
         extra: ``(B, E, H, W, D)``, or the box's size in place of (H, W, D): features that the first layer reads after those of
             the planes, such as an encoding of the position. They cost a product with their columns of W_1 a voxel.
-        plane_axes: for each plane the coordinate (0: x, 1: y, 2: z) that runs over its rows and the one over its columns.
-            Pairs may repeat, also swapped. :mod:`tcam_ext.conventions` has those of other projects.
-        reduce: the first layer reads the planes' features one plane after the other ("concat"), one channel after the other
-            ("concat_channel_major", feature c P + p), or their "sum", "mean" or product ("prod"). The product does not commute
-            with the first layer: each voxel gathers features and multiplies them by W_1, as in :func:`decode_points`.
-        align_corners: as in ``grid_sample``: -1 and 1 are the centres (True) or the outer edges (False) of the outer texels.
-        padding_mode: "border", "zeros" or "reflection", as in ``grid_sample``.
-        activation: of the hidden layers, one for all or one for each: relu, leaky_relu (0.01), silu, softplus, tanh, gelu,
-            sine, half_sine ((sin z + 1)/2). ``name(p)`` sets the slope of leaky_relu, beta of softplus (log(1 + exp(p z))/p) or
-            the frequency of the sines (sin(p z)).
-        output_activation: none, sigmoid, clamp (to [0, 1]), affine_sigmoid (sigmoid(z)(1 + 2p) - p, p = 0.001: EG3D), softplus
-            (of z + p, p = 0), trunc_exp (exp(z + p), p = 0, with the gradient of exp(min(z + p, 15))), tanh,
-            half_sine ((sin(p z) + 1)/2); ``name(p)``.
         return_preactivation: also return W_L h + b_L: users take a density and a colour from one output.
-        compute_dtype: of the hidden layers' products: a floating dtype or "tf32". None: autocast's dtype under autocast,
-            else the dtype of the planes. Sums are always float32 or better. On a CPU, bfloat16 uses bfloat16 dot products
-            where the machine has them (AVX512_BF16); elsewhere it, float16 and "tf32" are computed in float32. On CUDA
-            fused kernels with bfloat16 or float16 products serve relu decoders of 3 to 5 layers, hidden widths to 128 and
-            C_out to 4 (gradients of widths above 64 need 216 KB of shared memory a block: Hopper, B200); every other case has
-            TensorFloat-32 products, which round as float16 does; :func:`explain` says what a call takes, and why. None with
-            float32 tensors on CUDA means what ``torch.backends.cuda.matmul.fp32_precision`` says.
-        noise_std: >= 0. The decoder reads f + noise_std eps in place of f, with eps standard normal: TCAM-Diff's regularisation
-            of training, equation 7, where it is 0.32.
-        noise_seed: 0 to 2^63 - 1, needed with noise_std > 0. Equal seeds give equal noise on every device, for any box and any
-            number of threads; take another for each step of a training. (A CUDA graph repeats the seed it was captured with.)
-        noise_mode: "point" draws eps for every voxel and feature (equation 7 as it stands), which costs its generation and a
-            product of the features with W_1 a voxel, forward and again in backward; "texel" adds noise to the planes' texels,
-            which costs nothing, and neighbouring voxels share it. ``extra`` gets no noise.
         out_dtype: of the volume; None: that of the planes.
+        <meaning of options>
         impl: "auto" and "native" run the kernel and raise where it does not serve the arguments; "reference" runs
             :func:`tcam_ext.reference.decode_grid`, plain PyTorch on any device, differentiable any number of times.
 
@@ -117,39 +84,13 @@ def decode_grid(
     dtype. Under autocast they may differ and are promoted.
     """
     checks.choice("impl", impl, IMPLS)
-    options = checks.Options(
-        plane_axes, reduce, align_corners, padding_mode, activation, output_activation, compute_dtype, noise_std, noise_seed,
-        noise_mode,
-    )  # fmt: skip
-    if impl == "reference":
-        return reference.decode_grid(
-            planes,
-            weights,
-            biases,
-            size,
-            box=box,
-            grid=grid,
-            bounds=bounds,
-            extra=extra,
-            out_dtype=out_dtype,
-            return_preactivation=return_preactivation,
-            **options._asdict(),
-        )
-    sampled, mlp = checks.decoder(
-        checks.sampled(planes, options, 3), weights, biases, options, out_dtype, checks.extra_width(extra, 1)
+    request = checks.grid_request(
+        planes, weights, biases, size, box, grid, bounds, extra, opts.of(Decoding, options), out_dtype
     )
-    voxels = checks.grid(sampled, size, box, grid, bounds, extra)
-    checks.native_limits(sampled, mlp.weights)
-    sampled = reference.with_texel_noise(sampled, mlp.noise, library.normals)
-    own = _own(voxels, sampled)
-
-    def run(mlp: checks.Decoder) -> Tensor:
-        tensors, counts, sampling = _canonical(sampled, mlp)
-        return DecodeGrid.apply(counts, sampling, _grid(voxels), mlp.out_dtype, *tensors, own)
-
-    return _with_preactivation(run, mlp) if return_preactivation else run(mlp)
+    return _decode(request, return_preactivation, impl)
 
 
+@takes(Decoding)
 def decode_grid_loss(
     planes: Tensor | Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -164,17 +105,8 @@ def decode_grid_loss(
     loss: str = "smooth_l1",
     beta: float = 0.3,
     reduction: str = "mean",
-    plane_axes: PlaneAxes = checks.PLANE_AXES,
-    reduce: str = "concat",
-    align_corners: bool = False,
-    padding_mode: str = "border",
-    activation: str | Sequence[str] = "relu",
-    output_activation: str = "none",
-    compute_dtype: torch.dtype | str | None = None,
-    noise_std: float = 0.0,
-    noise_seed: int | None = None,
-    noise_mode: str = "point",
     impl: str = "auto",
+    **options: Unpack[Decoding],
 ) -> Tensor:
     r"""The mean loss of a decoded grid of voxels against a target, and in the same pass its gradients.
 
@@ -189,8 +121,7 @@ def decode_grid_loss(
     decoder's gradients are not.
 
     Args:
-        planes, weights, biases, box, grid, bounds, extra, plane_axes, reduce, align_corners, padding_mode, activation,
-            output_activation, compute_dtype, noise_std, noise_seed, noise_mode, impl: see :func:`decode_grid`.
+        planes, weights, biases, box, grid, bounds, extra, <options>, impl: see :func:`decode_grid`.
         target: ``(B, C_out, H, W, D)``, or the box's size in place of (H, W, D); float32, float64, float16, bfloat16, or uint8,
             which stands for value/255. It gets no gradient.
         size: ``(H, W, D)``, the whole volume. None: that of the target, if there is no box.
@@ -208,54 +139,13 @@ def decode_grid_loss(
             requires a gradient.
     """
     checks.choice("impl", impl, IMPLS)
-    options = checks.Options(
-        plane_axes, reduce, align_corners, padding_mode, activation, output_activation, compute_dtype, noise_std, noise_seed,
-        noise_mode,
-    )  # fmt: skip
-    if impl == "reference":
-        return reference.decode_grid_loss(
-            planes,
-            weights,
-            biases,
-            target,
-            size,
-            box=box,
-            grid=grid,
-            bounds=bounds,
-            extra=extra,
-            loss=loss,
-            beta=beta,
-            reduction=reduction,
-            **options._asdict(),
-        )
     target, size = checks.target_and_size(target, size, box)
-    sampled, mlp = checks.decoder(
-        checks.sampled(planes, options, 3), weights, biases, options, None, checks.extra_width(extra, 1)
-    )
-    voxels = checks.grid(sampled, size, box, grid, bounds, extra)
-    objective = checks.objective(sampled, mlp, voxels, box is None, target, loss, beta, reduction)
-    checks.native_limits(sampled, mlp.weights)
-    own = _own(voxels, sampled)
-    recording = torch.is_grad_enabled()
-    grad_planes = recording and any(p.requires_grad for p in sampled.planes)
-    grad_decoder = recording and any(t is not None and t.requires_grad for t in (*mlp.weights, *mlp.biases))
-    grad_extra = recording and own is not None and own.requires_grad
-    sampled = reference.with_texel_noise(sampled, mlp.noise, library.normals)
-    tensors, counts, sampling = _canonical(sampled, mlp)
-    found: Tensor = DecodeGridLoss.apply(
-        counts,
-        sampling,
-        _grid(voxels),
-        (loss, objective.beta, reduction == "none_batch"),
-        objective.voxels,
-        (grad_planes, grad_decoder, grad_extra),
-        target,
-        *tensors,
-        own,
-    )
-    return found
+    request = checks.grid_request(planes, weights, biases, size, box, grid, bounds, extra, opts.of(Decoding, options), None)
+    objective = checks.objective(*request, box is None, target, loss, beta, reduction)
+    return _backend(request, impl).loss(request, target, objective)
 
 
+@takes(Decoding)
 def decode_points(
     planes: Tensor | Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -265,19 +155,10 @@ def decode_points(
     batch_index: Tensor | None = None,
     extra: Tensor | None = None,
     bounds: Any = None,
-    plane_axes: PlaneAxes = checks.PLANE_AXES,
-    reduce: str = "concat",
-    align_corners: bool = False,
-    padding_mode: str = "border",
-    activation: str | Sequence[str] = "relu",
-    output_activation: str = "none",
     return_preactivation: bool = False,
-    compute_dtype: torch.dtype | str | None = None,
-    noise_std: float = 0.0,
-    noise_seed: int | None = None,
-    noise_mode: str = "point",
     out_dtype: torch.dtype | None = None,
     impl: str = "auto",
+    **options: Unpack[Decoding],
 ) -> Any:
     r"""Decode arbitrary points from feature planes and an MLP: :func:`decode_grid` at coordinates of the caller's.
 
@@ -287,8 +168,7 @@ def decode_points(
     the kernel's, make a copy of xyz.)
 
     Args:
-        planes, weights, biases, plane_axes, reduce, align_corners, padding_mode, activation, output_activation,
-            return_preactivation, compute_dtype, noise_std, noise_seed, noise_mode, out_dtype, impl: see :func:`decode_grid`.
+        planes, weights, biases, <options>, return_preactivation, out_dtype, impl: see :func:`decode_grid`.
             ``plane_axes`` may count coordinates up to 3, those of points (x, y, z, t). Point n of an object has the noise of
             voxel n of a grid; with batch_index, points are counted all together.
         xyz: ``(B, N, A)``, or any number of dimensions in place of N; A, the coordinates of a point, is 2 to 4. With
@@ -310,54 +190,26 @@ def decode_points(
         ValueError, TypeError, NotImplementedError, RuntimeError: as :func:`decode_grid`.
     """
     checks.choice("impl", impl, IMPLS)
-    options = checks.Options(
-        plane_axes, reduce, align_corners, padding_mode, activation, output_activation, compute_dtype, noise_std, noise_seed,
-        noise_mode,
-    )  # fmt: skip
-    if impl == "reference":
-        return reference.decode_points(
-            planes,
-            weights,
-            biases,
-            xyz,
-            batch_index=batch_index,
-            extra=extra,
-            bounds=bounds,
-            out_dtype=out_dtype,
-            return_preactivation=return_preactivation,
-            **options._asdict(),
-        )
-    sampled = checks.sampled(planes, options, checks.coordinates(xyz))
-    sampled, mlp = checks.decoder(sampled, weights, biases, options, out_dtype, checks.extra_width(extra, -1))
-    where = checks.points(sampled, xyz, batch_index, extra, bounds, library.storage_dtype(mlp.compute))
-    checks.native_limits(sampled, mlp.weights)
-    sampled = reference.with_texel_noise(sampled, mlp.noise, library.normals)
-    own = _own(where, sampled)
-
-    def run(mlp: checks.Decoder) -> Tensor:
-        tensors, counts, sampling = _canonical(sampled, mlp)
-        out: Tensor = DecodePoints.apply(counts, sampling, where.objects, mlp.out_dtype, *tensors, own, where.points)
-        return out.view(*where.leading, out.shape[1])
-
-    return _with_preactivation(run, mlp) if return_preactivation else run(mlp)
+    request = checks.points_request(
+        planes, weights, biases, xyz, batch_index, bounds, extra, opts.of(Decoding, options), out_dtype
+    )
+    return _decode(request, return_preactivation, impl)
 
 
+@takes(Sampling)
 def sample_points(
     planes: Tensor | Sequence[Tensor],
     xyz: Tensor,
     *,
     batch_index: Tensor | None = None,
     bounds: Any = None,
-    plane_axes: PlaneAxes = checks.PLANE_AXES,
-    reduce: str = "concat",
-    align_corners: bool = False,
-    padding_mode: str = "border",
     impl: str = "auto",
+    **options: Unpack[Sampling],
 ) -> Tensor:
     """The features of the planes at points, for projects with a decoder of their own.
 
     Args:
-        planes, xyz, batch_index, bounds, plane_axes, reduce, align_corners, padding_mode, impl: see :func:`decode_points`.
+        planes, xyz, batch_index, bounds, <options>, impl: see :func:`decode_points`.
 
     Returns:
         ``(B, N, features)``, in the dtype of the planes; features are P C (concat) or C. Differentiable once with respect to
@@ -367,29 +219,11 @@ def sample_points(
         ValueError, TypeError, NotImplementedError, RuntimeError: as :func:`decode_grid`.
     """
     checks.choice("impl", impl, IMPLS)
-    options = checks.Options(plane_axes, reduce, align_corners, padding_mode)
-    if impl == "reference":
-        return reference.sample_points(
-            planes,
-            xyz,
-            batch_index=batch_index,
-            bounds=bounds,
-            **options._asdict(),
-        )
-    sampled = checks.sampled(planes, options, checks.coordinates(xyz))
-    dtype = sampled.planes[0].dtype
-    checks.one_dtype(dtype, sampled.planes[0].device)
-    compute = "float64" if dtype == torch.float64 else "float32"
-    where = checks.points(sampled, xyz, batch_index, None, bounds, library.storage_dtype(compute))
-    checks.native_limits(sampled, [])
-    mlp = checks.Decoder([], [], (), "none", compute, dtype)
-    tensors, counts, sampling = _canonical(sampled, mlp)
-    out: Tensor = DecodePoints.apply(counts, sampling, where.objects, dtype, *tensors, None, where.points)
-    if reduce == "concat_channel_major":
-        out = out.unflatten(1, (len(sampled.planes), -1)).mT.flatten(1)
-    return out.reshape(*where.leading, out.shape[1])
+    request = checks.points_request(planes, (), (), xyz, batch_index, bounds, None, opts.of(Sampling, options), None)
+    return _backend(request, impl).sample(request)
 
 
+@takes(Sampling)
 def sample_grid(
     planes: Tensor | Sequence[Tensor],
     size: Sequence[int],
@@ -397,11 +231,8 @@ def sample_grid(
     box: Sequence[Sequence[int]] | None = None,
     grid: str = "cells",
     bounds: Any = None,
-    plane_axes: PlaneAxes = checks.PLANE_AXES,
-    reduce: str = "concat",
-    align_corners: bool = False,
-    padding_mode: str = "border",
     impl: str = "auto",
+    **options: Unpack[Sampling],
 ) -> Tensor:
     """The features of the planes on a dense grid of voxels, for projects with a decoder of their own.
 
@@ -409,7 +240,7 @@ def sample_grid(
     is gathered a voxel.
 
     Args:
-        planes, size, box, grid, bounds, plane_axes, reduce, align_corners, padding_mode, impl: see :func:`decode_grid`.
+        planes, size, box, grid, bounds, <options>, impl: see :func:`decode_grid`.
 
     Returns:
         ``(B, features, H, W, D)``, or the box's size in place of (H, W, D), in the dtype of the planes; features are P C
@@ -419,87 +250,21 @@ def sample_grid(
         ValueError, TypeError, NotImplementedError: as :func:`decode_grid`.
     """
     checks.choice("impl", impl, IMPLS)
-    options = checks.Options(plane_axes, reduce, align_corners, padding_mode)
+    request = checks.grid_request(planes, (), (), size, box, grid, bounds, None, opts.of(Sampling, options), None)
+    return _backend(request, impl).sample(request)
+
+
+def _backend(request: checks.Request, impl: str) -> Any:
+    """The module that serves a request: both have decode, loss and sample of it."""
     if impl == "reference":
-        return reference.sample_grid(planes, size, box=box, grid=grid, bounds=bounds, **options._asdict())
-    sampled = checks.sampled(planes, options, 3)
-    dtype = sampled.planes[0].dtype
-    checks.one_dtype(dtype, sampled.planes[0].device)
-    voxels = checks.grid(sampled, size, box, grid, bounds)
-    checks.native_limits(sampled, [])
-    wide = torch.promote_types(dtype, torch.float32)
-
-    def resample(x: Tensor, dim: int, axis: int, limits: Tensor | None) -> Tensor:
-        lo, hi = voxels.box[axis]
-        bounds = None if limits is None else limits[axis]
-        y: Tensor = ResampleAxis.apply(
-            x.reshape(-1, x.shape[dim], x.shape[3] if dim == 2 else 1), False, x.shape[dim], voxels.size[axis], lo, hi,
-            align_corners, padding_mode, voxels.corners, bounds,
-        )  # fmt: skip
-        return y.view(*x.shape[:dim], hi - lo, *x.shape[dim + 1 :])
-
-    samples = []
-    for plane, (row, column) in zip(sampled.planes, sampled.plane_axes, strict=True):
-        plane = plane.to(wide)
-        if voxels.bounds is None:
-            sample = resample(resample(plane, 2, row, None), 3, column, None)
-        else:
-            parts = [
-                resample(resample(plane[b : b + 1], 2, row, limits), 3, column, limits)
-                for b, limits in enumerate(voxels.bounds)
-            ]
-            shape = plane.shape[0], plane.shape[1], voxels.shape[row], voxels.shape[column]
-            sample = torch.cat(parts) if parts else plane.new_zeros(shape)
-        if row > column:
-            sample = sample.mT
-        missing = ({0, 1, 2} - {row, column}).pop()
-        samples.append(sample.unsqueeze(2 + missing).expand(*plane.shape[:2], *voxels.shape))
-    if reduce.startswith("concat"):
-        return reference.reduce_planes([s.to(dtype) for s in samples], reduce, 1)
-    features = samples[0]
-    for sample in samples[1:]:  # one volume at a time
-        features = features * sample if reduce == "prod" else features + sample
-    return (features / len(samples) if reduce == "mean" else features).to(dtype).contiguous()
+        return reference
+    checks.native_limits(request.planes, request.mlp.weights)
+    return native
 
 
-def _grid(voxels: checks.Grid) -> library.Grid:
-    return library.Grid(list(voxels.size), [x for pair in voxels.box for x in pair], voxels.corners, voxels.bounds, None)
-
-
-def _own(where: checks.Grid | checks.Points, sampled: checks.Sampled) -> Tensor | None:
-    return None if where.extra is None else where.extra.to(sampled.planes[0].dtype)
-
-
-def _with_preactivation(run: Any, mlp: checks.Decoder) -> tuple[Tensor, Tensor]:
-    z = run(mlp._replace(output_activation="none", out_dtype=library.storage_dtype(mlp.compute)))
-    out = activations.output("output_activation", mlp.output_activation)(z)
-    return out.to(mlp.out_dtype), z.to(mlp.out_dtype)
-
-
-def _canonical(sampled: checks.Sampled, mlp: checks.Decoder) -> tuple[list[Tensor | None], tuple[int, int], library.Sampling]:
-    """Planes, weights and biases as the kernels take them, how many there are of the first two, and the options.
-
-    Rows run over the lower axis, and the first layer reads plane by plane.
-    """
-    planes, axes, weights = [], [], list(mlp.weights)
-    for p, (row, column) in zip(sampled.planes, sampled.plane_axes, strict=True):
-        planes.append(p if row < column else p.mT)
-        axes += sorted((row, column))
-    count = len(planes)
-    if sampled.reduce == "concat_channel_major" and weights:
-        first, own = weights[0][:, : sampled.features], weights[0][:, sampled.features :]
-        weights[0] = torch.cat((first.unflatten(1, (-1, count)).mT.flatten(1), own), 1)
-    reduce = {"prod": "product", "sum": "sum", "mean": "sum"}.get(sampled.reduce, "concat")
-    sampling = library.Sampling(
-        axes,
-        reduce if count > 1 else "concat",
-        1 / count if sampled.reduce == "mean" else 1.0,
-        sampled.align_corners,
-        sampled.padding_mode,
-        list(mlp.activation),
-        mlp.output_activation,
-        mlp.compute,
-        mlp.noise.std if mlp.noise.mode == "point" else 0.0,
-        mlp.noise.seed,
-    )
-    return [*planes, *weights, *mlp.biases], (count, len(weights)), sampling
+def _decode(request: checks.Request, return_preactivation: bool, impl: str) -> Any:
+    backend, mlp = _backend(request, impl), request.mlp
+    if not return_preactivation:
+        return backend.decode(request)
+    z = backend.decode(request._replace(mlp=mlp._replace(output_activation="none", out_dtype=mlp.storage)))
+    return activations.output("output_activation", mlp.output_activation)(z).to(mlp.out_dtype), z.to(mlp.out_dtype)

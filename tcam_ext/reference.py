@@ -1,4 +1,5 @@
-"""Plain PyTorch twins of the fused ops: the same signatures, the specification one can read.
+"""What the ops compute, in plain PyTorch: the specification one can read. ``reference.decode_grid(...)`` is
+``tcam_ext.decode_grid(..., impl="reference")``, and so for every op.
 
 They run on any device, in any floating dtype, and can be differentiated any number of times. They hold the features of the
 planes and every hidden layer of all points in memory, which is what the fused ops avoid.
@@ -7,6 +8,7 @@ planes and every hidden layer of all points in memory, which is what the fused o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -199,165 +201,63 @@ def _with_point_noise(features: Tensor, planes: checks.Sampled, noise: checks.No
     return features + (noise.std * eps).to(features)
 
 
-def _storage(compute: str) -> torch.dtype:
-    return torch.float64 if compute == "float64" else torch.float32
+def _features(request: checks.Request) -> Tensor:
+    """(n, features) that the first layer reads, of all voxels or points."""
+    planes, mlp, where = request
+    planes = with_texel_noise(planes, mlp.noise, texel_normals)
+    if isinstance(where, checks.Grid):
+        dense = _grid_features(planes, where, mlp.storage).movedim(1, -1)
+        shape = dense.shape[:-1]
+        x, y, z = (torch.arange(lo, hi, device=dense.device) for lo, hi in where.box)
+        number = ((x.view(-1, 1, 1) * where.size[1] + y.view(-1, 1)) * where.size[2] + z).expand(shape).reshape(-1)
+        objects = torch.arange(shape[0], device=dense.device).view(-1, 1, 1, 1).expand(shape).reshape(-1)
+        features = dense.flatten(0, 3)
+    else:
+        features = _point_features(planes, where, mlp.storage)
+        number = torch.arange(features.shape[0], device=features.device)
+        if (found := where.objects) is None:
+            each = max(features.shape[0] // max(planes.batch, 1), 1)
+            number, found = number % each, number // each
+        objects = found
+    features = _with_point_noise(features, planes, mlp.noise, number, objects)
+    return features if where.extra is None else torch.cat((features, where.extra.to(features)), 1)
 
 
-def _mlp(features: Tensor, mlp: checks.Decoder) -> Tensor:
-    """The last layer before its activation, of features (..., n_0)."""
-    compute = _storage(mlp.compute) if "tf32" in mlp.compute else getattr(torch, mlp.compute)
-    h = features.to(compute)
+def decode(request: checks.Request) -> Tensor:
+    planes, mlp, where = request
+    compute = mlp.storage if "tf32" in mlp.compute else getattr(torch, mlp.compute)
+    h = _features(request).to(compute)
     for layer, (w, b) in enumerate(zip(mlp.weights, mlp.biases, strict=True)):
         if layer:
-            name = mlp.activation[layer - 1]
-            h = activations.hidden("activation", name)(h)
+            h = activations.hidden("activation", mlp.activation[layer - 1])(h)
         h = F.linear(h, w.to(compute), None if b is None else b.to(compute))
-    return h.to(_storage(mlp.compute))
+    out = activations.output("output_activation", mlp.output_activation)(h.to(mlp.storage)).to(mlp.out_dtype)
+    if isinstance(where, checks.Points):
+        return out.unflatten(0, where.leading)
+    return out.view(planes.batch, *where.shape, out.shape[1]).movedim(-1, 1).contiguous()
 
 
-def _output(z: Tensor, mlp: checks.Decoder, return_preactivation: bool) -> Any:
-    out = activations.output("output_activation", mlp.output_activation)(z).to(mlp.out_dtype).contiguous()
-    return (out, z.to(mlp.out_dtype).contiguous()) if return_preactivation else out
-
-
-def decode_grid(
-    planes: Tensor | Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    size: Sequence[int],
-    *,
-    box: Sequence[Sequence[int]] | None = None,
-    grid: str = "cells",
-    bounds: Any = None,
-    extra: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    return_preactivation: bool = False,
-    **options: Any,
-) -> Any:
-    """:func:`tcam_ext.decode_grid` in plain PyTorch. Interpolation is in float32 or better, the MLP in ``compute_dtype``.
-
-    ``options``: plane_axes, reduce, align_corners, padding_mode, activation, output_activation, compute_dtype, noise_std,
-    noise_seed, noise_mode, as there.
-    """
-    opts = checks.Options(**options)
-    width = checks.extra_width(extra, 1)
-    sampled, mlp = checks.decoder(checks.sampled(planes, opts, 3), weights, biases, opts, out_dtype, width)
-    voxels = checks.grid(sampled, size, box, grid, bounds, extra)
-    sampled = with_texel_noise(sampled, mlp.noise, texel_normals)
-    features = _grid_features(sampled, voxels, _storage(mlp.compute)).movedim(1, -1)
-    shape = features.shape[:-1]
-    x, y, z = (torch.arange(lo, hi, device=features.device) for lo, hi in voxels.box)
-    number = ((x.view(-1, 1, 1) * voxels.size[1] + y.view(-1, 1)) * voxels.size[2] + z).expand(shape).reshape(-1)
-    objects = torch.arange(shape[0], device=features.device).view(-1, 1, 1, 1).expand(shape).reshape(-1)
-    features = _with_point_noise(features.flatten(0, 3), sampled, mlp.noise, number, objects)
-    if voxels.extra is not None:
-        features = torch.cat((features, voxels.extra.to(features)), 1)
-    z = _mlp(features.view(*shape, -1), mlp).movedim(-1, 1)
-    return _output(z, mlp, return_preactivation)
-
-
-def decode_grid_loss(
-    planes: Tensor | Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    target: Tensor,
-    size: Sequence[int] | None = None,
-    *,
-    box: Sequence[Sequence[int]] | None = None,
-    grid: str = "cells",
-    bounds: Any = None,
-    extra: Tensor | None = None,
-    loss: str = "smooth_l1",
-    beta: float = 0.3,
-    reduction: str = "mean",
-    **options: Any,
-) -> Tensor:
-    """:func:`tcam_ext.decode_grid_loss` in plain PyTorch: the volume, the loss of each voxel, their mean. ``options``: see
-    :func:`decode_grid`."""
-    opts = checks.Options(**options)
-    target, size = checks.target_and_size(target, size, box)
-    width = checks.extra_width(extra, 1)
-    sampled, mlp = checks.decoder(checks.sampled(planes, opts, 3), weights, biases, opts, None, width)
-    voxels = checks.grid(sampled, size, box, grid, bounds)
-    compared = checks.objective(sampled, mlp, voxels, box is None, target, loss, beta, reduction)
-    dtype = torch.float64 if sampled.planes[0].dtype == torch.float64 else torch.float32
-    volume = decode_grid(
-        sampled.planes,
-        mlp.weights,
-        mlp.biases,
-        voxels.size,
-        box=voxels.box,
-        grid=grid,
-        bounds=bounds,
-        extra=extra,
-        out_dtype=dtype,
-        **options,
-    )
+def loss(request: checks.GridRequest, target: Tensor, objective: checks.Objective) -> Tensor:
+    """The volume, the loss of each voxel, their mean."""
+    dtype = torch.float64 if request.planes.planes[0].dtype == torch.float64 else torch.float32
+    volume = decode(request._replace(mlp=request.mlp._replace(out_dtype=dtype)))
     want = target.to(dtype) / 255 if target.dtype == torch.uint8 else target.to(dtype)
-    each = LOSSES[loss](volume, want, compared.beta)
-    return each.flatten(1).mean(1) if reduction == "none_batch" else getattr(each, reduction)()
+    each = LOSSES[objective.loss](volume, want, objective.beta)
+    return each.flatten(1).mean(1) if objective.per_object else getattr(each, objective.reduction)()
 
 
-def decode_points(
-    planes: Tensor | Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    xyz: Tensor,
-    *,
-    batch_index: Tensor | None = None,
-    extra: Tensor | None = None,
-    bounds: Any = None,
-    out_dtype: torch.dtype | None = None,
-    return_preactivation: bool = False,
-    **options: Any,
-) -> Any:
-    """:func:`tcam_ext.decode_points` in plain PyTorch. ``options``: see :func:`decode_grid`."""
-    opts = checks.Options(**options)
-    width = checks.extra_width(extra, -1)
-    sampled = checks.sampled(planes, opts, checks.coordinates(xyz))
-    sampled, mlp = checks.decoder(sampled, weights, biases, opts, out_dtype, width)
-    where = checks.points(sampled, xyz, batch_index, extra, bounds, _storage(mlp.compute))
-    sampled = with_texel_noise(sampled, mlp.noise, texel_normals)
-    features = _point_features(sampled, where, _storage(mlp.compute))
-    number = torch.arange(features.shape[0], device=features.device)
-    objects, each = where.objects, max(features.shape[0] // max(sampled.batch, 1), 1)
-    if objects is None:
-        number, objects = number % each, number // each
-    features = _with_point_noise(features, sampled, mlp.noise, number, objects)
-    if where.extra is not None:
-        features = torch.cat((features, where.extra.to(features)), 1)
-    return _output(_mlp(features, mlp).unflatten(0, where.leading), mlp, return_preactivation)
+def sample(request: checks.Request) -> Tensor:
+    """The features of the planes."""
+    planes, mlp, where = request
+    if isinstance(where, checks.Grid):
+        return _grid_features(planes, where, mlp.storage).to(mlp.out_dtype)
+    return _point_features(planes, where, mlp.storage).to(mlp.out_dtype).unflatten(0, where.leading)
 
 
-def sample_grid(
-    planes: Tensor | Sequence[Tensor],
-    size: Sequence[int],
-    *,
-    box: Sequence[Sequence[int]] | None = None,
-    grid: str = "cells",
-    bounds: Any = None,
-    **options: Any,
-) -> Tensor:
-    """:func:`tcam_ext.sample_grid` in plain PyTorch. ``options``: plane_axes, reduce, align_corners, padding_mode."""
-    sampled = checks.sampled(planes, checks.Options(**options), 3)
-    checks.one_dtype(sampled.planes[0].dtype, sampled.planes[0].device)
-    voxels = checks.grid(sampled, size, box, grid, bounds)
-    dtype = sampled.planes[0].dtype
-    return _grid_features(sampled, voxels, torch.promote_types(dtype, torch.float32)).to(dtype)
+def __getattr__(name: str) -> Any:
+    """The ops themselves, which check their arguments and come here for the rest."""
+    if name in ("decode_grid", "decode_grid_loss", "decode_points", "sample_grid", "sample_points"):
+        from tcam_ext import ops
 
-
-def sample_points(
-    planes: Tensor | Sequence[Tensor],
-    xyz: Tensor,
-    *,
-    batch_index: Tensor | None = None,
-    bounds: Any = None,
-    **options: Any,
-) -> Tensor:
-    """:func:`tcam_ext.sample_points` in plain PyTorch. ``options``: plane_axes, reduce, align_corners, padding_mode."""
-    sampled = checks.sampled(planes, checks.Options(**options), checks.coordinates(xyz))
-    dtype = sampled.planes[0].dtype
-    checks.one_dtype(dtype, sampled.planes[0].device)
-    wide = torch.promote_types(dtype, torch.float32)
-    where = checks.points(sampled, xyz, batch_index, None, bounds, wide)
-    return _point_features(sampled, where, wide).to(dtype).unflatten(0, where.leading)
+        return partial(getattr(ops, name), impl="reference")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -29,8 +30,7 @@ def test_quoted_calls_exist(page):
     for call in (node for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)):
         if isinstance(call.func, ast.Attribute) and getattr(call.func.value, "id", "") == "tcam_ext":
             op = getattr(tcam_ext, call.func.attr)
-            taken = op.__init__.__kwdefaults__ if isinstance(op, type) else op.__kwdefaults__
-            positional = (op.__init__ if isinstance(op, type) else op).__code__.co_varnames
-            assert all(k.arg is None or k.arg in taken or k.arg in positional for k in call.keywords), ast.unparse(call)
+            taken = inspect.signature(op).parameters
+            assert all(k.arg is None or k.arg in taken for k in call.keywords), ast.unparse(call)
     for name in set(re.findall(r"conventions\.(\w+)\.", "\n".join(blocks))):
         assert name in conventions.CONVENTIONS

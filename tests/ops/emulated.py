@@ -62,10 +62,10 @@ class EmulatedCall:
     def __init__(self, module: Emulated, planes: Any, weights: Any, biases: Any, bounds: Any, points: Any, objects: Any,
                  extra: Any, o: Any) -> None:  # fmt: skip
         self.module = module
-        self.p = p = raw.Decode(batch=planes[0].shape[0], channels=planes[0].shape[1], plane_count=len(planes), axes=o.axes)
-        for name in ("reduce", "plane_scale", "noise_std", "noise_seed", "corners", "align_corners", "padding", "compute",
-                     "out_dtype", "grad_planes", "grad_decoder", "threads", "formulation", "tile"):  # fmt: skip
-            setattr(p, name, getattr(o, name))
+        self.p = p = raw.Decode(batch=planes[0].shape[0], channels=planes[0].shape[1], plane_count=len(planes))
+        for name, *_ in _C.problem_layout():
+            if hasattr(o, name) and not isinstance(getattr(o, name), (list, tuple)):
+                setattr(p, name, getattr(o, name))
         for q, (plane, axes) in enumerate(zip(planes, o.plane_axes, strict=True)):
             p.planes[q] = raw.Plane(*axes, *plane.shape[2:])
         p.points = -1 if points is None else points.shape[0]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tcam_ext import _C, activations, checks
 
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4}
+DTYPES = {getattr(torch, name): code for code, name in enumerate(_C.dtypes) if hasattr(torch, name)}
 
 
 class Activation(ctypes.Structure):  # tcam_activation of problem.h
@@ -32,40 +32,17 @@ class Plane(ctypes.Structure):  # tcam_plane
     ]
 
 
+_TYPES = {"tcam_activation": Activation, "tcam_plane": Plane, "int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64,
+          "uint64_t": ctypes.c_uint64, "double": ctypes.c_double}  # fmt: skip
+
+
 class Decode(ctypes.Structure):  # tcam_problem
-    _fields_ = [
-        ("batch", ctypes.c_int64),
-        ("channels", ctypes.c_int64),
-        ("plane_count", ctypes.c_int32),
-        ("reduce", ctypes.c_int32),
-        ("plane_scale", ctypes.c_double),
-        ("planes", Plane * 16),
-        ("points", ctypes.c_int64),
-        ("size", ctypes.c_int64 * 3),
-        ("lo", ctypes.c_int64 * 3),
-        ("hi", ctypes.c_int64 * 3),
-        ("corners", ctypes.c_int32),
-        ("axes", ctypes.c_int32),
-        ("extra", ctypes.c_int64),
-        ("width", ctypes.c_int64 * 7),
-        ("layers", ctypes.c_int32),
-        ("activation", Activation * 6),
-        ("output_activation", Activation),
-        ("align_corners", ctypes.c_int32),
-        ("padding", ctypes.c_int32),
-        ("noise_std", ctypes.c_double),
-        ("noise_seed", ctypes.c_uint64),
-        ("dtype", ctypes.c_int32),
-        ("compute", ctypes.c_int32),
-        ("out_dtype", ctypes.c_int32),
-        ("grad_planes", ctypes.c_int32),
-        ("grad_decoder", ctypes.c_int32),
-        ("grad_points", ctypes.c_int32),
-        ("grad_extra", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-        ("formulation", ctypes.c_int32),
-        ("tile", ctypes.c_int32),
-    ]
+    _fields_ = [(name, _TYPES[kind] * count if count else _TYPES[kind]) for name, _, _, count, kind in _C.problem_layout()]
+
+
+assert all(
+    (getattr(Decode, name).offset, ctypes.sizeof(_TYPES[kind])) == (at, size) for name, at, size, _, kind in _C.problem_layout()
+)
 
 
 class Inputs(ctypes.Structure):  # tcam_inputs

@@ -16,7 +16,7 @@ import pytest
 import raw
 import torch
 
-from tcam_ext import _C
+from tcam_ext import _C, reference
 from tcam_ext.activations import ACTIVATIONS
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
@@ -84,7 +84,7 @@ def test_values_and_gradients(kernels, shape, activation, name, compute):
     p32, exact = p.to(torch.float32), p.to(torch.float64, requires_grad=True)
     rounding = problems.round_bfloat16 if name == "bfloat16" else None
     out, trusted = problems.masked_reference(exact, rounding, margin=1e-5)
-    full = p.call(problems.reference.decode_grid)
+    full = p.call(reference.decode_grid)
     assert problems.relative(kernels.forward(p32, compute), full) < problems.FORWARD_LIMIT[name]
     grad = torch.randn_like(out) * trusted
     want = torch.autograd.grad(out, exact.tensors, grad)
@@ -96,11 +96,11 @@ def test_bfloat16_gradients_are_as_good_as_torchs_own(kernels, capsys):
     decode in bfloat16 (docs/performance.md, "Accuracy")."""
     p = problems.make(channels=42, texels=(16, 16, 16), widths=(128, 128, 128, 1), size=(16, 16, 16))
     exact = p.to(torch.float64, requires_grad=True)
-    out = exact.call(problems.reference.decode_grid)
+    out = exact.call(reference.decode_grid)
     grad = torch.randn_like(out)
     want = torch.autograd.grad(out, exact.tensors, grad)
     theirs = p.to(torch.float32, requires_grad=True)
-    autocast = theirs.call(problems.reference.decode_grid, compute_dtype=torch.bfloat16)
+    autocast = theirs.call(reference.decode_grid, compute_dtype=torch.bfloat16)
     torch_error = problems.gradient_error(list(torch.autograd.grad(autocast, theirs.tensors, grad.float())), list(want))
     our_error = problems.gradient_error(kernels.backward(p.to(torch.float32), grad.float(), 3), list(want))
     with capsys.disabled():
