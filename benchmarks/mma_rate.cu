@@ -14,7 +14,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "../csrc/cuda/ptx.h"
+#include "../csrc/cuda/ptx.cuh"
 
 namespace tcam {
 

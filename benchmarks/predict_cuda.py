@@ -32,8 +32,8 @@ sys.path.insert(0, str(ROOT / "tests" / "ops"))
 import test_resources as compiled  # noqa: E402
 
 SOURCE = """
-#include "{csrc}/cuda/fused_backward.h"
-#include "{csrc}/cuda/fused_forward.h"
+#include "{csrc}/cuda/fused_backward.cuh"
+#include "{csrc}/cuda/fused_forward.cuh"
 namespace tcam {{
 template <bool head, int layer>
 __global__ void __launch_bounds__(FusedBackwardKernel<ptx::BFloat16, 128>::threads, 1) backward_launch(FusedBackward p) {{

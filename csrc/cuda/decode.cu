@@ -1,11 +1,11 @@
-// The ops on CUDA. Points, and grids that do not separate, take a road of points.h, other grids one of planes.h: with the
-// tensor-core kernels (fused_points.h, fused.h) where these serve the problem and the device, else layer by layer, for every
-// shape (points.h, layers.h).
-#include "fused.h"
-#include "fused_points.h"
+// The ops on CUDA. Points, and grids that do not separate, take a road of points.cuh, other grids one of planes.cuh: with the
+// tensor-core kernels (fused_points.cuh, fused.cuh) where these serve the problem and the device, else layer by layer, for every
+// shape (points.cuh, layers.cuh).
+#include "fused.cuh"
+#include "fused_points.cuh"
 #include "launch.h"
-#include "layers.h"
-#include "points.h"
+#include "layers.cuh"
+#include "points.cuh"
 
 namespace tcam {
 namespace {

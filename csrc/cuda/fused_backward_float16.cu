@@ -1,5 +1,5 @@
-// The kernels of fused_backward.h in float16: a file of their own, so that two formats compile at the same time.
-#include "fused_backward.h"
+// The kernels of fused_backward.cuh in float16: a file of their own, so that two formats compile at the same time.
+#include "fused_backward.cuh"
 
 namespace tcam {
 

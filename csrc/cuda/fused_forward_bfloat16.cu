@@ -1,5 +1,5 @@
-// The kernels of fused_forward.h in bfloat16: a file of their own, so that two formats compile at the same time.
-#include "fused_forward.h"
+// The kernels of fused_forward.cuh in bfloat16: a file of their own, so that two formats compile at the same time.
+#include "fused_forward.cuh"
 
 namespace tcam {
 

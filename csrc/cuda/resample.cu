@@ -2,7 +2,7 @@
 // (sample_grid), and the noise of texels.
 #include "../maths/bilinear.h"
 #include "../problem.h"
-#include "device.h"
+#include "device.cuh"
 #include "launch.h"
 
 namespace tcam {

@@ -1,4 +1,4 @@
-// csrc/cuda/ptx.h for the machine of simt.h: included by it, inside no namespace.
+// csrc/cuda/ptx.cuh for the machine of simt.h: included by it, inside no namespace.
 #pragma once
 
 namespace tcam {

@@ -1,6 +1,6 @@
 // decode_grid's fast road: the tensor-core kernels over slabs of i whose maps, masks and delta_1 fit a fixed workspace.
 #pragma once
-#include "fused_mlp.h"
+#include "fused_mlp.cuh"
 
 namespace tcam {
 

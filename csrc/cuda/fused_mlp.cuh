@@ -1,12 +1,12 @@
-// The layers above the first on tensor cores: the kernels of fused_forward.h and fused_backward.h over maps that the road which
+// The layers above the first on tensor cores: the kernels of fused_forward.cuh and fused_backward.cuh over maps that the road which
 // it stands on (a grid's slabs, a wave of points) has made.
 #pragma once
 #include <stdio.h>
 
-#include "fused_backward.h"
-#include "fused_forward.h"
-#include "fused_operands.h"
-#include "fused_sums.h"
+#include "fused_backward.cuh"
+#include "fused_forward.cuh"
+#include "fused_operands.cuh"
+#include "fused_sums.cuh"
 
 namespace tcam {
 

@@ -2,7 +2,7 @@
 // its own version of each (tests/simt/ptx_simt.h).
 #pragma once
 #include "../maths/half.h"
-#include "device.h"
+#include "device.cuh"
 
 #if defined(TCAM_SIMT)
 #include "ptx_simt.h"

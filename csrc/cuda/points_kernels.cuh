@@ -1,6 +1,6 @@
-// The kernels of points.h: a wave's points to texels and back.
+// The kernels of points.cuh: a wave's points to texels and back.
 #pragma once
-#include "planes.h"
+#include "planes.cuh"
 
 namespace tcam {
 

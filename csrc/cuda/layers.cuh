@@ -9,7 +9,7 @@
 // order and no atomics are needed.
 #pragma once
 #include "../maths/half.h"
-#include "planes.h"
+#include "planes.cuh"
 
 namespace tcam {
 
@@ -185,7 +185,7 @@ class Layers : public Planes<Real> {
   }
 
  protected:
-  Layers(const tcam_problem& problem, cudaStream_t stream) : Base(problem, stream) {}  // points.h carves for itself
+  Layers(const tcam_problem& problem, cudaStream_t stream) : Base(problem, stream) {}  // points.cuh carves for itself
 
   int64_t region_size_[3], most_ = 0;
   Real *z_[TCAM_MAX_LAYERS + 1] = {}, *delta_[2] = {};

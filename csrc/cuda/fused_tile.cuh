@@ -6,7 +6,7 @@
 // of row r stands at c ^ (r & 7), so that ldmatrix meets no bank twice.
 #pragma once
 #include "../maths/activation.h"
-#include "ptx.h"
+#include "ptx.cuh"
 
 namespace tcam {
 

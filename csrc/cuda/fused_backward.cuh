@@ -19,7 +19,7 @@
 #pragma once
 #include "../maths/half.h"
 #include "../maths/loss.h"
-#include "fused_tile.h"
+#include "fused_tile.cuh"
 
 namespace tcam {
 
@@ -217,12 +217,136 @@ struct FusedBackwardKernel {
     }
   }
 
+  // A chain warp at one step: where it is, and the masks that its fragment is under.
+  struct Step {
+    const FusedBackward& p;
+    const Memory& memory;
+    const Lane<N>& lane;
+    int tid, warp, buffer, s, steps_in_all, i, j, k0;
+    float* dy_at;
+    uint32_t mask[words];
+
+    TCAM_DEVICE uint16_t* h_tile() const { return memory.tiles + warp * 2 * tile; }
+    TCAM_DEVICE uint16_t* delta_tile() const { return h_tile() + tile; }
+    // h_(layer-1) for the outer warps, once they have read the tile of the step before.
+    TCAM_DEVICE void give_h(const Fragment& h) const {
+      ptx::barrier_wait(read + warp, pair_threads);
+      store_tile(h_tile(), h, lane);
+    }
+    TCAM_DEVICE void give_delta(const Fragment& delta) const {
+      store_tile(delta_tile(), delta, lane);
+      ptx::barrier_arrive(written + warp, pair_threads);
+    }
+  };
+
+  // From h_1 to h_(layer-1) or, in the head, to h_(P+1); the head leaves the masks behind.
+  TCAM_DEVICE static void walk_forward(Step& at, Fragment& h) {
+    const FusedBackward& p = at.p;
+    const int forward = forward_products(p);
+    if (forward > 0) first_layer(h, at.memory, at.warp, at.buffer, at.lane);
+#pragma unroll 1
+    for (int q = 0; q < forward; ++q) {
+      Fragment next;
+#pragma unroll
+      for (int nb = 0; nb < steps; nb += 2) {
+        float sum[2][MT][2][4];
+        Block::template product<2>(sum, h, at.memory.panels + q * N * N, at.memory.biases + q * N, nb, at.lane);
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+#pragma unroll
+          for (int m = 0; m < MT; ++m) Block::to_operand(next[m][nb + e], sum[e][m]);
+      }
+      copy(h, next);
+      if (p.head && p.masks) {
+        to_mask(at.mask, h);
+        store_mask(at.mask, p, q + 2, at.steps_in_all, at.s, at.tid);
+      }
+      if (p.weighted && q + 2 == p.layer - 1) at.give_h(h);
+    }
+  }
+
+  // The last layer, the loss, and dl/dy, which is left behind for the launches to come.
+  TCAM_DEVICE static void head(const Step& at, const Fragment& h, const Seen& seen, float (&dy)[4], double& loss,
+                               double& dy_sum) {
+    const FusedBackward& p = at.p;
+    const Lane<N>& lane = at.lane;
+    float out[MT][4];
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+      out[m][0] = out[m][2] = at.memory.last_bias[lane.t];
+      out[m][1] = out[m][3] = 0.f;
+    }
+#pragma unroll
+    for (int q = 0; q < steps; ++q)
+#pragma unroll
+      for (int m = 0; m < MT; ++m) Block::add_last(out[m], h[m][q], at.memory.split_last, q, lane);
+    finish(p, out, lane, seen, dy, loss);
+    if (!p.masks) return;
+    if (p.n_out == 1) {
+      dy_sum += static_cast<double>(dy[0]);
+      at.dy_at[lane.t * 8 + lane.g] = dy[0];
+    } else if (lane.t < p.n_out) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) at.dy_at[lane.t * R + n * 8 + lane.g] = dy[n];
+    }
+  }
+
+  // h: delta_layer, then delta_(layer-1), by the panel of `layer` and the mask of h_(layer-1).
+  TCAM_DEVICE static void step_back(const Step& at, Fragment& h, int layer) {
+    const int back = at.p.products + 1 - layer;
+    const uint16_t* panel = at.memory.panels + (forward_products(at.p) + back) * N * N;
+    Fragment next;
+#pragma unroll
+    for (int nb = 0; nb < steps; nb += 2) {
+      float sum[2][MT][2][4];
+      Block::template product_back<2>(sum, h, panel, nb, at.lane);
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+#pragma unroll
+        for (int m = 0; m < MT; ++m)
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+            const float* c = sum[e][m][r >> 1] + (r & 1) * 2;
+            next[m][nb + e][r] = masked(T::pack(c[0], c[1]), at.mask, m, nb + e, r);
+          }
+    }
+    copy(h, next);
+  }
+
+  // From dl/dy to delta_layer, for the outer warps, and in the launch of layer 2 on to delta_1. `h` is room for a fragment.
+  TCAM_DEVICE static void walk_back(Step& at, Fragment& h, const float (&dy)[4]) {
+    const FusedBackward& p = at.p;
+    const int top = p.products + 1;
+    if (p.layer > top) {  // the last layer, of several outputs: delta is dy itself
+      if (!p.weighted) return;
+      store_outputs(at.delta_tile(), dy, at.lane);
+      return ptx::barrier_arrive(written + at.warp, pair_threads);
+    }
+    if (p.n_out == 1)
+      spread_one(h, dy, p.head, at.mask, at.lane);
+    else
+      spread(h, at.dy_at, p.n_out, at.memory.last, at.mask, at.lane);
+#pragma unroll 1
+    for (int layer = top; layer > p.layer; --layer) {
+      load_mask(at.mask, p, layer - 1, at.steps_in_all, at.s, at.tid);
+      step_back(at, h, layer);
+    }
+    if (p.layer == 2) {  // h_1 again: neither it nor its mask stays in registers from the step's start
+      Fragment h1;
+      first_layer(h1, at.memory, at.warp, at.buffer, at.lane);
+      to_mask(at.mask, h1);
+      if (p.weighted) at.give_h(h1);
+    }
+    if (p.weighted) at.give_delta(h);
+    if (p.layer == 2) {
+      step_back(at, h, 2);
+      write_delta1(p, h, at.i, at.j, at.k0, at.lane);
+    }
+  }
+
   TCAM_DEVICE static void chain(const FusedBackward& p, const Memory& memory, const typename Block::Steps& all) {
     const Lane<N> lane;
-    const int tid = threadIdx.x, warp = tid >> 5, forward = forward_products(p), top = p.products + 1;
-    const bool one = p.n_out == 1;
-    uint16_t* h_tile = memory.tiles + warp * 2 * tile;
-    uint16_t* delta_tile = h_tile + tile;
+    const int tid = threadIdx.x, warp = tid >> 5;
     double loss = 0, dy_sum = 0;
     int s = all.begin;
     while (s < all.end) {
@@ -236,118 +360,38 @@ struct FusedBackwardKernel {
         ptx::wait_copies();
         ptx::barrier_wait(chain_barrier, chain_threads);  // step jb has landed, and all have read step jb - 1
         if (jb + 1 < column.j_last) Block::stage_step(memory.stage, p.maps, column, jb + 1, buffer ^ 1, tid);
-        float* const dy_at = p.dy + (static_cast<size_t>(s) * chain_warps + warp) * p.n_out * R;
-        uint32_t mask[words];
+        Step at = {p,
+                   memory,
+                   lane,
+                   tid,
+                   warp,
+                   buffer,
+                   s,
+                   all.count(),
+                   column.i0 + warp % WI,
+                   jb * WJ + warp / WI,
+                   column.k0,
+                   p.dy + (static_cast<size_t>(s) * chain_warps + warp) * p.n_out * R,
+                   {}};
         Seen seen;
         if (p.head) {
-          look(seen, p, column.i0 + warp % WI, jb * WJ + warp / WI, column.k0, lane);
+          look(seen, p, at.i, at.j, at.k0, lane);
         } else {
-          load_mask(mask, p, top, all.count(), s, tid);
+          load_mask(at.mask, p, p.products + 1, at.steps_in_all, s, tid);
 #pragma unroll
-          for (int n = 0; n < 4; ++n) seen.loaded[n] = one ? Bits::of(dy_at[n * 8 + lane.g]) : 0;
+          for (int n = 0; n < 4; ++n) seen.loaded[n] = p.n_out == 1 ? Bits::of(at.dy_at[n * 8 + lane.g]) : 0;
         }
-
-        Fragment h, next;
-        if (forward > 0) first_layer(h, memory, warp, buffer, lane);
-#pragma unroll 1
-        for (int q = 0; q < forward; ++q) {
-#pragma unroll
-          for (int nb = 0; nb < steps; nb += 2) {
-            float sum[2][MT][2][4];
-            Block::template product<2>(sum, h, memory.panels + q * N * N, memory.biases + q * N, nb, lane);
-#pragma unroll
-            for (int e = 0; e < 2; ++e)
-#pragma unroll
-              for (int m = 0; m < MT; ++m) Block::to_operand(next[m][nb + e], sum[e][m]);
-          }
-          copy(h, next);
-          if (p.head && p.masks) {
-            to_mask(mask, h);
-            store_mask(mask, p, q + 2, all.count(), s, tid);
-          }
-          if (p.weighted && q + 2 == p.layer - 1) {
-            ptx::barrier_wait(read + warp, pair_threads);
-            store_tile(h_tile, h, lane);
-          }
-        }
-
+        Fragment h;
+        walk_forward(at, h);
         float dy[4];
         if (p.head) {
-          float out[MT][4];
-#pragma unroll
-          for (int m = 0; m < MT; ++m) {
-            out[m][0] = out[m][2] = memory.last_bias[lane.t];
-            out[m][1] = out[m][3] = 0.f;
-          }
-#pragma unroll
-          for (int q = 0; q < steps; ++q)
-#pragma unroll
-            for (int m = 0; m < MT; ++m) Block::add_last(out[m], h[m][q], memory.split_last, q, lane);
-          finish(p, out, lane, seen, dy, loss);
+          head(at, h, seen, dy, loss, dy_sum);
           if (!p.masks) continue;
-          if (one) {
-            dy_sum += static_cast<double>(dy[0]);
-            dy_at[lane.t * 8 + lane.g] = dy[0];
-          } else if (lane.t < p.n_out) {
-#pragma unroll
-            for (int n = 0; n < 4; ++n) dy_at[lane.t * R + n * 8 + lane.g] = dy[n];
-          }
         } else {
 #pragma unroll
           for (int n = 0; n < 4; ++n) dy[n] = Bits::value(seen.loaded[n]);
         }
-
-        if (p.layer > top) {  // the last layer, of several outputs: delta is dy itself
-          if (p.weighted) {
-            store_outputs(delta_tile, dy, lane);
-            ptx::barrier_arrive(written + warp, pair_threads);
-          }
-          continue;
-        }
-        if (one)
-          spread_one(h, dy, p.head, mask, lane);
-        else
-          spread(h, dy_at, p.n_out, memory.last, mask, lane);
-        auto walk_back = [&](int layer) {  // h: delta_layer, then delta_(layer-1)
-          const uint16_t* panel = memory.panels + (forward + top - layer) * N * N;
-#pragma unroll
-          for (int nb = 0; nb < steps; nb += 2) {
-            float sum[2][MT][2][4];
-            Block::template product_back<2>(sum, h, panel, nb, lane);
-#pragma unroll
-            for (int e = 0; e < 2; ++e)
-#pragma unroll
-              for (int m = 0; m < MT; ++m)
-#pragma unroll
-                for (int r = 0; r < 4; ++r) {
-                  const float* c = sum[e][m][r >> 1] + (r & 1) * 2;
-                  next[m][nb + e][r] = masked(T::pack(c[0], c[1]), mask, m, nb + e, r);
-                }
-          }
-          copy(h, next);
-        };
-#pragma unroll 1
-        for (int layer = top; layer > p.layer; --layer) {
-          load_mask(mask, p, layer - 1, all.count(), s, tid);
-          walk_back(layer);
-        }
-        if (p.layer == 2) {  // h_1 again: neither it nor its mask stays in registers from the step's start
-          Fragment h1;
-          first_layer(h1, memory, warp, buffer, lane);
-          to_mask(mask, h1);
-          if (p.weighted) {
-            ptx::barrier_wait(read + warp, pair_threads);
-            store_tile(h_tile, h1, lane);
-          }
-        }
-        if (p.weighted) {
-          store_tile(delta_tile, h, lane);
-          ptx::barrier_arrive(written + warp, pair_threads);
-        }
-        if (p.layer == 2) {
-          walk_back(2);
-          write_delta1(p, h, column.i0 + warp % WI, jb * WJ + warp / WI, column.k0, lane);
-        }
+        walk_back(at, h, dy);
       }
     }
     if (p.head) {

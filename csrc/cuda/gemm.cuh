@@ -1,7 +1,7 @@
 // One tiled product for all that is a matrix product outside the fused kernels: C = A B, with A and B read and C written
 // through functors, so that activations, layouts and gradients fuse into its loads and stores.
 #pragma once
-#include "ptx.h"
+#include "ptx.cuh"
 
 namespace tcam {
 

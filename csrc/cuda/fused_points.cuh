@@ -1,10 +1,10 @@
-// The fast road of points (and of grids that go point by point): points.h with the layers above the first on tensor cores.
+// The fast road of points (and of grids that go point by point): points.cuh with the layers above the first on tensor cores.
 //
 // The kernels walk grids, h_1(i,j,k) = relu(A[i,j] + B[j,k] + G[i,k]). A wave of points is a grid of one j and 32 k: G has the
 // points' z_1, rounded, and A and B are zero.
 #pragma once
-#include "fused_mlp.h"
-#include "points.h"
+#include "fused_mlp.cuh"
+#include "points.cuh"
 
 namespace tcam {
 

@@ -3,11 +3,11 @@
 //
 //     h_1(i,j,k) = relu(A[i,j] + B[j,k] + G[i,k]);  h_l = relu(W_l h_(l-1) + b_l);  out = W_L h_(L-1) + b_L
 //
-// A block has WI x WJ warps, each a tile of fused_tile.h. i is fixed for a warp over a whole column (a tile of k, a group of
+// A block has WI x WJ warps, each a tile of fused_tile.cuh. i is fixed for a warp over a whole column (a tile of k, a group of
 // i), j runs. Shared memory holds all weights, the column's G tiles, and B and A in a ring of two. The h_1 of step s+1 is built
 // during the last product of step s, so the tensor cores do not wait for it.
 #pragma once
-#include "fused_tile.h"
+#include "fused_tile.cuh"
 
 namespace tcam {
 

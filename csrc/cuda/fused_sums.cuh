@@ -1,8 +1,8 @@
 // What becomes of the backward kernel's results: delta_1 summed into the gradients of the maps, and the blocks' sums of the top
 // layers made gradients.
 #pragma once
-#include "fused_backward.h"
-#include "planes.h"
+#include "fused_backward.cuh"
+#include "planes.cuh"
 
 namespace tcam {
 

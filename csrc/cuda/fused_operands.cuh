@@ -2,9 +2,9 @@
 // underflow.
 #pragma once
 #include "../maths/half.h"
-#include "planes.h"
-#include "ptx.h"
-#include "scale.h"
+#include "planes.cuh"
+#include "ptx.cuh"
+#include "scale.cuh"
 
 namespace tcam {
 

@@ -1,7 +1,7 @@
 // Powers of two that bring an array's largest number where a narrow format has room for it, found on the device.
 #pragma once
 #include "../maths/half.h"
-#include "planes.h"
+#include "planes.cuh"
 
 namespace tcam {
 

@@ -6,7 +6,7 @@
 
 #include "../carver.h"
 #include "../maths/loss.h"
-#include "gemm.h"
+#include "gemm.cuh"
 
 namespace tcam {
 
@@ -358,7 +358,7 @@ class Planes {
 
   VoxelTap<Real>*row_taps_[TCAM_MAX_PLANES] = {}, *column_taps_[TCAM_MAX_PLANES] = {};
   Real* projected_[TCAM_MAX_PLANES] = {};
-  Real *first_partials_[TCAM_MAX_PLANES + 1] = {}, *first_bias_partials_ = nullptr;  // points.h has a block more
+  Real *first_partials_[TCAM_MAX_PLANES + 1] = {}, *first_bias_partials_ = nullptr;  // points.cuh has a block more
   Real *between_ = nullptr, *grad_projected_ = nullptr;
   bool ascending_ = true;  // the taps
 
