@@ -1,4 +1,4 @@
-// Which roads a problem takes, the same on every device.
+// How a problem is computed, the same on every device.
 #pragma once
 #include "problem.h"
 
@@ -18,7 +18,7 @@ inline bool loss_wants_gradients(const tcam_problem& p) { return p.grad_planes |
 
 // Whether points gather planes projected through the first layer, in rows of `row_bytes`, rather than the planes: where that
 // costs fewer multiply-adds and the projections of `objects` objects do not take too much memory. A grid counts as a whole: its
-// boxes must take the same road. Noise of the features costs the product with W_1 in any case.
+// boxes must be computed alike. Noise of the features costs the product with W_1 in any case.
 inline bool gathers_projections(const tcam_problem& p, int64_t objects, int64_t row_bytes) {
   constexpr double most_bytes = 1 << 30;
   if (!p.layers || p.reduce == TCAM_PRODUCT || p.noise_std != 0 || p.formulation == TCAM_FEATURES) return false;

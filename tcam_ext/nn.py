@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from tcam_ext import activations, checks
 from tcam_ext.ops import decode_grid, decode_grid_loss, decode_points
 from tcam_ext.options import Decoding, OfGrid, OfLoss, OfPoints, documented, takes, with_decoder
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class TriplaneDecoder(nn.Module):

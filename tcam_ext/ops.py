@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from tcam_ext import activations, checks, native, reference
 from tcam_ext import options as opts
 from tcam_ext.options import Decoding, Sampling, takes
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 IMPLS = ("auto", "native", "reference")
 

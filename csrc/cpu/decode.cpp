@@ -9,18 +9,18 @@
 namespace tcam {
 namespace {
 
-// f(the road of the problem, in the type of its maps and sums)
+// f(Grid or Points, workspace): what decodes the problem, in the type of its maps and sums.
 template <class F>
-auto with_road(const tcam_problem& problem, bool backward, void* workspace, F f) {
+auto with_decoder(const tcam_problem& problem, bool backward, void* workspace, F f) {
   Carver ws(workspace);
   auto run = [&](auto real) {
     using Real = decltype(real);
     if (walks_points(problem)) {
-      Points<Real> road(problem, backward, ws);
-      return f(road, ws);
+      Points<Real> decoder(problem, backward, ws);
+      return f(decoder, ws);
     }
-    Grid<Real> road(problem, backward, ws);
-    return f(road, ws);
+    Grid<Real> decoder(problem, backward, ws);
+    return f(decoder, ws);
   };
   return problem.dtype == TCAM_F64 ? run(double()) : run(float());
 }
@@ -56,27 +56,28 @@ void resample(const tcam_resample& p, const double* bounds, const Real* in, Real
 extern "C" {
 
 int64_t tcam_decode_cpu_workspace(const tcam_problem* problem, int backward) {
-  return tcam::with_road(*problem, backward != 0, nullptr, [](auto&, tcam::Carver& ws) { return ws.used(); });
+  return tcam::with_decoder(*problem, backward != 0, nullptr, [](auto&, tcam::Carver& ws) { return ws.used(); });
 }
 
 void tcam_decode_cpu(const tcam_problem* problem, const tcam_inputs* inputs, void* out, void* workspace) {
-  tcam::with_road(*problem, false, workspace, [&](auto& road, tcam::Carver&) { road.forward(*inputs, out, nullptr, nullptr); });
+  tcam::with_decoder(*problem, false, workspace,
+                     [&](auto& decoder, tcam::Carver&) { decoder.forward(*inputs, out, nullptr, nullptr); });
 }
 
 void tcam_decode_backward_cpu(const tcam_problem* problem, const void* grad_out, const tcam_inputs* inputs,
                               const tcam_gradients* gradients, void* workspace) {
-  tcam::with_road(*problem, true, workspace,
-                  [&](auto& road, tcam::Carver&) { road.backward(*inputs, grad_out, nullptr, nullptr, *gradients); });
+  tcam::with_decoder(*problem, true, workspace,
+                     [&](auto& decoder, tcam::Carver&) { decoder.backward(*inputs, grad_out, nullptr, nullptr, *gradients); });
 }
 
 void tcam_decode_loss_cpu(const tcam_problem* problem, const tcam_objective* objective, const tcam_inputs* inputs,
                           double* losses, const tcam_gradients* gradients, void* workspace) {
   const bool backward = tcam::loss_wants_gradients(*problem);
-  tcam::with_road(*problem, backward, workspace, [&](auto& road, tcam::Carver&) {
+  tcam::with_decoder(*problem, backward, workspace, [&](auto& decoder, tcam::Carver&) {
     if (backward)
-      road.backward(*inputs, objective->target, objective, losses, *gradients);
+      decoder.backward(*inputs, objective->target, objective, losses, *gradients);
     else
-      road.forward(*inputs, const_cast<void*>(objective->target), objective, losses);
+      decoder.forward(*inputs, const_cast<void*>(objective->target), objective, losses);
   });
 }
 

@@ -1,6 +1,6 @@
-// The ops on CUDA. Points, and grids that do not separate, take a road of points.cuh, other grids one of planes.cuh: with the
-// tensor-core kernels (fused_points.cuh, fused.cuh) where these serve the problem and the device, else layer by layer, for every
-// shape (points.cuh, layers.cuh).
+// The ops on CUDA. Points, and grids that do not separate, go through points.cuh, other grids through planes.cuh: with the
+// tensor-core kernels (fused_points.cuh, fused.cuh) where these serve the problem and the device, else layer by layer, for
+// every shape (points.cuh, layers.cuh).
 #include "fused.cuh"
 #include "fused_points.cuh"
 #include "launch.h"

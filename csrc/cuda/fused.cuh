@@ -1,4 +1,4 @@
-// decode_grid's fast road: the tensor-core kernels over slabs of i whose maps, masks and delta_1 fit a fixed workspace.
+// decode_grid on the fused kernels: tensor cores over slabs of i whose maps, masks and delta_1 fit a fixed workspace.
 #pragma once
 #include "fused_mlp.cuh"
 

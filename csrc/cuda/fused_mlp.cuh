@@ -1,5 +1,5 @@
-// The layers above the first on tensor cores: the kernels of fused_forward.cuh and fused_backward.cuh over maps that the road which
-// it stands on (a grid's slabs, a wave of points) has made.
+// The layers above the first on tensor cores: the kernels of fused_forward.cuh and fused_backward.cuh over maps that the class
+// which it stands on (a grid's slabs, a wave of points) has made.
 #pragma once
 #include <stdio.h>
 
@@ -35,7 +35,7 @@ class FusedMlp : public Base {
       Base::output_activation, Base::p, Base::reals, Base::status_, Base::stream_, Base::weights_, Base::width;
 
  public:
-  // Whether this road takes the problem on a device: by sizes, before anything is launched.
+  // Why these kernels do not take the problem on a device: by sizes, before anything is launched.
   Refusal refuses(Output output, const Device& device) {
     device_ = device;
     if (refusal_.why) return refusal_;
@@ -78,7 +78,7 @@ class FusedMlp : public Base {
   Device device_ = {0, 0};
   Refusal refusal_ = {};                    // by the shape
   const FusedForwardKind* kind_ = nullptr;  // set where refuses() was asked of a volume
-  int N_ = 0;                               // padded width of the hidden layers; 0: not for this road
+  int N_ = 0;                               // padded width of the hidden layers; 0: not for these kernels
   int64_t most_blocks_ = 0;
   uint16_t *panels_ = nullptr, *top_ = nullptr;  // W_2 to W_(P+1); diag(w) W_(P+1)
   float *panel_biases_ = nullptr, *last_ = nullptr, *last_bias_ = nullptr;

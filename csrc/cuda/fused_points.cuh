@@ -1,4 +1,4 @@
-// The fast road of points (and of grids that go point by point): points.cuh with the layers above the first on tensor cores.
+// Points (and grids that go point by point) on the fused kernels: points.cuh with the layers above the first on tensor cores.
 //
 // The kernels walk grids, h_1(i,j,k) = relu(A[i,j] + B[j,k] + G[i,k]). A wave of points is a grid of one j and 32 k: G has the
 // points' z_1, rounded, and A and B are zero.

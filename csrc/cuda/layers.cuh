@@ -1,4 +1,4 @@
-// decode_grid's general road, for every shape, in float64, float32 or TensorFloat-32, layer by layer over regions of the
+// decode_grid's general kernels, for every shape, in float64, float32 or TensorFloat-32, layer by layer over regions of the
 // volume. (TensorFloat-32 has float16's mantissa and float32's range: where the fused kernels do not serve, it stands in for
 // float16 and bfloat16, and needs no scale.)
 //

@@ -1,6 +1,6 @@
-// What both roads of decode_grid share on CUDA: from the planes to their projections (sampling and the first layer commute),
-// and from the gradients of the first layer's maps dA, dB, dG back to the planes and to the first layer. The maps go to texels
-// by a gather, so no sum needs atomics and each has one order.
+// What the fused and the general kernels of decode_grid share on CUDA: from the planes to their projections (sampling and the
+// first layer commute), and from the gradients of the first layer's maps dA, dB, dG back to the planes and to the first layer.
+// The maps go to texels by a gather, so no sum needs atomics and each has one order.
 #pragma once
 #include <stdio.h>
 
@@ -206,7 +206,7 @@ __global__ void gather_axis_kernel(const Real* in, const VoxelTap<Real>* taps, b
 
 // ---- the call ----------------------------------------------------------------------------------
 
-// A call of decode_grid. Walk: what lies between projections and maps, and is the road's own.
+// A call of decode_grid. Walk: what lies between projections and maps, and is a subclass's own.
 template <class Real>
 class Planes {
  public:
@@ -263,8 +263,8 @@ class Planes {
     for (int a = 0; a < 3; ++a) n_[a] = p.hi[a] - p.lo[a];
   }
 
-  // The road's own part: from the projections of an object to its volume or losses; backward also adds to dA, dB, dG and to the
-  // partial sums of layers 2 and up, which write_gradients makes gradients of.
+  // A subclass's own part: from the projections of an object to its volume or losses; backward also adds to dA, dB, dG and to
+  // the partial sums of layers 2 and up, which write_gradients makes gradients of.
   virtual void walk(int64_t object, void* volume, const tcam_objective* objective, double* losses, bool backward) = 0;
   virtual void write_gradients() = 0;
   virtual void look_at(const void*, const tcam_objective*) {}                 // at the gradient or the target, before backward
@@ -335,7 +335,7 @@ class Planes {
     between_ = reals(ws, most_between * n1);
     grad_projected_ = reals(ws, most_texels * n1);
   }
-  // After it the road takes its own partial sums, and calls end_partials.
+  // After it a subclass takes its own partial sums, and calls end_partials.
   void begin_partials(Carver& ws) {
     partials_begin_ = ws.used();
     for (int b = 0; b < first_blocks(); ++b) first_partials_[b] = reals(ws, texel_splits * width(1) * p.channels);

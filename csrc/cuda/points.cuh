@@ -2,9 +2,9 @@
 // of points.
 //
 // A wave gathers its points' texel rows, of the planes projected through the first layer (their sum is that layer's output) or
-// of the planes themselves (then the first layer is a product), and layers.cuh does the rest. On the way back every point adds to
-// its texels in integers: a wave's gradients are scaled so that the largest has 45 bits, and a sum of integers is the same in
-// any order. So results do not depend on the order of the atomic additions. A gradient that is not finite makes all of the
+// of the planes themselves (then the first layer is a product), and layers.cuh does the rest. On the way back every point adds
+// to its texels in integers: a wave's gradients are scaled so that the largest has 45 bits, and a sum of integers is the same
+// in any order. So results do not depend on the order of the atomic additions. A gradient that is not finite makes all of the
 // wave's NaN.
 #pragma once
 #include "../formulation.h"

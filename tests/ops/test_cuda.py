@@ -13,7 +13,7 @@ import torch
 import tcam_ext
 
 pytestmark = pytest.mark.gpu
-#: bfloat16 takes the fused kernels, float32 the general road.
+#: bfloat16 takes the fused kernels, float32 the general ones.
 BOTH = pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 SIZE = 12 if os.environ.get("TCAM_TEST_EMULATED") else 64
 OPERATING_POINT = dict(channels=42, texels=(64, 64, 64), widths=(128, 128, 128, 128, 1), size=(SIZE,) * 3)

@@ -67,7 +67,7 @@ def test_values_and_gradients(kernels, shape, activation, dtype):
         assert problems.gradient_error(got, want) < problems.GRADIENT_LIMIT[name]
 
 
-#: Planes over any pairs of axes, reductions, paddings and grids, which both roads share.
+#: Planes over any pairs of axes, reductions, paddings and grids, which fused and general kernels share.
 SAMPLINGS = [
     dict(plane_axes=((0, 1), (0, 2), (0, 2), (1, 2)), reduce="sum", padding_mode="reflection",
          bounds=[(-1.6, 0.7), (2, -1), (-0.5, 0.4)]),
@@ -268,7 +268,7 @@ def test_fused_gradients(kernels, shape, dtype, tile):
     p32, compute = p.to(torch.float32), raw.DTYPES[HALF[dtype]]
     got = kernels.backward(p32, grad.float(), compute, tile=tile)
     error = problems.gradient_error(got, want)
-    assert 1e-5 < error < 1e-2  # not zero: the general road, in float32, did not take it
+    assert 1e-5 < error < 1e-2  # not zero: the general kernels, in float32, did not take it
     for grads in ((True, False), (False, True)):
         chosen = got[:3] if grads[0] else got[3:]
         some = kernels.backward(p32, grad.float(), compute, tile=tile, grads=grads)
@@ -435,7 +435,7 @@ def test_fused_bfloat16_gradients_are_as_good_as_torchs_own(kernels, capsys):
     assert our_error < 1.2 * torch_error
 
 
-def test_no_fused_backward_fits_and_the_general_road_serves(kernels):
+def test_no_fused_backward_fits_and_the_general_kernels_serve(kernels):
     p = problems.make(**FUSED_BACKWARD[0]).to(torch.float32)
     grad = torch.randn(1, 1, *p.size)
     kernels.library.simt_device(163 << 10, 2)
