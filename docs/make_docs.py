@@ -28,11 +28,18 @@ OPS = (
 
 
 def section(thing: Any) -> str:
-    signature = re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(inspect.signature(thing)))
-    signature = signature.replace("((0, 1), (1, 2), (0, 2))", "PLANE_AXES")
-    arguments, returned = re.fullmatch(r"\((.*)\)( -> .*)?", signature, re.S).groups()  # type: ignore[union-attr]
-    parts = re.split(r", (?=[*\w]+(?::|$|,))", arguments)
-    call = f"{thing.__name__}(\n    " + ",\n    ".join(parts) + f",\n){returned or ''}"
+    signature = inspect.signature(thing)
+    parts, by_name = [], False
+    for p in signature.parameters.values():
+        if p.kind is p.KEYWORD_ONLY and not by_name:
+            by_name = True
+            if parts and not parts[-1].startswith("*"):
+                parts.append("*")
+        star = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+        default = "" if p.default is p.empty else f" = {p.default!r}"
+        parts.append(f"{star}{p.name}: {p.annotation}{default}".replace("((0, 1), (1, 2), (0, 2))", "PLANE_AXES"))
+    returned = "" if signature.return_annotation is signature.empty else f" -> {signature.return_annotation}"
+    call = f"{thing.__name__}(\n    " + ",\n    ".join(parts) + f",\n){returned}"
     text = inspect.cleandoc(thing.__doc__)
     text = re.sub(r":(?:func|class|meth|mod):`~?(?:tcam_ext\.)?([^`]+)`", r"`\1`", text)
     text = re.sub(r"``([^`]+)``", r"`\1`", text)
