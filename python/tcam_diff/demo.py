@@ -21,7 +21,7 @@ from tcam_diff.autodecoder import artefact
 from tcam_diff.autodecoder.config import load_config
 from tcam_diff.autodecoder.objective import unit
 from tcam_diff.cli.app import app
-from tcam_diff.cli.common import say
+from tcam_diff.cli.common import INTERRUPTED, say
 from tcam_diff.cli.compare import compare_volumes
 from tcam_diff.cli.decode import decode_to_file
 from tcam_diff.cli.fit import console, fit_volume
@@ -67,6 +67,9 @@ def main() -> None:
             generate(out, start)
     except UserError as error:
         raise SystemExit(f"demo: {error}") from error
+    except KeyboardInterrupt:
+        say("\ndemo: interrupted; the same command goes on")
+        raise SystemExit(INTERRUPTED) from None
 
 
 def fit_one(out: Path, overrides: list[str], start: float) -> None:
@@ -125,7 +128,8 @@ def generate(out: Path, start: float) -> None:
     for command in commands:
         say("\ntcam " + " ".join(map(str, command)), style="bold", markup=False)
         resumed = ["--resume", "auto"] if str(command[0]).startswith("train") else []
-        app([str(c) for c in command] + resumed, standalone_mode=False)
+        if app([str(c) for c in command] + resumed, standalone_mode=False) == INTERRUPTED:
+            raise KeyboardInterrupt
     page = out / "index.html"
     write_text(page, _page(out, store, stage1, stage2, samples, shown, time.monotonic() - start))
     say(f"\n{time.monotonic() - start:.0f} s in all; everything on one page: {page.resolve()}")

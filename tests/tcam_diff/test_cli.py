@@ -14,6 +14,7 @@ from unittest import mock
 import nibabel as nib
 import numpy as np
 import pytest
+import runs
 from tcam_diff.cli import main
 
 FAST = ["steps=12", "channels=6", "widths=[24]"]
@@ -130,6 +131,38 @@ def test_ctrl_c_keeps_the_best_result(volume, tmp_path):
     assert process.returncode == 0, out
     assert "stopped after" in out
     tcam("decode", tmp_path / "run", "--out", tmp_path / "r.nii.gz")
+
+
+def test_ctrl_c_ends_a_training_run_with_a_checkpoint_and_a_status(tmp_path):
+    store = runs.make_store(tmp_path / "store").folder
+    command = [sys.executable, "-m", "tcam_diff.cli", "train-autodecoder", "fast", f"data={store}", *runs.SMALL]
+    process = subprocess.Popen(
+        [*command, "steps=1000000", "--out", str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    first = process.stdout.readline()
+    assert "volumes" in first, first + process.stdout.read()
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 130, out
+    assert "--resume auto goes on" in out
+    assert any((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_ctrl_c_ends_the_demo(monkeypatch, tmp_path, capsys):
+    """A command that was stopped is its last."""
+    from tcam_diff import demo
+
+    asked = []
+    monkeypatch.setattr(demo, "fit_one", lambda *a: None)
+    monkeypatch.setattr(demo, "app", lambda arguments, **_: asked.append(arguments[0]) or (130 if len(asked) == 3 else 0))
+    monkeypatch.setattr(sys, "argv", ["demo", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        demo.main()
+    assert ended.value.code == 130
+    assert asked == ["make-cohort", "prepare", "train-autodecoder"]
+    assert "the same command goes on" in capsys.readouterr().out
 
 
 def test_help_and_version():

@@ -8,11 +8,10 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tcam_diff.errors import UserError
-from tcam_diff.evaluation.metrics import K1, K2, SIGMA, WINDOW, gaussian
+from tcam_diff.evaluation.metrics import SIGMA, WINDOW, gaussian, ssim_map
 
 
 class Perceptual(nn.Module):
@@ -64,19 +63,5 @@ def ssim2d(a: Tensor, b: Tensor) -> Tensor:
 
     A slice smaller than the window has one that is cut to fit.
     """
-    a, b = a.float(), b.float()
-    kernels = []
-    for n in a.shape[2:]:
-        kernels.append(gaussian(min(WINDOW, n if n % 2 else n - 1), SIGMA).to(a.device))
-
-    def blur(v: Tensor) -> Tensor:
-        return F.conv2d(F.conv2d(v, kernels[0].view(1, 1, -1, 1)), kernels[1].view(1, 1, 1, -1))
-
-    mean_a, mean_b = blur(a), blur(b)
-    var_a, var_b = blur(a * a) - mean_a.square(), blur(b * b) - mean_b.square()
-    covariance = blur(a * b) - mean_a * mean_b
-    c1, c2 = K1**2, K2**2
-    found = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)) / (
-        (mean_a.square() + mean_b.square() + c1) * (var_a + var_b + c2)
-    )
-    return found.mean()
+    kernels = [gaussian(min(WINDOW, n if n % 2 else n - 1), SIGMA).to(a.device) for n in a.shape[2:]]
+    return ssim_map(a.float(), b.float(), kernels).mean()

@@ -21,7 +21,7 @@ from tcam_diff.autodecoder.tables import PlaneTable
 from tcam_diff.data.store import Record, Store, one_shape
 from tcam_diff.errors import UserError
 from tcam_diff.training.ranks import Ranks
-from tcam_diff.training.rate import averaging, rate
+from tcam_diff.training.rate import rate, update_average
 from tcam_diff.training.streams import stream
 
 
@@ -145,16 +145,16 @@ class Autodecoder:
         self.optimiser.zero_grad(set_to_none=True)
         # Of the sum: an object's planes have the gradient that they would have alone. The decoder's is the mean over all.
         losses.sum().backward()
-        torch._foreach_div_([p.grad for p in self.decoder.parameters() if p.grad is not None], len(visits))
+        for p in self.decoder.parameters():
+            if p.grad is not None:
+                p.grad /= len(visits)
         scale = rate(c, index)
         norms = self.table.update(rows, lr=c.lr_planes * scale, beta2=c.beta2, eps=c.adam_eps, clip=c.grad_clip)
         decoder_norm = nn.utils.clip_grad_norm_(self.decoder.parameters(), c.grad_clip)
         for group in self.optimiser.param_groups:
             group["lr"] = c.lr_decoder * scale
         self.optimiser.step()
-        decay = averaging(c.ema_decay, index)
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.decoder.parameters()), 1 - decay)
+        update_average(self.average, self.decoder, c.ema_decay, index)
         means = {name: t.mean() for name, t in terms.items()}
         return {"loss": losses.detach().mean(), **means, "grad_planes": norms.mean(), "grad_decoder": decoder_norm}
 

@@ -9,6 +9,7 @@ def main() -> None:
     """Entry point: errors that a user can mend end in one line and exit status 2."""
     try:
         from tcam_diff.cli.app import app
+        from tcam_diff.cli.common import INTERRUPTED
         from tcam_diff.errors import UserError
     except ModuleNotFoundError as missing:
         print(f"tcam: needs the package {missing.name!r}: pip install 'tcam-ext[train]'", file=sys.stderr)
@@ -20,4 +21,4 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         print("tcam: interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)

@@ -12,7 +12,7 @@ import yaml
 from tcam_diff import config as configs
 from tcam_diff.autodecoder.ablation import judge, plot
 from tcam_diff.autodecoder.config import TrainConfig
-from tcam_diff.cli.common import duration, say
+from tcam_diff.cli.common import INTERRUPTED, duration, say
 from tcam_diff.cli.train_autodecoder import FREE, train
 from tcam_diff.cli.training import prepare_folder
 from tcam_diff.errors import UserError
@@ -45,7 +45,7 @@ def ablate(
             with ranks(wanted.device) as group:
                 outcome = train(wanted, folder, group, prepare_folder(folder, wanted, "auto", group, FREE), quiet)
             if outcome.stopped:
-                raise typer.Exit(1)
+                raise typer.Exit(INTERRUPTED)
             write_text(result, json.dumps({key: value, "seconds": outcome.seconds, **judge(folder)}, indent=1))
         rows.append(json.loads(result.read_text()))
     write_text(out / "ablation.json", json.dumps(rows, indent=1))

@@ -57,6 +57,10 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+#: Exit status of a command that was stopped before its end, as a shell has it for Ctrl-C.
+INTERRUPTED = 130
+
+
 @contextmanager
 def stop_on_interrupt(then: str) -> Iterator[Callable[[], bool]]:
     """The first Ctrl-C (or SIGTERM) asks for a clean stop; the second interrupts at once."""

@@ -11,7 +11,7 @@ from tcam_diff import config as configs
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.report import channels_picture, rgb, slices_picture, write_report
 from tcam_diff.autodecoder.train import Autodecoder
-from tcam_diff.cli.common import duration, say, size_text
+from tcam_diff.cli.common import INTERRUPTED, duration, say, size_text
 from tcam_diff.cli.training import prepare_folder, training
 from tcam_diff.training.loop import Cadence, Outcome, run
 from tcam_diff.training.ranks import Ranks, ranks
@@ -43,7 +43,8 @@ def train_autodecoder(
     wanted = configs.load(TrainConfig, "train", config, overrides or [])
     with ranks(wanted.device) as group:
         at = prepare_folder(out, wanted, resume, group, FREE)
-        train(wanted, out, group, at, quiet or not group.first)
+        if train(wanted, out, group, at, quiet or not group.first).stopped:
+            raise typer.Exit(INTERRUPTED)
 
 
 def train(config: TrainConfig, out: Path, group: Ranks, resume: Path | None = None, quiet: bool = False) -> Outcome:

@@ -9,7 +9,7 @@ import typer
 
 from tcam_diff import config as configs
 from tcam_diff.autodecoder.report import rgb
-from tcam_diff.cli.common import duration, say, size_text
+from tcam_diff.cli.common import INTERRUPTED, duration, say, size_text
 from tcam_diff.cli.training import prepare_folder, training
 from tcam_diff.diffusion.config import DiffusionConfig
 from tcam_diff.training.loop import Cadence, Outcome, run
@@ -46,7 +46,8 @@ def train_diffusion(
     wanted = configs.load(DiffusionConfig, "diffusion", config, overrides or [])
     with ranks(wanted.device) as group:
         at = prepare_folder(out, wanted, resume, group, FREE)
-        train(wanted, out, group, at, quiet or not group.first)
+        if train(wanted, out, group, at, quiet or not group.first).stopped:
+            raise typer.Exit(INTERRUPTED)
 
 
 def train(config: DiffusionConfig, out: Path, group: Ranks, resume: Path | None = None, quiet: bool = False) -> Outcome:

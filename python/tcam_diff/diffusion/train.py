@@ -19,7 +19,7 @@ from tcam_diff.diffusion.network import TriplaneUNet
 from tcam_diff.diffusion.process import TIMESTEPS, errors, flip, mix, timesteps
 from tcam_diff.errors import UserError
 from tcam_diff.training.ranks import Ranks
-from tcam_diff.training.rate import averaging, rate
+from tcam_diff.training.rate import rate, update_average
 from tcam_diff.training.streams import seed_of, stream
 
 
@@ -141,9 +141,7 @@ class Diffusion:
         for group in self.optimiser.param_groups:
             group["lr"] = c.lr * rate(c, index)
         self.optimiser.step()
-        with torch.no_grad():
-            weight = 1 - averaging(c.ema_decay, index)
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.network.parameters()), weight)
+        update_average(self.average, self.network, c.ema_decay, index)
         loss = c.noise_weight * sums[0] + c.image_weight * sums[1]
         return {"loss": loss, "noise": sums[0], "image": sums[1], "residual": sums[2], "grad": norm.detach()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -43,24 +44,28 @@ def ssim3d(a: Tensor, b: Tensor, slab: int = 32) -> float:
         raise ValueError(f"a, b: expected equal shapes (channels, H, W, D), got {tuple(a.shape)} and {tuple(b.shape)}")
     if min(a.shape[1:]) < WINDOW:
         raise ValueError(f"a, b: SSIM needs at least {WINDOW} voxels an axis, got {tuple(a.shape[1:])}")
-    kernel = gaussian(WINDOW, SIGMA)
+    kernels = [gaussian(WINDOW, SIGMA)] * 3
     total, count = 0.0, 0
     rows = a.shape[1] - WINDOW + 1
     for start in range(0, rows, slab):
         stop = min(start + slab, rows)
-        part = _ssim_map(a[:, start : stop + WINDOW - 1].float(), b[:, start : stop + WINDOW - 1].float(), kernel)
+        slab_a, slab_b = (v[:, start : stop + WINDOW - 1].float().unsqueeze(1) for v in (a, b))  # channels as a batch
+        part = ssim_map(slab_a, slab_b, kernels)
         total += float(part.double().sum())
         count += part.numel()
     return total / count
 
 
-def _ssim_map(a: Tensor, b: Tensor, kernel: Tensor) -> Tensor:
+def ssim_map(a: Tensor, b: Tensor, kernels: Sequence[Tensor]) -> Tensor:
+    """The SSIM of every window inside images (n, 1, rows, columns) or volumes (n, 1, H, W, D), data range 1; ``kernels``: the
+    window along each axis. Differentiable."""
+    convolve = F.conv2d if len(kernels) == 2 else F.conv3d
+
     def blur(v: Tensor) -> Tensor:
-        v = v.unsqueeze(1)  # channels as a batch
-        for axis in range(3):
-            shape = [1, 1, 1, 1, 1]
-            shape[2 + axis] = WINDOW
-            v = F.conv3d(v, kernel.view(shape))
+        for axis, kernel in enumerate(kernels):
+            shape = [1] * (2 + len(kernels))
+            shape[2 + axis] = -1
+            v = convolve(v, kernel.view(shape))
         return v
 
     mean_a, mean_b = blur(a), blur(b)

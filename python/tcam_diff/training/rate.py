@@ -1,9 +1,12 @@
-"""Learning rates over a run."""
+"""Learning rates over a run, and the running average of a module's parameters."""
 
 from __future__ import annotations
 
 import math
 from typing import Protocol
+
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class Scheduled(Protocol):
@@ -28,3 +31,9 @@ def rate(config: Scheduled, index: int) -> float:
 def averaging(decay: float, index: int) -> float:
     """The decay of a running average of parameters at step ``index``, with warm-up."""
     return min(decay, (1 + index) / (10 + index))
+
+
+def update_average(average: nn.Module, module: nn.Module, decay: float, index: int) -> None:
+    """average += (1 - d)(module - average), parameter by parameter, with d of step ``index``."""
+    pairs = [list(m.parameters()) for m in (average, module)]
+    get_ema_multi_avg_fn(averaging(decay, index))(*pairs, None)
