@@ -89,6 +89,13 @@ def _grid(voxels: checks.Grid) -> library.Grid:
     return library.Grid(list(voxels.size), [x for pair in voxels.box for x in pair], voxels.corners, voxels.bounds, None)
 
 
+_FIELDS = library.Sampling._fields
+
+
+def _owner(name: str, sampled: checks.Sampled, mlp: checks.Decoder) -> Any:
+    return sampled if name in checks.Sampled._fields else mlp
+
+
 def _canonical(
     request: checks.Request,
 ) -> tuple[list[Tensor | None], tuple[int, int], library.Sampling, Tensor | None]:
@@ -108,8 +115,7 @@ def _canonical(
         first, rest = weights[0][:, : sampled.features], weights[0][:, sampled.features :]
         weights[0] = torch.cat((first.unflatten(1, (-1, count)).mT.flatten(1), rest), 1)
     reduce = {"prod": "product", "sum": "sum", "mean": "sum"}.get(sampled.reduce, "concat")
-    values: dict[str, Any] = {**sampled._asdict(), **mlp._asdict()}
-    values |= {  # what the kernels take otherwise than a caller gives it
+    converted: dict[str, Any] = {  # what the kernels take otherwise than a caller gives it
         "plane_axes": axes,
         "reduce": reduce if count > 1 else "concat",
         "plane_scale": 1 / count if sampled.reduce == "mean" else 1.0,
@@ -118,5 +124,5 @@ def _canonical(
         "noise_std": mlp.noise.std if mlp.noise.mode == "point" else 0.0,
         "noise_seed": mlp.noise.seed,
     }
-    sampling = library.Sampling(*(values[name] for name in library.Sampling._fields))
+    sampling = library.Sampling(*[converted[n] if n in converted else getattr(_owner(n, sampled, mlp), n) for n in _FIELDS])
     return [*planes, *weights, *mlp.biases], (count, len(weights)), sampling, own
