@@ -15,6 +15,7 @@ installed tcam_ext, a network. `make rehearse` runs both calls without a card (-
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -139,7 +140,12 @@ class Run:
 
     def finish(self) -> int:
         """Write the summary, print the figures beside what was expected, and say what failed."""
-        rows = [json.loads(line) for line in self.rows.read_text().splitlines()]
+        rows = []
+        for line in self.rows.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                self.say(f"not JSON: {line}")
         timed = [r for r in rows if r.get("rival") == "tcam_ext bfloat16" and r.get("what") in EXPECTED]
         for r in timed:
             r["expected_ms_at_512"] = EXPECTED[r["what"]]
@@ -166,6 +172,7 @@ class Run:
         return 1 if self.failed else 0
 
 
+@functools.cache
 def _architecture() -> str:
     """As TORCH_CUDA_ARCH_LIST spells that of the first card; Hopper's where there is none."""
     script = "import torch; a, b = torch.cuda.get_device_capability(); print(f'{a}.{b}' + ('a' if a == 9 else ''))"
@@ -183,7 +190,7 @@ def pytest(*arguments: str, workers: int) -> list[str]:
 
 
 def first(run: Run, size: int) -> None:
-    architecture = run.environment["TORCH_CUDA_ARCH_LIST"].replace(".", "")
+    architecture = _architecture().replace(".", "")
     RATE.parent.mkdir(exist_ok=True)
     gencode = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
     rate = ("mma_rate", 110, "nvcc", "-std=c++17", "-O3", gencode, "benchmarks/mma_rate.cu", "-o", RATE)

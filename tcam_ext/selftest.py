@@ -56,6 +56,7 @@ OPERATING_POINT: dict[str, Any] = dict(
 )
 SIZE = {"cpu": 64, "cuda": 256}  # of the volumes that are timed
 VOXELS = 4096  # checked of those
+FUSED = "fused, on tensor cores"  # what explain says of these kernels
 START_SECONDS = 60.0  # that a process may take to its first case
 
 
@@ -73,12 +74,12 @@ def fused(device: str, shape: dict[str, Any], dtype: torch.dtype) -> Parts:
     mine = p.to(torch.float32, True, device)
     explained = tcam_ext.explain(mine.call, tcam_ext.decode_grid, compute_dtype=dtype)
     volume = mine.call(tcam_ext.decode_grid, compute_dtype=dtype)
-    if "fused" in explained["values"]:
+    if FUSED in explained["values"]:
         mirror = fused_mirror(p.to(torch.float32), dtype)[-1].sigmoid().movedim(-1, 1)
         yield "values", relative(volume, mirror.double()), 1e-3
     else:
         yield "values, not fused", relative(volume, p.call(reference.decode_grid)), 1e-2
-    if "fused" in explained["gradients"]:
+    if FUSED in explained["gradients"]:
         exact, out, trusted = fused_reference(p, dtype)
     else:
         exact = p.to(torch.float64, True)
@@ -113,7 +114,7 @@ def fused_points(device: str, shape: dict[str, Any], dtype: torch.dtype, kind: s
 
     got = mine.call(run, compute_dtype=dtype)
     explained = tcam_ext.explain(mine.call, run, compute_dtype=dtype)
-    if not all("fused" in text for text in explained.values()):
+    if not all(FUSED in text for text in explained.values()):
         yield "values, not fused", relative(got, p.call(reference.decode_grid)), 1e-2
         return
     mirror = fused_points_mirror(p.to(torch.float32), dtype, projected=kind == "points")
@@ -339,34 +340,49 @@ def seconds(run: Callable[[], Any], device: str, repeats: int, budget: float) ->
 
 
 def speed(device: str, size: int, budget: float = 5.0) -> Iterator[dict[str, Any]]:
-    """TCAM-Diff's decoder on a volume of ``size`` an axis: checked at random voxels, then timed (forward, loss with gradients,
-    forward and backward), then the same in plain PyTorch."""
+    """TCAM-Diff's decoder on a volume of ``size`` an axis: forward, the loss with gradients, forward and backward, each checked
+    at random voxels and then timed; then the same in plain PyTorch. What fails does not stop the rest."""
     torch.manual_seed(0)
     p = make(**OPERATING_POINT, size=(size,) * 3)
-    for compute in [torch.bfloat16] if on_cuda(device) else [torch.float32]:
-        mine = p.to(torch.float32, True, device)
-        name = _name(compute)
-        yield from ({"kernel": f"{size}^3 {name}", "part": part, "error": error, "limit": limit}
-                    for part, error, limit in _check_large(p, mine, compute))  # fmt: skip
-        other = torch.rand(1, 1, *p.size, device=device)
+    compute = torch.bfloat16 if on_cuda(device) else torch.float32
+    large = Large(p, device, compute)
+    mine, name = large.mine, _name(compute)
+    other = torch.rand(1, 1, *p.size, device=device)
 
-        def forward(mine: Problem = mine, compute: torch.dtype = compute) -> Any:
-            with torch.no_grad():
-                return mine.call(tcam_ext.decode_grid, compute_dtype=compute)
+    def forward() -> Any:
+        with torch.no_grad():
+            return large.decode()
 
-        def one_pass(mine: Problem = mine, compute: torch.dtype = compute, other: Tensor = other) -> Any:
-            return torch.autograd.grad(_loss(mine, other, compute_dtype=compute), mine.tensors)
+    def one_pass() -> Any:
+        return torch.autograd.grad(_loss(mine, other, compute_dtype=compute), mine.tensors)
 
-        def backward(mine: Problem = mine, compute: torch.dtype = compute, other: Tensor = other) -> Any:
-            return torch.autograd.grad(mine.call(tcam_ext.decode_grid, compute_dtype=compute), mine.tensors, other)
+    def backward() -> Any:
+        return torch.autograd.grad(large.decode(), mine.tensors, other)
 
-        for what, run in (("forward", forward), ("loss+gradients", one_pass), ("forward+backward", backward)):
+    def stage(check: Callable[[], Parts], what: str, run: Callable[[], Any]) -> Iterator[dict[str, Any]]:
+        for part, error, limit in check():
+            yield {"kernel": f"{size}^3 {name}", "part": part, "error": error, "limit": limit}
+        if not what:
+            return
+        if device != "cpu":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        times = seconds(run, device, 5, budget)
+        memory = torch.cuda.max_memory_allocated() / 2**20 if device != "cpu" else None
+        yield _speed_row(size, what, f"tcam_ext {name}", times, memory)
+
+    for check, what, run in (
+        (large.values, "forward", forward),
+        (large.loss, "loss+gradients", one_pass),
+        (large.gradients, "forward+backward", backward),
+        (large.sums, "", backward),
+    ):
+        try:
+            yield from stage(check, what, run)
+        except Exception as error:
+            yield raised(f"{size}^3 {name}", error)
             if device != "cpu":
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            times = seconds(run, device, 5, budget)
-            memory = torch.cuda.max_memory_allocated() / 2**20 if device != "cpu" else None
-            yield _speed_row(size, what, f"tcam_ext {name}", times, memory)
+                torch.cuda.synchronize()  # where this raises, the device is of no more use to this process
     plain = _PlainDecode(p.to(torch.float32, True, device))
     for what in ("forward", "forward+backward"):
         for autocast in (False,) if device == "cpu" else (False, True):
@@ -380,56 +396,75 @@ def _speed_row(size: int, what: str, rival: str, times: list[float], memory: flo
             "memory_mb": memory}  # fmt: skip
 
 
-def _check_large(p: Problem, mine: Problem, compute: torch.dtype) -> Parts:
-    """Values at random voxels; the gradients of a volume, and of a loss, that only these have a part in; and, of one that all
-    have, the sums that a decoder of relus obeys."""
-    device = str(mine.planes[0].device)
-    count = min(VOXELS, math.prod(p.size) // 8)
-    voxels = torch.stack([torch.randint(0, n, (count,)) for n in p.size], 1).unique(dim=0)
-    x, y, z = voxels.to(device).unbind(1)
-    exact = AtVoxels.of(p.to(torch.float64, True), voxels)
-    is_fused = "fused" in tcam_ext.explain(mine.call, tcam_ext.decode_grid, compute_dtype=compute)["values"]
-    rounded = compute in HALF.values()
-    mirror = fused_mirror(p.to(torch.float32), compute, voxels) if is_fused else None
-    want, trusted = masked_reference(exact, round_tensor_float if rounded else None, 1e-4 if rounded else 1e-5, mirror)
-    value_limit = 1e-3 if is_fused else 1e-2 if rounded else FORWARD_LIMIT["float32"]
-    limit = 1e-2 if rounded else GRADIENT_LIMIT["float32"]
-    with torch.no_grad():
-        volume = mine.call(tcam_ext.decode_grid, compute_dtype=compute)
-    values = mirror[-1].sigmoid().movedim(-1, 1).double() if mirror else want
-    yield f"values at {len(voxels)} voxels", relative(volume[:, :, x, y, z], values), value_limit
+class Large:
+    """A volume too large to be computed twice, checked at random voxels and by sums over all."""
 
-    grad = torch.rand_like(want) * trusted
-    sparse = torch.zeros_like(volume)
-    sparse[:, :, x, y, z] = grad.to(sparse)
-    wanted = list(torch.autograd.grad(want, exact.tensors, grad, retain_graph=True))
-    found = torch.autograd.grad(mine.call(tcam_ext.decode_grid, compute_dtype=compute), mine.tensors, sparse)
-    yield "gradients there", gradient_error(list(found), wanted), limit
-    del sparse, found
+    def __init__(self, p: Problem, device: str, compute: torch.dtype) -> None:
+        self.mine, self.compute = p.to(torch.float32, True, device), compute
+        count = min(VOXELS, math.prod(p.size) // 8)
+        voxels = torch.stack([torch.randint(0, n, (count,)) for n in p.size], 1).unique(dim=0)
+        self.count = len(voxels)
+        self.at = (slice(None), slice(None), *voxels.to(device).unbind(1))
+        is_fused = FUSED in tcam_ext.explain(self.mine.call, tcam_ext.decode_grid, compute_dtype=compute)["values"]
+        rounded = compute in HALF.values()
+        self.exact = AtVoxels.of(p.to(torch.float64, True), voxels)
+        mirror = fused_mirror(p.to(torch.float32), compute, voxels) if is_fused else None
+        rounding, margin = (round_tensor_float, 1e-4) if rounded else (None, 1e-5)
+        self.want, self.trusted = masked_reference(self.exact, rounding, margin, mirror)
+        self.mirrored = mirror[-1].sigmoid().movedim(-1, 1).double() if mirror else self.want
+        self.value_limit = 1e-3 if is_fused else 1e-2 if rounded else FORWARD_LIMIT["float32"]
+        self.limit = 1e-2 if rounded else GRADIENT_LIMIT["float32"]
 
-    # A target that is the volume itself but there: nothing else has a slope.
-    target = volume.clone()
-    moved = torch.where(trusted > 0, want.detach() + 1 + torch.rand_like(want), volume[:, :, x, y, z].cpu().double())
-    target[:, :, x, y, z] = moved.to(target)
-    each = ((want - moved).square() * (trusted > 0)).sum()
-    wanted = list(torch.autograd.grad(each, exact.tensors))
-    loss = _loss(mine, target, loss="mse", reduction="sum", compute_dtype=compute)
-    yield "loss there", relative(loss, each), limit
-    yield "its gradients", gradient_error(list(torch.autograd.grad(loss, mine.tensors)), wanted), limit
-    del target, volume
+    def decode(self) -> Tensor:
+        return self.mine.call(tcam_ext.decode_grid, compute_dtype=self.compute)
 
-    # With z_l the layers before relu and E = sum z_L^2 / 2: because relu(z) = relu'(z) z, <dE/dW_l, W_l> + <dE/db_l, b_l> is
-    # <dE/dW_(l+1), W_(l+1)>, of the last layer sum z_L^2, and <dE/dW_1, W_1> is <dE/dP, P> of the planes.
-    plain = replace(mine, options={**mine.options, "output_activation": "none"})
-    out = plain.call(tcam_ext.decode_grid, compute_dtype=compute)
-    found = torch.autograd.grad(out, plain.tensors, out.detach())
-    inner = [float((g.double() * t.detach().double()).sum()) for g, t in zip(found, plain.tensors, strict=True)]
-    planes, layers = len(p.planes), len(p.weights)
-    weights, biases = inner[planes : planes + layers], inner[planes + layers :]
-    expected = [*weights[1:], float(out.detach().double().square().sum())]
-    worst = max(abs(w + b - e) / abs(e) for w, b, e in zip(weights, biases, expected, strict=True))
-    worst = max(worst, abs(sum(inner[:planes]) - weights[0]) / abs(weights[0]))
-    yield "sums of all gradients", worst, limit
+    def all(self) -> Parts:
+        for stage in (self.values, self.loss, self.gradients, self.sums):
+            yield from stage()
+
+    def values(self) -> Parts:
+        with torch.no_grad():
+            volume = self.decode()
+        yield f"values at {self.count} voxels", relative(volume[self.at], self.mirrored), self.value_limit
+
+    def gradients(self) -> Parts:
+        """Of a volume whose gradient is zero at all other voxels."""
+        grad = torch.rand_like(self.want) * self.trusted
+        volume = self.decode()
+        sparse = torch.zeros_like(volume)
+        sparse[self.at] = grad.to(sparse)
+        wanted = torch.autograd.grad(self.want, self.exact.tensors, grad, retain_graph=True)
+        found = torch.autograd.grad(volume, self.mine.tensors, sparse)
+        yield "gradients there", gradient_error(list(found), list(wanted)), self.limit
+
+    def loss(self) -> Parts:
+        """Against a target that is the volume itself at all other voxels: nothing else has a slope."""
+        with torch.no_grad():
+            target = self.decode()
+        moved = torch.where(
+            self.trusted > 0, self.want.detach() + 1 + torch.rand_like(self.want), target[self.at].cpu().double()
+        )
+        target[self.at] = moved.to(target)
+        each = ((self.want - moved).square() * (self.trusted > 0)).sum()
+        wanted = torch.autograd.grad(each, self.exact.tensors, retain_graph=True)
+        loss = _loss(self.mine, target, loss="mse", reduction="sum", compute_dtype=self.compute)
+        yield "loss there", relative(loss, each), self.limit
+        yield "its gradients", gradient_error(list(torch.autograd.grad(loss, self.mine.tensors)), list(wanted)), self.limit
+
+    def sums(self) -> Parts:
+        """Of all voxels. With z_l the layers before relu and E = sum z_L^2 / 2: because relu(z) = relu'(z) z, <dE/dW_l, W_l> +
+        <dE/db_l, b_l> is <dE/dW_(l+1), W_(l+1)>, of the last layer sum z_L^2, and <dE/dW_1, W_1> is <dE/dP, P> of the
+        planes."""
+        plain = replace(self.mine, options={**self.mine.options, "output_activation": "none"})
+        out = plain.call(tcam_ext.decode_grid, compute_dtype=self.compute)
+        found = torch.autograd.grad(out, plain.tensors, out.detach())
+        inner = [float((g.double() * t.detach().double()).sum()) for g, t in zip(found, plain.tensors, strict=True)]
+        planes, layers = len(plain.planes), len(plain.weights)
+        weights, biases = inner[planes : planes + layers], inner[planes + layers :]
+        expected = [*weights[1:], float(out.detach().double().square().sum())]
+        worst = max(abs(w + b - e) / abs(e) for w, b, e in zip(weights, biases, expected, strict=True))
+        worst = max(worst, abs(sum(inner[:planes]) - weights[0]) / abs(weights[0]))
+        yield "sums of all gradients", worst, self.limit
 
 
 class _PlainDecode:
@@ -473,6 +508,7 @@ def work(names: list[str], device: str, tiny: bool, size: int) -> None:
 
     known = cases(device, tiny)
     if device != "cpu":
+        torch.cuda.set_device(torch.device(device).index or 0)
         torch.zeros(1, device=device)
     for name in names:
         say(begin=name)
@@ -486,13 +522,18 @@ def work(names: list[str], device: str, tiny: bool, size: int) -> None:
                 for part, error, limit in known[name]():
                     say(kernel=name, part=part, error=error, limit=limit)
         except Exception as error:
-            say(kernel=name, part="raised", error=None, limit=0.0, why=f"{type(error).__name__}: {error}"[:500])
+            say(**raised(name, error))
             if device != "cpu":
                 torch.cuda.synchronize()  # where this raises, the device is of no more use to this process
         say(end=name, seconds=round(time.perf_counter() - began, 3))
 
 
 SPEED = "speed"
+
+
+def raised(kernel: str, error: Exception) -> dict[str, Any]:
+    """The row of a kernel that raised."""
+    return {"kernel": kernel, "part": "raised", "error": None, "limit": 0.0, "why": f"{type(error).__name__}: {error}"[:500]}
 
 
 class Runner:
@@ -513,9 +554,9 @@ class Runner:
             if why is None:
                 break
             right = False
-            if left:
-                self.report({"kernel": left[0], "part": "ended its process", "error": None, "limit": 0.0, "why": why})
-                left = left[1:]
+            ended = left[0] if left else "the process, after its last case"
+            self.report({"kernel": ended, "part": "ended its process", "error": None, "limit": 0.0, "why": why})
+            left = left[1:]
             if SPEED in left:  # what is wanted most comes first now
                 left = [SPEED, *(n for n in left if n != SPEED)]
         return right
@@ -551,7 +592,7 @@ class Runner:
             except ValueError:  # of a tool that runs around the process
                 print(line, end="", file=sys.stderr, flush=True)
                 continue
-            patience = self.case_seconds * (3 if SPEED in (row.get("begin"), names[min(done, len(names) - 1)]) else 1)
+            patience = self.case_seconds
             if "end" in row:
                 done += 1
             if "begin" not in row:

@@ -54,7 +54,7 @@ def test_every_case_on_the_emulated_kernels(on_emulated_cuda):
 def test_the_checks_of_a_large_volume_on_the_emulated_kernels(on_emulated_cuda):
     torch.manual_seed(0)
     p = testing.make(**selftest.OPERATING_POINT, size=(20, 20, 20))
-    for part, error, limit in selftest._check_large(p, p.to(torch.float32, True), torch.bfloat16):
+    for part, error, limit in selftest.Large(p, "cpu", torch.bfloat16).all():
         assert error < limit, part
 
 
@@ -72,7 +72,7 @@ def test_the_sums_of_gradients_show_a_part_that_is_missing(monkeypatch, fault):
         return real(outputs, inputs, grad_outputs, **options)
 
     monkeypatch.setattr(torch.autograd, "grad", spoiled)
-    found = {part: error < limit for part, error, limit in selftest._check_large(p, p.to(torch.float32, True), torch.float32)}
+    found = {part: error < limit for part, error, limit in selftest.Large(p, "cpu", torch.float32).all()}
     assert not found["sums of all gradients"]
 
 
@@ -129,3 +129,15 @@ def test_bad_arguments(tmp_path):
         done = subprocess.run([sys.executable, "-m", "tcam_ext.selftest", *arguments], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 2
         assert message in done.stderr
+
+
+def test_what_fails_at_a_large_volume_does_not_stop_the_rest(monkeypatch):
+    def broken(self):
+        raise RuntimeError("out of memory, say")
+        yield
+
+    monkeypatch.setattr(selftest.Large, "loss", broken)
+    rows = list(selftest.speed("cpu", 12, budget=0.1))
+    assert [r["why"] for r in rows if r.get("part") == "raised"] == ["RuntimeError: out of memory, say"]
+    timed = {r["what"] for r in rows if r.get("rival", "").startswith("tcam_ext")}
+    assert timed == {"forward", "forward+backward"}
