@@ -41,7 +41,7 @@ test-emulated: build
 	TCAM_TEST_EMULATED="$$($(BIN)/python tests/ops/simt.py build/simt)" \
 	  $(BIN)/python -m pytest tests/ops -m gpu --hypothesis-profile=card -n auto
 
-# The script for a GPU that is lent for minutes, every step, without one; and what of it takes a minute.
+# The script for a GPU that is at hand for minutes, every step, without one; and what of it takes a minute.
 rehearse: build
 	$(BIN)/python benchmarks/rehearse.py
 rehearse-short: build

@@ -1,4 +1,4 @@
-"""benchmarks/run_gpu.py without a card, in an environment like a lent card's machine: what fails there fails here.
+"""benchmarks/run_gpu.py without a card, in an environment like a bare GPU machine's: what fails there fails here.
 
     make rehearse                                whole: both calls, every step, on the CPU and small volumes
     python benchmarks/rehearse.py --short        imports, collection and a build in place alone, with this environment's torch
@@ -7,7 +7,8 @@ A fresh virtual environment: torch 2.11.0, an old setuptools, no pytest-timeout,
 without .git, results in one folder alone. nvcc compiles what it would compile there; Nsight Compute, compute-sanitizer and
 nvidia-smi are stand-ins that check their arguments and run the command. Python 3.12 where PATH has one.
 
-It fails where a step fails, brings nothing back, or brings back more than the 8 files of 16 MiB that a lent machine returns.
+It fails where a step fails, brings nothing back, or writes more than 8 files of 16 MiB, which are few enough to be
+brought back from anywhere.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Everything that only a card can show, in two calls, for a card that is lent for fifteen minutes.
+"""Everything that only a card can show, in two calls, for a card that is at hand for fifteen minutes.
 
     benchmarks/run_gpu.sh first OUT      at most 420 s: build; every kernel against its mirror and 512^3 checked and timed
                                          (python -m tcam_ext.selftest); rivals at 512^3; tests/ops/test_cuda.py

@@ -17,7 +17,7 @@ from tcam_ext import _C
 
 ROOT = Path(__file__).resolve().parents[1]
 settings.register_profile("tcam", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=1000)
-#: For minutes on a borrowed GPU: the same few examples every time, and none sought that fails more simply.
+#: For a GPU that is at hand for minutes: the same few examples every time, and none sought that fails more simply.
 settings.register_profile(
     "card", settings.get_profile("tcam"), max_examples=25, derandomize=True, database=None,
     phases=[Phase.explicit, Phase.generate],
