@@ -27,10 +27,11 @@ except ModuleNotFoundError:  # built in place and not installed
     sys.path[:0] = [str(ROOT), str(ROOT / "python")]
     import tcam_ext
 from tcam_ext import _C, library  # noqa: E402
+from tcam_ext.selftest import seconds, timed  # noqa: E402
 
 
 def commit() -> str:
-    """Of the sources: TCAM_COMMIT where that is set (a copy without .git), else git's, "+changes" where there are some."""
+    """The commit of the sources: TCAM_COMMIT where that is set (a copy without .git), else git's; "+changes": files differ."""
 
     def git(*arguments: str) -> str:
         try:
@@ -47,7 +48,7 @@ def commit() -> str:
 
 
 def append(path: Path | None, row: Row | dict[str, Any]) -> None:
-    """A line of JSON, at once: what was measured before a failure is kept."""
+    """Append a row to a file as a line of JSON, at once: what was measured before a failure is kept."""
     if path:
         with path.open("a") as file:
             file.write(json.dumps(asdict(row) if isinstance(row, Row) else row) + "\n")
@@ -168,30 +169,9 @@ class Row:
     extrapolated: bool = False
 
 
-def timed(run: Callable[[], Any], device: str) -> float:
-    """Seconds of one run: the clock's on a CPU, between two events on CUDA."""
-    if device == "cpu":
-        before = time.perf_counter()
-        run()
-        return time.perf_counter() - before
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    return float(start.elapsed_time(end)) / 1e3
-
-
 def measure(run: Callable[[], Any], repeats: int, budget: float = 90.0, device: str = "cpu") -> list[float]:
     """Times of ``repeats`` runs after one to warm up, fewer (at least one) when they take longer than the budget."""
-    start = time.perf_counter()
-    first = timed(run, device)
-    if first > budget:
-        return [first]
-    times: list[float] = []
-    while len(times) < repeats and (not times or time.perf_counter() - start < budget):
-        times.append(timed(run, device))
-    return times
+    return seconds(run, device, repeats, budget)
 
 
 def interleave(

@@ -162,7 +162,7 @@ class Run:
             "kernels": {"right": sum("kernel" in r for r in rows) - len(wrong), "wrong": wrong},
             "tests": {o: sum(r.get("outcome") == o for r in rows) for o in ("passed", "failed", "skipped")}
             | {"broken": broken},
-            "rows": [r for r in rows[1:] if "step" not in r and "kernel" not in r and "outcome" not in r],
+            "rows": [r for r in rows[1:] if not {"step", "kernel", "outcome", "end"} & set(r)],
         }
         (self.out / f"{self.call}.json").write_text(json.dumps(summary, indent=1) + "\n")
         self.say(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tcam_ext import _C, activations
+from tcam_ext import _C, activations, library
 from tcam_ext import options as option_records
 from tcam_ext.losses import LOSSES
 from tcam_ext.options import PLANE_AXES as PLANE_AXES
@@ -69,8 +69,8 @@ class Decoder(NamedTuple):
 
     @property
     def storage(self) -> torch.dtype:
-        """The dtype that is read and summed in: half inputs are widened on entry."""
-        return torch.float64 if self.compute == "float64" else torch.float32
+        """The dtype that the kernels read and sum in."""
+        return library.storage_dtype(self.compute)
 
 
 class Grid(NamedTuple):

@@ -46,7 +46,7 @@ class TriplaneDecoder(nn.Module):
         **options: Unpack[Decoding],
     ) -> None:
         super().__init__()
-        #: Of every call that does not give its own.
+        #: The options of every call, save those that a call gives itself.
         self.options: Decoding = {"output_activation": "sigmoid", **options}
         o = checks.options(self.options, len(widths))
         self.channels, self.out_channels, self.widths = channels, out_channels, tuple(widths)

@@ -314,28 +314,29 @@ def cases(device: str, tiny: bool = False) -> dict[str, Callable[[], Parts]]:
 # ---- speed ---------------------------------------------------------------------------------------
 
 
-def seconds(run: Callable[[], Any], device: str, repeats: int, budget: float) -> list[float]:
-    """Of ``repeats`` runs after one to warm up, fewer once the budget is spent."""
-
-    def once() -> float:
-        if device == "cpu":
-            before = time.perf_counter()
-            run()
-            return time.perf_counter() - before
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+def timed(run: Callable[[], Any], device: str) -> float:
+    """Seconds of one run: the clock's on a CPU, between two events on CUDA."""
+    if device == "cpu":
+        before = time.perf_counter()
         run()
-        end.record()
-        torch.cuda.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
+        return time.perf_counter() - before
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
 
+
+def seconds(run: Callable[[], Any], device: str, repeats: int, budget: float) -> list[float]:
+    """Times of ``repeats`` runs after one to warm up, fewer (at least one) when they take longer than the budget."""
     began = time.perf_counter()
-    first = once()
+    first = timed(run, device)
     if first > budget:
         return [first]
     times: list[float] = []
     while len(times) < repeats and (not times or time.perf_counter() - began < budget):
-        times.append(once())
+        times.append(timed(run, device))
     return times
 
 

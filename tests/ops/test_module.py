@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ from torch import nn
 
 import tcam_ext
 from tcam_ext import _C, info
+from tcam_ext.options import Options
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -95,3 +97,48 @@ def test_versions_agree():
     pyproject = (ROOT / "pyproject.toml").read_text()
     assert f'version = "{tcam_ext.__version__}"' in pyproject
     assert _C.version == tcam_ext.__version__
+
+
+# ---- options -------------------------------------------------------------------------------------
+
+
+def test_every_option_stands_in_the_signature_and_in_the_docstring():
+    names = Options._fields
+    for op in (tcam_ext.decode_grid, tcam_ext.decode_grid_loss, tcam_ext.decode_points, tcam_ext.TriplaneDecoder):
+        parameters = inspect.signature(op).parameters
+        assert set(names) <= set(parameters), op
+        assert "options" not in parameters
+        assert all(parameters[n].kind is inspect.Parameter.KEYWORD_ONLY for n in names)
+        assert all(n in op.__doc__ for n in names)
+        assert "<options>" not in op.__doc__
+        assert "<meaning" not in op.__doc__
+    assert inspect.signature(tcam_ext.TriplaneDecoder).parameters["output_activation"].default == "sigmoid"
+    sampling = inspect.signature(tcam_ext.sample_grid).parameters
+    assert "padding_mode" in sampling
+    assert "activation" not in sampling
+    method = list(inspect.signature(tcam_ext.TriplaneDecoder(2).points).parameters)
+    assert method[:2] == ["planes", "xyz"]
+    assert "noise_std" in method
+
+
+def test_a_calls_options_take_the_place_of_the_decoders():
+    decoder = tcam_ext.TriplaneDecoder(3, (8,), padding_mode="zeros", activation="silu", compute_dtype=torch.float64)
+    planes = torch.randn(1, 3, 3, 4, 4)
+    own = decoder(planes, (5, 6, 7))
+    weights, biases = [m.weight for m in decoder.layers()], [m.bias for m in decoder.layers()]
+    mine = dict(output_activation="sigmoid", padding_mode="zeros", activation="silu", compute_dtype=torch.float64)
+    assert torch.equal(own, tcam_ext.decode_grid(planes, weights, biases, (5, 6, 7), **mine))
+    other = decoder(planes, (5, 6, 7), output_activation="none", activation="tanh")
+    mine |= dict(output_activation="none", activation="tanh")
+    assert torch.equal(other, tcam_ext.decode_grid(planes, weights, biases, (5, 6, 7), **mine))
+    assert torch.equal(decoder(planes, (5, 6, 7)), own)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_an_unknown_option_is_named(impl):
+    with pytest.raises(TypeError, match=r"paddin: no such option; expected .*padding_mode"):
+        tcam_ext.sample_grid(torch.zeros(1, 3, 2, 3, 3), (2, 2, 2), impl=impl, paddin="zeros")
+    with pytest.raises(TypeError, match="activation: no such option"):
+        tcam_ext.sample_grid(torch.zeros(1, 3, 2, 3, 3), (2, 2, 2), impl=impl, activation="relu")
+    with pytest.raises(TypeError, match="paddin: no such option"):
+        tcam_ext.TriplaneDecoder(2, paddin="zeros")

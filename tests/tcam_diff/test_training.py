@@ -24,6 +24,7 @@ from tcam_diff.training import checkpoint, records
 from tcam_diff.training.loop import Cadence
 from tcam_diff.training.loop import run as loop
 from tcam_diff.training.ranks import Ranks
+from tcam_diff.training.rate import update_average
 from tcam_diff.training.streams import seed_of, stream
 
 
@@ -376,3 +377,12 @@ def test_a_batch_that_the_ranks_cannot_share(store, tmp_path):
         Autodecoder(runs.config(store), Ranks(0, 3), tmp_path)
     with pytest.raises(UserError, match="batch: expected at most the 7 objects"):
         Autodecoder(runs.config(store, "batch=8"), Ranks(), tmp_path)
+
+
+def test_the_average_moves_by_its_warmed_up_decay():
+    average, module = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    for index, decay in ((0, 0.1), (8, 0.5), (10_000, 0.99)):  # (1 + n)/(10 + n) up to the decay asked for
+        want = [decay * a + (1 - decay) * p for a, p in zip(average.parameters(), module.parameters(), strict=True)]
+        update_average(average, module, 0.99, index)
+        for got, expected in zip(average.parameters(), want, strict=True):
+            torch.testing.assert_close(got, expected)
