@@ -14,6 +14,10 @@ class Carver {
     used_ += (bytes + alignment - 1) / alignment * alignment;
     return p;
   }
+  template <class T>
+  T* array(int64_t count) {
+    return reinterpret_cast<T*>(take(count * static_cast<int64_t>(sizeof(T))));
+  }
   int64_t used() const { return used_; }
 
  private:

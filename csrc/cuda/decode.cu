@@ -1,40 +1,139 @@
-// The ops on CUDA. Points, and grids that do not separate, go through points.cuh, other grids through planes.cuh: with the
-// tensor-core kernels (fused_points.cuh, fused.cuh) where these serve the problem and the device, else layer by layer, for
-// every shape (points.cuh, layers.cuh).
-#include "fused.cuh"
-#include "fused_points.cuh"
+// The ops on CUDA. A decode has a first layer (of a grid or of points) and an MLP (layer by layer for every shape, or fused on
+// tensor cores), and owns their workspace and the loop over objects.
+#include "../formulation.h"
+#include "fused_rows.cuh"
+#include "grid.cuh"
 #include "launch.h"
-#include "layers.cuh"
+#include "mlp.cuh"
 #include "points.cuh"
 
 namespace tcam {
 namespace {
 
-// f(kernels, why), with the kernels that a problem takes on a device, and why these are not the fused ones.
-template <class F>
-int with_kernels(const tcam_problem& problem, Output output, const Device& device, void* workspace, cudaStream_t stream, F f) {
-  const bool backward = output == Output::gradients, wide = problem.dtype == TCAM_F64;
-  if (walks_points(problem)) {
-    Refusal why = fused_refusal(problem);
-    if (!wide) {
-      FusedPoints fused(problem, backward, workspace, stream);
-      why = fused.refuses(output, device);
-      if (!why.why) return f(fused, why);
-      PointLayers<float> kernels(problem, backward, workspace, stream);
-      return f(kernels, why);
+template <class First, class Mlp>
+class Decode {
+  using Real = typename First::Real;
+
+ public:
+  // A null workspace: to be measured.
+  Decode(const tcam_problem& problem, bool backward, void* workspace, cudaStream_t stream)
+      : p(problem), c(problem, backward, stream), first_(c), mlp_(c), refusal_(mlp_.refuses(first_.box())) {
+    if (refusal_.why) return;
+    Carver ws(workspace);
+    regions_ = mlp_.regions(first_);
+    first_.template carve<typename Mlp::Input>(ws, regions_);
+    mlp_.carve(ws, regions_);
+    const int64_t begin = ws.used();
+    if (backward && p.grad_decoder) {
+      first_.carve_partials(ws);
+      mlp_.carve_partials(ws);
     }
-    PointLayers<double> kernels(problem, backward, workspace, stream);
-    return f(kernels, why);
+    bytes_ = ws.used();
+    partials_ = static_cast<char*>(workspace) + begin;
+    partials_bytes_ = bytes_ - begin;
   }
-  if (wide) {
-    Layers<double> kernels(problem, backward, workspace, stream);
-    return f(kernels, fused_refusal(problem));
+
+  Decode(const Decode&) = delete;  // its parts hold references to each other
+
+  int64_t bytes() const { return bytes_; }  // of the workspace
+  Refusal refuses(Output output, const Device& device) { return refusal_.why ? refusal_ : mlp_.refuses(output, device); }
+  void describe(Output output, char* text, size_t size) const { mlp_.describe(output, text, size); }
+
+  // With an objective (null: none): the losses, `out` being the target.
+  cudaError_t forward(const tcam_inputs& in, void* out, const tcam_objective* objective, double* losses) {
+    begin(in, nullptr, objective, losses);
+    for (int64_t round = 0; round < first_.rounds() && !c.status(); ++round) {
+      const Volume volume = volume_of(out, objective, round);
+      first_.begin(in, round, volume);
+      regions_.each([&](const Region& region) {
+        first_.forward(region, mlp_.input());
+        if (p.layers) mlp_.forward(region, volume, objective, losses + round);
+      });
+    }
+    return c.status();
   }
-  Fused fused(problem, backward, workspace, stream);
-  const Refusal why = fused.refuses(output, device);
-  if (!why.why) return f(fused, why);
-  Layers<float> kernels(problem, backward, workspace, stream);
-  return f(kernels, why);
+
+  // `out` is the gradient of the output or, with an objective, its target.
+  cudaError_t backward(const tcam_inputs& in, const void* out, const tcam_objective* objective, double* losses,
+                       const tcam_gradients& to) {
+    const bool per_object = objective && objective->per_object;
+    begin(in, out, objective, losses);
+    for (int64_t round = 0; round < first_.rounds() && !c.status(); ++round) {
+      const Volume volume = volume_of(const_cast<void*>(out), objective, round);
+      if (round == 0 || per_object) c.clear(partials_, partials_bytes_);
+      first_.begin(in, round, volume);
+      first_.begin_gradients();
+      regions_.each([&](const Region& region) {
+        first_.forward(region, mlp_.input());
+        if (p.layers) mlp_.backward(region, volume, objective, losses + round);
+        first_.backward(region, mlp_.delta(), to);
+      });
+      first_.end(in, round, to);
+      if (!p.grad_decoder || !(per_object || round == first_.rounds() - 1)) continue;
+      c.set_gradients(to, per_object ? round : 0);
+      first_.write_gradients();
+      mlp_.write_gradients();
+    }
+    return c.status();
+  }
+
+ private:
+  const tcam_problem& p;
+  Call<Real> c;
+  First first_;
+  Mlp mlp_;
+  const Refusal refusal_;  // by the shape
+  Regions regions_ = {};
+  char* partials_ = nullptr;  // sums of the decoder's gradients
+  int64_t bytes_ = 0, partials_bytes_ = 0;
+
+  // `out`: what backward starts from; null on the way forward.
+  void begin(const tcam_inputs& in, const void* out, const tcam_objective* objective, double* losses) {
+    const int64_t* n = first_.box();
+    c.set_layers(in);
+    if (objective) c.clear(losses, p.batch * sizeof(double));
+    mlp_.begin(out, objective, first_.rounds() * n[0] * n[1] * n[2]);
+  }
+  // Of a round: (C_out, box) of an object, or (points, C_out).
+  Volume volume_of(void* out, const tcam_objective* objective, int64_t round) const {
+    const int dtype = objective ? objective->target_dtype : p.out_dtype;
+    const int64_t *n = first_.box(), voxels = n[0] * n[1] * n[2], n_out = p.width[p.layers];
+    if (p.points >= 0) return {out, dtype, 1, n_out};
+    return {static_cast<char*>(out) + round * n_out * voxels * dtype_bytes(dtype), dtype, voxels, 1};
+  }
+};
+
+// f(decode) for the decodes that can serve a problem, the fastest first, until it returns true.
+template <class F>
+void for_each_decode(const tcam_problem& problem, bool backward, void* workspace, cudaStream_t stream, F f) {
+  auto offer = [&](auto decode) { return f(decode); };
+  if (walks_points(problem)) {
+    if (problem.dtype == TCAM_F64)
+      offer(Decode<Points<double>, Mlp<double>>(problem, backward, workspace, stream));
+    else
+      offer(Decode<Points<float>, FusedRows>(problem, backward, workspace, stream)) ||
+          offer(Decode<Points<float>, Mlp<float>>(problem, backward, workspace, stream));
+  } else {
+    if (problem.dtype == TCAM_F64)
+      offer(Decode<Grid<double>, Mlp<double>>(problem, backward, workspace, stream));
+    else
+      offer(Decode<Grid<float>, FusedMlp>(problem, backward, workspace, stream)) ||
+          offer(Decode<Grid<float>, Mlp<float>>(problem, backward, workspace, stream));
+  }
+}
+
+// f(decode, why) with the decode that a problem takes on a device, and why it is not a fused one.
+template <class F>
+void with_decode(const tcam_problem& problem, Output output, const Device& device, void* workspace, cudaStream_t stream, F f) {
+  Refusal why = fused_refusal(problem);
+  for_each_decode(problem, output == Output::gradients, workspace, stream, [&](auto& decode) {
+    const Refusal refusal = decode.refuses(output, device);
+    if (refusal.why)
+      why = refusal;
+    else
+      f(decode, why);
+    return !refusal.why;
+  });
 }
 
 // The same on the device `id`, made current for the call.
@@ -46,36 +145,33 @@ int on_device(const tcam_problem& problem, Output output, void* workspace, int i
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&device.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&device.processors, cudaDevAttrMultiProcessorCount, id);
   if (status != cudaSuccess) return status;
-  return with_kernels(problem, output, device, workspace, static_cast<cudaStream_t>(stream),
-                      [&](auto& kernels, const Refusal&) { return f(kernels); });
+  with_decode(problem, output, device, workspace, static_cast<cudaStream_t>(stream),
+              [&](auto& decode, const Refusal&) { status = f(decode); });
+  return status;
 }
 
 }  // namespace
 }  // namespace tcam
 
 extern "C" int64_t tcam_decode_cuda_workspace(const tcam_problem* problem, int backward) {
-  if (tcam::walks_points(*problem)) {
-    if (problem->dtype == TCAM_F64) return tcam::PointLayers<double>(*problem, backward != 0, nullptr, nullptr).bytes();
-    const int64_t general = tcam::PointLayers<float>(*problem, backward != 0, nullptr, nullptr).bytes();
-    const int64_t fused = tcam::FusedPoints(*problem, backward != 0, nullptr, nullptr).bytes();
-    return fused > general ? fused : general;
-  }
-  if (problem->dtype == TCAM_F64) return tcam::Layers<double>(*problem, backward != 0, nullptr, nullptr).bytes();
-  const int64_t general = tcam::Layers<float>(*problem, backward != 0, nullptr, nullptr).bytes();
-  const int64_t fused = tcam::Fused(*problem, backward != 0, nullptr, nullptr).bytes();
-  return fused > general ? fused : general;
+  int64_t most = 0;  // which decode a device takes is not known yet
+  tcam::for_each_decode(*problem, backward != 0, nullptr, nullptr, [&](auto& decode) {
+    most = decode.bytes() > most ? decode.bytes() : most;
+    return false;
+  });
+  return most;
 }
 
 extern "C" int tcam_decode_cuda(const tcam_problem* problem, const tcam_inputs* inputs, void* out, void* workspace, int device,
                                 void* stream) {
   return tcam::on_device(*problem, tcam::Output::volume, workspace, device, stream,
-                         [&](auto& kernels) { return kernels.forward(*inputs, out, nullptr, nullptr); });
+                         [&](auto& decode) { return decode.forward(*inputs, out, nullptr, nullptr); });
 }
 
 extern "C" int tcam_decode_backward_cuda(const tcam_problem* problem, const void* grad_out, const tcam_inputs* inputs,
                                          const tcam_gradients* gradients, void* workspace, int device, void* stream) {
   return tcam::on_device(*problem, tcam::Output::gradients, workspace, device, stream,
-                         [&](auto& kernels) { return kernels.backward(*inputs, grad_out, nullptr, nullptr, *gradients); });
+                         [&](auto& decode) { return decode.backward(*inputs, grad_out, nullptr, nullptr, *gradients); });
 }
 
 extern "C" int tcam_decode_loss_cuda(const tcam_problem* problem, const tcam_objective* objective, const tcam_inputs* inputs,
@@ -83,23 +179,22 @@ extern "C" int tcam_decode_loss_cuda(const tcam_problem* problem, const tcam_obj
                                      void* stream) {
   const bool backward = tcam::loss_wants_gradients(*problem);
   return tcam::on_device(*problem, backward ? tcam::Output::gradients : tcam::Output::losses, workspace, device, stream,
-                         [&](auto& kernels) {
+                         [&](auto& decode) {
                            if (!backward)
-                             return kernels.forward(*inputs, const_cast<void*>(objective->target), objective, losses);
-                           return kernels.backward(*inputs, objective->target, objective, losses, *gradients);
+                             return decode.forward(*inputs, const_cast<void*>(objective->target), objective, losses);
+                           return decode.backward(*inputs, objective->target, objective, losses, *gradients);
                          });
 }
 
 extern "C" void tcam_decode_cuda_explain(const tcam_problem* problem, int output, int shared_limit, char* text, int size) {
   using namespace tcam;
   const Output wanted = static_cast<Output>(output);
-  with_kernels(*problem, wanted, {shared_limit, 1}, nullptr, nullptr, [&](auto& kernels, const Refusal& why) {
-    kernels.describe(wanted, text, static_cast<size_t>(size));
-    if (!why.why) return 0;
+  with_decode(*problem, wanted, {shared_limit, 1}, nullptr, nullptr, [&](auto& decode, const Refusal& why) {
+    decode.describe(wanted, text, static_cast<size_t>(size));
+    if (!why.why) return;
     const size_t used = strlen(text);
     char reason[200];
     snprintf(reason, sizeof reason, why.why, why.got, why.most);
     snprintf(text + used, static_cast<size_t>(size) - used, "; not the fused kernels: %s", reason);
-    return 0;
   });
 }

@@ -19,6 +19,18 @@
 
 namespace tcam {
 
+// A device as the launchers see it.
+struct Device {
+  int shared_limit;  // bytes that a block may have
+  int processors;
+};
+
+// Why kernels do not take a problem: a printf format of the two numbers; null where they do.
+struct Refusal {
+  const char* why;
+  long long got, most;
+};
+
 // kernel(arguments...) on `stream`. The status is that of the launch alone.
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared_bytes, cudaStream_t stream,

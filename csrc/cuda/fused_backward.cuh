@@ -56,9 +56,6 @@ struct FusedBackward {
   float* row_sums;   // (blocks, 2, N): += the sum of delta_layer, in two parts
 };
 
-// The channel at position `at` of a row of delta1: a lane's numbers of 32 channels are neighbours.
-TCAM_HD int delta1_column(int at) { return at / 32 * 32 + at / 2 % 4 * 8 + at / 8 % 4 * 2 + at % 2; }
-
 template <class T, int N>
 struct FusedBackwardKernel {
   static constexpr int MT = 2, WI = fused_backward_wide, WJ = 1, chain_warps = WI * WJ, outer_warps = 4;

@@ -1,14 +1,15 @@
-// The layers above the first on tensor cores: the kernels of fused_forward.cuh and fused_backward.cuh over maps that the class
-// which it stands on (a grid's slabs, a wave of points) has made.
+// The layers above the first on tensor cores: the kernels of fused_forward.cuh and fused_backward.cuh over 16-bit maps of the
+// first layer, a slab of i at a time whose maps, masks and delta_1 fit a fixed workspace.
 #pragma once
-#include <stdio.h>
-
+#include "call.cuh"
 #include "fused_backward.cuh"
 #include "fused_forward.cuh"
-#include "fused_operands.cuh"
-#include "fused_sums.cuh"
+#include "fused_mlp_kernels.cuh"
+#include "region.cuh"
 
 namespace tcam {
+
+constexpr int64_t slab_bytes_forward = 256ll << 20, slab_bytes_backward = 1152ll << 20;
 
 // Whether the fused kernels take a problem, by its shape and options.
 inline Refusal fused_refusal(const tcam_problem& p) {
@@ -27,18 +28,46 @@ inline Refusal fused_refusal(const tcam_problem& p) {
   return {};
 }
 
-// Base: Planes<float> or what derives from it.
-template <class Base>
-class FusedMlp : public Base {
- protected:
-  using Base::activation, Base::biases_, Base::blocks, Base::check, Base::combine, Base::grad_bias_, Base::grad_weight_,
-      Base::output_activation, Base::p, Base::reals, Base::status_, Base::stream_, Base::weights_, Base::width;
+// Where the first layer puts its maps of a slab (FusedMaps), and where it finds delta_1.
+struct FusedInput {
+  uint16_t *a, *b, *g;
+  int channels;  // of a row, padded
+  bool bfloat;
+};
+struct FusedDelta {
+  const uint16_t* rows;  // (ni, nj, nk, channels), in the order of delta1_column
+  const float* factor;   // that they are multiplied with; null: 1
+  int channels;
+  bool bfloat;
+};
 
+// f(the 16-bit format).
+template <class F>
+void with_format(bool bfloat, F f) {
+  if (bfloat)
+    f(ptx::BFloat16());
+  else
+    f(ptx::Float16());
+}
+
+class FusedMlp {
  public:
-  // Why these kernels do not take the problem on a device: by sizes, before anything is launched.
+  using Input = FusedInput;
+
+  explicit FusedMlp(Call<float>& call) : c(call), p(call.p) {
+    N_ = 64;
+    for (int l = 1; l < p.layers; ++l) N_ = p.width[l] > 64 ? 128 : N_;
+  }
+
+  // Why these kernels do not take the problem: by its shape, and on a device by the sizes of blocks.
+  Refusal refuses(const int64_t* box) const {
+    const Refusal refusal = fused_refusal(p);
+    if (!refusal.why && (box[0] > INT32_MAX / box[1] || box[0] * box[1] > INT32_MAX / ceil_div(box[2], 32)))
+      return {"they count tiles of 32 voxels in 31 bits", 0, 0};
+    return refusal;
+  }
   Refusal refuses(Output output, const Device& device) {
     device_ = device;
-    if (refusal_.why) return refusal_;
     size_t needs = 0;
     if (output == Output::volume) {
       kind_ = choose_fused_forward(N_, products(), device, &needs);
@@ -49,7 +78,6 @@ class FusedMlp : public Base {
     }
     return {"a block needs %lld bytes of shared memory and has %lld", static_cast<long long>(needs), device.shared_limit};
   }
-  // Which kernels those are.
   void describe(Output output, char* text, size_t size) const {
     const char* type = bfloat() ? "bfloat16" : "float16";
     if (output == Output::volume)
@@ -60,12 +88,125 @@ class FusedMlp : public Base {
                launches(output).count);
   }
 
- protected:
-  template <class... Arguments>
-  explicit FusedMlp(Arguments&&... arguments) : Base(static_cast<Arguments&&>(arguments)...) {}
+  template <class First>
+  Regions regions(const First& first) const {
+    const int64_t* n = first.box();
+    const int64_t N = N_, voxels = n[1] * n[2], wide = fused_backward_wide;
+    int64_t each = (n[1] + n[2]) * N * 2, budget = slab_bytes_forward;
+    if (c.backward) {  // steps round i up to `wide` and k to 32
+      const int64_t padded = steps(wide, n[1], n[2]) * fused_backward_chain_threads / wide;
+      each += padded * (16 * products() + 4 * n_out()) + voxels * N * 2 + first.slice_bytes();
+      budget = slab_bytes_backward;
+    }
+    int64_t slab = budget / each;
+    if (c.backward && p.tile > 0 && slab > p.tile / voxels) slab = p.tile / voxels;
+    if (slab > wide) slab = slab / wide * wide;
+    if (slab < wide) slab = wide;
+    if (slab > n[0]) slab = n[0];
+    return {{n[0], n[1], n[2]}, {slab, n[1], n[2]}};
+  }
 
-  // One launch of the backward kernel.
-  struct Launch {
+  void carve(Carver& ws, const Regions& r) {
+    const int64_t N = N_, P = products(), ni = r.size[0], nj = r.size[1], nk = r.size[2];
+    const int64_t chain_threads = fused_backward_chain_threads;  // a voxel each
+    steps_ = steps(ni, nj, nk);
+    maps_ = {ws.array<uint16_t>(ni * nj * N), ws.array<uint16_t>(nj * nk * N), ws.array<uint16_t>(ni * nk * N), N_, bfloat()};
+    panels_ = ws.array<uint16_t>(P * N * N);
+    panel_biases_ = ws.array<float>(P * N);
+    last_ = ws.array<float>(fused_most_out * N);
+    last_bias_ = ws.array<float>(fused_most_out);
+    losses_ = ws.array<double>(fused_most_blocks * chain_threads);
+    dy_sums_ = ws.array<double>(fused_most_blocks * chain_threads);
+    if (!c.backward) return;
+    top_ = ws.array<uint16_t>(N * N);
+    masks_ = ws.array<uint4>(P * steps_ * chain_threads);
+    dy_ = ws.array<float>(steps_ * chain_threads * n_out());
+    delta1_ = ws.array<uint16_t>(ni * nj * nk * N);
+    largest_ = ws.array<float>(scale_blocks);
+    scale_ = ws.array<float>(5);
+  }
+  void carve_partials(Carver& ws) {
+    for (int l = 2; l <= p.layers; ++l) {
+      sums_[l] = ws.array<float>(most_blocks() * N_ * N_);
+      row_sums_[l] = ws.array<float>(most_blocks() * 2 * N_);
+      if (l == p.layers - 1 && n_out() == 1) break;
+    }
+    dy_total_ = ws.array<double>(1);
+  }
+
+  // `volume`: of `voxels` in all, the output's gradient or target; null on the way forward.
+  void begin(const void* volume, const tcam_objective* objective, int64_t voxels) {
+    if (volume && p.compute == TCAM_F16) choose_scales(volume, objective, voxels * n_out());
+    with_format(bfloat(), [&](auto format) { pad<decltype(format)>(); });
+  }
+  Input input() const { return maps_; }
+  FusedDelta delta() const { return {delta1_, factor_, N_, bfloat()}; }
+
+  void forward(const Region& slab, const Volume& volume, const tcam_objective* objective, double* loss) {
+    run(slab_maps(slab), slab_volume(slab, volume), objective, loss, objective ? Output::losses : Output::volume);
+  }
+  void backward(const Region& slab, const Volume& volume, const tcam_objective* objective, double* loss) {
+    run(slab_maps(slab), slab_volume(slab, volume), objective, loss, Output::gradients);
+  }
+
+  // The layers over maps to an output that begins at volume.data or, with an objective, to `loss`; backward also to delta_1
+  // and the partial sums.
+  void run(const FusedMaps& maps, const Volume& volume, const tcam_objective* objective, double* loss, Output output) {
+    const Launches all = launches(output);
+    if (!all.count) {
+      const FusedForward call = {
+          maps,        panels_,      panel_biases_,        last_, last_bias_, n_out(), c.output_activation(),
+          volume.data, volume.dtype, volume.channel_stride};
+      auto launch = bfloat() ? fused_forward_bfloat16 : fused_forward_float16;
+      return c.check(launch(call, *kind_, products(), device_, c.stream));
+    }
+    FusedBackward call = backward_call(maps, volume, objective, output);
+    const int64_t steps = fused_backward_steps(maps);
+    const int64_t most = device_.processors < fused_most_blocks ? device_.processors : fused_most_blocks;
+    const int grid = static_cast<int>(steps < most ? steps : most);
+    auto launch = bfloat() ? fused_backward_bfloat16 : fused_backward_float16;
+    for (int e = 0; e < all.count; ++e) {
+      call.layer = all.all[e].layer;
+      call.head = all.all[e].head;
+      call.sums = sums_[call.layer];
+      call.row_sums = row_sums_[call.layer];
+      c.check(launch(call, N_, grid, c.stream));
+      if (!call.head) continue;
+      if (objective) c.add_total(losses_, grid * fused_backward_chain_threads, loss);
+      if (call.weighted && n_out() == 1) c.add_total(dy_sums_, grid * fused_backward_chain_threads, dy_total_);
+    }
+  }
+
+  void write_gradients() {
+    const int64_t N = N_;
+    const int L = p.layers, top = L - 1;
+    const bool one = n_out() == 1;
+    auto sums = [&](int l) { return Partials<float>{sums_[l], most_blocks(), N * N, N}; };
+    auto row_sums = [&](int l) { return Partials<float>{row_sums_[l], most_blocks() * 2, N, N}; };
+    for (int l = 2; l <= (one ? L - 2 : L); ++l) {
+      const float* factor = l == L ? top_factor_ : factor_;
+      c.combine(sums(l), c.width(l), c.width(l - 1), factor, c.grad_weights[l], c.width(l - 1));
+      if (c.grad_biases[l]) c.combine(row_sums(l), 1, c.width(l), factor, c.grad_biases[l], c.width(l));
+    }
+    if (!one) return;
+    const TopLayers call = {sums(top),
+                            row_sums(top),
+                            panels_ + (products() - 1) * N * N,
+                            panel_biases_ + (products() - 1) * N,
+                            last_,
+                            N_,
+                            c.width(top - 1),
+                            top_factor_,
+                            c.grad_weights[top],
+                            c.grad_biases[top],
+                            c.grad_weights[L]};
+    auto kernel = bfloat() ? combine_top_kernel<ptx::BFloat16> : combine_top_kernel<ptx::Float16>;
+    c.run(kernel, static_cast<unsigned>(c.width(top)), threads, reduce_bytes, call);
+    if (c.grad_biases[L]) c.run(write_scalar_kernel, 1, 1, 0, dy_total_, top_factor_, c.grad_biases[L]);
+  }
+
+ private:
+  struct Launch {  // of the backward kernel
     int layer;
     bool head;
   };
@@ -75,11 +216,13 @@ class FusedMlp : public Base {
     void add(int layer, bool head) { all[count++] = {layer, head}; }
   };
 
+  Call<float>& c;
+  const tcam_problem& p;
   Device device_ = {0, 0};
-  Refusal refusal_ = {};                    // by the shape
-  const FusedForwardKind* kind_ = nullptr;  // set where refuses() was asked of a volume
-  int N_ = 0;                               // padded width of the hidden layers; 0: not for these kernels
-  int64_t most_blocks_ = 0;
+  const FusedForwardKind* kind_ = nullptr;  // set where a device was asked for a volume
+  int N_ = 0;                               // padded width of the hidden layers
+  int64_t steps_ = 0;                       // of the backward kernel, over the largest maps
+  FusedInput maps_ = {};
   uint16_t *panels_ = nullptr, *top_ = nullptr;  // W_2 to W_(P+1); diag(w) W_(P+1)
   float *panel_biases_ = nullptr, *last_ = nullptr, *last_bias_ = nullptr;
   uint4* masks_ = nullptr;
@@ -92,15 +235,16 @@ class FusedMlp : public Base {
   double *losses_ = nullptr, *dy_sums_ = nullptr, *dy_total_ = nullptr;
 
   int products() const { return p.layers - 2; }
-  int n_out() const { return width(p.layers); }
+  int n_out() const { return c.width(p.layers); }
   bool bfloat() const { return p.compute == TCAM_BF16; }
-
-  // Sets refusal_ or N_.
-  void look_at_shape() {
-    refusal_ = fused_refusal(p);
-    if (refusal_.why) return;
-    N_ = 64;
-    for (int l = 1; l < p.layers; ++l) N_ = p.width[l] > 64 ? 128 : N_;
+  int64_t most_blocks() const { return steps_ < fused_most_blocks ? steps_ : fused_most_blocks; }
+  static int64_t steps(int64_t ni, int64_t nj, int64_t nk) {
+    return fused_backward_steps({nullptr, nullptr, nullptr, static_cast<int>(ni), static_cast<int>(nj), static_cast<int>(nk)});
+  }
+  FusedMaps slab_maps(const Region& slab) const { return {maps_.a, maps_.b, maps_.g, slab.ni, slab.nj, slab.nk}; }
+  static Volume slab_volume(const Region& slab, Volume volume) {
+    volume.data = static_cast<char*>(volume.data) + slab.in_box(0) * dtype_bytes(volume.dtype);
+    return volume;
   }
 
   // With one output the head computes the gradient of layer P+1 too; with more, that of the last layer.
@@ -128,99 +272,22 @@ class FusedMlp : public Base {
     return most;
   }
 
-  // `steps` of the backward kernel, and `voxels`, at once.
-  void carve_mlp(Carver& ws, bool backward, int64_t steps, int64_t voxels) {
-    const int64_t N = N_, P = products();
-    auto halves = [&](int64_t count) { return reinterpret_cast<uint16_t*>(ws.take(count * 2)); };
-    auto floats = [&](int64_t count) { return reals(ws, count); };
-    auto doubles = [&](int64_t count) { return reinterpret_cast<double*>(ws.take(count * 8)); };
-    const int64_t chain_threads = fused_backward_chain_threads;  // a voxel each
-    panels_ = halves(P * N * N);
-    panel_biases_ = floats(P * N);
-    last_ = floats(fused_most_out * N);
-    last_bias_ = floats(fused_most_out);
-    losses_ = doubles(fused_most_blocks * chain_threads);
-    dy_sums_ = doubles(fused_most_blocks * chain_threads);
-    if (!backward) return;
-    top_ = halves(N * N);
-    masks_ = reinterpret_cast<uint4*>(ws.take(P * steps * chain_threads * 16));
-    dy_ = floats(steps * chain_threads * n_out());
-    delta1_ = halves(voxels * N);
-    largest_ = floats(scale_blocks);
-    scale_ = floats(5);
-  }
-  // Partial sums of the gradients: between Base's begin_partials and end_partials.
-  void carve_sums(Carver& ws, int64_t steps) {
-    most_blocks_ = steps < fused_most_blocks ? steps : fused_most_blocks;
-    for (int l = 2; l <= p.layers; ++l) {
-      sums_[l] = reals(ws, most_blocks_ * N_ * N_);
-      row_sums_[l] = reals(ws, most_blocks_ * 2 * N_);
-      if (l == p.layers - 1 && n_out() == 1) break;
-    }
-    dy_total_ = reinterpret_cast<double*>(ws.take(8));
-  }
-
-  static bool unbounded(OutputActivation a) {
-    return a == OutputActivation::none || a == OutputActivation::softplus || a == OutputActivation::trunc_exp;
-  }
-  // Chooses the scales of float16: for a gradient from its largest magnitude; for an objective from its largest slope, which is
-  // 1 or, of mse, twice the largest difference. (An output without bounds is taken to be no larger than the target or 1.)
-  void look_at(const void* volume, const tcam_objective* objective) override {
-    if (p.compute != TCAM_F16) return;
-    const int64_t voxels = this->places() * n_out();
-    int read = 0, exponent = scale_exponent;
-    float offset = 1.f, factor = 1.f;
-    if (!objective) {
-      read = largest(volume, p.out_dtype, voxels);
-      offset = 0.f;
-    } else if (static_cast<Loss>(objective->loss) == Loss::mse) {
-      read = largest(volume, objective->target_dtype, voxels);
-      factor = 2.f;
-      if (unbounded(output_activation().kind)) exponent = scale_exponent_open;
-    }
-    check(launch(scale_kernel, 1, 1, 0, stream_, largest_, read, offset, factor, exponent, 1.f, scale_));
-    const int weights = largest(weights_[p.layers], TCAM_F32, static_cast<int64_t>(n_out()) * width(p.layers - 1));
-    check(launch(scale_kernel, 1, 1, 0, stream_, largest_, weights, 0.f, 1.f, 0, 1.f, scale_ + 2));
-    check(launch(both_scales_kernel, 1, 1, 0, stream_, scale_, scale_ + 2, scale_ + 4));
-    top_factor_ = scale_ + 1;
-    factor_ = scale_ + 4;
-  }
-  // How many numbers of largest_ hold the largest of an array.
-  int largest(const void* values, int dtype, int64_t count) {
-    const unsigned grid = static_cast<unsigned>(count < scale_blocks * threads ? ceil_div(count, threads) : scale_blocks);
-    check(launch(largest_kernel, grid, threads, reduce_bytes, stream_, values, dtype, count, largest_));
-    return static_cast<int>(grid);
-  }
-
-  // The layers over maps, to the output at `at` (whose voxels are neighbours) or with an objective to `loss`; backward also to
-  // delta1_ and the partial sums.
-  template <class T>
-  void run(const FusedMaps& maps, void* at, int dtype, int64_t channel_stride, int64_t voxel_stride,
-           const tcam_objective* objective, double* loss, bool backward) {
-    const int64_t N = N_;
-    const Launches all = launches(backward ? Output::gradients : objective ? Output::losses : Output::volume);
-    if (!all.count) {
-      const FusedForward call = {maps, panels_, panel_biases_, last_, last_bias_, n_out(), output_activation(),
-                                 at,   dtype,   channel_stride};
-      check(T::dtype == TCAM_BF16 ? fused_forward_bfloat16(call, *kind_, products(), device_, stream_)
-                                  : fused_forward_float16(call, *kind_, products(), device_, stream_));
-      return;
-    }
+  FusedBackward backward_call(const FusedMaps& maps, const Volume& volume, const tcam_objective* objective, Output output) {
     FusedBackward call = {};
     call.maps = maps;
     call.weights = panels_;
-    call.top = n_out() == 1 ? top_ : panels_ + static_cast<int64_t>(products() - 1) * N * N;
+    call.top = n_out() == 1 ? top_ : panels_ + static_cast<int64_t>(products() - 1) * N_ * N_;
     call.biases = panel_biases_;
     call.last = last_;
     call.last_bias = last_bias_;
     call.products = products();
     call.n_out = n_out();
-    call.weighted = backward && p.grad_decoder;
-    call.volume = at;
-    call.dtype = dtype;
-    call.channel_stride = channel_stride;
-    call.voxel_stride = voxel_stride;
-    call.output_activation = output_activation();
+    call.weighted = output == Output::gradients && p.grad_decoder;
+    call.volume = volume.data;
+    call.dtype = volume.dtype;
+    call.channel_stride = volume.channel_stride;
+    call.voxel_stride = volume.voxel_stride;
+    call.output_activation = c.output_activation();
     call.compares = objective != nullptr;
     if (objective) call.loss = static_cast<Loss>(objective->loss), call.beta = objective->beta;
     call.scale = factor_ ? scale_ : nullptr;
@@ -230,66 +297,49 @@ class FusedMlp : public Base {
     call.masks = masks_;
     call.dy = dy_;
     call.delta1 = delta1_;
-    const int64_t steps = fused_backward_steps(maps);
-    const int64_t most = device_.processors < fused_most_blocks ? device_.processors : fused_most_blocks;
-    const int grid = static_cast<int>(steps < most ? steps : most);
-    for (int e = 0; e < all.count; ++e) {
-      call.layer = all.all[e].layer;
-      call.head = all.all[e].head;
-      call.sums = sums_[call.layer];
-      call.row_sums = row_sums_[call.layer];
-      check(T::dtype == TCAM_BF16 ? fused_backward_bfloat16(call, N_, grid, stream_)
-                                  : fused_backward_float16(call, N_, grid, stream_));
-      if (!call.head) continue;
-      if (objective) add_total(losses_, grid * fused_backward_chain_threads, loss);
-      if (call.weighted && n_out() == 1) add_total(dy_sums_, grid * fused_backward_chain_threads, dy_total_);
-    }
+    return call;
   }
 
-  void add_total(const double* values, int count, double* total) {
-    check(launch(add_total_kernel, 1, threads, reduce_bytes, stream_, values, count, total));
+  static bool unbounded(OutputActivation a) {
+    return a == OutputActivation::none || a == OutputActivation::softplus || a == OutputActivation::trunc_exp;
+  }
+  // The scales of float16: for a gradient from its largest magnitude; for an objective from its largest slope, which is 1 or,
+  // of mse, twice the largest difference. (An output without bounds is taken to be no larger than the target or 1.)
+  void choose_scales(const void* volume, const tcam_objective* objective, int64_t count) {
+    int read = 0, exponent = scale_exponent;
+    float offset = 1.f, factor = 1.f;
+    if (!objective) {
+      read = largest(volume, p.out_dtype, count);
+      offset = 0.f;
+    } else if (static_cast<Loss>(objective->loss) == Loss::mse) {
+      read = largest(volume, objective->target_dtype, count);
+      factor = 2.f;
+      if (unbounded(c.output_activation().kind)) exponent = scale_exponent_open;
+    }
+    c.run(scale_kernel, 1, 1, 0, largest_, read, offset, factor, exponent, 1.f, scale_);
+    const int weights = largest(c.weights[p.layers], TCAM_F32, static_cast<int64_t>(n_out()) * c.width(p.layers - 1));
+    c.run(scale_kernel, 1, 1, 0, largest_, weights, 0.f, 1.f, 0, 1.f, scale_ + 2);
+    c.run(both_scales_kernel, 1, 1, 0, scale_, scale_ + 2, scale_ + 4);
+    top_factor_ = scale_ + 1;
+    factor_ = scale_ + 4;
+  }
+  // How many numbers of largest_ hold the largest of an array.
+  int largest(const void* values, int dtype, int64_t count) {
+    const unsigned grid = static_cast<unsigned>(count < scale_blocks * threads ? ceil_div(count, threads) : scale_blocks);
+    c.run(largest_kernel, grid, threads, reduce_bytes, values, dtype, count, largest_);
+    return static_cast<int>(grid);
   }
 
   template <class T>
-  void pad(bool backward) {
+  void pad() {
     const int L = p.layers, N = N_;
     for (int l = 2; l < L; ++l)
-      check(launch(pad_hidden_kernel<T>, blocks(ceil_div(N * N, threads)), threads, 0, stream_, weights_[l], nullptr, nullptr,
-                   biases_[l], width(l), width(l - 1), N, panels_ + static_cast<int64_t>(l - 2) * N * N,
-                   panel_biases_ + (l - 2) * N));
-    check(
-        launch(pad_last_kernel, 1, threads, 0, stream_, weights_[L], biases_[L], width(L), width(L - 1), N, last_, last_bias_));
-    if (backward && n_out() == 1)
-      check(launch(pad_hidden_kernel<T>, blocks(ceil_div(N * N, threads)), threads, 0, stream_, weights_[L - 1], weights_[L],
-                   factor_ ? scale_ + 2 : nullptr, nullptr, width(L - 1), width(L - 2), N, top_, nullptr));
-  }
-
-  void write_gradients() override {
-    const int64_t N = N_;
-    const int L = p.layers, top = L - 1;
-    const bool one = n_out() == 1;
-    auto sums = [&](int l) { return Partials<float>{sums_[l], most_blocks_, N * N, N}; };
-    auto row_sums = [&](int l) { return Partials<float>{row_sums_[l], most_blocks_ * 2, N, N}; };
-    for (int l = 2; l <= (one ? L - 2 : L); ++l) {
-      const float* factor = l == L ? top_factor_ : factor_;
-      combine(sums(l), width(l), width(l - 1), factor, grad_weight_[l], width(l - 1));
-      if (grad_bias_[l]) combine(row_sums(l), 1, width(l), factor, grad_bias_[l], width(l));
-    }
-    if (!one) return;
-    const TopLayers call = {sums(top),
-                            row_sums(top),
-                            panels_ + (products() - 1) * N * N,
-                            panel_biases_ + (products() - 1) * N,
-                            last_,
-                            N_,
-                            width(top - 1),
-                            top_factor_,
-                            grad_weight_[top],
-                            grad_bias_[top],
-                            grad_weight_[L]};
-    auto kernel = bfloat() ? combine_top_kernel<ptx::BFloat16> : combine_top_kernel<ptx::Float16>;
-    check(launch(kernel, static_cast<unsigned>(width(top)), threads, reduce_bytes, stream_, call));
-    if (grad_bias_[L]) check(launch(write_scalar_kernel, 1, 1, 0, stream_, dy_total_, top_factor_, grad_bias_[L]));
+      c.run_elements(pad_hidden_kernel<T>, N * N, c.weights[l], nullptr, nullptr, c.biases[l], c.width(l), c.width(l - 1), N,
+                     panels_ + static_cast<int64_t>(l - 2) * N * N, panel_biases_ + (l - 2) * N);
+    c.run(pad_last_kernel, 1, threads, 0, c.weights[L], c.biases[L], c.width(L), c.width(L - 1), N, last_, last_bias_);
+    if (c.backward && n_out() == 1)
+      c.run_elements(pad_hidden_kernel<T>, N * N, c.weights[L - 1], c.weights[L], factor_ ? scale_ + 2 : nullptr, nullptr,
+                     c.width(L - 1), c.width(L - 2), N, top_, nullptr);
   }
 };
 

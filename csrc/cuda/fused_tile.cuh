@@ -18,17 +18,8 @@ struct FusedMaps {
   int ni, nj, nk;
 };
 
-// A device as the launchers see it.
-struct Device {
-  int shared_limit;  // bytes that a block may have
-  int processors;
-};
-
-// Why kernels do not take a problem: a printf format of the two numbers; null where they do.
-struct Refusal {
-  const char* why;
-  long long got, most;
-};
+// The channel at position `at` of a row of delta1: a lane's numbers of 32 channels are neighbours.
+TCAM_HD int delta1_column(int at) { return at / 32 * 32 + at / 2 % 4 * 8 + at / 8 % 4 * 2 + at % 2; }
 
 // A lane's element in the first k-step of a tile; in step s it is that ^ 16 s, because the swizzle is an exclusive or.
 template <int N>

@@ -1,5 +1,5 @@
-// One tiled product for all that is a matrix product outside the fused kernels: C = A B, with A and B read and C written
-// through functors, so that activations, layouts and gradients fuse into its loads and stores.
+// The tiled product C = A B of every matrix product outside the fused kernels. Functors read A and B and write C, so that
+// activations, layouts and gradients fuse into its loads and stores.
 #pragma once
 #include "ptx.cuh"
 
@@ -165,5 +165,52 @@ cudaError_t gemm(int64_t m, int n, int64_t k, int64_t k_chunk, A a, B b, Store s
   constexpr size_t bytes = Tile::depth * (Tile::a_pitch + Tile::b_pitch) * sizeof(typename Tile::Number) + 32;
   return launch(gemm_kernel<Tile, A, B, Store>, grid, gemm_threads, bytes, stream, m, n, k, k_chunk, a, b, store);
 }
+
+// ---- operands and results ---------------------------------------------------------------------
+
+// Element (row, column) of a row-major matrix, or of its transpose.
+template <class Real>
+struct Rows {
+  static constexpr bool columns_adjacent = true;
+  const Real* data;
+  int64_t pitch;
+  TCAM_DEVICE Real load(int64_t r, int64_t c) const { return data[r * pitch + c]; }
+  TCAM_DEVICE Real value(Real x) const { return x; }
+};
+template <class Real>
+struct Transposed {
+  static constexpr bool columns_adjacent = false;
+  const Real* data;
+  int64_t pitch;
+  TCAM_DEVICE Real load(int64_t r, int64_t c) const { return data[c * pitch + r]; }
+  TCAM_DEVICE Real value(Real x) const { return x; }
+};
+template <class Real>
+struct WriteRows {
+  Real* out;
+  int64_t pitch;
+  const Real* bias;  // null: none
+  TCAM_DEVICE void operator()(int, int64_t r, int c, Real sum) const { out[r * pitch + c] = bias ? sum + bias[c] : sum; }
+};
+template <class Real>
+struct AddRows {
+  Real* out;
+  int64_t pitch;
+  TCAM_DEVICE void operator()(int, int64_t r, int c, Real sum) const { out[r * pitch + c] += sum; }
+};
+template <class Real>
+struct WriteTransposed {
+  Real* out;
+  int64_t pitch;
+  TCAM_DEVICE void operator()(int, int64_t r, int c, Real sum) const { out[c * pitch + r] = sum; }
+};
+template <class Real>
+struct AddPartial {
+  Real* partials;  // (splits, rows, columns)
+  int64_t rows, columns;
+  TCAM_DEVICE void operator()(int split, int64_t r, int c, Real sum) const {
+    partials[(split * rows + r) * columns + c] += sum;
+  }
+};
 
 }  // namespace tcam

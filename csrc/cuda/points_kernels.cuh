@@ -1,6 +1,6 @@
 // The kernels of points.cuh: a wave's points to texels and back.
 #pragma once
-#include "planes.cuh"
+#include "sums.cuh"
 
 namespace tcam {
 
@@ -241,12 +241,5 @@ __global__ void __launch_bounds__(threads)
       Elements<Real>::write(out, dtype, e, x);
   }
 }
-
-template <class Real>
-struct AddRows {
-  Real* out;
-  int64_t pitch;
-  TCAM_DEVICE void operator()(int, int64_t r, int c, Real sum) const { out[r * pitch + c] += sum; }
-};
 
 }  // namespace tcam

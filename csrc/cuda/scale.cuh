@@ -1,11 +1,14 @@
 // Powers of two that bring an array's largest number where a narrow format has room for it, found on the device.
 #pragma once
 #include "../maths/half.h"
-#include "planes.cuh"
+#include "sums.cuh"
 
 namespace tcam {
 
 constexpr int scale_blocks = 1024;
+// Exponents of the scales of float16.
+constexpr int scale_exponent = 10;      // of the largest dl/dy: room for 6 doublings above, for 24 halvings below
+constexpr int scale_exponent_open = 4;  // where dl/dy has no bound: mse of an output without one
 
 // The largest magnitude of each block's numbers; one that is not finite counts as infinity.
 static __global__ void __launch_bounds__(threads) largest_kernel(const void* values, int dtype, int64_t count, float* largest) {

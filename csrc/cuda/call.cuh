@@ -1,0 +1,115 @@
+// What the parts of a call share: the problem, the stream and its first error, the decoder's weights and their gradients.
+#pragma once
+#include <stdio.h>
+
+#include "../carver.h"
+#include "gemm.cuh"
+#include "sums.cuh"
+
+namespace tcam {
+
+constexpr int64_t region_voxels = 65536, region_bytes = 256ll << 20;
+constexpr int64_t voxel_chunk = 512;  // voxels of a region in a partial sum of weight gradients
+constexpr int64_t bias_chunk = 256;   // the same of bias gradients: a thread adds them alone
+constexpr int64_t texel_splits = 32;  // partial sums over texels
+
+enum class Output { volume, losses, gradients };
+
+// The output of one object's voxels: it is written, or its gradient or target is read.
+struct Volume {
+  void* data;
+  int dtype;
+  int64_t channel_stride, voxel_stride;
+};
+
+template <class Real>
+class Call {
+ public:
+  const tcam_problem& p;
+  const bool backward;
+  const cudaStream_t stream;
+  const Real *weights[TCAM_MAX_LAYERS + 1] = {}, *biases[TCAM_MAX_LAYERS + 1] = {};  // of layer 1 and up
+  Real *grad_weights[TCAM_MAX_LAYERS + 1] = {}, *grad_biases[TCAM_MAX_LAYERS + 1] = {};
+
+  Call(const tcam_problem& problem, bool goes_back, cudaStream_t on) : p(problem), backward(goes_back), stream(on) {}
+
+  cudaError_t status() const { return status_; }
+  int width(int layer) const { return static_cast<int>(p.width[layer]); }
+  Hidden<Real> activation(int layer) const {  // of layers 1 to L-1; any for layer 0
+    const tcam_activation& a = p.activation[layer > 0 ? layer - 1 : 0];
+    return {static_cast<Activation>(a.kind), static_cast<Real>(a.parameter)};
+  }
+  Final<Real> output_activation() const {
+    return {static_cast<OutputActivation>(p.output_activation.kind), static_cast<Real>(p.output_activation.parameter)};
+  }
+  // Whether the products above the texels are TensorFloat-32 on tensor cores.
+  bool tensor_floats() const { return sizeof(Real) == sizeof(float) && p.compute != TCAM_F32; }
+
+  void set_layers(const tcam_inputs& in) {
+    for (int l = 1; l <= p.layers; ++l) {
+      weights[l] = static_cast<const Real*>(in.weights[l - 1]);
+      biases[l] = static_cast<const Real*>(in.biases[l - 1]);
+    }
+  }
+  // Gradients of the decoder go to the given row of those that have a leading axis.
+  void set_gradients(const tcam_gradients& to, int64_t row) {
+    for (int l = 1; l <= p.layers; ++l) {
+      Real* bias = static_cast<Real*>(to.biases[l - 1]);
+      grad_weights[l] = static_cast<Real*>(to.weights[l - 1]) + row * p.width[l] * p.width[l - 1];
+      grad_biases[l] = bias ? bias + row * p.width[l] : nullptr;
+    }
+  }
+
+  void check(cudaError_t status) {
+    if (status_ == cudaSuccess) status_ = status;
+  }
+  void clear(void* at, int64_t bytes) {
+    if (bytes) check(cudaMemsetAsync(at, 0, static_cast<size_t>(bytes), stream));
+  }
+
+  // Blocks of a kernel that strides over `wanted` of them.
+  static unsigned blocks(int64_t wanted) { return static_cast<unsigned>(wanted < 1 ? 1 : wanted < 65535 ? wanted : 65535); }
+  static unsigned channel_threads(int n) { return n > 128 ? 256 : n > 64 ? 128 : n > 32 ? 64 : 32; }
+
+  template <class... P, class... A>
+  void run(void (*kernel)(P...), dim3 grid, unsigned block, size_t shared_bytes, A... arguments) {
+    check(launch(kernel, grid, block, shared_bytes, stream, arguments...));
+  }
+  // A kernel with a thread an element, or a warp an item.
+  template <class... P, class... A>
+  void run_elements(void (*kernel)(P...), int64_t elements, A... arguments) {
+    run(kernel, blocks(ceil_div(elements, threads)), threads, 0, arguments...);
+  }
+  template <class... P, class... A>
+  void run_warps(void (*kernel)(P...), int64_t items, A... arguments) {
+    run(kernel, blocks(ceil_div(items, warps)), threads, 0, arguments...);
+  }
+
+  // C = A B as gemm.cuh has it, of texels, and of voxels.
+  template <class A, class B, class Store>
+  void texel_product(int64_t m, int n, int64_t k, int64_t k_chunk, A a, B b, Store store) {
+    check(gemm<Scalars<Real, 64>>(m, n, k, k_chunk, a, b, store, stream));
+  }
+  template <class A, class B, class Store>
+  void product(int64_t m, int n, int64_t k, int64_t k_chunk, A a, B b, Store store) {
+    if constexpr (sizeof(Real) == sizeof(float))
+      if (tensor_floats()) return check(gemm<TensorFloats>(m, n, k, k_chunk, a, b, store, stream));
+    texel_product(m, n, k, k_chunk, a, b, store);
+  }
+
+  void add_column_sums(const Real* rows, int64_t count, int n, int64_t chunk, Real* partials) {
+    run(add_column_sums_kernel<Real>, static_cast<unsigned>(ceil_div(count, chunk)), channel_threads(n), 0, rows, count, n,
+        chunk, partials);
+  }
+  void add_total(const double* values, int count, double* total) {
+    run(add_total_kernel, 1, threads, reduce_bytes, values, count, total);
+  }
+  void combine(const Partials<Real>& partials, int64_t rows, int64_t columns, const Real* factor, Real* out, int64_t pitch) {
+    run_elements(combine_kernel<Real>, rows * columns, partials, rows, static_cast<int>(columns), factor, out, pitch);
+  }
+
+ private:
+  cudaError_t status_ = cudaSuccess;
+};
+
+}  // namespace tcam

@@ -1,0 +1,204 @@
+// The first layer of a grid: planes to their projections (sampling and the first layer commute), these to z_1 or to maps of it,
+// and the gradient of z_1 back to the planes and to the first layer's weights.
+//
+// Backward sums delta_1 over k, j and i into maps dA, dB, dG. The maps go to texels by a gather, so no sum needs atomics and
+// each has one order.
+#pragma once
+#include <type_traits>
+
+#include "call.cuh"
+#include "fused_mlp.cuh"
+#include "grid_kernels.cuh"
+
+namespace tcam {
+
+template <class Real_>
+class Grid {
+ public:
+  using Real = Real_;
+
+  explicit Grid(Call<Real>& call) : c(call), p(call.p) {
+    for (int a = 0; a < 3; ++a) n_[a] = p.hi[a] - p.lo[a];
+  }
+
+  const int64_t* box() const { return n_; }
+  int64_t rounds() const { return p.batch; }  // objects, one after another
+  int64_t voxel_bytes() const { return 0; }   // of a region, beside z_1
+  // Of a slice of the maps: partial sums of delta_1.
+  int64_t slice_bytes() const {
+    return (n_[1] * tiles(2) + tiles(1) * n_[2]) * c.width(1) * static_cast<int64_t>(sizeof(Real));
+  }
+
+  // Input: of the MLP above.
+  template <class Input>
+  void carve(Carver& ws, const Regions& regions) {
+    const int n1 = c.width(1);
+    int64_t most_between = 0, most_texels = 0;
+    for (int q = 0; q < p.plane_count; ++q) {
+      row_taps_[q] = ws.array<VoxelTap<Real>>(n_[p.planes[q].row_axis]);
+      column_taps_[q] = ws.array<VoxelTap<Real>>(n_[p.planes[q].column_axis]);
+      projected_[q] = ws.array<Real>(texels(q) * n1);
+      const int64_t between = rows(q) * n_[p.planes[q].column_axis];
+      most_between = between > most_between ? between : most_between;
+      most_texels = texels(q) > most_texels ? texels(q) : most_texels;
+    }
+    if (!c.backward) return;
+    for (int m = 0; m < 3; ++m) grad_maps_[m] = ws.array<Real>(map_texels(m) * n1);
+    between_ = ws.array<Real>(most_between * n1);
+    grad_projected_ = ws.array<Real>(most_texels * n1);
+    if (!std::is_same<Input, FusedInput>::value) return;
+    partial_a_ = ws.array<Real>(regions.size[0] * n_[1] * tiles(2) * n1);
+    partial_g_ = ws.array<Real>(regions.size[0] * tiles(1) * n_[2] * n1);
+  }
+  void carve_partials(Carver& ws) {
+    for (int b = 0; b < blocks(); ++b) weight_partials_[b] = ws.array<Real>(texel_splits * c.width(1) * p.channels);
+    bias_partials_ = ws.array<Real>(row_splits * c.width(1));
+  }
+
+  // Of an object: its planes, projected.
+  void begin(const tcam_inputs& in, int64_t object, const Volume&) {
+    if (in.bounds || object == 0) place(in.bounds ? in.bounds + object * 6 : nullptr);
+    ascending_ = p.padding != TCAM_PAD_REFLECTION && !in.bounds;
+    for (int q = 0; q < p.plane_count; ++q)
+      c.texel_product(texels(q), c.width(1), p.channels, 0, Transposed<Real>{plane(in.planes, q, object), texels(q)},
+                      Transposed<Real>{weight(q), p.width[0]}, WriteRows<Real>{projected_[q], c.width(1), nullptr});
+  }
+  void begin_gradients() {
+    for (int m = 0; m < 3; ++m) c.clear(grad_maps_[m], map_texels(m) * c.width(1) * sizeof(Real));
+  }
+
+  // z_1 of a region, sampled from the projected planes; and delta_1 of it added to the maps.
+  void forward(const Region& region, Real* z) {
+    const Sampled<Real> sampled = {projected(-1), c.biases[1], c.width(1)};
+    c.run_warps(first_layer_kernel<Real>, region.voxels(), sampled, region, z);
+  }
+  void backward(const Region& r, const Real* delta, const tcam_gradients&) {
+    const int64_t row = r.nk, slice = row * r.nj;
+    const int n1 = c.width(1);
+    add_axis_sum(delta, grad_maps_[0] + (r.i0 * n_[1] + r.j0) * n1, n_[1], r.ni, r.nj, r.nk, slice, row, 1);
+    add_axis_sum(delta, grad_maps_[1] + (r.j0 * n_[2] + r.k0) * n1, n_[2], r.nj, r.nk, r.ni, row, 1, slice);
+    add_axis_sum(delta, grad_maps_[2] + (r.i0 * n_[2] + r.k0) * n1, n_[2], r.ni, r.nk, r.nj, slice, 1, row);
+  }
+
+  // The same for the fused kernels: maps A and G of a slab of i, and once B; and delta_1 of it, in 16 bits.
+  void forward(const Region& slab, const FusedInput& to) {
+    with_format(to.bfloat, [&](auto format) {
+      using T = decltype(format);
+      if (slab.i0 == 0) map<T>(1, 0, n_[1], nullptr, to, to.b);
+      map<T>(0, slab.i0, slab.ni, c.biases[1], to, to.a);
+      map<T>(2, slab.i0, slab.ni, nullptr, to, to.g);
+    });
+  }
+  void backward(const Region& slab, const FusedDelta& delta, const tcam_gradients&) {
+    with_format(delta.bfloat, [&](auto format) { sum_delta1<decltype(format)>(slab.i0, slab.ni, delta); });
+  }
+
+  // The gradients of an object's planes, and partial sums of the first layer's.
+  void end(const tcam_inputs& in, int64_t object, const tcam_gradients& to) {
+    const int n1 = c.width(1), channels = static_cast<int>(p.channels);
+    for (int q = 0; q < p.plane_count; ++q) {
+      const int64_t nu = n_[p.planes[q].row_axis], nv = n_[p.planes[q].column_axis];
+      gather(grad_maps_[map_of(q)], row_taps_[q], nu, rows(q), nv, nv, 1, between_, nv, 1);  // voxels to texels along rows,
+      gather(between_, column_taps_[q], nv, columns(q), rows(q), 1, nv, grad_projected_, 1, columns(q));  // and columns
+      if (p.grad_decoder)
+        c.texel_product(n1, channels, texels(q), ceil_div(texels(q), texel_splits), Transposed<Real>{grad_projected_, n1},
+                        Transposed<Real>{plane(in.planes, q, object), texels(q)},
+                        AddPartial<Real>{weight_partials_[block(q)], n1, p.channels});
+      if (p.grad_planes)
+        c.texel_product(texels(q), channels, n1, 0, Rows<Real>{grad_projected_, n1}, Rows<Real>{weight(q), p.width[0]},
+                        WriteTransposed<Real>{static_cast<Real*>(to.planes[q]) + object * p.channels * texels(q), texels(q)});
+    }
+    if (p.grad_decoder)
+      c.add_column_sums(grad_maps_[0], map_texels(0), n1, ceil_div(map_texels(0), row_splits), bias_partials_);
+  }
+  void write_gradients() {
+    const int64_t n1 = c.width(1);
+    for (int b = 0; b < blocks(); ++b)
+      c.combine({weight_partials_[b], texel_splits, n1 * p.channels, p.channels}, n1, p.channels, nullptr,
+                c.grad_weights[1] + b * p.channels, p.width[0]);
+    if (c.grad_biases[1]) c.combine({bias_partials_, row_splits, n1, n1}, 1, n1, nullptr, c.grad_biases[1], n1);
+  }
+
+ private:
+  static constexpr int64_t row_splits = 64;  // partial sums over rows of dA
+
+  Call<Real>& c;
+  const tcam_problem& p;
+  int64_t n_[3];
+  VoxelTap<Real>*row_taps_[TCAM_MAX_PLANES] = {}, *column_taps_[TCAM_MAX_PLANES] = {};
+  bool ascending_ = true;  // the taps
+  Real *projected_[TCAM_MAX_PLANES] = {}, *grad_maps_[3] = {}, *between_ = nullptr, *grad_projected_ = nullptr;
+  Real *partial_a_ = nullptr, *partial_g_ = nullptr;
+  Real *weight_partials_[TCAM_MAX_PLANES] = {}, *bias_partials_ = nullptr;
+
+  int64_t rows(int q) const { return p.planes[q].rows; }
+  int64_t columns(int q) const { return p.planes[q].columns; }
+  int64_t texels(int q) const { return rows(q) * columns(q); }
+  int64_t tiles(int axis) const { return ceil_div(n_[axis], sum_tile); }
+  const Real* plane(const void* const* planes, int q, int64_t object) const {
+    return static_cast<const Real*>(planes[q]) + object * p.channels * texels(q);
+  }
+  // W_1 = [W_0 | W_1 | ...], a block of columns for each plane, or one for their sum.
+  int blocks() const { return p.reduce == TCAM_CONCAT ? p.plane_count : 1; }
+  int block(int q) const { return p.reduce == TCAM_CONCAT ? q : 0; }
+  const Real* weight(int q) const { return c.weights[1] + block(q) * p.channels; }
+
+  // The map that a plane is part of: 0: A (i, j), 1: B (j, k), 2: G (i, k).
+  int map_of(int q) const { return p.planes[q].row_axis == 1 ? 1 : p.planes[q].column_axis == 1 ? 0 : 2; }
+  int64_t map_texels(int map) const { return n_[map == 1] * n_[map == 0 ? 1 : 2]; }
+  // The projected planes of a map (-1: all).
+  PlaneList<Real> projected(int map) const {
+    PlaneList<Real> list = {};
+    for (int q = 0; q < p.plane_count; ++q) {
+      if (map >= 0 && map_of(q) != map) continue;
+      const int e = list.count++;
+      list.plane[e] = projected_[q];
+      list.columns[e] = static_cast<int>(columns(q));
+      list.row_axis[e] = p.planes[q].row_axis, list.column_axis[e] = p.planes[q].column_axis;
+      list.rows_at[e] = row_taps_[q], list.columns_at[e] = column_taps_[q];
+    }
+    return list;
+  }
+
+  void place(const double* bounds) {
+    for (int q = 0; q < p.plane_count; ++q)
+      for (bool row : {true, false}) {
+        const int a = row ? p.planes[q].row_axis : p.planes[q].column_axis;
+        const Axis axis = {static_cast<int>(row ? rows(q) : columns(q)), p.align_corners != 0, p.padding};
+        c.run_elements(taps_kernel<Real>, n_[a], p.lo[a], n_[a], p.size[a], axis, p.corners != 0,
+                       bounds ? bounds + 2 * a : nullptr, row ? p.plane_scale : 1., row ? row_taps_[q] : column_taps_[q]);
+      }
+  }
+
+  // Rows x0 to x0 + nx of a map.
+  template <class T>
+  void map(int which, int64_t x0, int64_t nx, const Real* bias, const FusedInput& to, uint16_t* out) {
+    const int64_t ny = n_[which == 0 ? 1 : 2];
+    c.run_warps(map_kernel<T>, nx * ny, projected(which), c.width(1), to.channels, x0, nx, ny, bias, out);
+  }
+
+  template <class T>
+  void sum_delta1(int64_t i0, int64_t ni, const FusedDelta& delta) {
+    const int64_t nj = n_[1], nk = n_[2], n1 = c.width(1), N = delta.channels;
+    const dim3 grid(static_cast<unsigned>(tiles(2)), static_cast<unsigned>(tiles(1)));
+    auto kernel = N == 64 ? delta_sums_kernel<T, 64> : delta_sums_kernel<T, 128>;
+    c.run(kernel, grid, static_cast<unsigned>(sum_tile * N / 4), 4 * sum_tile * N * sizeof(float) + 16, delta.rows,
+          static_cast<int>(ni), static_cast<int>(nj), static_cast<int>(nk), c.width(1), delta.factor, grad_maps_[1], partial_a_,
+          partial_g_);
+    add_axis_sum(partial_a_, grad_maps_[0] + i0 * nj * n1, nj, ni, nj, tiles(2), nj * tiles(2), tiles(2), 1);
+    add_axis_sum(partial_g_, grad_maps_[2] + i0 * nk * n1, nk, ni, nk, tiles(1), tiles(1) * nk, 1, nk);
+  }
+
+  void add_axis_sum(const Real* in, Real* map, int64_t pitch, int64_t nx, int64_t ny, int64_t ns, int64_t x_step,
+                    int64_t y_step, int64_t s_step) {
+    c.run(add_axis_sum_kernel<Real>, c.blocks(nx * ny), c.channel_threads(c.width(1)), 0, in, c.width(1), static_cast<int>(nx),
+          static_cast<int>(ny), static_cast<int>(ns), x_step, y_step, s_step, map, pitch);
+  }
+  void gather(const Real* in, const VoxelTap<Real>* taps, int64_t count, int64_t texels, int64_t ny, int64_t x_step,
+              int64_t y_step, Real* out, int64_t r_step, int64_t y_out) {
+    c.run(gather_axis_kernel<Real>, c.blocks(texels * ny), c.channel_threads(c.width(1)), 0, in, taps, ascending_, count,
+          c.width(1), static_cast<int>(texels), ny, x_step, y_step, out, r_step, y_out);
+  }
+};
+
+}  // namespace tcam

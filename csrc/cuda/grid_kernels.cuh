@@ -1,0 +1,208 @@
+// The kernels of grid.cuh: projected planes to voxels and maps, and the first layer's gradient back to texels.
+#pragma once
+#include "fused_tile.cuh"
+#include "region.cuh"
+#include "sums.cuh"
+
+namespace tcam {
+
+// ---- the axes ----------------------------------------------------------------------------
+
+template <class Real>
+struct VoxelTap {
+  int lo, hi;
+  Real w_lo, w_hi;
+};
+
+// Of voxels first, first + 1, ... of `size`, weights times `scale`; see voxel_tap.
+template <class Real>
+__global__ void taps_kernel(int64_t first, int64_t count, int64_t size, Axis axis, bool corners, const double* bounds,
+                            double scale, VoxelTap<Real>* out) {
+  for (int64_t x = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; x < count;
+       x += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+    const Tap<double> t = voxel_tap(axis, first + x, size, corners, bounds);
+    out[x] = {t.lo, t.hi, static_cast<Real>(t.w_lo * scale), static_cast<Real>(t.w_hi * scale)};
+  }
+}
+
+// Planes that a map or a voxel sums: (rows, columns, n) each, with the taps of its rows and columns.
+template <class Real>
+struct PlaneList {
+  int count;
+  const Real* plane[TCAM_MAX_PLANES];
+  int columns[TCAM_MAX_PLANES];
+  int row_axis[TCAM_MAX_PLANES], column_axis[TCAM_MAX_PLANES];
+  const VoxelTap<Real>*rows_at[TCAM_MAX_PLANES], *columns_at[TCAM_MAX_PLANES];
+};
+
+template <class Real>
+TCAM_DEVICE Real bilinear(const Real* plane, int columns, int n, int c, const VoxelTap<Real>& t, const VoxelTap<Real>& u) {
+  const Real* lo = plane + static_cast<int64_t>(t.lo) * columns * n + c;
+  const Real* hi = plane + static_cast<int64_t>(t.hi) * columns * n + c;
+  const int64_t a = static_cast<int64_t>(u.lo) * n, b = static_cast<int64_t>(u.hi) * n;
+  return t.w_lo * (u.w_lo * lo[a] + u.w_hi * lo[b]) + t.w_hi * (u.w_lo * hi[a] + u.w_hi * hi[b]);
+}
+
+// ---- the first layer -----------------------------------------------------------------------
+
+template <class Real>
+struct Sampled {
+  PlaneList<Real> planes;
+  const Real* bias;  // null: none
+  int n;
+};
+
+// z_1 (voxels, n): a warp takes a voxel, its lanes the channels.
+template <class Real>
+__global__ void __launch_bounds__(threads) first_layer_kernel(Sampled<Real> s, Region region, Real* z) {
+  const int lane = threadIdx.x % 32;
+  for (int v = blockIdx.x * warps + threadIdx.x / 32; v < region.voxels(); v += gridDim.x * warps) {
+    const int64_t at[3] = {region.i(v), region.j(v), region.k(v)};
+    for (int c = lane; c < s.n; c += 32) {
+      Real sum = s.bias ? s.bias[c] : Real(0);
+      for (int q = 0; q < s.planes.count; ++q)
+        sum += bilinear(s.planes.plane[q], s.planes.columns[q], s.n, c, s.planes.rows_at[q][at[s.planes.row_axis[q]]],
+                        s.planes.columns_at[q][at[s.planes.column_axis[q]]]);
+      z[static_cast<int64_t>(v) * s.n + c] = sum;
+    }
+  }
+}
+
+// map (nx, ny, padded) = the sum of the planes at every (x0 + x, y), with bias, rounded; zero in the padding. A warp takes an
+// (x, y).
+template <class T>
+__global__ void __launch_bounds__(threads) map_kernel(PlaneList<float> planes, int n, int padded, int64_t x0, int64_t nx,
+                                                      int64_t ny, const float* bias, uint16_t* map) {
+  const int lane = threadIdx.x % 32;
+  for (int64_t v = blockIdx.x * static_cast<int64_t>(warps) + threadIdx.x / 32; v < nx * ny;
+       v += static_cast<int64_t>(gridDim.x) * warps) {
+    for (int c = lane; c < padded; c += 32) {
+      float sum = bias && c < n ? bias[c] : 0.f;
+      for (int q = 0; q < planes.count && c < n; ++q)
+        sum += bilinear(planes.plane[q], planes.columns[q], n, c, planes.rows_at[q][x0 + v / ny], planes.columns_at[q][v % ny]);
+      map[v * padded + c] = T::round(sum);
+    }
+  }
+}
+
+// ---- from delta_1 to the maps -----------------------------------------------------------------
+
+constexpr int sum_tile = 16;  // voxels of j and of k that a block of delta_sums_kernel owns
+
+// Of a slab: db[j, k] += sum over i of delta_1; partial_a[i, j, tile of k] and partial_g[i, tile of j, k]: the sums over the
+// tile. A block owns a tile of (j, k) and walks i. A thread has 8 channels, and half of the tile's j at one k; then half of its
+// k at one j. The halves meet in shared memory. Loads are not guarded, so that eight of them are on their way at once.
+template <class T, int N>
+__global__ void __launch_bounds__(sum_tile* N / 4)
+    delta_sums_kernel(const uint16_t* __restrict__ delta1, int ni, int nj, int nk, int n, const float* factor,
+                      float* __restrict__ db, float* __restrict__ partial_a, float* __restrict__ partial_g) {
+  constexpr int lanes = N / 8, own = sum_tile / 2;
+  Shared shared;
+  float* other = shared.take<float>(2 * 2 * sum_tile * N);  // of the upper halves: twice, (for g, for a), line, channel
+  const int at = threadIdx.x % lanes * 8, line = threadIdx.x / lanes % sum_tile, upper = threadIdx.x / (lanes * sum_tile);
+  const int tk = blockIdx.x, tj = blockIdx.y, tiles_k = gridDim.x, tiles_j = gridDim.y;
+  const int j0 = tj * sum_tile, k0 = tk * sum_tile;
+  const float f = factor ? *factor : 1.f;
+  float sum_b[own][8] = {};
+  // use(q, delta_1) at `own` voxels, (dj, dk) apart; zero beyond the volume.
+  auto each = [&](int i, int j, int k, int dj, int dk, auto use) {
+    uint4 raw[own];
+#pragma unroll
+    for (int q = 0; q < own; ++q) {
+      const int jq = j + q * dj, kq = k + q * dk;
+      const size_t voxel = (static_cast<size_t>(i) * nj + (jq < nj ? jq : nj - 1)) * nk + (kq < nk ? kq : nk - 1);
+      raw[q] = *reinterpret_cast<const uint4*>(delta1 + voxel * N + at);
+    }
+#pragma unroll
+    for (int q = 0; q < own; ++q) {
+      const bool inside = j + q * dj < nj && k + q * dk < nk;
+      const uint32_t all[4] = {raw[q].x, raw[q].y, raw[q].z, raw[q].w};
+      float v[8];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        v[2 * c] = inside ? T::widen(static_cast<uint16_t>(all[c])) : 0.f;
+        v[2 * c + 1] = inside ? T::widen(static_cast<uint16_t>(all[c] >> 16)) : 0.f;
+      }
+      use(q, v);
+    }
+  };
+  for (int i = 0; i < ni; ++i) {
+    float sum_g[8] = {}, sum_a[8] = {};
+    each(i, j0 + upper * own, k0 + line, 1, 0, [&](int q, const float (&v)[8]) {
+#pragma unroll
+      for (int c = 0; c < 8; ++c) sum_b[q][c] += v[c], sum_g[c] += v[c];
+    });
+    each(i, j0 + line, k0 + upper * own, 0, 1, [&](int, const float (&v)[8]) {
+#pragma unroll
+      for (int c = 0; c < 8; ++c) sum_a[c] += v[c];
+    });
+    float* const g_other = other + ((i & 1) * 2 * sum_tile + line) * N + at;
+    float* const a_other = g_other + sum_tile * N;
+    if (upper)
+#pragma unroll
+      for (int c = 0; c < 8; ++c) g_other[c] = sum_g[c], a_other[c] = sum_a[c];
+    __syncthreads();  // and the halves of step i - 1 have been read
+    if (upper) continue;
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+      const int channel = delta1_column(at + c);
+      if (channel < n && k0 + line < nk)
+        partial_g[((static_cast<size_t>(i) * tiles_j + tj) * nk + k0 + line) * n + channel] = (sum_g[c] + g_other[c]) * f;
+      if (channel < n && j0 + line < nj)
+        partial_a[((static_cast<size_t>(i) * nj + j0 + line) * tiles_k + tk) * n + channel] = (sum_a[c] + a_other[c]) * f;
+    }
+  }
+#pragma unroll
+  for (int q = 0; q < own; ++q) {
+    const int j = j0 + upper * own + q;
+    if (j >= nj || k0 + line >= nk) continue;
+    float* const to = db + (static_cast<size_t>(j) * nk + k0 + line) * n;
+    float before[8];
+#pragma unroll
+    for (int c = 0; c < 8; ++c) before[c] = to[delta1_column(at + c) < n ? delta1_column(at + c) : 0];
+#pragma unroll
+    for (int c = 0; c < 8; ++c)
+      if (delta1_column(at + c) < n) to[delta1_column(at + c)] = before[c] + sum_b[q][c] * f;
+  }
+}
+
+// ---- from the maps to texels -------------------------------------------------------------------
+
+// The first entry of an ascending table of taps whose texel below is at least `texel`.
+template <class Real>
+TCAM_DEVICE int64_t first_tap(const VoxelTap<Real>* taps, int64_t count, int texel) {
+  int64_t lo = 0, hi = count;
+  while (lo < hi) {
+    const int64_t middle = (lo + hi) / 2;
+    if (taps[middle].lo < texel)
+      lo = middle + 1;
+    else
+      hi = middle;
+  }
+  return lo;
+}
+
+// The adjoint of linear interpolation along one axis: out[r, y, :] = sum over x of w(x, r) in[x, y, :], x ascending: a gather,
+// because the voxels that read a texel are neighbours where the taps ascend; where they do not, all are looked at.
+// in is [x*x_step + y*y_step], out [r*r_step + y*y_out].
+template <class Real>
+__global__ void gather_axis_kernel(const Real* in, const VoxelTap<Real>* taps, bool ascending, int64_t count, int n, int texels,
+                                   int64_t ny, int64_t x_step, int64_t y_step, Real* out, int64_t r_step, int64_t y_out) {
+  for (int64_t b = blockIdx.x; b < texels * ny; b += gridDim.x) {
+    const int r = static_cast<int>(b / ny);
+    const int64_t y = b % ny, begin = ascending ? first_tap(taps, count, r - 1) : 0,
+                  end = ascending ? first_tap(taps, count, r + 1) : count;
+    for (int c = threadIdx.x; c < n; c += blockDim.x) {
+      Real sum = 0;
+      for (int64_t x = begin; x < end; ++x) {
+        const VoxelTap<Real> t = taps[x];
+        if (t.lo != r && t.hi != r) continue;
+        const Real w = (t.lo == r ? t.w_lo : Real(0)) + (t.hi == r ? t.w_hi : Real(0));
+        sum += w * in[(x * x_step + y * y_step) * n + c];
+      }
+      out[(r * r_step + y * y_out) * n + c] = sum;
+    }
+  }
+}
+
+}  // namespace tcam

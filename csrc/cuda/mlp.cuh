@@ -1,0 +1,155 @@
+// The layers above the first for every shape, in float64, float32 or TensorFloat-32, one after another over a region's rows of
+// z_1. (TensorFloat-32 has float16's mantissa and float32's range: where the fused kernels do not serve, it stands in for
+// float16 and bfloat16, and needs no scale.)
+//
+// Each hidden layer is one product, the last a dot product a voxel. Backward recomputes a region's layers, walks them back to
+// delta_1, and adds weight gradients to partial sums, one for each fixed range of a region's voxels.
+#pragma once
+#include "call.cuh"
+#include "mlp_kernels.cuh"
+#include "region.cuh"
+
+namespace tcam {
+
+template <class Real>
+class Mlp {
+ public:
+  using Input = Real*;  // z_1: (voxels of a region, width of layer 1)
+
+  explicit Mlp(Call<Real>& call) : c(call), p(call.p) {}
+
+  Refusal refuses(const int64_t*) const { return {}; }  // every shape, on every device
+  Refusal refuses(Output, const Device&) const { return {}; }
+  void describe(Output, char* text, size_t size) const {
+    snprintf(text, size, "layer by layer, %s products",
+             c.tensor_floats()               ? "TensorFloat-32"
+             : sizeof(Real) == sizeof(float) ? "float32"
+                                             : "float64");
+  }
+
+  // Regions whose layers, and what the first layer keeps of them, fit a fixed workspace. They follow from the problem alone.
+  template <class First>
+  Regions regions(const First& first) const {
+    int64_t each = sizeof(double) + first.voxel_bytes() + 2 * widest() * sizeof(Real);
+    for (int l = 1; l <= p.layers && c.backward; ++l) each += c.width(l) * sizeof(Real);
+    const int64_t most = p.tile > 0 ? p.tile : region_voxels, fit = region_bytes / each;
+    return Regions::of(first.box(), most < fit ? most : fit);
+  }
+
+  void carve(Carver& ws, const Regions& regions) {
+    const int L = p.layers;
+    most_ = regions.most();
+    losses_ = ws.array<double>(most_);
+    if (!c.backward) {
+      Real* two[2] = {ws.array<Real>(most_ * widest()), ws.array<Real>(L > 2 ? most_ * widest() : 0)};
+      for (int l = 1; l <= L; ++l) z_[l] = two[l & 1 ? 0 : 1];
+      return;
+    }
+    for (int l = 1; l < L || l == 1; ++l) z_[l] = ws.array<Real>(most_ * c.width(l));
+    for (Real*& delta : delta_) delta = ws.array<Real>(most_ * widest());
+  }
+  void carve_partials(Carver& ws) {
+    for (int l = 2; l <= p.layers; ++l) {
+      weight_partials_[l] = ws.array<Real>(splits() * c.width(l) * c.width(l - 1));
+      bias_partials_[l] = ws.array<Real>(bias_splits() * c.width(l));
+    }
+  }
+
+  void begin(const void*, const tcam_objective*, int64_t) {}
+  Input input() const { return z_[1]; }
+  const Real* delta() const { return delta_[1]; }
+
+  // From z_1 to the output or, with an objective, to `loss`.
+  void forward(const Region& region, const Volume& volume, const tcam_objective* objective, double* loss) {
+    hidden_layers(region.voxels());
+    last_layer(region, volume, objective, loss, nullptr);
+  }
+  // From z_1 and the output's gradient or target to delta_1, and to the partial sums.
+  void backward(const Region& region, const Volume& volume, const tcam_objective* objective, double* loss) {
+    hidden_layers(region.voxels());
+    last_layer(region, volume, objective, loss, delta_[p.layers & 1]);
+    walk_back(region.voxels());
+  }
+
+  void write_gradients() {
+    for (int l = 2; l <= p.layers; ++l) {
+      const int64_t n = c.width(l), m = c.width(l - 1);
+      c.combine({weight_partials_[l], splits(), n * m, m}, n, m, nullptr, c.grad_weights[l], m);
+      if (c.grad_biases[l]) c.combine({bias_partials_[l], bias_splits(), n, n}, 1, n, nullptr, c.grad_biases[l], n);
+    }
+  }
+
+ private:
+  Call<Real>& c;
+  const tcam_problem& p;
+  int64_t most_ = 0;  // voxels of a region
+  Real *z_[TCAM_MAX_LAYERS + 1] = {}, *delta_[2] = {};
+  double* losses_ = nullptr;
+  Real *weight_partials_[TCAM_MAX_LAYERS + 1] = {}, *bias_partials_[TCAM_MAX_LAYERS + 1] = {};
+
+  int64_t splits() const { return ceil_div(most_, voxel_chunk); }
+  int64_t bias_splits() const { return ceil_div(most_, bias_chunk); }
+  int64_t widest() const {
+    int most = 1;
+    for (int l = 1; l <= p.layers; ++l) most = c.width(l) > most ? c.width(l) : most;
+    return most;
+  }
+  Activated<Real> activated(int l) const { return {z_[l], c.width(l), c.activation(l)}; }
+
+  // z of layers 2 to L-1.
+  void hidden_layers(int64_t voxels) {
+    for (int l = 2; l < p.layers; ++l)
+      c.product(voxels, c.width(l), c.width(l - 1), 0, activated(l - 1), Transposed<Real>{c.weights[l], c.width(l - 1)},
+                WriteRows<Real>{z_[l], c.width(l), c.biases[l]});
+  }
+
+  void last_layer(const Region& region, const Volume& volume, const tcam_objective* objective, double* loss, Real* delta) {
+    const int L = p.layers, in = L > 1 ? L - 1 : 1;
+    const LastLayer<Real> last = {z_[in],
+                                  L > 1 ? c.weights[L] : nullptr,
+                                  c.biases[L],
+                                  c.width(in),
+                                  c.width(L),
+                                  c.activation(L - 1),
+                                  c.output_activation(),
+                                  volume.data,
+                                  volume.dtype,
+                                  volume.channel_stride,
+                                  volume.voxel_stride,
+                                  objective ? static_cast<Loss>(objective->loss) : Loss::mse,
+                                  objective ? objective->beta : 0,
+                                  delta,
+                                  losses_};
+    auto kernel = objective ? last_layer_kernel<Real, Finish::compare>
+                  : delta   ? last_layer_kernel<Real, Finish::gradient>
+                            : last_layer_kernel<Real, Finish::write>;
+    c.run_warps(kernel, region.voxels(), last, region);
+    if (objective) c.add_total(losses_, region.voxels(), loss);
+  }
+
+  // From delta_L in delta_[L & 1] to delta_1 in delta_[1].
+  void walk_back(int64_t voxels) {
+    for (int l = p.layers; l >= 2; --l) {
+      const Real* delta = delta_[l & 1];
+      const int n = c.width(l), m = c.width(l - 1);
+      if (p.grad_decoder) {
+        const Transposed<Real> a = {delta, n};
+        const AddPartial<Real> add = {weight_partials_[l], n, m};
+        if (n <= 16)
+          c.check(gemm<Scalars<Real, 16>>(n, m, voxels, voxel_chunk, a, activated(l - 1), add, c.stream));
+        else
+          c.product(n, m, voxels, voxel_chunk, a, activated(l - 1), add);
+        c.add_column_sums(delta, voxels, n, bias_chunk, bias_partials_[l]);
+      }
+      Real* next = delta_[(l - 1) & 1];
+      if (l == p.layers)
+        c.run_elements(last_delta_kernel<Real>, voxels * m, delta, n, c.weights[l], z_[l - 1], m, c.activation(l - 1),
+                       voxels * m, next);
+      else
+        c.product(voxels, m, n, 0, Rows<Real>{delta, n}, Rows<Real>{c.weights[l], m},
+                  WriteDelta<Real>{next, z_[l - 1], m, c.activation(l - 1)});
+    }
+  }
+};
+
+}  // namespace tcam

@@ -1,0 +1,110 @@
+// The kernels of mlp.cuh: operands of the hidden layers' products, and the last layer.
+#pragma once
+#include "../maths/half.h"
+#include "../maths/loss.h"
+#include "region.cuh"
+#include "sums.cuh"
+
+namespace tcam {
+
+// ---- operands of the products ----------------------------------------------------------------
+
+// a(z) of a layer, rows are voxels.
+template <class Real>
+struct Activated {
+  static constexpr bool columns_adjacent = true;
+  const Real* z;
+  int64_t pitch;
+  Hidden<Real> activation;
+  TCAM_DEVICE Real load(int64_t r, int64_t c) const { return z[r * pitch + c]; }
+  TCAM_DEVICE Real value(Real x) const { return Maths<Scalar<Real>>::value(activation, x); }
+};
+
+// a'(z), with the conventions of maths/activation.h.
+template <class Real>
+TCAM_DEVICE Real slope_at(Hidden<Real> activation, Real z) {
+  using M = Maths<Scalar<Real>>;
+  const Real value = M::value(activation, z);
+  return slope_from_value(activation.kind) ? M::slope_of_value(activation, value) : M::slope(activation, z, value);
+}
+
+template <class Real>
+struct WriteDelta {
+  Real* out;
+  const Real* z;
+  int64_t pitch;
+  Hidden<Real> activation;
+  TCAM_DEVICE void operator()(int, int64_t r, int c, Real sum) const {
+    out[r * pitch + c] = sum * slope_at(activation, z[r * pitch + c]);
+  }
+};
+
+// ---- the last layer --------------------------------------------------------------------------
+
+enum class Finish { write, gradient, compare };
+
+template <class Real>
+struct LastLayer {
+  const Real *z, *weight, *bias;  // weight (n_out, n_in); null with one layer, where z is the output itself
+  int n_in, n_out;
+  Hidden<Real> activation;
+  Final<Real> output_activation;
+  void* volume;  // of one object: written, or the gradient, or the target
+  int dtype;
+  int64_t channel_stride, voxel_stride;
+  Loss loss;
+  double beta;
+  Real* delta;     // (voxels, n_out); null: not wanted
+  double* losses;  // (voxels), of all channels
+};
+
+// A warp takes a voxel; its lanes share the dot product.
+template <class Real, Finish what>
+__global__ void __launch_bounds__(threads) last_layer_kernel(LastLayer<Real> p, Region region) {
+  using M = Maths<Scalar<Real>>;
+  using L = LossMaths<Scalar<Real>>;
+  const int lane = threadIdx.x % 32;
+  for (int v = blockIdx.x * warps + threadIdx.x / 32; v < region.voxels(); v += gridDim.x * warps) {
+    const Real* z = p.z + static_cast<int64_t>(v) * p.n_in;
+    double total = 0;
+    for (int o = 0; o < p.n_out; ++o) {
+      Real sum = 0;
+      if (p.weight) {
+        for (int c = lane; c < p.n_in; c += 32) sum += M::value(p.activation, z[c]) * p.weight[o * p.n_in + c];
+        for (int other = 16; other; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
+        if (p.bias) sum += p.bias[o];
+      } else {
+        sum = z[o];
+      }
+      if (lane) continue;
+      const int64_t at = o * p.channel_stride + region.in_box(v) * p.voxel_stride;
+      if (what == Finish::write) {
+        Elements<Real>::write(p.volume, p.dtype, at, output_of<true>(p.output_activation, sum));
+        continue;
+      }
+      Real delta = Elements<Real>::read(p.volume, p.dtype, at);
+      if (what == Finish::compare) {
+        const Real difference = output_of<true>(p.output_activation, sum) - delta;
+        total += static_cast<double>(L::value(p.loss, difference, p.beta));
+        delta = L::slope(p.loss, difference, p.beta);
+      }
+      if (p.delta) p.delta[static_cast<int64_t>(v) * p.n_out + o] = delta * output_slope_of<true>(p.output_activation, sum);
+    }
+    if (what == Finish::compare && lane == 0) p.losses[v] = total;
+  }
+}
+
+// delta_(L-1) = (delta_L W_L) a'(z_(L-1)): C_out is small, so an element is a few products.
+template <class Real>
+__global__ void __launch_bounds__(threads) last_delta_kernel(const Real* delta, int n_out, const Real* weight, const Real* z,
+                                                             int n, Hidden<Real> activation, int64_t elements, Real* out) {
+  for (int64_t e = blockIdx.x * static_cast<int64_t>(threads) + threadIdx.x; e < elements;
+       e += static_cast<int64_t>(gridDim.x) * threads) {
+    const int64_t v = e / n, c = e % n;
+    Real sum = 0;
+    for (int o = 0; o < n_out; ++o) sum += delta[v * n_out + o] * weight[o * n + c];
+    out[e] = sum * slope_at(activation, z[e]);
+  }
+}
+
+}  // namespace tcam

@@ -1,0 +1,78 @@
+// Sums in a fixed order: along an axis, down columns, over the partial sums of a split, over a block.
+#pragma once
+#include "device.cuh"
+
+namespace tcam {
+
+constexpr int threads = 256, warps = threads / 32;
+
+inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// map[x, y, :] += sum over s of delta[x*x_step + y*y_step + s*s_step, :], s ascending. A block takes an (x, y).
+template <class Real>
+__global__ void add_axis_sum_kernel(const Real* delta, int n, int nx, int ny, int ns, int64_t x_step, int64_t y_step,
+                                    int64_t s_step, Real* map, int64_t map_pitch) {
+  for (int b = blockIdx.x; b < nx * ny; b += gridDim.x) {
+    const int x = b / ny, y = b % ny;
+    for (int c = threadIdx.x; c < n; c += blockDim.x) {
+      Real sum = 0;
+      for (int s = 0; s < ns; ++s) sum += delta[(x * x_step + y * y_step + s * s_step) * n + c];
+      map[(x * map_pitch + y) * n + c] += sum;
+    }
+  }
+}
+
+// partials[split, :] += sum of the split's rows.
+template <class Real>
+__global__ void add_column_sums_kernel(const Real* rows, int64_t count, int n, int64_t chunk, Real* partials) {
+  const int64_t begin = blockIdx.x * chunk, end = begin + chunk < count ? begin + chunk : count;
+  for (int c = threadIdx.x; c < n; c += blockDim.x) {
+    Real sum = 0;
+    for (int64_t r = begin; r < end; ++r) sum += rows[r * n + c];
+    partials[blockIdx.x * static_cast<int64_t>(n) + c] += sum;
+  }
+}
+
+// Partial sums of a matrix: split s at data + s * split_pitch, rows `row_pitch` apart.
+template <class Real>
+struct Partials {
+  const Real* data;
+  int64_t splits, split_pitch, row_pitch;
+};
+
+// out[r*pitch + c] = factor (null: 1) times the sum of the splits' elements (r, c), split 0 first.
+template <class Real>
+__global__ void combine_kernel(Partials<Real> in, int64_t rows, int columns, const Real* factor, Real* out, int64_t pitch) {
+  for (int64_t e = blockIdx.x * static_cast<int64_t>(threads) + threadIdx.x; e < rows * columns;
+       e += static_cast<int64_t>(gridDim.x) * threads) {
+    const int64_t r = e / columns, c = e % columns;
+    Real sum = 0;
+    for (int64_t s = 0; s < in.splits; ++s) sum += in.data[s * in.split_pitch + r * in.row_pitch + c];
+    out[r * pitch + c] = factor ? sum * *factor : sum;
+  }
+}
+
+// join(join(x_0, x_1), ...) of what a block's `threads` threads bring, in one order, for thread 0. `all`: `threads` numbers.
+template <class Number, class Join>
+TCAM_DEVICE Number reduce_block(Number own, Number* all, Join join) {
+  all[threadIdx.x] = own;
+  __syncthreads();
+  for (int half = threads / 2; half; half /= 2) {
+    if (static_cast<int>(threadIdx.x) < half) all[threadIdx.x] = join(all[threadIdx.x], all[threadIdx.x + half]);
+    __syncthreads();
+  }
+  return all[0];
+}
+constexpr size_t reduce_bytes = threads * sizeof(double);
+
+// *total += sum of values. One block.
+static __global__ void __launch_bounds__(threads) add_total_kernel(const double* values, int count, double* total) {
+  Shared shared;
+  double* all = shared.take<double>(threads);
+  double sum = 0;
+  for (int v = threadIdx.x; v < count; v += threads) sum += values[v];
+  sum = reduce_block(sum, all, [](double a, double b) { return a + b; });
+  if (threadIdx.x == 0) *total += sum;
+}
+
+}  // namespace tcam
