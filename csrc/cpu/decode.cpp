@@ -1,4 +1,5 @@
-// The ops on the CPU: a grid that separates walks maps (grid.h), everything else walks points (points.h).
+// The ops on the CPU. A decode has a first layer, of a grid that separates into maps (grid.h) or of points (points.h), and an
+// MLP (mlp.h), and owns the loop over objects and pieces of work.
 #include "decode.h"
 
 #include <chrono>
@@ -9,18 +10,104 @@
 namespace tcam {
 namespace {
 
-// f(Grid or Points, workspace): what decodes the problem, in the type of its maps and sums.
+template <class First>
+class Decode {
+  using Real = typename First::Real;
+
+ public:
+  Decode(const tcam_problem& problem, bool backward, Carver& ws)
+      : p(problem), mlp_(problem, backward, First::blocks(problem, backward), ws), first_(mlp_, ws) {}
+  Decode(const Decode&) = delete;  // its parts hold references to each other
+
+  // With an objective (null: none): the losses, `out` being the target.
+  void forward(const tcam_inputs& in, void* out, const tcam_objective* objective, double* losses) {
+    begin(in);
+    for (long round = 0; round < first_.rounds(); ++round) {
+      first_.begin(in, round);
+      mlp_.clear_losses();
+      first_.each_piece([&](const auto& piece) {
+        const Volume volume = volume_of(out, objective, round, piece);
+        const Maps maps = first_.maps(piece);
+        each_block(piece, [&](const Block& block, long task, int thread) {
+          first_.forward_block(piece, volume, task, thread);
+          if (p.layers) mlp_.forward_block(maps, block, volume, objective, task, thread);
+        });
+      });
+      if (objective) losses[round] = mlp_.total_loss();
+    }
+  }
+
+  // `out` is the gradient of the output or, with an objective, its target.
+  void backward(const tcam_inputs& in, const void* out, const tcam_objective* objective, double* losses,
+                const tcam_gradients& to) {
+    const bool per_object = objective && objective->per_object;
+    begin(in);
+    for (long round = 0; round < first_.rounds(); ++round) {
+      if (round == 0 || per_object) {
+        mlp_.clear_gradients();
+        first_.clear_gradients();
+      }
+      first_.begin(in, round);
+      mlp_.clear_losses();
+      first_.begin_gradients();
+      first_.each_piece([&](const auto& piece) {
+        const Volume volume = volume_of(const_cast<void*>(out), objective, round, piece);
+        const Maps maps = first_.maps(piece);
+        first_.begin_backward(piece);
+        each_block(piece, [&](const Block& block, long task, int thread) {
+          first_.forward_block(piece, volume, task, thread);
+          if (p.layers) mlp_.backward_block(maps, block, volume, objective, first_.gradients(piece, task), task, thread);
+          first_.backward_block(piece, volume, task, thread, to);
+        });
+        first_.end_backward(piece);
+      });
+      if (objective) losses[round] = mlp_.total_loss();
+      first_.end(in, round, to);
+      if (!p.layers || !p.grad_decoder || !(per_object || round == first_.rounds() - 1)) continue;
+      first_.write_gradients(to, per_object ? round : 0);
+      mlp_.write_gradients(to, per_object ? round : 0);
+    }
+  }
+
+ private:
+  const tcam_problem& p;
+  Mlp<Real> mlp_;
+  First first_;
+
+  void begin(const tcam_inputs& in) {
+    mlp_.pack(in);
+    first_.pack(in);
+  }
+  template <class Piece, class F>
+  void each_block(const Piece& piece, F f) {
+    parallel_for(mlp_.blocks, mlp_.threads, [&](long task, int thread) {
+      const Block block = first_.block(piece, task);
+      if (block.j0 < block.j1) f(block, task, thread);
+    });
+  }
+  // Of a piece: the output of an object (C_out, box), or of points (points, C_out).
+  template <class Piece>
+  Volume volume_of(void* out, const tcam_objective* objective, long round, const Piece& piece) const {
+    const int dtype = objective ? objective->target_dtype : p.out_dtype;
+    const long n_out = static_cast<long>(p.width[p.layers]), first = first_.first_voxel(piece);
+    if (p.points >= 0) return {out, dtype, 1, n_out, first};
+    const long voxels = static_cast<long>((p.hi[0] - p.lo[0]) * (p.hi[1] - p.lo[1]) * (p.hi[2] - p.lo[2]));
+    return {static_cast<char*>(out) + round * n_out * voxels * dtype_bytes(dtype), dtype, voxels, 1, first};
+  }
+};
+
+// f(decode, workspace): what decodes the problem, in the type of its maps and sums.
 template <class F>
-auto with_decoder(const tcam_problem& problem, bool backward, void* workspace, F f) {
+auto with_decode(const tcam_problem& problem, bool backward, void* workspace, F f) {
   Carver ws(workspace);
   auto run = [&](auto real) {
     using Real = decltype(real);
     if (walks_points(problem)) {
-      Points<Real> decoder(problem, backward, ws);
-      return f(decoder, ws);
+      Decode<Points<Real>> decode(problem, backward, ws);
+      return f(decode, ws);
     }
-    Grid<Real> decoder(problem, backward, ws);
-    return f(decoder, ws);
+    Decode<Grid<Real>> decode(problem, backward, ws);
+    return f(decode, ws);
   };
   return problem.dtype == TCAM_F64 ? run(double()) : run(float());
 }
@@ -56,28 +143,28 @@ void resample(const tcam_resample& p, const double* bounds, const Real* in, Real
 extern "C" {
 
 int64_t tcam_decode_cpu_workspace(const tcam_problem* problem, int backward) {
-  return tcam::with_decoder(*problem, backward != 0, nullptr, [](auto&, tcam::Carver& ws) { return ws.used(); });
+  return tcam::with_decode(*problem, backward != 0, nullptr, [](auto&, tcam::Carver& ws) { return ws.used(); });
 }
 
 void tcam_decode_cpu(const tcam_problem* problem, const tcam_inputs* inputs, void* out, void* workspace) {
-  tcam::with_decoder(*problem, false, workspace,
-                     [&](auto& decoder, tcam::Carver&) { decoder.forward(*inputs, out, nullptr, nullptr); });
+  tcam::with_decode(*problem, false, workspace,
+                    [&](auto& decode, tcam::Carver&) { decode.forward(*inputs, out, nullptr, nullptr); });
 }
 
 void tcam_decode_backward_cpu(const tcam_problem* problem, const void* grad_out, const tcam_inputs* inputs,
                               const tcam_gradients* gradients, void* workspace) {
-  tcam::with_decoder(*problem, true, workspace,
-                     [&](auto& decoder, tcam::Carver&) { decoder.backward(*inputs, grad_out, nullptr, nullptr, *gradients); });
+  tcam::with_decode(*problem, true, workspace,
+                    [&](auto& decode, tcam::Carver&) { decode.backward(*inputs, grad_out, nullptr, nullptr, *gradients); });
 }
 
 void tcam_decode_loss_cpu(const tcam_problem* problem, const tcam_objective* objective, const tcam_inputs* inputs,
                           double* losses, const tcam_gradients* gradients, void* workspace) {
   const bool backward = tcam::loss_wants_gradients(*problem);
-  tcam::with_decoder(*problem, backward, workspace, [&](auto& decoder, tcam::Carver&) {
+  tcam::with_decode(*problem, backward, workspace, [&](auto& decode, tcam::Carver&) {
     if (backward)
-      decoder.backward(*inputs, objective->target, objective, losses, *gradients);
+      decode.backward(*inputs, objective->target, objective, losses, *gradients);
     else
-      decoder.forward(*inputs, const_cast<void*>(objective->target), objective, losses);
+      decode.forward(*inputs, const_cast<void*>(objective->target), objective, losses);
   });
 }
 

@@ -1,4 +1,4 @@
-// decode_grid on the CPU where it separates into maps over pairs of axes: concatenation or sum of the planes.
+// The first layer of a grid on the CPU, where it separates into maps over pairs of axes: concatenation or sum of the planes.
 //
 // Forward: project each plane through its block of W_1 (texels x n_1), resample the projections to maps A (slab, W), B (W, D),
 // G (slab, D) one slab of i at a time, planes over the same pair of axes into the same map, and walk the slab's voxels in
@@ -8,7 +8,7 @@
 #include <cmath>
 
 #include "../maths/bilinear.h"
-#include "mlp.h"
+#include "first_weights.h"
 
 namespace tcam {
 
@@ -36,98 +36,120 @@ struct Partition {
   }
 };
 
-template <class Real>
+template <class Real_>
 class Grid {
  public:
-  Grid(const tcam_problem& problem, bool backward, Carver& ws)
-      : p(problem), w(problem, backward), m(problem, backward, w.j_chunks * w.k_chunks, ws), first(m, texel_chunks, ws) {
+  using Real = Real_;
+
+  // Blocks of a slab, which threads share.
+  static long blocks(const tcam_problem& problem, bool backward) {
+    const Partition w(problem, backward);
+    return w.j_chunks * w.k_chunks;
+  }
+
+  Grid(const Mlp<Real>& mlp, Carver& ws) : m(mlp), p(m.p), w(p, m.backward), weights(m, texel_chunks, w.n[1], ws) {
     for (int q = 0; q < p.plane_count; ++q) {
       const tcam_plane& s = p.planes[q];
-      planes.push_back({s.row_axis + s.column_axis == 1 ? 0
-                        : s.row_axis == 1               ? 1
-                                                        : 2,
-                        s.row_axis,
-                        s.column_axis,
-                        s.rows,
-                        s.columns,
-                        {},
-                        {},
-                        ws.take(m.row_bytes(s.rows * s.columns)),
-                        nullptr,
-                        nullptr});
+      const int map = s.row_axis + s.column_axis == 1 ? 0 : s.row_axis == 1 ? 1 : 2;
+      char* projected = ws.take(m.row_bytes(s.rows * s.columns));
+      planes.push_back({map, s.row_axis, s.column_axis, s.rows, s.columns, {}, {}, projected, nullptr, nullptr});
     }
     a = ws.take(m.row_bytes(w.slab * w.n[1]));
     b = ws.take(m.row_bytes(w.n[1] * w.n[2]));
     g = ws.take(m.row_bytes(w.slab * w.n[2]));
-    if (backward) {
-      for (Plane& q : planes) {
-        q.grad_projected = ws.take(m.row_bytes(q.texels()));
-        q.grad_rows = ws.take(m.row_bytes(q.rows * w.n[q.column_axis]));
-      }
-      da = ws.take(m.row_bytes(w.k_chunks * w.slab * w.n[1]));
-      db = ws.take(m.row_bytes(w.n[1] * w.n[2]));
-      dg = ws.take(m.row_bytes(w.j_chunks * w.slab * w.n[2]));
-      bias_rows = ws.take(m.row_bytes(w.n[1]));
+    if (!m.backward) return;
+    for (Plane& q : planes) {
+      q.grad_projected = ws.take(m.row_bytes(q.texels()));
+      q.grad_rows = ws.take(m.row_bytes(q.rows * w.n[q.column_axis]));
     }
+    da = ws.take(m.row_bytes(w.k_chunks * w.slab * w.n[1]));
+    db = ws.take(m.row_bytes(w.n[1] * w.n[2]));
+    dg = ws.take(m.row_bytes(w.j_chunks * w.slab * w.n[2]));
   }
 
-  // With an objective (null: none) `volume` is its target, and losses (B) are written.
-  void forward(const tcam_inputs& in, void* volume, const tcam_objective* objective, double* losses) {
-    prepare(in);
-    const int dtype = objective ? objective->target_dtype : p.out_dtype;
-    for (long object = 0; object < p.batch; ++object) {
-      project(object, in);
-      m.clear_losses();
-      for (long i0 = 0; i0 < w.n[0]; i0 += w.slab) {
-        const long ni = std::min(w.slab, w.n[0] - i0);
-        const Maps maps = slab_maps(i0, ni);
-        const Volume v = slab_of(volume, dtype, object, i0);
-        parallel_for(m.blocks, m.threads,
-                     [&](long task, int thread) { m.forward_block(maps, block(task, ni), v, objective, task, thread); });
-      }
-      if (objective) losses[object] = m.total_loss();
-    }
+  struct Piece {  // a slab of i
+    long i0, ni;
+  };
+  template <class F>
+  void each_piece(F f) {
+    for (long i0 = 0; i0 < w.n[0]; i0 += w.slab) f(Piece{i0, std::min(w.slab, w.n[0] - i0)});
   }
 
-  // `volume` is the gradient of the volume or, with an objective, its target.
-  void backward(const tcam_inputs& in, const void* volume, const tcam_objective* objective, double* losses,
-                const tcam_gradients& to) {
-    prepare(in);
-    const int dtype = objective ? objective->target_dtype : p.out_dtype;
-    const bool per_object = objective && objective->per_object;
-    for (long object = 0; object < p.batch; ++object) {
-      if (object == 0 || per_object) {
-        m.clear_gradients();
-        first.clear_gradients();
-        zero(bias_rows, m.row_bytes(w.n[1]), m.threads);
+  long rounds() const { return static_cast<long>(p.batch); }
+  void pack(const tcam_inputs& in) { weights.pack(in); }
+  void clear_gradients() { weights.clear_gradients(); }
+  void write_gradients(const tcam_gradients& to, long object) const { weights.write_gradients(to, object); }
+
+  // Of an object: its planes, projected, and the map B.
+  void begin(const tcam_inputs& in, long object) {
+    if (in.bounds || object == 0) place(in.bounds ? in.bounds + object * 6 : nullptr);
+    const long chunks = weights.chunks;
+    parallel_for(p.plane_count * chunks, m.threads, [&](long task, int thread) {
+      const Plane& q = planes[static_cast<size_t>(task / chunks)];
+      const Range s = chunk(q.texels(), chunks, task % chunks);
+      m.real.project(features(q, in.planes[task / chunks], object), s.lo, s.hi,
+                     weights.weights(weights.block_of(task / chunks)), m.n1, q.projected, m.stride, false, m.scratch(thread));
+    });
+    parallel_for(w.n[1], m.threads, [&](long j, int) { map_row(1, j, w.n[2], nullptr, b + m.row_bytes(j * w.n[2])); });
+  }
+  void begin_gradients() {
+    zero(db, m.row_bytes(w.n[1] * w.n[2]), m.threads);
+    for (Plane& q : planes) zero(q.grad_rows, m.row_bytes(q.rows * w.n[q.column_axis]), m.threads);
+  }
+
+  // The maps A and G of a slab.
+  Maps maps(const Piece& slab) {
+    parallel_for(2 * slab.ni, m.threads, [&](long task, int) {
+      const long i = task / 2;
+      if (task % 2)
+        map_row(2, slab.i0 + i, w.n[2], nullptr, g + m.row_bytes(i * w.n[2]));
+      else  // A has b_1
+        map_row(0, slab.i0 + i, w.n[1], weights.bias(), a + m.row_bytes(i * w.n[1]));
+    });
+    const long s = m.stride, wide = w.n[1], deep = w.n[2];
+    return {a, b, g, wide * s, s, deep * s, s, deep * s, s, wide, deep, s, nullptr};
+  }
+  Block block(const Piece& slab, long task) const {
+    const Range j = chunk(w.n[1], w.j_chunks, task / w.k_chunks), k = chunk(w.n[2], w.k_chunks, task % w.k_chunks);
+    return {0, slab.ni, j.lo, j.hi, k.lo, k.hi};
+  }
+  long first_voxel(const Piece& slab) const { return slab.i0 * w.n[1] * w.n[2]; }
+  void forward_block(const Piece&, const Volume&, long, int) {}
+
+  void begin_backward(const Piece&) {
+    zero(da, m.row_bytes(w.k_chunks * w.slab * w.n[1]), m.threads);
+    zero(dg, m.row_bytes(w.j_chunks * w.slab * w.n[2]), m.threads);
+  }
+  BlockGradients gradients(const Piece&, long task) const {
+    const long kc = task % w.k_chunks, jc = task / w.k_chunks;
+    return {da + m.row_bytes(kc * w.slab * w.n[1]), db, dg + m.row_bytes(jc * w.slab * w.n[2]), nullptr};
+  }
+  void backward_block(const Piece&, const Volume&, long, int, const tcam_gradients&) {}
+
+  // The parts of dA and dG summed in block order and carried along i to plane rows.
+  void end_backward(const Piece& slab) {
+    auto combine = [&](int map, char* parts, long count, long columns, long x) {
+      for (long i = 0; i < slab.ni; ++i) {
+        Real* total = reals(parts) + (i * columns + x) * m.stride;
+        for (long q = 1; q < count; ++q) m.real.add_scaled(total, total + q * w.slab * columns * m.stride, 1.0, m.stride);
+        for (const Plane& q : planes)
+          if (q.map == map)
+            spread(q.row_taps[static_cast<size_t>(slab.i0 + i)], reals(q.grad_rows) + x * m.stride, columns * m.stride, total);
+        if (map == 0) weights.add_bias_gradient(x, total);
       }
-      project(object, in);
-      m.clear_losses();
-      zero(db, m.row_bytes(w.n[1] * w.n[2]), m.threads);
-      for (Plane& q : planes) zero(q.grad_rows, m.row_bytes(q.rows * w.n[q.column_axis]), m.threads);
-      for (long i0 = 0; i0 < w.n[0]; i0 += w.slab) {
-        const long ni = std::min(w.slab, w.n[0] - i0);
-        const Maps maps = slab_maps(i0, ni);
-        zero(da, m.row_bytes(w.k_chunks * w.slab * w.n[1]), m.threads);
-        zero(dg, m.row_bytes(w.j_chunks * w.slab * w.n[2]), m.threads);
-        const Volume v = slab_of(const_cast<void*>(volume), dtype, object, i0);
-        parallel_for(m.blocks, m.threads, [&](long task, int thread) {
-          const long kc = task % w.k_chunks, jc = task / w.k_chunks;
-          m.backward_block(maps, block(task, ni), v, objective, da + m.row_bytes(kc * w.slab * w.n[1]), db,
-                           dg + m.row_bytes(jc * w.slab * w.n[2]), task, thread);
-        });
-        combine_slab(i0, ni);
-      }
-      if (objective) losses[object] = m.total_loss();
-      gradients_to_texels();
-      unproject(object, in, to);
-      if (p.grad_decoder && (per_object || object == p.batch - 1)) {
-        const long row = per_object ? object : 0;
-        first.write_gradient(to, row);
-        if (to.biases[0]) write_bias(static_cast<Real*>(to.biases[0]) + row * m.n1);
-        m.write_gradients(to, row);
-      }
-    }
+    };
+    parallel_for(w.n[1] + w.n[2], m.threads, [&](long x, int) {
+      if (x < w.n[1])
+        combine(0, da, w.k_chunks, w.n[1], x);
+      else
+        combine(2, dg, w.j_chunks, w.n[2], x - w.n[1]);
+    });
+  }
+
+  // The gradients of an object's planes, and partial sums of the first layer's.
+  void end(const tcam_inputs& in, long object, const tcam_gradients& to) {
+    gradients_to_texels();
+    unproject(object, in, to);
   }
 
  private:
@@ -138,34 +160,20 @@ class Grid {
     char *projected, *grad_projected, *grad_rows;  // grad_rows (rows, voxels of the column axis)
     long texels() const { return rows * columns; }
   };
+  const Mlp<Real>& m;
   const tcam_problem& p;
   const Partition w;
-  Mlp<Real> m;
-  FirstLayer<Real> first;
+  FirstWeights<Real> weights;
   std::vector<Plane> planes;
   char *a, *b, *g;
-  char *da, *db, *dg, *bias_rows;
+  char *da = nullptr, *db = nullptr, *dg = nullptr;
 
   static Real* reals(char* p) { return reinterpret_cast<Real*>(p); }
-  Volume slab_of(void* base, int dtype, long object, long i0) const {
-    const long voxels = w.n[0] * w.n[1] * w.n[2];
-    return {static_cast<char*>(base) + object * p.width[p.layers] * voxels * dtype_bytes(dtype), dtype, voxels, 1,
-            i0 * w.n[1] * w.n[2]};
-  }
-  Block block(long task, long ni) const {
-    const Range j = chunk(w.n[1], w.j_chunks, task / w.k_chunks), k = chunk(w.n[2], w.k_chunks, task % w.k_chunks);
-    return {0, ni, j.lo, j.hi, k.lo, k.hi};
-  }
   Features features(const Plane& plane, const void* data, long object) const {
     return {static_cast<const Real*>(data) + object * p.channels * plane.texels(), static_cast<long>(p.channels), 1,
             plane.texels()};
   }
 
-  void prepare(const tcam_inputs& in) {
-    m.pack(in);
-    first.pack(in);
-    if (!in.bounds) place(nullptr);
-  }
   void place(const double* bounds) {
     for (Plane& q : planes) {
       auto taps = [&](int axis, long texels, double scale) {
@@ -180,18 +188,6 @@ class Grid {
       q.row_taps = taps(q.row_axis, q.rows, p.plane_scale);
       q.column_taps = taps(q.column_axis, q.columns, 1.0);
     }
-  }
-
-  void project(long object, const tcam_inputs& in) {
-    const long chunks = first.chunks;
-    if (in.bounds) place(in.bounds + object * 6);
-    parallel_for(p.plane_count * chunks, m.threads, [&](long task, int thread) {
-      const Plane& q = planes[static_cast<size_t>(task / chunks)];
-      const Range s = chunk(q.texels(), chunks, task % chunks);
-      m.real.project(features(q, in.planes[task / chunks], object), s.lo, s.hi, first.weights(first.block_of(task / chunks)),
-                     m.n1, q.projected, m.stride, false, m.scratch(thread));
-    });
-    parallel_for(w.n[1], m.threads, [&](long j, int) { map_row(1, j, w.n[2], nullptr, b + m.row_bytes(j * w.n[2])); });
   }
 
   // Row `x` of a map: the sum of its planes, and of `bias` (null: none).
@@ -218,42 +214,10 @@ class Grid {
     }
   }
 
-  Maps slab_maps(long i0, long ni) {
-    parallel_for(2 * ni, m.threads, [&](long task, int) {
-      const long i = task / 2;
-      if (task % 2)
-        map_row(2, i0 + i, w.n[2], nullptr, g + m.row_bytes(i * w.n[2]));
-      else  // b_1 rides on A
-        map_row(0, i0 + i, w.n[1], first.bias(), a + m.row_bytes(i * w.n[1]));
-    });
-    const long s = m.stride, wide = w.n[1], deep = w.n[2];
-    return {a, b, g, wide * s, s, deep * s, s, deep * s, s, wide, deep, s, nullptr};
-  }
-
   // to[t.lo], to[t.hi] += from, with the tap's weights; rows `step` apart.
   void spread(const Tap<double>& t, Real* to, long step, const Real* from) {
     m.real.add_scaled(to + t.lo * step, from, t.w_lo, m.stride);
     m.real.add_scaled(to + t.hi * step, from, t.w_hi, m.stride);
-  }
-
-  // Sum the parts of dA and dG in block order and carry them along i to plane rows.
-  void combine_slab(long i0, long ni) {
-    auto combine = [&](int map, char* parts, long count, long columns, long x) {
-      for (long i = 0; i < ni; ++i) {
-        Real* total = reals(parts) + (i * columns + x) * m.stride;
-        for (long q = 1; q < count; ++q) m.real.add_scaled(total, total + q * w.slab * columns * m.stride, 1.0, m.stride);
-        for (const Plane& q : planes)
-          if (q.map == map)
-            spread(q.row_taps[static_cast<size_t>(i0 + i)], reals(q.grad_rows) + x * m.stride, columns * m.stride, total);
-        if (map == 0) m.real.add_scaled(reals(bias_rows) + x * m.stride, total, 1.0, m.stride);
-      }
-    };
-    parallel_for(w.n[1] + w.n[2], m.threads, [&](long x, int) {
-      if (x < w.n[1])
-        combine(0, da, w.k_chunks, w.n[1], x);
-      else
-        combine(2, dg, w.j_chunks, w.n[2], x - w.n[1]);
-    });
   }
 
   void gradients_to_texels() {
@@ -275,27 +239,19 @@ class Grid {
   }
 
   void unproject(long object, const tcam_inputs& in, const tcam_gradients& to) {
-    const long chunks = first.chunks;
+    const long chunks = weights.chunks;
     // Planes that share a block of weights also share its partial sums: one plane after the other.
     for (long from = 0, until; from < p.plane_count; from = until) {
       until = p.reduce == TCAM_CONCAT ? p.plane_count : from + 1;
       parallel_for((until - from) * chunks, m.threads, [&](long task, int thread) {
-        const long plane = from + task / chunks, block = first.block_of(plane);
+        const long plane = from + task / chunks, block = weights.block_of(plane);
         const Plane& q = planes[static_cast<size_t>(plane)];
         const Range s = chunk(q.texels(), chunks, task % chunks);
         const Features f = features(q, in.planes[plane], object);
-        m.real.unproject(q.grad_projected, m.stride, f, s.lo, s.hi, p.grad_planes ? first.transposed(block) : nullptr, m.n1,
+        m.real.unproject(q.grad_projected, m.stride, f, s.lo, s.hi, p.grad_planes ? weights.transposed(block) : nullptr, m.n1,
                          p.grad_planes ? const_cast<void*>(features(q, to.planes[plane], object).data) : nullptr,
-                         first.partial(block, task % chunks), m.scratch(thread));
+                         weights.partial(block, task % chunks), m.scratch(thread));
       });
-    }
-  }
-
-  void write_bias(Real* bias) const {
-    for (long r = 0; r < m.n1; ++r) {
-      Real sum = 0;
-      for (long j = 0; j < w.n[1]; ++j) sum += reals(bias_rows)[j * m.stride + r];
-      bias[r] = sum;
     }
   }
 };

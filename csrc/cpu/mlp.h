@@ -122,10 +122,10 @@ class Mlp {
     core.forward(decoder_, maps, block, volume, objective ? &compare : nullptr, tile_, scratch(thread));
   }
   // `volume` is the gradient of the volume or, with an objective, its target.
-  void backward_block(const Maps& maps, const Block& block, const Volume& volume, const tcam_objective* objective, void* da,
-                      void* db, void* dg, long task, int thread) const {
+  void backward_block(const Maps& maps, const Block& block, const Volume& volume, const tcam_objective* objective,
+                      BlockGradients grads, long task, int thread) const {
     const Objective compare = objective_of(objective, task);
-    const BlockGradients grads = {da, db, dg, sums_ ? sums_ + task * block_sums_ : nullptr};
+    grads.decoder = sums_ ? sums_ + task * block_sums_ : nullptr;
     core.backward(decoder_, maps, block, volume, objective ? &compare : nullptr, grads, tile_, scratch(thread));
   }
 
@@ -165,83 +165,6 @@ class Mlp {
   Objective objective_of(const tcam_objective* o, long task) const {
     if (!o) return {};
     return {static_cast<Loss>(o->loss), o->beta, losses_ + task};
-  }
-};
-
-// The first layer's weights W_1 = [W_0 | W_1 | ...], one block of columns for each matrix of features that it multiplies (the
-// planes, or their sum or product; a point's own), and partial sums of their gradients: one for each fixed chunk of work.
-template <class Real>
-class FirstLayer {
- public:
-  const long chunks;
-
-  FirstLayer(const Mlp<Real>& mlp, long chunk_count, Carver& ws) : chunks(chunk_count), m(mlp), p(mlp.p) {
-    const long planes = p.reduce == TCAM_CONCAT ? p.plane_count : 1;
-    for (long q = 0; q < planes; ++q) add(ws, p.channels);
-    for (long e = 0; e < p.extra; e += TCAM_MAX_WIDTH) add(ws, std::min<long>(p.extra - e, TCAM_MAX_WIDTH));
-    bias_ = ws.take(m.stride * m.real.real_bytes);
-  }
-
-  long blocks() const { return static_cast<long>(blocks_.size()); }
-  long block_of(long plane) const { return p.reduce == TCAM_CONCAT ? plane : 0; }
-  long width(long b) const { return blocks_[static_cast<size_t>(b)].width; }
-  const void* weights(long b) const { return blocks_[static_cast<size_t>(b)].packed; }
-  const void* transposed(long b) const { return blocks_[static_cast<size_t>(b)].transposed; }
-  const void* bias() const { return bias_; }
-  // Of a chunk: (round_up(n_1, rows), padded width); null: not wanted.
-  void* partial(long b, long chunk) const {
-    const Part& part = blocks_[static_cast<size_t>(b)];
-    return part.partials ? part.partials + chunk * part_size(part.width) : nullptr;
-  }
-
-  void pack(const tcam_inputs& in) {
-    if (!p.layers) return;
-    const Real* w1 = static_cast<const Real*>(in.weights[0]);
-    for (const Part& b : blocks_) {
-      m.real.pack_panels(w1 + b.column, 1, p.width[0], b.width, m.n1, b.packed);
-      if (m.backward) m.real.pack_panels(w1 + b.column, p.width[0], 1, m.n1, b.width, b.transposed);
-    }
-    Mlp<Real>::copy_bias(bias_, in.biases[0], m.n1, m.stride);
-  }
-  void clear_gradients() {
-    for (const Part& b : blocks_)
-      if (b.partials) zero(b.partials, chunks * part_size(b.width) * m.real.real_bytes, m.threads);
-  }
-  void write_gradient(const tcam_gradients& to, long object) const {
-    Real* weight = static_cast<Real*>(to.weights[0]) + object * m.n1 * p.width[0];
-    for (const Part& b : blocks_) {
-      const long padded = round_up(b.width, m.real.columns), size = part_size(b.width);
-      parallel_for(m.n1, m.threads, [&](long r, int) {
-        for (long x = 0; x < b.width; ++x) {
-          Real sum = 0;
-          for (long c = 0; c < chunks; ++c) sum += b.partials[c * size + r * padded + x];
-          weight[r * p.width[0] + b.column + x] = sum;
-        }
-      });
-    }
-  }
-
- private:
-  struct Part {
-    long width, column;
-    void *packed, *transposed;
-    Real* partials;
-  };
-  const Mlp<Real>& m;
-  const tcam_problem& p;
-  std::vector<Part> blocks_;
-  char* bias_;
-
-  long part_size(long width) const { return round_up(m.n1, m.real.rows) * round_up(width, m.real.columns); }
-  void add(Carver& ws, long width) {
-    Part b = {width, blocks_.empty() ? 0 : blocks_.back().column + blocks_.back().width, nullptr, nullptr, nullptr};
-    const long bytes = m.real.real_bytes;
-    if (p.layers) {
-      b.packed = ws.take(width * m.stride * bytes);
-      if (m.backward) b.transposed = ws.take(m.n1 * round_up(width, m.real.columns) * bytes);
-      if (m.backward && p.grad_decoder) b.partials = reinterpret_cast<Real*>(ws.take(chunks * part_size(width) * bytes));
-    }
-    blocks_.push_back(b);
   }
 };
 
