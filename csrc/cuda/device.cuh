@@ -143,7 +143,7 @@ struct ScalarNoise {
 };
 
 // The output activation. Those that need more than a few instructions are out of line: their registers are not the kernel's.
-// Without `sines` there is no half_sine, whose range reduction would cost the kernels of fused.cuh registers even so.
+// Without `sines` there is no half_sine, whose range reduction would cost the fused kernels registers even so.
 template <bool sines, class Real>
 TCAM_OUT_OF_LINE Real rare_output(Final<Real> a, Real z) {
   if (!sines && a.kind == OutputActivation::half_sine) return z;

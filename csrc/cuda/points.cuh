@@ -37,7 +37,7 @@ class Points {
   const int64_t* box() const { return n_; }
   int64_t rounds() const { return grid_ ? p.batch : 1; }  // a grid's objects, one after another
   int64_t voxel_bytes() const {
-    int64_t each = p.plane_count * static_cast<int64_t>(sizeof(Corners<Real>));
+    int64_t each = p.plane_count * static_cast<int64_t>(sizeof(TexelTaps<Real>));
     if (!projected_) each += (samples_ + 1) * p.channels * static_cast<int64_t>(sizeof(Real)) * (c.backward ? 2 : 1);
     return each;
   }
@@ -46,7 +46,7 @@ class Points {
   void carve(Carver& ws, const Regions& regions) {
     most_ = regions.most();
     texel_values_ = ws.array<Real>(texel_rows_ * row_);
-    corners_ = ws.array<Corners<Real>>(most_ * p.plane_count);
+    taps_ = ws.array<TexelTaps<Real>>(most_ * p.plane_count);
     if (!projected_) sampled_ = ws.array<Real>(samples_ * most_ * p.channels);
     if (p.reduce == TCAM_PRODUCT) product_ = ws.array<Real>(most_ * p.channels);
     if (!c.backward) return;
@@ -89,7 +89,7 @@ class Points {
   void forward(const Region& wave, Real* z) {
     const int64_t count = wave.voxels(), channels = p.channels;
     const int n1 = c.width(1);
-    c.run_elements(place_kernel<Real>, count * p.plane_count, planes(), wave.k0, count, corners_);
+    c.run_elements(place_kernel<Real>, count * p.plane_count, planes(), wave.k0, count, taps_);
     if (projected_) {
       gather(0, p.plane_count, count, c.biases[1], z);
     } else {
@@ -178,7 +178,7 @@ class Points {
   Volume volume_ = {};
   Real *texel_values_ = nullptr, *sampled_ = nullptr, *product_ = nullptr, *grad_texels_ = nullptr, *grad_sampled_ = nullptr,
        *grad_product_ = nullptr;
-  Corners<Real>* corners_ = nullptr;
+  TexelTaps<Real>* taps_ = nullptr;
   unsigned long long* fixed_ = nullptr;
   float *largest_ = nullptr, *scale_ = nullptr;
   Real *weight_partials_[TCAM_MAX_PLANES + 1] = {}, *bias_partials_ = nullptr;
@@ -215,14 +215,14 @@ class Points {
     all.scale = static_cast<Real>(p.plane_scale);
     all.points = grid_ ? nullptr : static_cast<const Real*>(in_->points);
     all.objects = in_->objects;
-    all.each = grid_ ? 1 : p.points / p.batch, all.held = objects_;
+    all.each = grid_ ? 1 : p.points / p.batch, all.object_count = objects_;
     all.bounds = in_->bounds ? in_->bounds + round_ * 6 : nullptr;
     all.box = grid_box(p);
     return all;
   }
 
   void gather(int q0, int q1, int64_t count, const Real* bias, Real* out) {
-    c.run_warps(gather_points_kernel<Real>, count, corners_, p.plane_count, q0, q1, count, texel_values_, row_, bias, out);
+    c.run_warps(gather_points_kernel<Real>, count, taps_, p.plane_count, q0, q1, count, texel_values_, row_, bias, out);
   }
   void add_noise(const Region& wave) {
     const PointNoise<Real> noise = {planes(),
@@ -281,7 +281,7 @@ class Points {
     }
     c.run(scale_kernel, 1, 1, 0, largest_, read, 0.f, 1.f, fixed_exponent, NAN, scale_);
     for (int s = 0; s < parts; ++s)
-      c.run_warps(scatter_points_kernel<Real>, count, corners_, p.plane_count, parts == 1 ? 0 : s,
+      c.run_warps(scatter_points_kernel<Real>, count, taps_, p.plane_count, parts == 1 ? 0 : s,
                   parts == 1 ? p.plane_count : s + 1, count, part(s), row_, scale_, fixed_);
     c.run_elements(add_fixed_kernel<Real>, texel_rows_ * row_, fixed_, texel_rows_ * row_, scale_ + 1, grad_texels_);
   }

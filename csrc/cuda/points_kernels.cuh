@@ -8,7 +8,7 @@ constexpr int fixed_exponent = 45;  // of the largest contribution: 2^16 of them
 
 // Where a point reads a plane: rows of texels, in rows, and their weights.
 template <class Real>
-struct Corners {
+struct TexelTaps {
   int64_t row[4];
   Real weight[4];
 };
@@ -23,8 +23,8 @@ struct PointPlanes {
   Real scale;
   const Real* points;      // (all points, axes); of a grid: null
   const int64_t* objects;  // null: `each` points an object
-  int64_t each, held;      // held: objects whose texels there are
-  const double* bounds;    // of a grid's object; null: none
+  int64_t each, object_count;
+  const double* bounds;  // of a grid's object; null: none
   GridBox box;
 
   TCAM_HD Tap<Real> tap(int axis, int64_t texels, int64_t point) const {
@@ -37,14 +37,14 @@ struct PointPlanes {
   TCAM_HD int64_t object(int64_t point) const {
     if (!points) return 0;
     const int64_t o = objects ? objects[point] : point / each;
-    return o >= 0 && o < held ? o : -1;
+    return o >= 0 && o < object_count ? o : -1;
   }
 };
 
-// corners (points, planes) of the wave's points; a point without an object gets NaN.
+// taps (points, planes) of the wave's points; a point without an object gets NaN.
 template <class Real>
 __global__ void __launch_bounds__(threads)
-    place_kernel(PointPlanes<Real> p, int64_t first, int64_t count, Corners<Real>* corners) {
+    place_kernel(PointPlanes<Real> p, int64_t first, int64_t count, TexelTaps<Real>* taps) {
   for (int64_t e = blockIdx.x * static_cast<int64_t>(threads) + threadIdx.x; e < count * p.count;
        e += static_cast<int64_t>(gridDim.x) * threads) {
     const int64_t point = first + e / p.count, object = p.object(point);
@@ -52,16 +52,16 @@ __global__ void __launch_bounds__(threads)
     const Tap<Real> r = p.tap(p.row_axis[q], p.rows[q], point), c = p.tap(p.column_axis[q], p.columns[q], point);
     const int64_t begin = p.base[q] + (object < 0 ? 0 : object) * p.rows[q] * p.columns[q];
     const Real s = object < 0 ? static_cast<Real>(NAN) : p.scale;
-    corners[e] = {{begin + r.lo * p.columns[q] + c.lo, begin + r.lo * p.columns[q] + c.hi, begin + r.hi * p.columns[q] + c.lo,
-                   begin + r.hi * p.columns[q] + c.hi},
-                  {r.w_lo * c.w_lo * s, r.w_lo * c.w_hi * s, r.w_hi * c.w_lo * s, r.w_hi * c.w_hi * s}};
+    taps[e] = {{begin + r.lo * p.columns[q] + c.lo, begin + r.lo * p.columns[q] + c.hi, begin + r.hi * p.columns[q] + c.lo,
+                begin + r.hi * p.columns[q] + c.hi},
+               {r.w_lo * c.w_lo * s, r.w_lo * c.w_hi * s, r.w_hi * c.w_lo * s, r.w_hi * c.w_hi * s}};
   }
 }
 
 // out (points, n) = bias (null: 0) + the sum of the texels (rows, n) of planes [q0, q1). A warp takes a point.
 template <class Real>
 __global__ void __launch_bounds__(threads)
-    gather_points_kernel(const Corners<Real>* corners, int planes, int q0, int q1, int64_t count, const Real* texels, int n,
+    gather_points_kernel(const TexelTaps<Real>* taps, int planes, int q0, int q1, int64_t count, const Real* texels, int n,
                          const Real* bias, Real* out) {
   const int lane = threadIdx.x % 32;
   for (int64_t t = blockIdx.x * static_cast<int64_t>(warps) + threadIdx.x / 32; t < count;
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(threads)
     for (int c = lane; c < n; c += 32) {
       Real sum = bias ? bias[c] : Real(0);
       for (int q = q0; q < q1; ++q) {
-        const Corners<Real>& at = corners[t * planes + q];
+        const TexelTaps<Real>& at = taps[t * planes + q];
 #pragma unroll
         for (int x = 0; x < 4; ++x) sum += at.weight[x] * texels[at.row[x] * n + c];
       }
@@ -114,14 +114,14 @@ __global__ void __launch_bounds__(threads) add_noise_kernel(PointNoise<Real> n, 
 // Adds delta (points, n) to the texels of planes [q0, q1), in units of 1/scale.
 template <class Real>
 __global__ void __launch_bounds__(threads)
-    scatter_points_kernel(const Corners<Real>* corners, int planes, int q0, int q1, int64_t count, const Real* delta, int n,
+    scatter_points_kernel(const TexelTaps<Real>* taps, int planes, int q0, int q1, int64_t count, const Real* delta, int n,
                           const float* scale, unsigned long long* fixed) {
   const int lane = threadIdx.x % 32;
   const Real s = static_cast<Real>(*scale);
   for (int64_t t = blockIdx.x * static_cast<int64_t>(warps) + threadIdx.x / 32; t < count;
        t += static_cast<int64_t>(gridDim.x) * warps)
     for (int q = q0; q < q1; ++q) {
-      const Corners<Real>& at = corners[t * planes + q];
+      const TexelTaps<Real>& at = taps[t * planes + q];
 #pragma unroll
       for (int x = 0; x < 4; ++x) {
         const Real w = at.weight[x] * s;
