@@ -9,7 +9,7 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
   using Base = FusedBackwardBlock<T, N>;
   using Base::chain_warps, Base::chain_threads, Base::pair_threads, Base::chain_barrier, Base::written, Base::read;
   using Base::forward_products;
-  using Base::MT, Base::WI, Base::R, Base::steps, Base::tile, Base::words;
+  using Base::MT, Base::WI, Base::WJ, Base::R, Base::steps, Base::tile, Base::words;
   using typename Base::Block, typename Base::Fragment, typename Base::Memory;
 
   // Where the halves of a fragment are positive (they are never negative): word (m * steps + s) / 4, bits (s % 4) * 4 + r and
