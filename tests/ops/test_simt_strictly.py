@@ -172,7 +172,7 @@ FAULTS = {
         "at / 2 % 4 * 8 + at / 8 % 4 * 2",
         "at / 8 % 4 * 8 + at / 2 % 4 * 2",
     ),
-    "no scale": ("scale.cuh", "frexpf(most, &own);", ";"),
+    "no scale": ("scale.cuh", "frexpf(most, &from);", ";"),
     "a scale that is not undone": ("fused_mlp.cuh", "    factor_ = scale_ + 4;", "    factor_ = scale_ + 1;"),
     "a tile of the sums over i forgotten": ("grid.cuh", "add_axis_sum(partial_g_", "if (i0 == 0) add_axis_sum(partial_g_"),
     "the bias of the layer below the last": ("fused_mlp_kernels.cuh", "sum * p.bias[r]", "sum"),
@@ -207,7 +207,7 @@ FAULTS = {
     "zeros that are none": ("fused_rows.cuh", "c.clear(maps.a,", "if (false) c.clear(maps.a,"),
     "a texel's voxels begin too late": ("resample.cu", "< r - 1 + 2 *", "< r + 2 *"),
     "no barrier before the next texel": ("resample.cu", "__syncthreads();  // range is read", ""),
-    "no barrier before the tree": ("sums.cuh", "[threadIdx.x] = own;\n  " + BARRIER, "[threadIdx.x] = own;\n"),
+    "no barrier before the tree": ("sums.cuh", "[threadIdx.x] = value;\n  " + BARRIER, "[threadIdx.x] = value;\n"),
 }
 
 
