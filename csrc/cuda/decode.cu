@@ -10,6 +10,12 @@
 namespace tcam {
 namespace {
 
+// A round is one object of a grid, or all points at once. For each round, forward and backward call on every region in turn:
+//   First::forward   writes z_1, the first layer before its activation, to mlp_.input();
+//   Mlp::forward     continues from there to the output or the losses;
+//   Mlp::backward    recomputes that and writes delta_1, the gradient of z_1, to mlp_.delta();
+//   First::backward  adds delta_1 to the sums from which First::end computes the gradients of the planes.
+// Partial sums of the decoder's gradients stay in the workspace until write_gradients adds them up.
 template <class First, class Mlp>
 class Decode {
   using Real = typename First::Real;
