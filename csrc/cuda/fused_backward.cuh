@@ -1,21 +1,22 @@
-// Backward of the fused kernels: ReLU decoders of hidden widths to 128 in bfloat16 or float16, float32 sums.
+// The fused backward kernel, for the decoders of fused_forward.cuh, with float32 sums.
 //
 //     delta_L = dl/dy;  delta_l = (delta_(l+1) W_(l+1)) * (h_l > 0);  dW_l = sum over voxels of delta_l h_(l-1)^T
 //
-// The weight gradients of all layers are more accumulators than an SM has registers. So one launch computes the gradient of one
-// layer, from the last hidden one down, and what its voxels need of the other layers is recomputed: the first launch (`head`)
-// walks all layers forward, compares with the target, and leaves behind dl/dy and, as bits, where each h_l is positive; those
-// bits are all that the later launches need of the layers above theirs. The last launch goes on to delta_1, which leaves in 16
-// bits for the sums over k, i and j. With P products between hidden layers the launches do P P + 2 products a voxel.
+// The weight gradients of all layers need more accumulators than an SM has registers. Each launch therefore computes the weight
+// gradient of one layer, from the last hidden layer down, and recomputes the activations that it needs. The first launch,
+// `head`, computes all layers forward and the loss, and stores dl/dy and bit masks of where each h_l is positive; the masks are
+// all that later launches need of the layers above theirs. The last launch, that of layer 2, also computes delta_1 and writes
+// it in 16 bits; grid.cuh or fused_rows.cuh reads it from there. With P products between hidden layers, the launches together
+// do P P + 2 products a voxel.
 //
-// A block has four chain warps, which walk tiles of voxels as the forward kernel's do, and four outer warps, each with a
-// quarter of dW in its registers. A chain warp lays the h_(l-1) and delta_l of its tile into shared memory and goes on; the
-// outer warps take the tiles in turn, so every sum has one order. Warp w and warp w + 4 share a scheduler: the outer products
-// fill the gaps that a chain of dependent layers leaves on the tensor core.
+// A block has four chain warps and four outer warps. A chain warp takes its tiles through the layers, forward and back, as the
+// forward kernel's warps do, and writes each tile's h_(l-1) and delta_l to shared memory. The four outer warps each have a
+// quarter of dW_l in registers and add the outer products of these tiles, in the order of steps and chain warps, so that every
+// sum has one order. Warps w and w + 4 share a scheduler, so outer products run while the chain's dependent products wait.
 //
-// With one output, delta_P+1 = dy w mask: dW is then summed without the factor w of its row, which the kernel that combines the
-// blocks' sums multiplies in (and which gives the gradient of w itself: combine_top_kernel), and the walk down begins with
-// diag(w) W in the place of W.
+// With one output, row r of delta_(P+1) is dy w_r mask_r. The kernel leaves out the factor w_r from dW_(P+1) and db_(P+1);
+// combine_top_kernel multiplies it in, and computes the gradient of w from the same sums. The walk back correspondingly begins
+// with diag(w) W_(P+1) (`top`) in place of W_(P+1).
 #pragma once
 #include "fused_backward_chain.cuh"
 #include "fused_backward_outer.cuh"
@@ -54,6 +55,8 @@ struct FusedBackwardKernel : FusedBackwardBlock<T, N> {
   }
 };
 
+// One block for each multiprocessor; each walks an equal range of the steps. The first chain_threads threads are the chain
+// warps.
 template <class T, int N>
 __global__ void __launch_bounds__(FusedBackwardKernel<T, N>::threads, 1) fused_backward_kernel(FusedBackward p) {
   FusedBackwardKernel<T, N>::run(p);
@@ -61,12 +64,12 @@ __global__ void __launch_bounds__(FusedBackwardKernel<T, N>::threads, 1) fused_b
 
 constexpr int fused_backward_chain_threads = FusedBackwardKernel<ptx::BFloat16, 128>::chain_threads;
 
-// Of one launch, whatever the width.
+// The number of steps of a launch over these maps, for either width.
 inline int fused_backward_steps(const FusedMaps& maps) {
   return FusedBackwardKernel<ptx::BFloat16, 128>::Block::Steps(maps, 0, 1).count();
 }
 
-// Of shared memory that a block takes.
+// Bytes of dynamic shared memory of a block.
 inline size_t fused_backward_bytes(const FusedBackward& p, int width) {
   using Narrow = FusedBackwardKernel<ptx::BFloat16, 64>;
   using Wide = FusedBackwardKernel<ptx::BFloat16, 128>;
@@ -83,7 +86,7 @@ cudaError_t launch_fused_backward(const FusedBackward& p, int blocks, cudaStream
   return launch(kernel, dim3(static_cast<unsigned>(blocks)), Kernel::threads, bytes, stream, p);
 }
 
-// `blocks`: at most the steps and fused_most_blocks.
+// Launches the kernel of a width. blocks <= fused_backward_steps(p.maps) and blocks <= fused_most_blocks.
 template <class T>
 cudaError_t choose_fused_backward(const FusedBackward& p, int width, int blocks, cudaStream_t stream) {
   return width == 64 ? launch_fused_backward<T, 64>(p, blocks, stream) : launch_fused_backward<T, 128>(p, blocks, stream);

@@ -1,4 +1,4 @@
-// A block of the backward kernel: its parameters, its warps and barriers, its shared memory.
+// A block of the fused backward kernel: its arguments, its warps and named barriers, its shared memory.
 #pragma once
 #include "../maths/half.h"
 #include "../maths/loss.h"
@@ -6,37 +6,39 @@
 
 namespace tcam {
 
-constexpr int fused_most_blocks = 256;  // one a processor; bounds the partial sums
-constexpr int fused_backward_wide = 4;  // chain warps, neighbours along i
+constexpr int fused_most_blocks = 256;  // at most this many blocks, one a multiprocessor; bounds the partial sums
+constexpr int fused_backward_wide = 4;  // chain warps of a block, neighbours along i
 
+// Arguments of a launch of fused_backward_kernel; N is the padded width, P = products, R the voxels of a tile.
 struct FusedBackward {
   FusedMaps maps;
-  const uint16_t* weights;  // (products, N, N): W_2 to W_(P+1)
-  const uint16_t* top;      // (N, N): what delta_(P+1) is multiplied with
-  const float* biases;      // (products, N)
+  const uint16_t* weights;  // (P, N outputs, N inputs): W_2 to W_(P+1) in the 16-bit format
+  const uint16_t* top;      // (N, N): the matrix that takes delta_(P+1) to delta_P, W_(P+1) or diag(w) W_(P+1)
+  const float* biases;      // (P, N): b_2 to b_(P+1)
   const float* last;        // (n_out, N): W_L
   const float* last_bias;   // (n_out)
   int products, n_out;
-  int layer;                // whose weights: P+1 or L first, then down to 2
-  bool head, weighted;      // weighted: the gradient of the weights is wanted
-  const float* last_scale;  // that W_L, and with it every delta below, is multiplied with; null: 1. (In `top` it is already.)
-  // Of the head:
-  const void* volume;  // the first voxel: of the target, or of the gradient of the volume
+  int layer;                // the layer whose weight gradient this launch computes, L or P+1 down to 2
+  bool head, weighted;      // head: this is the first launch; weighted: the weight gradient is wanted
+  const float* last_scale;  // factor of W_L on the way back, so of every delta below it; null: 1. `top` includes it
+  // Read or written by the head alone:
+  const void* volume;  // the target or the gradient of the output, at the first voxel
   int dtype;
   int64_t channel_stride, voxel_stride;
   Final<float> output_activation;
-  bool compares;
+  bool compares;  // true: volume is the target; false: the gradient
   Loss loss;
   double beta;
-  const float* scale;  // that dl/dy is multiplied with; null: 1
-  double* losses;      // (blocks, chain threads)
-  double* dy_sums;     // the same: of dl/dy, with one output
-  // From launch to launch:
-  uint4* masks;      // (products, steps, chain threads): of h_2 to h_(P+1); null: for the losses alone
-  float* dy;         // (steps, chain warps, n_out, R); null with masks
-  uint16_t* delta1;  // (ni, nj, nk, N), channels in the order of delta1_column
-  float* sums;       // (blocks, N, N): += dW_layer
-  float* row_sums;   // (blocks, 2, N): += the sum of delta_layer, in two parts
+  const float* scale;  // factor of dl/dy; null: 1
+  double* losses;      // (blocks, chain threads) = the sum of each thread's losses
+  double* dy_sums;     // (blocks, chain threads) = with one output, the sum of each thread's dl/dy
+  // Written by the head, read by later launches:
+  uint4* masks;  // (P, steps, chain threads): where h_2 to h_(P+1) are positive; null: only losses are wanted
+  float* dy;     // (steps, chain warps, n_out, R): dl/dy; null where masks is
+  // Results:
+  uint16_t* delta1;  // (ni, nj, nk, N), channels in the order of delta1_column; written by the launch of layer 2
+  float* sums;       // (blocks, N, N) += dW_layer
+  float* row_sums;   // (blocks, 2, N) += the sum of delta_layer over voxels, in two parts
 };
 
 template <class T, int N>
@@ -46,13 +48,14 @@ struct FusedBackwardBlock {
   using Fragment = typename Block::Fragment;
   static constexpr int chain_threads = Block::threads, threads = chain_threads + 32 * outer_warps;
   static constexpr int steps = Block::steps, tile = Block::tile, R = Block::R, words = N / 32;
-  static constexpr int pair_threads = 32 + 32 * outer_warps;  // at the barriers of a chain warp with the outer warps
-  // Named barriers: of the chain warps; a chain warp's tile is written; it has been read.
+  static constexpr int pair_threads = 32 + 32 * outer_warps;  // threads at a barrier of one chain warp with the outer warps
+  // Named barriers: chain_barrier joins the chain warps; written + w says that chain warp w has written its tiles of h and
+  // delta, read + w that the outer warps have read them.
   static constexpr int chain_barrier = 1, written = 2, read = written + chain_warps;
 
-  // Products of the forward walk: to h_(P+1) in the head, else to h_(layer-1).
+  // The number of products of the walk forward: up to h_(P+1) in the head, else up to h_(layer-1).
   TCAM_HD static int forward_products(const FusedBackward& p) { return p.head ? p.products : p.layer - 2; }
-  // Of the walk back: to delta_layer, or to delta_1 in the launch of layer 2.
+  // The number of products of the walk back: down to delta_layer, or to delta_1 in the launch of layer 2.
   TCAM_HD static int back_products(const FusedBackward& p) {
     return p.layer > p.products + 1 ? 0 : p.products + 1 - p.layer + (p.layer == 2 ? 1 : 0);
   }
@@ -63,12 +66,13 @@ struct FusedBackwardBlock {
            4 * (p.products * N + fused_most_out * N + fused_most_out) + 256;
   }
 
+  // The arrays in shared memory.
   struct Memory {
-    uint16_t* panels;  // those of the forward walk, then those of the walk back
+    uint16_t* panels;  // (products, N, N), swizzled: the matrices of the walk forward, then those of the walk back
     typename Block::Stage stage;
-    uint16_t* tiles;  // (chain warps, h and delta, R, N)
-    uint16_t* split_last;
-    float *biases, *last, *last_bias;
+    uint16_t* tiles;       // (chain warps, 2, R, N), swizzled: each chain warp's tile of h_(layer-1), then that of delta_layer
+    uint16_t* split_last;  // (8, N): FusedTile::split_last
+    float *biases, *last, *last_bias;  // (P, N); (fused_most_out, N), times last_scale; (fused_most_out)
     TCAM_DEVICE Memory(Shared& shared, const FusedBackward& p)
         : panels(shared.take<uint16_t>((forward_products(p) + back_products(p)) * N * N)),
           stage(shared),
