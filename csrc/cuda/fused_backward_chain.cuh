@@ -1,4 +1,5 @@
-// The chain warps of the backward kernel: a tile's walk forward through the layers, the loss, and the walk back.
+// The chain warps of the fused backward kernel: each takes a tile forward through the layers, computes the loss, and walks
+// back.
 #pragma once
 #include "fused_backward_block.cuh"
 
@@ -12,8 +13,8 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
   using Base::MT, Base::WI, Base::WJ, Base::R, Base::steps, Base::tile, Base::words;
   using typename Base::Block, typename Base::Fragment, typename Base::Memory;
 
-  // Where the halves of a fragment are positive (they are never negative): word (m * steps + s) / 4, bits (s % 4) * 4 + r and
-  // 16 more.
+  // mask = where the numbers of h are positive. h is the output of a ReLU, so each number is positive or zero. Register
+  // h[m][s][r] has word (m * steps + s) / 4: bit (s % 4) * 4 + r for its low half, 16 bits above for its high half.
   TCAM_DEVICE static void to_mask(uint32_t (&mask)[words], const Fragment& h) {
 #pragma unroll
     for (int q = 0; q < words; ++q) mask[q] = 0;
@@ -27,10 +28,12 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
           word = word >> 1 | ((h[m][s][r] + 0x7fff7fffu) & 0x80008000u);
         }
   }
+  // Register [m][s][r] with each half set to zero where the mask has no bit for it.
   TCAM_DEVICE static uint32_t masked(uint32_t value, const uint32_t (&mask)[words], int m, int s, int r) {
     return value & ptx::spread_signs(mask[(m * steps + s) / 4] << (15 - (s % 4 * 4 + r)));
   }
 
+  // This thread's mask of h_layer at step s, read from p.masks or stored there.
   TCAM_DEVICE static void load_mask(uint32_t (&mask)[words], const FusedBackward& p, int layer, int steps_in_all, int s,
                                     int tid) {
     const uint4 v = p.masks[(static_cast<size_t>(layer - 2) * steps_in_all + s) * chain_threads + tid];
@@ -45,6 +48,7 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
     p.masks[(static_cast<size_t>(layer - 2) * steps_in_all + s) * chain_threads + tid] = v;
   }
 
+  // Writes a fragment to a swizzled tile (R, N) in shared memory.
   TCAM_DEVICE static void store_tile(uint16_t* to, const Fragment& f, const Lane<N>& lane) {
 #pragma unroll
     for (int m = 0; m < MT; ++m)
@@ -52,7 +56,7 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
       for (int s = 0; s < steps; ++s) ptx::store_matrices(to + m * 16 * N + (lane.rows ^ (s << 4)), f[m][s]);
   }
 
-  // h_1 of a step, whose maps stand in `buffer`.
+  // h = h_1 of the step whose maps are in `buffer`.
   TCAM_DEVICE static void first_layer(Fragment& h, const Memory& memory, int warp, int buffer, const Lane<N>& lane) {
 #pragma unroll
     for (int q = 0; q < steps; ++q)
@@ -60,8 +64,9 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
                          lane);
   }
 
-  // What the head reads at this lane's voxels, the target or the gradient: of output t at rows g + 8 q; with one output, of row
-  // g + 8 t alone, in seen[0]. Zero beyond the volume. Early, so that it is there when it is needed.
+  // The elements of p.volume, the target or the output's gradient, that a lane needs in the head. With several outputs entry n
+  // is output t at row g + 8 n; with one output entry 0 is row g + 8 t, and the others are empty. Entries beyond the volume are
+  // zero. look() loads them at the start of the step, so that they have arrived when finish() needs them.
   struct Seen {
     uint32_t loaded[4];
     bool inside[4];
@@ -79,7 +84,7 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
       if (seen.inside[n]) seen.loaded[n] = Elements<float>::load(p.volume, p.dtype, at + n * 8 * p.voxel_stride);
   }
 
-  // The loss and dy there.
+  // dy = dl/dy times p.scale at the elements of `seen`, from the output's accumulators `out`; their losses are added to `loss`.
   TCAM_DEVICE static void finish(const FusedBackward& p, const float (&out)[MT][4], const Lane<N>& lane, const Seen& seen,
                                  float (&dy)[4], double& loss) {
     using L = LossMaths<Scalar<float>>;
@@ -103,7 +108,8 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
     }
   }
 
-  // A chain warp at one step: where it is, and the masks that its fragment is under.
+  // A chain warp's position and buffers at one step: voxels (i, j, k0 to k0 + R), the number s of steps_in_all steps, the
+  // step's part (n_out, R) of p.dy, and the mask of one layer, which the walks load and replace.
   struct Step {
     const FusedBackward& p;
     const Memory& memory;
@@ -114,18 +120,19 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
 
     TCAM_DEVICE uint16_t* h_tile() const { return memory.tiles + warp * 2 * tile; }
     TCAM_DEVICE uint16_t* delta_tile() const { return h_tile() + tile; }
-    // h_(layer-1) for the outer warps, once they have read the tile of the step before.
+    // Writes h_(layer-1) for the outer warps, after they have read this warp's tiles of the step before.
     TCAM_DEVICE void give_h(const Fragment& h) const {
       ptx::barrier_wait(read + warp, pair_threads);
       store_tile(h_tile(), h, lane);
     }
+    // Writes delta_layer and tells the outer warps that both tiles are ready; called after give_h.
     TCAM_DEVICE void give_delta(const Fragment& delta) const {
       store_tile(delta_tile(), delta, lane);
       ptx::barrier_arrive(written + warp, pair_threads);
     }
   };
 
-  // From h_1 to h_(layer-1) or, in the head, to h_(P+1); the head leaves the masks behind.
+  // Computes h from h_1 up to h_(layer-1) or, in the head, up to h_(P+1). The head stores the mask of each layer.
   TCAM_DEVICE static void walk_forward(Step& at, Fragment& h) {
     const FusedBackward& p = at.p;
     const int forward = forward_products(p);
@@ -151,7 +158,7 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
     }
   }
 
-  // The last layer, the loss, and dl/dy, which is left behind for the launches to come.
+  // Computes the last layer, the loss and dy = dl/dy, and stores dy for later launches.
   TCAM_DEVICE static void head(const Step& at, const Fragment& h, const Seen& seen, float (&dy)[4], double& loss,
                                double& dy_sum) {
     const FusedBackward& p = at.p;
@@ -177,7 +184,8 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
     }
   }
 
-  // h: delta_layer, then delta_(layer-1), by the panel of `layer` and the mask of h_(layer-1).
+  // Takes h from delta_layer to delta_(layer-1): multiplied by the panel of `layer`, then masked by at.mask, that of
+  // h_(layer-1).
   TCAM_DEVICE static void step_back(const Step& at, Fragment& h, int layer) {
     const int back = at.p.products + 1 - layer;
     const uint16_t* panel = at.memory.panels + (forward_products(at.p) + back) * N * N;
@@ -199,11 +207,13 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
     copy(h, next);
   }
 
-  // From dl/dy to delta_layer, for the outer warps, and in the launch of layer 2 on to delta_1. `h` is room for a fragment.
+  // Walks from dl/dy down to delta_layer, which it gives to the outer warps; the launch of layer 2 continues to delta_1 and
+  // writes it. On entry at.mask is that of h_(P+1). h is overwritten; it is a parameter so that no second fragment needs
+  // registers.
   TCAM_DEVICE static void walk_back(Step& at, Fragment& h, const float (&dy)[4]) {
     const FusedBackward& p = at.p;
     const int top = p.products + 1;
-    if (p.layer > top) {  // the last layer, of several outputs: delta is dy itself
+    if (p.layer > top) {  // the last layer of several outputs: its delta is dy itself
       if (!p.weighted) return;
       store_outputs(at.delta_tile(), dy, at.lane);
       return ptx::barrier_arrive(written + at.warp, pair_threads);
@@ -217,7 +227,7 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
       load_mask(at.mask, p, layer - 1, at.steps_in_all, at.s, at.tid);
       step_back(at, h, layer);
     }
-    if (p.layer == 2) {  // h_1 again: neither it nor its mask stays in registers from the step's start
+    if (p.layer == 2) {  // h_1 is computed again, which saves the registers that keeping it or its mask would take
       Fragment h1;
       first_layer(h1, at.memory, at.warp, at.buffer, at.lane);
       to_mask(at.mask, h1);
@@ -230,6 +240,8 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
     }
   }
 
+  // The block's steps, for one chain warp. Chain warps wait for each other at chain_barrier before they reuse staged maps.
+  // After the last step the head writes each thread's sums of losses and of dy.
   TCAM_DEVICE static void chain(const FusedBackward& p, const Memory& memory, const typename Block::Steps& all) {
     const Lane<N> lane;
     const int tid = threadIdx.x, warp = tid >> 5;
@@ -237,14 +249,14 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
     int s = all.begin;
     while (s < all.end) {
       const typename Block::Column column(all, s);
-      ptx::barrier_wait(chain_barrier, chain_threads);  // all have left the column before
+      ptx::barrier_wait(chain_barrier, chain_threads);  // all warps have finished the column before
       Block::stage_column(memory.stage, p.maps, column, tid);
       Block::stage_step(memory.stage, p.maps, column, column.j_first, 0, tid);
 #pragma unroll 1
       for (int jb = column.j_first; jb < column.j_last; ++jb, ++s) {
         const int buffer = (jb - column.j_first) & 1;
         ptx::wait_copies();
-        ptx::barrier_wait(chain_barrier, chain_threads);  // step jb has landed, and all have read step jb - 1
+        ptx::barrier_wait(chain_barrier, chain_threads);  // step jb has arrived, and all warps have read step jb - 1
         if (jb + 1 < column.j_last) Block::stage_step(memory.stage, p.maps, column, jb + 1, buffer ^ 1, tid);
         Step at = {p,
                    memory,
@@ -295,7 +307,8 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
         for (int r = 0; r < 4; ++r) to[m][s][r] = from[m][s][r];
   }
 
-  // delta_(P+1) without the weights of the one output: dy where the mask is set. The head has dy of row g + 8 t in dy[0].
+  // delta = delta_(P+1) of a single output without its factors w_r: dy where the mask is set. dy[n] is that of row g + 8 n; in
+  // the head, lane t has row g + 8 t in dy[0].
   TCAM_DEVICE static void spread_one(Fragment& delta, const float (&dy)[4], bool head, const uint32_t (&mask)[words],
                                      const Lane<N>& lane) {
     uint32_t pairs[4];
@@ -312,7 +325,7 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
         for (int r = 0; r < 4; ++r) delta[m][s][r] = masked(pairs[m * 2 + (r & 1)], mask, m, s, r);
   }
 
-  // The same of several outputs: the sum over them of dy w.
+  // delta = delta_(P+1) of several outputs: the sum over outputs of dy w, where the mask is set. dy_at: (n_out, R).
   TCAM_DEVICE static void spread(Fragment& delta, const float* dy_at, int n_out, const float* last,
                                  const uint32_t (&mask)[words], const Lane<N>& lane) {
     float dy[fused_most_out][4];
@@ -341,7 +354,7 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
       }
   }
 
-  // delta_L as a tile: output o in column o, zero beyond.
+  // Writes delta_L to a tile: output o in column o, zero in the other columns.
   TCAM_DEVICE static void store_outputs(uint16_t* to, const float (&dy)[4], const Lane<N>& lane) {
     Fragment f;
 #pragma unroll
@@ -359,6 +372,7 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
     store_tile(to, f, lane);
   }
 
+  // Writes delta_1 of the tile's voxels to p.delta1, 16 bytes at a time, in the order of delta1_column.
   TCAM_DEVICE static void write_delta1(const FusedBackward& p, const Fragment& f, int i, int j, int k0, const Lane<N>& lane) {
     if (i >= p.maps.ni || j >= p.maps.nj) return;
     uint16_t* row = p.delta1 + ((static_cast<size_t>(i) * p.maps.nj + j) * p.maps.nk + k0) * N;

@@ -1,4 +1,4 @@
-// The outer warps of the backward kernel: the weight gradient of its layer, as outer products of the chain warps' tiles.
+// The outer warps of the fused backward kernel: they sum the weight gradient of the launch's layer from the chain warps' tiles.
 #pragma once
 #include "fused_backward_block.cuh"
 
@@ -10,13 +10,16 @@ struct FusedBackwardOuter : FusedBackwardBlock<T, N> {
   using Base::tile, Base::chain_warps, Base::pair_threads, Base::written, Base::read;
   using typename Base::Block, typename Base::Memory;
 
-  // A quarter of dW: rows from `row` on, columns from `column` on, N/2 of each. The sums of delta come with it, as a product
-  // with ones: the warps of the left half sum the first 16 voxels of a tile, those of the right half the others.
+  // One outer warp: p.sums[block] += its quarter of dW = sum over voxels of delta^T h, N/2 rows from `row` on and N/2 columns
+  // from `column` on; and p.row_sums[block] += the sums of delta, computed as a product with ones. Of each tile's 32 voxels,
+  // the warps of the left half of dW sum delta over the first 16 and those of the right half over the others. Tiles are added
+  // in the order of steps, then chain warps.
   TCAM_DEVICE static void outer(const FusedBackward& p, const Memory& memory, const typename Block::Steps& all) {
     constexpr int row_tiles = N / 32, column_tiles = N / 16;
     const Lane<N> lane;
     const int warp = (threadIdx.x >> 5) - chain_warps, right = warp >> 1, row = (warp & 1) * (N / 2), column = right * (N / 2);
-    // Both operands are transposed as they are loaded. Of delta: rows v, then columns; of h: columns, then v.
+    // Both operands are transposed by the load. From one 8 x 8 matrix of a load to the next, columns advance first and then
+    // voxels for delta (an A operand), voxels first and then columns for h (two B operands).
     const int delta_at =
         ((lane.lane & 7) + ((lane.lane >> 4) << 3)) * N + (((row / 8 + ((lane.lane >> 3) & 1)) ^ lane.swizzle) << 3);
     const int h_at = (lane.lane & 15) * N + (((column / 8 + (lane.lane >> 4)) ^ lane.swizzle) << 3);
