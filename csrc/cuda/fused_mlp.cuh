@@ -89,6 +89,7 @@ class FusedMlp {
                launches(output).count);
   }
 
+  // Slabs: a multiple of fused_backward_wide of i (fewer only in a small box), all j and k. They depend on the problem alone.
   template <class First>
   Regions regions(const First& first) const {
     const int64_t* n = first.box();
