@@ -1,5 +1,5 @@
-// The Python bindings of the kernels, one function for each op: unpack, check, release the GIL, call.
-// Every pointer is checked here against the shapes that the kernel will read or write, so no
+// Python's door to the kernels: unpack, check, release the GIL, call; one function an op.
+// Every pointer that a kernel gets was checked here against the shapes it will read, so no
 // argument from Python, however wrong, can make a kernel read or write outside its tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -57,7 +57,7 @@ int64_t product(const Sizes& s) {
   return n;
 }
 
-// Calls cpu() or cuda(device, stream), by the device, without the GIL; cuda returns a CUDA status.
+// cpu() or cuda(device, stream), which returns a status, as the device asks; without the GIL.
 template <class Cpu, class Cuda>
 void run_on(DLDevice device, Cpu cpu, Cuda cuda) {
   if (device.type == device_cpu) {
@@ -92,12 +92,12 @@ T between(const char* name, T value, T least, T most) {
   return value;
 }
 
-// The arguments that are not tensors, set by library.py. Call sets the fields of `problem` that follow from the tensors.
+// What is not a tensor; library.py sets it. The fields of `problem` that follow from the tensors are a Call's.
 struct Options {
   tcam_problem problem{};
   std::vector<std::pair<int, int>> plane_axes;     // (row axis, column axis) of each plane, ascending
-  Sizes size, box;                                 // a grid's size and the box that is decoded
-  std::vector<std::pair<int, double>> activation;  // kind and parameter of each hidden layer's activation
+  Sizes size, box;                                 // of a grid
+  std::vector<std::pair<int, double>> activation;  // of each hidden layer: kind, parameter
   std::pair<int, double> output_activation{0, 0};
 
   Options() {
@@ -108,7 +108,7 @@ struct Options {
   }
 };
 
-// The layout of tcam_problem, field by field: name, offset, bytes of an element, elements of an array or 0, and type.
+// The fields of tcam_problem as a host lays them out: name, offset, bytes of an element, elements, and what it is.
 py::list problem_layout() {
   py::list fields;
   auto add = [&](const char* name, size_t offset, size_t bytes, size_t count, const char* kind) {
@@ -125,9 +125,9 @@ py::list problem_layout() {
 }
 
 constexpr uintptr_t workspace_alignment = 256;
-constexpr int64_t max_noise_objects = 1 << 27;  // the limit of NoiseKey::object
+constexpr int64_t max_noise_objects = 1 << 27;  // what NoiseKey holds
 
-// The tensors and the problem of one call, checked against each other. A Call keeps its tensors alive.
+// The tensors and the problem of one call, checked against each other. It keeps the tensors alive.
 class Call {
  public:
   Call(py::list planes, py::list weights, py::list biases, py::object bounds, py::object points, py::object objects,
@@ -160,13 +160,13 @@ class Call {
     return tcam_decode_cpu_workspace(&p_, backward) + workspace_alignment;
   }
 
-  // Says which kernels decode the call and why not faster ones. `output`: 0 the volume, 1 the losses alone, 2 all gradients;
-  // `shared_limit`: bytes of shared memory that a block of the CUDA device may have; 0: a CPU.
+  // Which kernels decode it and why not faster ones. `output`: 0 the volume, 1 the losses alone, 2 all gradients;
+  // `shared_limit`: bytes of shared memory that a block of a CUDA device may have; 0: on a CPU.
   std::string explain(int output, int shared_limit) const {
     between("output", output, 0, 2);
     if (empty_) return "nothing to decode";
     tcam_problem p = p_;
-    if (output == 2) p.grad_planes = 1, p.grad_decoder = p.layers > 0;  // as if all gradients were wanted
+    if (output == 2) p.grad_planes = 1, p.grad_decoder = p.layers > 0;  // of all
     std::string text = p_.points >= 0 ? "points: " : "maps over pairs of axes: ";
     if (const char* why = p_.points < 0 ? not_separable(p_) : nullptr) text = std::string("voxel by voxel, as ") + why + ": ";
     if (shared_limit == 0) {
@@ -315,7 +315,7 @@ class Call {
     points_ = Tensor(points, "points");
     if (points_.shape.size() != 2) throw py::value_error("points: expected 2 dimensions");
     points_.expect("points", {points_.shape[0], p_.axes}, p_.dtype, device_);
-    for (const Tensor& t : planes_)  // a float32 coordinate cannot distinguish more texels
+    for (const Tensor& t : planes_)  // coordinates in float32 do not tell more texels apart
       if (p_.dtype == TCAM_F32 && (t.shape[2] > 1 << 24 || t.shape[3] > 1 << 24))
         throw py::value_error("planes: points take up to 2^24 texels an axis in float32");
     p_.points = points_.shape[0];
@@ -326,14 +326,14 @@ class Call {
     }
     objects_ = Tensor(objects, "batch_index");
     objects_.expect("batch_index", {p_.points}, TCAM_I64, device_);
-    if (device_.type != device_cpu) return;  // a check would wait for the GPU; its kernels give NaN where an index is wrong
+    if (device_.type != device_cpu) return;  // on a GPU nothing waits for the data: the kernel gives NaN there
     for (int64_t i = 0; i < p_.points; ++i)
       if (static_cast<const int64_t*>(objects_.data)[i] < 0 || static_cast<const int64_t*>(objects_.data)[i] >= p_.batch)
         throw py::index_error("batch_index[" + std::to_string(i) + "]: expected 0 to " + std::to_string(p_.batch - 1) +
                               ", got " + std::to_string(static_cast<const int64_t*>(objects_.data)[i]));
   }
 
-  int64_t place_count() const {  // voxels or points that are decoded
+  int64_t place_count() const {  // that are decoded
     if (p_.points >= 0) return p_.points;
     return product({p_.batch, p_.hi[0] - p_.lo[0], p_.hi[1] - p_.lo[1], p_.hi[2] - p_.lo[2]});
   }
@@ -365,7 +365,7 @@ class Call {
     const int64_t bytes = this->workspace(backward);
     if (t.count < bytes) throw py::value_error("workspace: expected at least " + std::to_string(bytes) + " bytes");
     const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data), end = begin + static_cast<uintptr_t>(t.count);
-#ifdef __linux__  // huge pages: fewer page faults on fresh memory, fewer TLB misses
+#ifdef __linux__  // huge pages: fewer faults on fresh memory, fewer TLB misses in the tiles
     constexpr uintptr_t huge = uintptr_t(2) << 20;
     const uintptr_t first = (begin + huge - 1) & ~(huge - 1), last = end & ~(huge - 1);
     if (device_.type == device_cpu && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
@@ -373,7 +373,7 @@ class Call {
     return reinterpret_cast<void*>((begin + workspace_alignment - 1) & ~(workspace_alignment - 1));
   }
 
-  // The tensors for the gradients, checked. With per_object, the decoder's gradients have a leading axis B.
+  // Tensors for the gradients, checked; `per_object`: those of the decoder have a leading axis B.
   struct Gradients {
     std::vector<void*> planes, weights, biases;
     tcam_gradients gradients{};
@@ -412,7 +412,7 @@ class Call {
   };
 };
 
-// Resamples x along the middle of its three axes to out; see tcam_resample. bounds: None or (2,) float64 on the same device.
+// x (outer, n, inner) along its middle axis to out: see tcam_resample. bounds: None or (2,) float64 on the same device.
 void resample_axis(py::handle x, py::handle out, int64_t texels, int64_t size, int64_t lo, int64_t hi, bool align_corners,
                    int padding, bool corners, py::object bounds, bool adjoint, int threads) {
   const Tensor in(x, "x"), to(out, "out");
@@ -438,7 +438,7 @@ void resample_axis(py::handle x, py::handle out, int64_t texels, int64_t size, i
       TCAM_ON_CUDA(tcam_resample_axis_cuda(&problem, at, in.data, to.data, device, stream)));
 }
 
-// Fills out (objects, ...), float32, with standard normals of a seed and a stream (maths/noise.h).
+// out (objects, ...) float32: standard normals of a seed and a stream of maths/noise.h.
 void normals(py::handle out, int of, uint64_t seed, int threads) {
   const Tensor to(out, "out");
   if (to.shape.empty() || to.dtype != TCAM_F32) throw py::value_error("out: expected float32 of one dimension or more");
