@@ -147,7 +147,7 @@ class Grid {
     });
   }
 
-  // Computes the gradients of an object's planes and the partial sums of W_1's.
+  // Computes the gradients of an object's planes and adds to the partial sums of W_1.
   void end(const tcam_inputs& in, long object, const tcam_gradients& to) {
     gradients_to_texels();
     unproject(object, in, to);
@@ -241,7 +241,7 @@ class Grid {
     }
   }
 
-  // From grad_projected to the gradients of the planes and the partial sums of W_1's.
+  // Computes the gradients of the planes from grad_projected, and adds to the partial sums of W_1.
   void unproject(long object, const tcam_inputs& in, const tcam_gradients& to) {
     const long chunks = weights.chunks;
     // Planes that share a block of weights share its partial sums, so they are processed one after another.

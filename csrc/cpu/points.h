@@ -123,8 +123,8 @@ class Points {
     std::memset(delta_ + t.lo * m.stride, 0, m.row_bytes(t.hi - t.lo));
     return {delta_, nullptr, nullptr, nullptr};
   }
-  // From the gradient of z_1 (without layers: of the features) to the gradients of the samples, extra features and coordinates,
-  // and to the block's partial sums of W_1's and b_1's.
+  // Takes the gradient of z_1 or, without layers, of the features. Computes the gradients of the block's samples, extra
+  // features and coordinates, and adds to its partial sums of W_1 and b_1.
   void backward_block(const Wave& wave, const Volume& volume, long task, int thread, const tcam_gradients& to) {
     const Range t = chunk(wave.points, m.blocks, task);
     if (p.layers && p.grad_decoder)
@@ -145,7 +145,7 @@ class Points {
     });
   }
 
-  // Computes the gradients of the round's planes and, with projected planes, the partial sums of W_1's.
+  // Computes the gradients of the round's planes and, with projected planes, adds to the partial sums of W_1.
   void end(const tcam_inputs& in, long, const tcam_gradients& to) {
     if (!grad_texels_) return;
     // Objects share the partial sums of W_1, and so may planes, so they are processed one after another.
@@ -241,7 +241,7 @@ class Points {
     }
   }
 
-  // From the gradient of z_1 or of the output to those of the sampled features and of W_1's blocks for the planes.
+  // Computes the gradients of the sampled features, and adds to the partial sums of W_1's blocks for the planes.
   void back_to_samples(const Wave& wave, Range t, const Volume& volume, long task, int thread) {
     const bool wanted = p.grad_planes || p.grad_points;
     Real* all = grad_product_ ? grad_product_ : grad_sampled_;
@@ -261,7 +261,7 @@ class Points {
         sample(grad_sampled_, s)[e] = x;
       }
   }
-  // From the gradient of z_1 to those of the extra features and of W_1's blocks for them.
+  // Computes the gradients of the extra features, and adds to the partial sums of W_1's blocks for them.
   void back_to_extra(const Wave& wave, Range t, long task, int thread, const tcam_gradients& to) {
     for (long b = plane_blocks(); b < weights.blocks(); ++b)
       m.real.unproject(delta_, m.stride, extra_features(extra_, b), t.lo, t.hi, grad_extra_ ? weights.transposed(b) : nullptr,

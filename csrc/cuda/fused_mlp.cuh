@@ -145,6 +145,7 @@ class FusedMlp {
   Input input() const { return maps_; }
   FusedDelta delta() const { return {delta1_, factor_, N_, bfloat()}; }
 
+  // Computes a slab's output, or its losses, from the maps in input(); backward computes its delta_1 and partial sums.
   void forward(const Region& slab, const Volume& volume, const tcam_objective* objective, double* loss) {
     run(slab_maps(slab), slab_volume(slab, volume), objective, loss, objective ? Output::losses : Output::volume);
   }

@@ -1,8 +1,8 @@
 // The MLP above the first layer on tensor cores, for z_1 in rows: the points of a wave.
 //
-// The fused kernels walk grids, h_1(i,j,k) = relu(A[i,j] + B[j,k] + G[i,k]). A wave of points is passed to them as a grid of
-// points/32 i, one j and 32 k: G has the points' rounded z_1, and A and B are zero. The points that remain are a second grid of
-// one i and less than 32 k.
+// The fused kernels compute h_1(i,j,k) = relu(A[i,j] + B[j,k] + G[i,k]) on a grid. A wave of points is passed to them as a grid
+// of size (points / 32, 1, 32), where G is the points' rounded z_1 and A and B are zero. The remaining points are a second
+// grid, of size (1, 1, points % 32).
 #pragma once
 #include "fused_mlp.cuh"
 
@@ -80,7 +80,7 @@ class FusedRows {
     part(wave, volume, objective, loss, output, whole, 1, count - whole);
   }
 
-  // The part of a wave from point `first` on: a grid of `rows` i and `row` k.
+  // Runs the fused kernels over part of a wave: a grid of size (rows, 1, row) that begins at point `first`.
   void part(const Region& wave, Volume volume, const tcam_objective* objective, double* loss, Output output, int64_t first,
             int64_t rows, int64_t row) {
     const int64_t count = rows * row;

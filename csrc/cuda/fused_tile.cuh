@@ -173,7 +173,7 @@ struct FusedBlock : FusedTile<T, N, MT> {
       begin = static_cast<int>(static_cast<int64_t>(count()) * block / blocks);
       end = static_cast<int>(static_cast<int64_t>(count()) * (block + 1) / blocks);
     }
-    TCAM_HD int count() const { return tiles_k * tiles_i * tiles_j; }  // below 2^31: choose_fused_width
+    TCAM_HD int count() const { return tiles_k * tiles_i * tiles_j; }  // below 2^31, see FusedMlp::refuses
   };
 
   // The steps of one column that a block walks from step s on: j tiles [j_first, j_last) at voxels i0 and k0.

@@ -68,7 +68,8 @@ class Grid {
     for (int m = 0; m < 3; ++m) c.clear(grad_maps_[m], map_texels(m) * c.width(1) * sizeof(Real));
   }
 
-  // For Mlp: z (voxels of the region, n_1) from the projected planes, and delta (the same shape) added to dA, dB and dG.
+  // With Mlp: forward samples z_1 of a region from the projected planes, z (voxels of the region, n_1); backward adds its
+  // delta_1, of the same shape, to dA, dB and dG.
   void forward(const Region& region, Real* z) {
     const Sampled<Real> sampled = {projected(-1), c.biases[1], c.width(1)};
     c.run_warps(first_layer_kernel<Real>, region.voxels(), sampled, region, z);
@@ -81,7 +82,8 @@ class Grid {
     add_axis_sum(delta, grad_maps_[2] + (r.i0 * n_[2] + r.k0) * n1, n_[2], r.ni, r.nk, r.nj, slice, 1, row);
   }
 
-  // For FusedMlp: the maps A and G of a slab of i, and B with the first slab; and the slab's delta_1 added to dA, dB and dG.
+  // With FusedMlp: forward samples the maps A and G of a slab of i, and for the first slab also B; backward adds the slab's
+  // delta_1 to dA, dB and dG.
   void forward(const Region& slab, const FusedInput& to) {
     with_format(to.bfloat, [&](auto format) {
       using T = decltype(format);
@@ -94,7 +96,7 @@ class Grid {
     with_format(delta.bfloat, [&](auto format) { sum_delta1<decltype(format)>(slab.i0, slab.ni, delta); });
   }
 
-  // From dA, dB and dG to the gradients of the object's planes and the partial sums of W_1's and b_1's gradients.
+  // Computes the gradients of the object's planes from dA, dB and dG, and adds to the partial sums of W_1 and b_1.
   void end(const tcam_inputs& in, int64_t object, const tcam_gradients& to) {
     const int n1 = c.width(1), channels = static_cast<int>(p.channels);
     for (int q = 0; q < p.plane_count; ++q) {

@@ -61,12 +61,13 @@ class Mlp {
   Input input() const { return z_[1]; }
   const Real* delta() const { return delta_[1]; }
 
-  // From z_1 to the region's output in `volume` or, with an objective, its losses added to *loss.
+  // Computes the region's output from z_1 and writes it to `volume` or, with an objective, adds its losses to *loss.
   void forward(const Region& region, const Volume& volume, const tcam_objective* objective, double* loss) {
     hidden_layers(region.voxels());
     last_layer(region, volume, objective, loss, nullptr);
   }
-  // From z_1 and `volume`, the output's gradient or the target, to delta_1 and the partial sums of layers 2 and up.
+  // Computes delta_1 from z_1 and `volume` (the output's gradient, or the target with an objective), and adds to the partial
+  // sums of layers 2 and up.
   void backward(const Region& region, const Volume& volume, const tcam_objective* objective, double* loss) {
     hidden_layers(region.voxels());
     last_layer(region, volume, objective, loss, delta_[p.layers & 1]);
@@ -131,7 +132,7 @@ class Mlp {
     if (objective) c.add_total(losses_, region.voxels(), loss);
   }
 
-  // From delta_L in delta_[L & 1] down to delta_1 in delta_[1], with the partial sums of layers L to 2.
+  // Computes delta_(L-1) to delta_1 from delta_L, and adds to the partial sums of layers L to 2. delta_l is in delta_[l & 1].
   void walk_back(int64_t voxels) {
     for (int l = p.layers; l >= 2; --l) {
       const Real* delta = delta_[l & 1];

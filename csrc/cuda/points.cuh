@@ -88,7 +88,7 @@ class Points {
     c.clear(fixed_, texel_rows_ * row_ * 8);
   }
 
-  // z (points of the wave, n_1) or, without layers, the points' features, written to the output.
+  // Computes z_1 of a wave, z (points of the wave, n_1), or without layers writes the points' features to the output.
   void forward(const Region& wave, Real* z) {
     const int64_t count = wave.voxels(), channels = p.channels;
     const int n1 = c.width(1);
@@ -117,8 +117,8 @@ class Points {
                 AddRows<Real>{z, n1});
   }
 
-  // From delta (points of the wave, n_1), the gradient of z_1, or without layers from the output's gradient, to the gradients
-  // of W_1, b_1, coordinates and extra features, and to the sums of the texels' gradients.
+  // Takes delta_1 of a wave, delta (points of the wave, n_1), or without layers the output's gradient. Adds to the partial sums
+  // of W_1 and b_1 and to the texels' gradients; writes the gradients of coordinates and extra features.
   void backward(const Region& wave, const Real* delta, const tcam_gradients& to) {
     const int64_t count = wave.voxels();
     const int n1 = c.width(1);
@@ -138,7 +138,8 @@ class Points {
     if (grad_texels_) scatter(count, delta);
   }
 
-  // From the texels' gradients to those of the round's planes and, with projected planes, the partial sums of W_1's.
+  // Computes the gradients of the round's planes from those of the texels and, with projected planes, adds to the partial sums
+  // of W_1.
   void end(const tcam_inputs& in, int64_t round, const tcam_gradients& to) {
     if (!grad_texels_) return;
     const int channels = static_cast<int>(p.channels);
@@ -259,7 +260,7 @@ class Points {
     c.product(c.width(1), block_width(b), count, voxel_chunk, Transposed<Real>{delta, c.width(1)}, operand,
               AddPartial<Real>{weight_partials_[b], c.width(1), block_width(b)});
   }
-  // From delta_1 to the gradients of the sampled features and of the blocks of W_1 that multiplied them.
+  // Computes the gradients of the sampled features from delta_1, and adds to the partial sums of W_1's blocks for the planes.
   void back_to_samples(const Region& wave, const Real* delta) {
     const int64_t count = wave.voxels(), channels = p.channels;
     const bool wanted = p.grad_planes || p.grad_points;
