@@ -3,7 +3,7 @@
 //     delta_L = dl/dy;  delta_l = (delta_(l+1) W_(l+1)) * (h_l > 0);  dW_l = sum over voxels of delta_l h_(l-1)^T
 //
 // The weight gradients of all layers need more accumulators than an SM has registers. Each launch therefore computes the weight
-// gradient of one layer, from the last hidden layer down, and recomputes the activations that it needs. The first launch,
+// gradient of one layer, from the top layer down, and recomputes the activations that it needs. The first launch,
 // `head`, computes all layers forward and the loss, and stores dl/dy and bit masks of where each h_l is positive; the masks are
 // all that later launches need of the layers above theirs. The last launch, that of layer 2, also computes delta_1 and writes
 // it in 16 bits; grid.cuh or fused_rows.cuh reads it from there. With P products between hidden layers, the launches together
@@ -29,6 +29,7 @@ struct FusedBackwardKernel : FusedBackwardBlock<T, N> {
   using Base::chain_threads, Base::threads, Base::forward_products, Base::back_products;
   using typename Base::Block, typename Base::Memory;
 
+  // Loads the launch's matrices, biases and last layer to shared memory; then the warps divide into chain and outer warps.
   TCAM_DEVICE static void run(const FusedBackward& p) {
     Shared shared;
     const Memory memory(shared, p);

@@ -38,6 +38,7 @@ struct FusedForwardKernel {
   using Block = FusedBlock<T, N, MT, WI, WJ>;
   static constexpr int warps = Block::warps, threads = Block::threads, steps = Block::steps;
 
+  // Loads the weights to shared memory, then walks the block's steps, column by column.
   TCAM_DEVICE static void run(const FusedForward& p) {
     Shared shared;
     uint16_t* sw = shared.take<uint16_t>(products * N * N);
