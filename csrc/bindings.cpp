@@ -473,7 +473,7 @@ py::dict cuda_info() {
   return info;
 }
 
-// Bytes of shared memory that a block of a device may have.
+// The bytes of shared memory that a block of a CUDA device may have.
 int cuda_shared_limit(int device) {
 #ifdef TCAM_WITH_CUDA
   int bytes = 0;

@@ -1,4 +1,5 @@
-// Takes aligned pieces from one allocation that the caller made; with a null base it only measures.
+// A workspace allocator: hands out aligned arrays from one allocation of the caller's. With a null base it only measures: the
+// arrays are null, and used() is the size of the allocation that is needed.
 #pragma once
 #include <stdint.h>
 

@@ -1,5 +1,5 @@
-// The ops on the CPU. A decode has a first layer, of a grid that separates into maps (grid.h) or of points (points.h), and an
-// MLP (mlp.h), and owns the loop over objects and pieces of work.
+// The ops on the CPU. A Decode has a first layer, Grid (grid.h) or Points (points.h), and an MLP (mlp.h). It runs the loop over
+// rounds, pieces and blocks.
 #include "decode.h"
 
 #include <chrono>
@@ -10,6 +10,10 @@
 namespace tcam {
 namespace {
 
+// A round is one object of a grid, or all points at once. A piece is a part of a round that is processed at a time (a slab of a
+// grid, a wave of points), and is cut into blocks that threads take. In each block, First::forward_block prepares what
+// First::maps points to, the MLP runs the voxel loop over it, and First::backward_block continues from the gradient of z_1, the
+// first layer before its activation.
 template <class First>
 class Decode {
   using Real = typename First::Real;
@@ -19,7 +23,8 @@ class Decode {
       : p(problem), mlp_(problem, backward, First::blocks(problem, backward), ws), first_(mlp_, ws) {}
   Decode(const Decode&) = delete;  // its parts hold references to each other
 
-  // With an objective (null: none): the losses, `out` being the target.
+  // Without an objective (null), writes the output to `out`. With one, `out` is the target and is only read; losses[b] becomes
+  // the sum of object b's losses.
   void forward(const tcam_inputs& in, void* out, const tcam_objective* objective, double* losses) {
     begin(in);
     for (long round = 0; round < first_.rounds(); ++round) {
@@ -37,7 +42,8 @@ class Decode {
     }
   }
 
-  // `out` is the gradient of the output or, with an objective, its target.
+  // Writes the gradients that the problem asks for to `to`. `out` is the gradient of the output; with an objective it is the
+  // target, and the losses are written as in forward.
   void backward(const tcam_inputs& in, const void* out, const tcam_objective* objective, double* losses,
                 const tcam_gradients& to) {
     const bool per_object = objective && objective->per_object;
@@ -85,7 +91,8 @@ class Decode {
       if (block.j0 < block.j1) f(block, task, thread);
     });
   }
-  // Of a piece: the output of an object (C_out, box), or of points (points, C_out).
+  // The output array of a round, (C_out, box) of one object of a grid or (points, C_out), with the piece's first voxel as
+  // offset.
   template <class Piece>
   Volume volume_of(void* out, const tcam_objective* objective, long round, const Piece& piece) const {
     const int dtype = objective ? objective->target_dtype : p.out_dtype;
@@ -96,7 +103,7 @@ class Decode {
   }
 };
 
-// f(decode, workspace): what decodes the problem, in the type of its maps and sums.
+// Calls f(decode, carver) with the problem's Decode in `workspace`; a null workspace is only measured.
 template <class F>
 auto with_decode(const tcam_problem& problem, bool backward, void* workspace, F f) {
   Carver ws(workspace);
@@ -112,6 +119,9 @@ auto with_decode(const tcam_problem& problem, bool backward, void* workspace, F 
   return problem.dtype == TCAM_F64 ? run(double()) : run(float());
 }
 
+// Linear interpolation along the middle axis, in (outer, texels, inner) to out (outer, n, inner), or with p.adjoint its
+// adjoint, in (outer, n, inner) to out (outer, texels, inner). A task is one of the outer arrays; voxels are added in ascending
+// order.
 template <class Real>
 void resample(const tcam_resample& p, const double* bounds, const Real* in, Real* out) {
   const long n = p.hi - p.lo;

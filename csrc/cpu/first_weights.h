@@ -1,12 +1,12 @@
-// The weights of the first layer on the CPU, which grids and points share.
+// The weights of the first layer on the CPU and the sums of their gradients, for grids and points alike.
 #pragma once
 #include "mlp.h"
 
 namespace tcam {
 
-// W_1 = [W_0 | W_1 | ...], one block of columns for each matrix of features that it multiplies (the planes, or their sum or
-// product; extra features), and partial sums of their gradients: one for each fixed chunk of work, and of the bias one for each
-// of `bias_rows`.
+// W_1 as blocks of columns, one for each matrix of features that it multiplies: each concatenated plane, or the planes' sum or
+// product; then the extra features, TCAM_MAX_WIDTH at a time. Each block has `chunks` partial sums of its gradient, the bias
+// has `bias_rows`; a caller adds to a chunk or row from one thread at a time, in a fixed order.
 template <class Real>
 class FirstWeights {
  public:
@@ -27,11 +27,12 @@ class FirstWeights {
   const void* weights(long b) const { return blocks_[static_cast<size_t>(b)].packed; }
   const void* transposed(long b) const { return blocks_[static_cast<size_t>(b)].transposed; }
   const void* bias() const { return bias_; }
-  // Of a chunk: (round_up(n_1, rows), padded width); null: not wanted.
+  // Partial sum `chunk` of block b's gradient: (round_up(n_1, rows), padded width); null: not wanted.
   void* partial(long b, long chunk) const {
     const Part& part = blocks_[static_cast<size_t>(b)];
     return part.partials ? part.partials + chunk * part_size(part.width) : nullptr;
   }
+  // Adds delta (n_1 padded), a gradient of z_1, to partial sum `row` of the bias's gradient.
   void add_bias_gradient(long row, const Real* delta) const {
     m.real.add_scaled(bias_sums_ + row * m.stride, delta, 1.0, m.stride);
   }
@@ -50,6 +51,7 @@ class FirstWeights {
       if (b.partials) zero(b.partials, chunks * part_size(b.width) * m.real.real_bytes, m.threads);
     if (bias_sums_) zero(bias_sums_, m.row_bytes(bias_rows_), m.threads);
   }
+  // Adds up the partial sums, chunks and rows in ascending order, and writes them to row `object` of `to`.
   void write_gradients(const tcam_gradients& to, long object) const {
     Real* weight = static_cast<Real*>(to.weights[0]) + object * m.n1 * p.width[0];
     for (const Part& b : blocks_) {
@@ -71,6 +73,7 @@ class FirstWeights {
   }
 
  private:
+  // A block of columns: its width, its first column in W_1, its packed weights, and its partial sums.
   struct Part {
     long width, column;
     void *packed, *transposed;

@@ -1,9 +1,10 @@
-// The first layer of a grid on the CPU, where it separates into maps over pairs of axes: concatenation or sum of the planes.
+// The first layer of a grid on the CPU, for planes that are concatenated or summed, so that the first layer separates into maps
+// over pairs of axes.
 //
-// Forward: project each plane through its block of W_1 (texels x n_1), resample the projections to maps A (slab, W), B (W, D),
-// G (slab, D) one slab of i at a time, planes over the same pair of axes into the same map, and walk the slab's voxels in
-// blocks of (j, k). Backward walks the same blocks, which add their sums of the first layer's gradient into parts of their own;
-// parts are combined in block order and carried back to texels, then through W_1 to the planes.
+// Forward projects each plane (its texels times the plane's block of W_1), then samples the projected planes into the maps
+// A (i, j), B (j, k) and G (i, k), one slab of i at a time; planes over the same pair of axes add up in one map. The voxel loop
+// reads z_1 = A + B + G, in blocks of (j, k). Backward walks the same blocks. Each adds its sums of z_1's gradient to maps of
+// its own; these are combined in block order, spread to the texels, and multiplied by W_1 for the gradients of the planes.
 #pragma once
 #include <cmath>
 
@@ -12,13 +13,13 @@
 
 namespace tcam {
 
-constexpr long texel_chunks = 16;  // a plane, in project and unproject: fixed, so that sums have one order
+constexpr long texel_chunks = 16;  // chunks of a plane's texels in project and unproject; fixed, so that sums have one order
 
-// How a grid is cut into slabs of i, and a slab into blocks of (j, k).
+// The partition of a grid into slabs of i, and of a slab into blocks of (j, k). It depends on the problem alone.
 struct Partition {
-  static constexpr long max_bytes = 32l << 20;  // of a slab's maps and gradient parts
-  long n[3];                                    // the box, in voxels
-  long slab, j_chunks, k_chunks;
+  static constexpr long max_bytes = 32l << 20;  // bytes of a slab's maps and of their gradients
+  long n[3];                                    // voxels of the box along i, j, k
+  long slab, j_chunks, k_chunks;                // i of a slab; ranges of j and of k, whose pairs are the blocks
 
   Partition(const tcam_problem& p, bool backward) {
     for (int d = 0; d < 3; ++d) n[d] = p.hi[d] - p.lo[d];
@@ -41,7 +42,7 @@ class Grid {
  public:
   using Real = Real_;
 
-  // Blocks of a slab, which threads share.
+  // The number of blocks of a slab.
   static long blocks(const tcam_problem& problem, bool backward) {
     const Partition w(problem, backward);
     return w.j_chunks * w.k_chunks;
@@ -67,7 +68,7 @@ class Grid {
     dg = ws.take(m.row_bytes(w.j_chunks * w.slab * w.n[2]));
   }
 
-  struct Piece {  // a slab of i
+  struct Piece {  // a slab: i0 to i0 + ni
     long i0, ni;
   };
   template <class F>
@@ -80,7 +81,7 @@ class Grid {
   void clear_gradients() { weights.clear_gradients(); }
   void write_gradients(const tcam_gradients& to, long object) const { weights.write_gradients(to, object); }
 
-  // Of an object: its planes, projected, and the map B.
+  // Projects an object's planes and samples the map B.
   void begin(const tcam_inputs& in, long object) {
     if (in.bounds || object == 0) place(in.bounds ? in.bounds + object * 6 : nullptr);
     const long chunks = weights.chunks;
@@ -97,13 +98,13 @@ class Grid {
     for (Plane& q : planes) zero(q.grad_rows, m.row_bytes(q.rows * w.n[q.column_axis]), m.threads);
   }
 
-  // The maps A and G of a slab.
+  // Samples the maps A and G of a slab, and returns them with B.
   Maps maps(const Piece& slab) {
     parallel_for(2 * slab.ni, m.threads, [&](long task, int) {
       const long i = task / 2;
       if (task % 2)
         map_row(2, slab.i0 + i, w.n[2], nullptr, g + m.row_bytes(i * w.n[2]));
-      else  // A has b_1
+      else  // A includes b_1
         map_row(0, slab.i0 + i, w.n[1], weights.bias(), a + m.row_bytes(i * w.n[1]));
     });
     const long s = m.stride, wide = w.n[1], deep = w.n[2];
@@ -126,7 +127,7 @@ class Grid {
   }
   void backward_block(const Piece&, const Volume&, long, int, const tcam_gradients&) {}
 
-  // The parts of dA and dG summed in block order and carried along i to plane rows.
+  // Sums the blocks' parts of dA and dG in block order and spreads them along i to the rows of the planes.
   void end_backward(const Piece& slab) {
     auto combine = [&](int map, char* parts, long count, long columns, long x) {
       for (long i = 0; i < slab.ni; ++i) {
@@ -146,7 +147,7 @@ class Grid {
     });
   }
 
-  // The gradients of an object's planes, and partial sums of the first layer's.
+  // Computes the gradients of an object's planes and adds to the partial sums of W_1.
   void end(const tcam_inputs& in, long object, const tcam_gradients& to) {
     gradients_to_texels();
     unproject(object, in, to);
@@ -154,10 +155,10 @@ class Grid {
 
  private:
   struct Plane {
-    int map, row_axis, column_axis;  // map 0: A, 1: B, 2: G
+    int map, row_axis, column_axis;  // the map it contributes to, 0: A, 1: B, 2: G; its axes
     long rows, columns;
     std::vector<Tap<double>> row_taps, column_taps;
-    char *projected, *grad_projected, *grad_rows;  // grad_rows (rows, voxels of the column axis)
+    char *projected, *grad_projected, *grad_rows;  // (rows, columns), the same, (rows, voxels of the column axis); n_1 each
     long texels() const { return rows * columns; }
   };
   const Mlp<Real>& m;
@@ -165,7 +166,8 @@ class Grid {
   const Partition w;
   FirstWeights<Real> weights;
   std::vector<Plane> planes;
-  char *a, *b, *g;
+  char *a, *b, *g;  // the maps: (slab, nj), (nj, nk), (slab, nk), rows of n_1 padded
+  // Their gradients: da (k chunks, slab, nj), db (nj, nk), dg (j chunks, slab, nk). No two blocks of a slab write the same row.
   char *da = nullptr, *db = nullptr, *dg = nullptr;
 
   static Real* reals(char* p) { return reinterpret_cast<Real*>(p); }
@@ -190,7 +192,7 @@ class Grid {
     }
   }
 
-  // Row `x` of a map: the sum of its planes, and of `bias` (null: none).
+  // Row x of a map: out[y] = bias (null: 0) + the sum of the map's planes sampled at (x, y), for y < columns.
   void map_row(int map, long x, long columns, const void* bias, char* out) {
     bool started = false;
     auto start = [&](long y) -> const void* { return started ? out + m.row_bytes(y) : bias; };
@@ -214,12 +216,13 @@ class Grid {
     }
   }
 
-  // to[t.lo], to[t.hi] += from, with the tap's weights; rows `step` apart.
+  // The adjoint of a tap: adds `from` (n_1) times the tap's weights to rows t.lo and t.hi, `step` reals from row to row.
   void spread(const Tap<double>& t, Real* to, long step, const Real* from) {
     m.real.add_scaled(to + t.lo * step, from, t.w_lo, m.stride);
     m.real.add_scaled(to + t.hi * step, from, t.w_hi, m.stride);
   }
 
+  // Spreads dB along j to the rows of its planes, then all planes' grad_rows along the columns to grad_projected.
   void gradients_to_texels() {
     parallel_for(w.n[2], m.threads, [&](long k, int) {
       for (const Plane& q : planes)
@@ -238,9 +241,10 @@ class Grid {
     }
   }
 
+  // Computes the gradients of the planes from grad_projected, and adds to the partial sums of W_1.
   void unproject(long object, const tcam_inputs& in, const tcam_gradients& to) {
     const long chunks = weights.chunks;
-    // Planes that share a block of weights also share its partial sums: one plane after the other.
+    // Planes that share a block of weights share its partial sums, so they are processed one after another.
     for (long from = 0, until; from < p.plane_count; from = until) {
       until = p.reduce == TCAM_CONCAT ? p.plane_count : from + 1;
       parallel_for((until - from) * chunks, m.threads, [&](long task, int thread) {

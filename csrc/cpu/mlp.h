@@ -1,8 +1,9 @@
-// The layers above the first on the CPU: what happens around the voxel loop of voxel_core.cpp.
+// The MLP above the first layer on the CPU: packed weights, scratch memory and gradient sums around the voxel loop of
+// voxel_core.cpp.
 //
-// The voxels of a piece of work (a slab of a grid, a wave of points) are partitioned into blocks; a block adds its sums of the
-// decoder's gradients into a part of its own, and parts are combined in block order. The partition depends on the problem
-// alone, never on the threads, and each sum has one order: equal inputs give equal bits.
+// The voxels of a piece (a slab of a grid, a wave of points) are cut into blocks. Each block has its own sums of the decoder's
+// gradients, which are added up in block order at the end. The blocks depend on the problem alone, never on the number of
+// threads, so each sum has one order: equal inputs give equal bits.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -15,16 +16,18 @@
 
 namespace tcam {
 
-constexpr int forward_tile = 48, backward_tile = 96;  // measured: docs/performance.md
+constexpr int forward_tile = 48, backward_tile = 96;  // voxels of a tile by default; measured: docs/performance.md
 
-struct Range {
+struct Range {  // lo <= index < hi
   long lo, hi;
 };
+// Chunk c of the range [0, n) cut into `chunks` nearly equal ones.
 inline Range chunk(long n, long chunks, long c) { return {n * c / chunks, n * (c + 1) / chunks}; }
 
+// The engine of a kind (0: float32, 1: float64, 2: bfloat16 products) for this machine's instruction set.
 inline const Engine& pick_engine(int kind) {
   const Engine* e = instruction_set().engine(kind);
-  return e ? *e : *instruction_set().engine(0);  // no bfloat16 instructions: float32 products serve, and round less
+  return e ? *e : *instruction_set().engine(0);  // without bfloat16 instructions, float32 products, which round less
 }
 
 inline void zero(void* at, long bytes, int threads) {
@@ -37,10 +40,10 @@ template <class Real>
 class Mlp {
  public:
   const tcam_problem& p;
-  const Engine& core;  // of the hidden layers
-  const Engine& real;  // of texels and maps: float32 or float64
+  const Engine& core;  // computes the layers of the MLP
+  const Engine& real;  // computes texels, maps and the first layer, in float32 or float64
   const bool backward;
-  const long n1, stride, blocks;  // width of layer 1, padded; blocks of a piece of work
+  const long n1, stride, blocks;  // width of layer 1 (0 without layers); the same padded; blocks of a piece
   const int threads;
 
   Mlp(const tcam_problem& problem, bool back, long block_count, Carver& ws)
@@ -86,9 +89,10 @@ class Mlp {
     sums_ = reinterpret_cast<Real*>(ws.take(blocks * block_sums_ * core.real_bytes));
   }
 
-  long row_bytes(long rows) const { return rows * stride * real.real_bytes; }
+  long row_bytes(long rows) const { return rows * stride * real.real_bytes; }  // bytes of rows of `stride` reals
   char* scratch(int thread) const { return scratch_[static_cast<size_t>(thread)]; }
 
+  // Packs the weights and biases of layers 2 and up for the voxel loop.
   void pack(const tcam_inputs& in) {
     for (int l = 2; l <= p.layers; ++l) {
       const long m = p.width[l - 1], n = p.width[l];
@@ -115,13 +119,15 @@ class Mlp {
     return sum;
   }
 
-  // Of one block, on one thread. With an objective (null: none) `volume` is its target.
+  // Runs the voxel loop over block number `task` on one thread, and writes the output to `volume`. With an objective, `volume`
+  // is the target instead, and the losses are added to those of the block.
   void forward_block(const Maps& maps, const Block& block, const Volume& volume, const tcam_objective* objective, long task,
                      int thread) const {
     const Objective compare = objective_of(objective, task);
     core.forward(decoder_, maps, block, volume, objective ? &compare : nullptr, tile_, scratch(thread));
   }
-  // `volume` is the gradient of the volume or, with an objective, its target.
+  // The same for gradients: `volume` is the gradient of the output or, with an objective, the target. Adds to `grads` and to
+  // the block's sums of the decoder's gradients.
   void backward_block(const Maps& maps, const Block& block, const Volume& volume, const tcam_objective* objective,
                       BlockGradients grads, long task, int thread) const {
     const Objective compare = objective_of(objective, task);
@@ -129,7 +135,7 @@ class Mlp {
     core.backward(decoder_, maps, block, volume, objective ? &compare : nullptr, grads, tile_, scratch(thread));
   }
 
-  // Of layers 2 and up, to place `object`.
+  // Adds up the blocks' gradients of layers 2 and up, in block order, and writes them to row `object` of `to`.
   void write_gradients(const tcam_gradients& to, long object) const {
     for (int l = 2; l <= p.layers; ++l) {
       const long in = p.width[l - 1], out = p.width[l], padded = round_up(in, core.columns);
@@ -153,10 +159,10 @@ class Mlp {
  private:
   int tile_;
   Decoder decoder_{};
-  long block_sums_ = 0;  // reals of decoder gradients a block
-  Real* sums_ = nullptr;
-  double* losses_;
-  std::vector<char*> scratch_;
+  long block_sums_ = 0;         // reals of a block's sums of decoder gradients
+  Real* sums_ = nullptr;        // (blocks, block_sums_); null: not wanted
+  double* losses_;              // (blocks)
+  std::vector<char*> scratch_;  // one for each thread
 
   long words(long reals) const { return (reals + core.pack - 1) / core.pack; }
   long last_stride() const {  // words of a row of the last layer

@@ -1,10 +1,10 @@
-// The first layer of points, and of the voxels of grids that do not separate (the product of the planes), on the CPU.
+// The first layer of points on the CPU, also for the voxels of grids that do not separate into maps (formulation.h).
 //
-// Points go in waves of up to 64 blocks of 384. A block gathers its points' texel rows, either of the planes projected through
-// the first layer (which leaves a sum of 4 rows a plane) or of the planes themselves (then the first layer is a product), puts
-// the first layer's outputs in rows, and hands them to the voxel loop as a grid of (1, points, 1). On the way back each block
-// writes its rows' gradients; then a thread owns some channels of one plane and adds the wave's rows to the texels, points
-// ascending: no atomics, and one order for every sum.
+// Points are processed in waves of up to 64 blocks of 384. Each point gathers its taps, four texel rows with weights in every
+// plane. The rows come from planes projected through the first layer, whose sum is z_1, or from the planes themselves, whose
+// samples are multiplied by W_1. The voxel loop then reads the block's rows of z_1 as a grid of (1, points, 1). In backward
+// each block writes the gradients of its rows. After the blocks, a task owns some channels of one plane and adds the wave's
+// rows to its texels, points in ascending order: no sum needs atomics, and each has one order.
 #pragma once
 #include "first_weights.h"
 #include "wave_taps.h"
@@ -17,7 +17,7 @@ class Points {
   using Real = Real_;
   using Piece = Wave;
 
-  // Blocks of a wave, which threads share.
+  // The number of blocks of a wave.
   static long blocks(const tcam_problem& problem, bool) {
     const long count = WaveTaps<Real>::round_points(problem);
     return std::min<long>(most_blocks, std::max<long>(1, (count + block_points - 1) / block_points));
@@ -54,7 +54,7 @@ class Points {
     for (long begin = 0; begin < taps.count; begin += taps.most) f(Wave{begin, std::min(taps.most, taps.count - begin)});
   }
 
-  long rounds() const { return taps.grid ? static_cast<long>(p.batch) : 1; }  // a grid's objects, one after another
+  long rounds() const { return taps.grid ? static_cast<long>(p.batch) : 1; }  // a grid's objects in turn; all points at once
   void pack(const tcam_inputs& in) {
     if (p.layers) zero(zero_, m.row_bytes(1), 1);
     weights.pack(in);
@@ -62,7 +62,7 @@ class Points {
   void clear_gradients() { weights.clear_gradients(); }
   void write_gradients(const tcam_gradients& to, long object) const { weights.write_gradients(to, object); }
 
-  // Of a round: the texels of its objects.
+  // Stores the texels of the round's objects as rows, projected or not.
   void begin(const tcam_inputs& in, long round) {
     in_ = &in;
     round_ = round;
@@ -93,7 +93,7 @@ class Points {
   }
   long first_voxel(const Wave& wave) const { return wave.begin; }
 
-  // z_1 of a block's points or, without layers, their features.
+  // Computes z_1 of a block's points or, without layers, writes their features to the output.
   void forward_block(const Wave& wave, const Volume& volume, long task, int thread) {
     const Range t = chunk(wave.points, m.blocks, task);
     taps.place(wave, t);
@@ -123,8 +123,8 @@ class Points {
     std::memset(delta_ + t.lo * m.stride, 0, m.row_bytes(t.hi - t.lo));
     return {delta_, nullptr, nullptr, nullptr};
   }
-  // From delta_1 (without layers: from the gradient of the features) to the gradients of the samples, of extra features, of
-  // coordinates, and of the first layer.
+  // Takes the gradient of z_1 or, without layers, of the features. Computes the gradients of the block's samples, extra
+  // features and coordinates, and adds to its partial sums of W_1 and b_1.
   void backward_block(const Wave& wave, const Volume& volume, long task, int thread, const tcam_gradients& to) {
     const Range t = chunk(wave.points, m.blocks, task);
     if (p.layers && p.grad_decoder)
@@ -133,6 +133,7 @@ class Points {
     if (p.extra) back_to_extra(wave, t, task, thread, to);
     if (p.grad_points) to_points(wave, t, to);
   }
+  // Adds the gradients of the wave's samples to the texels.
   void end_backward(const Wave& wave) {
     if (!grad_texels_) return;
     const long slices = (pitch + slice - 1) / slice;
@@ -144,10 +145,10 @@ class Points {
     });
   }
 
-  // The gradients of a round's planes, and partial sums of the first layer's.
+  // Computes the gradients of the round's planes and, with projected planes, adds to the partial sums of W_1.
   void end(const tcam_inputs& in, long, const tcam_gradients& to) {
     if (!grad_texels_) return;
-    // Objects, and planes that share a block of weights, also share its partial sums: one after the other.
+    // Objects share the partial sums of W_1, and so may planes, so they are processed one after another.
     for (long slot = 0; slot < taps.objects; ++slot)
       for (int q = 0; q < p.plane_count; ++q) {
         const long block = weights.block_of(q), texels = taps.texels(q);
@@ -169,22 +170,25 @@ class Points {
 
  private:
   static constexpr long most_blocks = 64, block_points = 384;
-  static constexpr long slice = 32;  // channels that one thread adds to texels
+  static constexpr long slice = 32;  // channels of a task in end_backward
 
   const Mlp<Real>& m;
   const tcam_problem& p;
   const bool projected;
-  const long samples, channels, pitch;  // matrices of sampled features, their padded channels; reals of a texel row
+  const long samples, channels, pitch;  // number of matrices of sampled features; their padded channels; reals of a texel row
   FirstWeights<Real> weights;
   WaveTaps<Real> taps;
-  const tcam_inputs* in_ = nullptr;  // of the round
+  const tcam_inputs* in_ = nullptr;  // the round's inputs
   long round_ = 0;
-  Real *extra_ = nullptr, *grad_extra_ = nullptr;  // of the wave's points, in the order that they are walked in
+  // texels_, grad_texels_ (all texel rows, pitch). The others have a row for each point of a wave, in the order of WaveTaps:
+  // z_, delta_ (n_1 padded); sampled_, grad_sampled_ (samples matrices, channels); product_, grad_product_ (channels): the
+  // product of the samples; extra_, grad_extra_ (p.extra); dots_ (taps). zero_ is one row of zeros. Null: not needed.
+  Real *extra_ = nullptr, *grad_extra_ = nullptr;
   Real *texels_, *z_ = nullptr, *zero_ = nullptr, *sampled_ = nullptr, *product_ = nullptr;
   Real *grad_texels_ = nullptr, *delta_ = nullptr, *grad_sampled_ = nullptr, *grad_product_ = nullptr, *dots_ = nullptr;
 
   Real* sample(Real* all, long s) const { return all + s * taps.most * channels; }
-  // Planes [q0, q1) of sample matrix s: one, or all.
+  // The taps of sample matrix s from point t on: those of all planes where there is one matrix, else those of plane s.
   PointTaps sample_taps(long s, long t) const { return samples == 1 ? taps.of(0, p.plane_count, t) : taps.of(s, s + 1, t); }
   long plane_blocks() const { return p.reduce == TCAM_CONCAT ? p.plane_count : 1; }
 
@@ -193,13 +197,13 @@ class Points {
     return {static_cast<const Real*>(planes) + object * p.channels * texels, static_cast<long>(p.channels), 1, texels};
   }
   Features rows(const Real* data) const { return {data, static_cast<long>(p.channels), channels, 1}; }
-  // Of a block of the first layer beyond those of the planes.
+  // The columns of rows (points, p.extra) that a block of W_1 beyond the planes' blocks multiplies.
   Features extra_features(const Real* rows, long block) const {
     return {rows + (block - plane_blocks()) * TCAM_MAX_WIDTH, weights.width(block), static_cast<long>(p.extra), 1};
   }
   long first_extra(const Wave& wave) const { return ((taps.grid ? round_ * taps.count : 0) + wave.begin) * p.extra; }
 
-  // f(plane, object's place in texels_, texels of a chunk, thread).
+  // Calls f(plane, object's number in texels_, range of texels, thread) in parallel over all texels of the round.
   template <class F>
   void for_texels(F f) {
     parallel_for(p.plane_count * taps.objects * m.blocks, m.threads, [&](long task, int thread) {
@@ -208,6 +212,7 @@ class Points {
     });
   }
 
+  // Gathers the sampled features of points t, and multiplies them where the planes are multiplied.
   void sample_planes(Range t) {
     for (long s = 0; s < samples; ++s)
       m.real.gather(texels_, sample_taps(s, t.lo), t.hi - t.lo, nullptr, sample(sampled_, s) + t.lo * channels, channels,
@@ -219,7 +224,7 @@ class Points {
     }
   }
 
-  // Noise of a point's features, to what the planes' blocks of the first layer multiply.
+  // Adds noise to the features that the planes' blocks of W_1 multiply.
   void add_noise(const Wave& wave, Range range) {
     float noise[TCAM_MAX_PLANES * TCAM_MAX_WIDTH + 64] = {};  // rows are read to their padded ends
     const long c = static_cast<long>(p.channels), features = plane_blocks() * c;
@@ -236,6 +241,7 @@ class Points {
     }
   }
 
+  // Computes the gradients of the sampled features, and adds to the partial sums of W_1's blocks for the planes.
   void back_to_samples(const Wave& wave, Range t, const Volume& volume, long task, int thread) {
     const bool wanted = p.grad_planes || p.grad_points;
     Real* all = grad_product_ ? grad_product_ : grad_sampled_;
@@ -255,6 +261,7 @@ class Points {
         sample(grad_sampled_, s)[e] = x;
       }
   }
+  // Computes the gradients of the extra features, and adds to the partial sums of W_1's blocks for them.
   void back_to_extra(const Wave& wave, Range t, long task, int thread, const tcam_gradients& to) {
     for (long b = plane_blocks(); b < weights.blocks(); ++b)
       m.real.unproject(delta_, m.stride, extra_features(extra_, b), t.lo, t.hi, grad_extra_ ? weights.transposed(b) : nullptr,
@@ -270,7 +277,8 @@ class Points {
       for (long c = p.channels; c < channels; ++c) rows[x * channels + c] = 0;
   }
 
-  // Without layers the output is (points, features), one sample matrix after the other.
+  // Calls f(element of the output, element of the sample matrices) for each feature of points t. Without layers the output is
+  // (points, features), in which one sample matrix follows another.
   template <class F>
   void each_feature(const Wave& wave, Range t, F f) {
     const long matrices = plane_blocks(), c = p.channels;
@@ -287,7 +295,8 @@ class Points {
     for (long b = 0; b < plane_blocks(); ++b) clear_padding(sample(to, b), t);
   }
 
-  // Gradients of the coordinates: what the samples change by when the weights of their taps do.
+  // Computes the gradients of the coordinates. dots_ has, for each tap, the product of its texel row with the gradient of the
+  // sample; the derivatives of the taps' weights by the coordinates do the rest.
   void to_points(const Wave& wave, Range range, const tcam_gradients& to) {
     const long n = range.hi - range.lo;
     Real* dots = dots_ + range.lo * taps.taps;

@@ -1,5 +1,5 @@
-// Where points read the planes, on the CPU: a wave's points in the order of a space-filling curve, so that neighbours read and
-// write texels that are in cache, and the four texel rows of each in every plane.
+// The taps of a wave's points on the CPU: four texel rows with weights for each point and plane. Points are sorted along a
+// space-filling curve, so that those next to each other read and write texels that are in cache.
 #pragma once
 #include "../formulation.h"
 #include "../maths/bilinear.h"
@@ -7,7 +7,7 @@
 
 namespace tcam {
 
-// Points [begin, begin + points) of the problem: those of a round, or the voxels of a grid's box.
+// A wave: points [begin, begin + points) of the round, which are the problem's points or the voxels of a grid's box.
 struct Wave {
   long begin, points;
 };
@@ -15,13 +15,13 @@ struct Wave {
 template <class Real>
 class WaveTaps {
  public:
-  const bool grid;
-  const long objects;  // of a round: of a grid one, of points all
+  const bool grid;     // whether the points are a grid's voxels
+  const long objects;  // objects of a round: one for a grid, all for points
   const long count;    // points of a round
-  const long taps;     // texel rows that a point reads
-  const long most;     // points of a wave
+  const long taps;     // taps of a point, 4 in each plane
+  const long most;     // points of the largest wave
 
-  // `pitch`: reals of a texel row.
+  // row_pitch: reals of a texel row.
   WaveTaps(const Mlp<Real>& mlp, long wave_points, long row_pitch, Carver& ws)
       : grid(mlp.p.points < 0),
         objects(grid ? 1 : mlp.p.batch),
@@ -52,13 +52,13 @@ class WaveTaps {
     return static_cast<long>((p.hi[0] - p.lo[0]) * (p.hi[1] - p.lo[1]) * (p.hi[2] - p.lo[2]));
   }
 
-  long rows() const { return rows_; }  // of texels, of all planes and objects
+  long rows() const { return rows_; }  // texel rows of all planes and objects of a round
   long texels(int q) const { return static_cast<long>(p.planes[q].rows * p.planes[q].columns); }
   long texel_row(int q, long object) const { return base_[static_cast<size_t>(q)] + object * texels(q); }
-  long place_of(long t) const { return order_ ? order_[t] : t; }  // in the wave, of the point walked as number t
+  long place_of(long t) const { return order_ ? order_[t] : t; }  // the point's index in the wave; t: its index in sorted order
   long number(const Wave& wave, long t) const { return wave.begin + place_of(t); }
   const int32_t* order() const { return order_; }
-  // Of planes [q0, q1), from point t on.
+  // The taps in planes [q0, q1), from sorted point t on.
   PointTaps of(long q0, long q1, long t) const {
     const long at = t * taps + 4 * q0;
     return {at_ + at, weight_ + at, taps, 4 * (q1 - q0)};
@@ -73,7 +73,7 @@ class WaveTaps {
     if (grid) place_axes(in, round);
   }
 
-  // The order of the wave's points along a space-filling curve; equal keys keep theirs.
+  // Sorts the wave's points along a space-filling (Morton) curve, by counting; points with equal keys keep their order.
   void sort(const Wave& wave) {
     if (!order_) return;
     const Real* points = static_cast<const Real*>(in_->points) + wave.begin * p.axes;
@@ -95,7 +95,7 @@ class WaveTaps {
     for (long t = 0; t < wave.points; ++t) order_[bucket_[key_[t]]++] = static_cast<int32_t>(t);
   }
 
-  // The taps of the points [range.lo, range.hi) of a wave.
+  // Computes the taps of sorted points [range.lo, range.hi) of a wave.
   void place(const Wave& wave, Range range) {
     if (grid) return place_voxels(wave, range);
     const Real* points = static_cast<const Real*>(in_->points);
@@ -112,6 +112,8 @@ class WaveTaps {
     }
   }
 
+  // The key of a point's noise: its object, and its number in the whole grid or among its object's points. With batch_index
+  // (in_->objects), the number is that among all points.
   NoiseKey noise_key(const Wave& wave, long t) const {
     const long n = number(wave, t);
     NoiseKey key = {p.noise_seed, static_cast<uint64_t>(n), static_cast<uint32_t>(round_), 0};
@@ -127,35 +129,37 @@ class WaveTaps {
   }
 
  private:
-  static constexpr int key_bits = 5, keys = 1 << 3 * key_bits;  // cells of the curve: 32 along each of three axes
+  static constexpr int key_bits = 5, keys = 1 << 3 * key_bits;  // the curve has 32 cells along each of three axes
 
   const Mlp<Real>& m;
   const tcam_problem& p;
   const long pitch;
   const GridBox box_ = grid_box(p);
-  std::vector<Tap<Real>> voxel_taps_[2 * TCAM_MAX_PLANES];  // of a grid: for each plane those of its rows, then of its columns
+  std::vector<Tap<Real>> voxel_taps_[2 * TCAM_MAX_PLANES];  // a grid's taps on each plane's rows (2q) and columns (2q + 1)
   std::vector<long> base_;                                  // the first texel row of each plane
   long rows_ = 0, round_ = 0;
   const tcam_inputs* in_ = nullptr;
-  int64_t* at_;
-  int32_t *order_ = nullptr, *bucket_ = nullptr;  // of the wave: its points in the order of their keys
-  uint16_t* key_ = nullptr;
-  Real *weight_, *by_row_ = nullptr, *by_column_ = nullptr;
+  int64_t* at_;                                              // (most, taps): each tap's texel row, as an offset in reals
+  int32_t *order_ = nullptr, *bucket_ = nullptr;             // (most): the points' indices in sorted order; (keys + 1): counts
+  uint16_t* key_ = nullptr;                                  // (most): cell of each point on the curve
+  Real *weight_, *by_row_ = nullptr, *by_column_ = nullptr;  // (most, taps)
 
+  // Combines the taps of a grid's axes into those of voxels [range.lo, range.hi) of a wave.
   void place_voxels(const Wave& wave, Range range) {
     const long wide = p.hi[1] - p.lo[1], deep = p.hi[2] - p.lo[2], n = wave.begin + range.lo;
     long at[3] = {n / (wide * deep), n / deep % wide, n % deep};
     for (long t = range.lo; t < range.hi; ++t) {
       for (int q = 0; q < p.plane_count; ++q) {
-        const std::vector<Tap<Real>>* of = voxel_taps_ + 2 * q;
-        set_taps(t, q, 0, of[0][static_cast<size_t>(at[p.planes[q].row_axis])],
-                 of[1][static_cast<size_t>(at[p.planes[q].column_axis])]);
+        const std::vector<Tap<Real>>* axis_taps = voxel_taps_ + 2 * q;
+        set_taps(t, q, 0, axis_taps[0][static_cast<size_t>(at[p.planes[q].row_axis])],
+                 axis_taps[1][static_cast<size_t>(at[p.planes[q].column_axis])]);
       }
       if (++at[2] < deep) continue;
       at[2] = 0;
       if (++at[1] == wide) at[1] = 0, ++at[0];
     }
   }
+  // Sets the four taps of point t in plane q of an object, from taps r on the plane's rows and c on its columns.
   void set_taps(long t, int q, long slot, const Tap<Real>& r, const Tap<Real>& c) {
     const long columns = static_cast<long>(p.planes[q].columns);
     const long begin = texel_row(q, slot) * pitch, e = t * taps + 4 * q;
@@ -170,7 +174,7 @@ class WaveTaps {
     set(2, r.hi, c.lo, r.w_hi, c.w_lo, r.d_hi, c.d_lo);
     set(3, r.hi, c.hi, r.w_hi, c.w_hi, r.d_hi, c.d_hi);
   }
-  // Of a grid's voxels, along the axes of each plane.
+  // Computes the taps of a grid's voxels along the axes of each plane.
   void place_axes(const tcam_inputs& in, long object) {
     for (int e = 0; e < 2 * p.plane_count; ++e) {
       const tcam_plane& plane = p.planes[e / 2];

@@ -1,4 +1,5 @@
-// What the parts of a call share: the problem, the stream and its first error, the decoder's weights and their gradients.
+// The state that a Decode's first layer and MLP share during a call: the problem, the stream, the first CUDA error, pointers to
+// the decoder's weights and gradients; and short forms of the kernel launches that both use.
 #pragma once
 #include <stdio.h>
 
@@ -9,13 +10,14 @@
 namespace tcam {
 
 constexpr int64_t region_voxels = 65536, region_bytes = 256ll << 20;
-constexpr int64_t voxel_chunk = 512;  // voxels of a region in a partial sum of weight gradients
-constexpr int64_t bias_chunk = 256;   // the same of bias gradients: a thread adds them alone
-constexpr int64_t texel_splits = 32;  // partial sums over texels
+constexpr int64_t voxel_chunk = 512;  // voxels in one partial sum of a weight gradient
+constexpr int64_t bias_chunk = 256;   // voxels in one partial sum of a bias gradient, which a single thread adds
+constexpr int64_t texel_splits = 32;  // partial sums of a weight gradient over a plane's texels
 
 enum class Output { volume, losses, gradients };
 
-// The output of one object's voxels: it is written, or its gradient or target is read.
+// The output array of a round (one object of a grid, or all points). Forward writes it, backward reads the gradient of the
+// output from it; with an objective both read the target from it. Strides count elements of `dtype`.
 struct Volume {
   void* data;
   int dtype;
@@ -28,21 +30,22 @@ class Call {
   const tcam_problem& p;
   const bool backward;
   const cudaStream_t stream;
-  const Real *weights[TCAM_MAX_LAYERS + 1] = {}, *biases[TCAM_MAX_LAYERS + 1] = {};  // of layer 1 and up
+  // Entry l belongs to layer l >= 1: weights (width[l], width[l-1]), biases (width[l]) or null.
+  const Real *weights[TCAM_MAX_LAYERS + 1] = {}, *biases[TCAM_MAX_LAYERS + 1] = {};
   Real *grad_weights[TCAM_MAX_LAYERS + 1] = {}, *grad_biases[TCAM_MAX_LAYERS + 1] = {};
 
   Call(const tcam_problem& problem, bool goes_back, cudaStream_t on) : p(problem), backward(goes_back), stream(on) {}
 
   cudaError_t status() const { return status_; }
   int width(int layer) const { return static_cast<int>(p.width[layer]); }
-  Hidden<Real> activation(int layer) const {  // of layers 1 to L-1; any for layer 0
+  Hidden<Real> activation(int layer) const {  // layer 1 to L-1; layer 0 gives an arbitrary one, which is not used
     const tcam_activation& a = p.activation[layer > 0 ? layer - 1 : 0];
     return {static_cast<Activation>(a.kind), static_cast<Real>(a.parameter)};
   }
   Final<Real> output_activation() const {
     return {static_cast<OutputActivation>(p.output_activation.kind), static_cast<Real>(p.output_activation.parameter)};
   }
-  // Whether the products above the texels are TensorFloat-32 on tensor cores.
+  // Whether products over voxels run on tensor cores in TensorFloat-32. Products over texels never do.
   bool tensor_floats() const { return sizeof(Real) == sizeof(float) && p.compute != TCAM_F32; }
 
   void set_layers(const tcam_inputs& in) {
@@ -51,7 +54,7 @@ class Call {
       biases[l] = static_cast<const Real*>(in.biases[l - 1]);
     }
   }
-  // Gradients of the decoder go to the given row of those that have a leading axis.
+  // The pointers to the decoder's gradients. `row` is the object where the gradients have a leading axis B, else 0.
   void set_gradients(const tcam_gradients& to, int64_t row) {
     for (int l = 1; l <= p.layers; ++l) {
       Real* bias = static_cast<Real*>(to.biases[l - 1]);
@@ -67,7 +70,7 @@ class Call {
     if (bytes) check(cudaMemsetAsync(at, 0, static_cast<size_t>(bytes), stream));
   }
 
-  // Blocks of a kernel that strides over `wanted` of them.
+  // The grid size of a kernel whose blocks stride over `wanted` blocks of work.
   static unsigned blocks(int64_t wanted) { return static_cast<unsigned>(wanted < 1 ? 1 : wanted < 65535 ? wanted : 65535); }
   static unsigned channel_threads(int n) { return n > 128 ? 256 : n > 64 ? 128 : n > 32 ? 64 : 32; }
 
@@ -75,7 +78,7 @@ class Call {
   void run(void (*kernel)(P...), dim3 grid, unsigned block, size_t shared_bytes, A... arguments) {
     check(launch(kernel, grid, block, shared_bytes, stream, arguments...));
   }
-  // A kernel with a thread an element, or a warp an item.
+  // run_elements: a kernel whose threads stride over elements. run_warps: a kernel whose warps stride over items.
   template <class... P, class... A>
   void run_elements(void (*kernel)(P...), int64_t elements, A... arguments) {
     run(kernel, blocks(ceil_div(elements, threads)), threads, 0, arguments...);
@@ -85,7 +88,8 @@ class Call {
     run(kernel, blocks(ceil_div(items, warps)), threads, 0, arguments...);
   }
 
-  // C = A B as gemm.cuh has it, of texels, and of voxels.
+  // The product C = A B of gemm.cuh: `texel_product` in Real, where A or B has a plane's texels; `product` over voxels, in
+  // TensorFloat-32 where tensor_floats().
   template <class A, class B, class Store>
   void texel_product(int64_t m, int n, int64_t k, int64_t k_chunk, A a, B b, Store store) {
     check(gemm<Scalars<Real, 64>>(m, n, k, k_chunk, a, b, store, stream));

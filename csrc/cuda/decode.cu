@@ -1,5 +1,5 @@
-// The ops on CUDA. A decode has a first layer (of a grid or of points) and an MLP (layer by layer for every shape, or fused on
-// tensor cores), and owns their workspace and the loop over objects.
+// The ops on CUDA. A Decode has a first layer (Grid or Points) and an MLP (Mlp for every shape; FusedMlp or FusedRows on tensor
+// cores). It lays out their workspace and runs the loop over rounds and regions.
 #include "../formulation.h"
 #include "fused_rows.cuh"
 #include "grid.cuh"
@@ -10,12 +10,18 @@
 namespace tcam {
 namespace {
 
+// A round is one object of a grid, or all points at once. For each round, forward and backward call on every region in turn:
+//   First::forward   writes z_1, the first layer before its activation, to mlp_.input();
+//   Mlp::forward     continues from there to the output or the losses;
+//   Mlp::backward    recomputes that and writes delta_1, the gradient of z_1, to mlp_.delta();
+//   First::backward  adds delta_1 to the sums from which First::end computes the gradients of the planes.
+// Partial sums of the decoder's gradients stay in the workspace until write_gradients adds them up.
 template <class First, class Mlp>
 class Decode {
   using Real = typename First::Real;
 
  public:
-  // A null workspace: to be measured.
+  // With a null workspace the decode only measures: bytes() and refuses() are valid.
   Decode(const tcam_problem& problem, bool backward, void* workspace, cudaStream_t stream)
       : p(problem), c(problem, backward, stream), first_(c), mlp_(c), refusal_(mlp_.refuses(first_.box())) {
     if (refusal_.why) return;
@@ -35,11 +41,12 @@ class Decode {
 
   Decode(const Decode&) = delete;  // its parts hold references to each other
 
-  int64_t bytes() const { return bytes_; }  // of the workspace
+  int64_t bytes() const { return bytes_; }  // size of the workspace
   Refusal refuses(Output output, const Device& device) { return refusal_.why ? refusal_ : mlp_.refuses(output, device); }
   void describe(Output output, char* text, size_t size) const { mlp_.describe(output, text, size); }
 
-  // With an objective (null: none): the losses, `out` being the target.
+  // Without an objective (null), writes the output to `out`. With one, `out` is the target and is only read; losses[b] becomes
+  // the sum of object b's losses.
   cudaError_t forward(const tcam_inputs& in, void* out, const tcam_objective* objective, double* losses) {
     begin(in, nullptr, objective, losses);
     for (int64_t round = 0; round < first_.rounds() && !c.status(); ++round) {
@@ -53,7 +60,8 @@ class Decode {
     return c.status();
   }
 
-  // `out` is the gradient of the output or, with an objective, its target.
+  // Writes the gradients that the problem asks for to `to`. `out` is the gradient of the output; with an objective it is the
+  // target, and the losses are written as in forward.
   cudaError_t backward(const tcam_inputs& in, const void* out, const tcam_objective* objective, double* losses,
                        const tcam_gradients& to) {
     const bool per_object = objective && objective->per_object;
@@ -82,19 +90,19 @@ class Decode {
   Call<Real> c;
   First first_;
   Mlp mlp_;
-  const Refusal refusal_;  // by the shape
+  const Refusal refusal_;  // why the MLP does not take the problem's shape
   Regions regions_ = {};
-  char* partials_ = nullptr;  // sums of the decoder's gradients
+  char* partials_ = nullptr;  // partial sums of the decoder's gradients: the last partials_bytes_ of the workspace
   int64_t bytes_ = 0, partials_bytes_ = 0;
 
-  // `out`: what backward starts from; null on the way forward.
+  // `out`: the gradient of the output or the target, which FusedMlp reads to choose float16's scales; null in forward.
   void begin(const tcam_inputs& in, const void* out, const tcam_objective* objective, double* losses) {
     const int64_t* n = first_.box();
     c.set_layers(in);
     if (objective) c.clear(losses, p.batch * sizeof(double));
     mlp_.begin(out, objective, first_.rounds() * n[0] * n[1] * n[2]);
   }
-  // Of a round: (C_out, box) of an object, or (points, C_out).
+  // The output array of a round: (C_out, box) of one object of a grid, or (points, C_out).
   Volume volume_of(void* out, const tcam_objective* objective, int64_t round) const {
     const int dtype = objective ? objective->target_dtype : p.out_dtype;
     const int64_t *n = first_.box(), voxels = n[0] * n[1] * n[2], n_out = p.width[p.layers];
@@ -103,7 +111,7 @@ class Decode {
   }
 };
 
-// f(decode) for the decodes that can serve a problem, the fastest first, until it returns true.
+// Calls f(decode) for each kind of decode that suits the problem, the fastest first, until f returns true.
 template <class F>
 void for_each_decode(const tcam_problem& problem, bool backward, void* workspace, cudaStream_t stream, F f) {
   auto offer = [&](auto decode) { return f(decode); };
@@ -122,7 +130,7 @@ void for_each_decode(const tcam_problem& problem, bool backward, void* workspace
   }
 }
 
-// f(decode, why) with the decode that a problem takes on a device, and why it is not a fused one.
+// Calls f(decode, why) with the first decode that takes the problem on `device`; `why` says why that is not a fused one.
 template <class F>
 void with_decode(const tcam_problem& problem, Output output, const Device& device, void* workspace, cudaStream_t stream, F f) {
   Refusal why = fused_refusal(problem);
@@ -136,7 +144,7 @@ void with_decode(const tcam_problem& problem, Output output, const Device& devic
   });
 }
 
-// The same on the device `id`, made current for the call.
+// Calls f(decode) with device `id` current, for the call alone. Returns the first CUDA error or what f returns.
 template <class F>
 int on_device(const tcam_problem& problem, Output output, void* workspace, int id, void* stream, F f) {
   DeviceGuard guard(id);
@@ -154,7 +162,7 @@ int on_device(const tcam_problem& problem, Output output, void* workspace, int i
 }  // namespace tcam
 
 extern "C" int64_t tcam_decode_cuda_workspace(const tcam_problem* problem, int backward) {
-  int64_t most = 0;  // which decode a device takes is not known yet
+  int64_t most = 0;  // enough for every kind of decode: the device, and so the kind, is not known here
   tcam::for_each_decode(*problem, backward != 0, nullptr, nullptr, [&](auto& decode) {
     most = decode.bytes() > most ? decode.bytes() : most;
     return false;

@@ -1,5 +1,5 @@
-// What every kernel file needs beside CUDA itself: launching, shared memory, the arithmetic of a thread. The emulator of
-// tests/simt supplies its own <cuda_runtime.h>, so that the same files run on a CPU under the sanitizers.
+// The base of every kernel file: launches, dynamic shared memory, the device guard, scalar arithmetic for maths/*.h. The
+// emulator in tests/simt brings its own <cuda_runtime.h>, so that the same files run on a CPU under the sanitizers.
 #pragma once
 #include <cuda_runtime.h>
 #include <math.h>
@@ -19,19 +19,20 @@
 
 namespace tcam {
 
-// A device as the launchers see it.
+// The properties of a device that the choice of kernels depends on.
 struct Device {
-  int shared_limit;  // bytes that a block may have
-  int processors;
+  int shared_limit;  // bytes of shared memory that a block may have
+  int processors;    // streaming multiprocessors
 };
 
-// Why kernels do not take a problem: a printf format of the two numbers; null where they do.
+// The reason why kernels do not take a problem: `why` is a printf format that reads `got` and `most`. A null `why` means that
+// they take it.
 struct Refusal {
   const char* why;
   long long got, most;
 };
 
-// kernel(arguments...) on `stream`. The status is that of the launch alone.
+// Launches kernel(arguments...) on `stream` and returns the status of the launch; it does not wait for the kernel.
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared_bytes, cudaStream_t stream,
                    A... arguments) {
@@ -49,7 +50,7 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, unsigned threads, size_t sha
 #endif
 }
 
-// Hands out the block's dynamic shared memory; every thread takes the same arrays in the same order.
+// An allocator of the block's dynamic shared memory. All threads must take the same arrays in the same order.
 class Shared {
  public:
 #if defined(TCAM_SIMT)
@@ -74,7 +75,7 @@ class Shared {
 #endif
 };
 
-// Sets the device for a call and puts the caller's back.
+// Makes `device` current for the guard's lifetime, then restores the caller's device.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -95,7 +96,7 @@ class DeviceGuard {
   cudaError_t status_;
 };
 
-// One thread's arithmetic for maths/activation.h and maths/loss.h.
+// Scalar arithmetic, the `M` of maths/activation.h and maths/loss.h.
 template <class Real>
 struct Scalar {
   using V = Real;
@@ -115,7 +116,7 @@ struct Scalar {
   TCAM_MATHS double normal_cdf(double x) { return 0.5 * ::erfc(x * -0.7071067811865476); }
 };
 
-// One lane for maths/noise.h.
+// Scalar arithmetic, the `M` of maths/noise.h.
 struct ScalarNoise {
   using V = float;
   using U = uint32_t;
@@ -142,8 +143,9 @@ struct ScalarNoise {
   }
 };
 
-// The output activation. Those that need more than a few instructions are out of line: their registers are not the kernel's.
-// Without `sines` there is no half_sine, whose range reduction would cost the kernels of fused.cuh registers even so.
+// The output activation and its slope at z. All but `none` and `sigmoid` are calls out of line, so that they do not raise the
+// kernel's register count. half_sine needs `sines`: its range reduction would cost registers even out of line, so the fused
+// kernels pass false and refuse problems with half_sine.
 template <bool sines, class Real>
 TCAM_OUT_OF_LINE Real rare_output(Final<Real> a, Real z) {
   if (!sines && a.kind == OutputActivation::half_sine) return z;

@@ -1,4 +1,4 @@
-// The kernels of fused_backward.cuh in bfloat16: a file of their own, so that two formats compile at the same time.
+// The fused backward kernels in bfloat16, in a file of their own so that both formats compile in parallel.
 #include "fused_backward.cuh"
 
 namespace tcam {

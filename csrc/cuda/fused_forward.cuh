@@ -1,11 +1,11 @@
-// decode_grid's forward on tensor cores, all hidden layers in one kernel: relu, hidden widths to 128, C_out to 4, one to three
-// products between hidden layers, in bfloat16 or float16 with float32 sums.
+// The fused forward kernel: all layers above the maps in one kernel on tensor cores. It takes ReLU decoders with hidden widths
+// up to 128, up to 4 outputs, and one to three products between hidden layers, in bfloat16 or float16 with float32 sums.
 //
 //     h_1(i,j,k) = relu(A[i,j] + B[j,k] + G[i,k]);  h_l = relu(W_l h_(l-1) + b_l);  out = W_L h_(L-1) + b_L
 //
-// A block has WI x WJ warps, each a tile of fused_tile.cuh. i is fixed for a warp over a whole column (a tile of k, a group of
-// i), j runs. Shared memory holds all weights, the column's G tiles, and B and A in a ring of two. The h_1 of step s+1 is built
-// during the last product of step s, so the tensor cores do not wait for it.
+// A block has WI x WJ warps, each with a tile at a time (fused_tile.cuh). Shared memory has all weights, the column's tiles of
+// G, and two buffers of B and A. h_1 of the next step is computed during the last product of the current one, so that the
+// tensor cores do not wait for it.
 #pragma once
 #include "fused_tile.cuh"
 
@@ -13,19 +13,21 @@ namespace tcam {
 
 constexpr int fused_most_products = 3;
 
+// Arguments of fused_forward_kernel; N is the padded width, P = products.
 struct FusedForward {
   FusedMaps maps;
-  const uint16_t* weights;  // (products, N, N), row: output
-  const float* biases;      // (products, N)
-  const float* last;        // (n_out, N)
+  const uint16_t* weights;  // (P, N outputs, N inputs): W_2 to W_(P+1) in the 16-bit format
+  const float* biases;      // (P, N): b_2 to b_(P+1)
+  const float* last;        // (n_out, N): W_L
   const float* last_bias;   // (n_out) or null
   int n_out;
   Final<float> output_activation;
-  void* volume;  // the first voxel of one object, (C_out, ...)
+  void* volume;  // the output, (n_out, ni, nj, nk) with channel_stride from output to output
   int dtype;
   int64_t channel_stride;
 };
 
+// Bytes of dynamic shared memory of a block.
 template <int N, int MT, int WI, int WJ, int products>
 constexpr size_t fused_shared_bytes() {
   return 2 * (products * N * N + FusedBlock<float, N, MT, WI, WJ>::Stage::elements + 8 * N) + 4 * products * N + 128;
@@ -36,6 +38,7 @@ struct FusedForwardKernel {
   using Block = FusedBlock<T, N, MT, WI, WJ>;
   static constexpr int warps = Block::warps, threads = Block::threads, steps = Block::steps;
 
+  // Loads the weights to shared memory, then walks the block's steps, column by column.
   TCAM_DEVICE static void run(const FusedForward& p) {
     Shared shared;
     uint16_t* sw = shared.take<uint16_t>(products * N * N);
@@ -61,7 +64,7 @@ struct FusedForwardKernel {
       const typename Block::Column column(all, s);
       const int j_first = column.j_first, j_last = column.j_last;
       s += j_last - j_first;
-      __syncthreads();  // all have left the column before
+      __syncthreads();  // all warps have finished the column before
       Block::stage_column(stage, p.maps, column, tid);
       Block::stage_step(stage, p.maps, column, j_first, 0, tid);
       ptx::wait_copies();
@@ -83,7 +86,7 @@ struct FusedForwardKernel {
           }
         constexpr int in = (products - 1) & 1;
         ptx::wait_copies();
-        __syncthreads();  // step jb + 1 has landed, and all have read step jb
+        __syncthreads();  // step jb + 1 has arrived, and all warps have read step jb
         if (jb + 2 < j_last) Block::stage_step(stage, p.maps, column, jb + 2, next ^ 1, tid);
         float out[MT][4];
         const float last_bias = sbias[products * N + lane.t];
@@ -96,7 +99,7 @@ struct FusedForwardKernel {
         for (int nb = 0; nb < steps; ++nb) {
           float sum[1][MT][2][4];
           Block::product(sum, h[in], sw + (products - 1) * N * N, sbias + (products - 1) * N, nb, lane);
-          // At the last step: old bytes, not used.
+          // After the last step of a column this reads stale tiles; the result is not used.
           Block::first_layer(h[in ^ 1], nb, stage.a_row(warp, next), stage.b_tile(warp, next), g_tile, lane);
 #pragma unroll
           for (int m = 0; m < MT; ++m) {
@@ -116,19 +119,20 @@ struct FusedForwardKernel {
         }
       }
     }
-    ptx::wait_copies();  // a block without work has its weights under way
+    ptx::wait_copies();  // a block without steps still has copies of weights in flight
   }
 
-  // Rows g and g + 8 of each m; lane t of a quad holds output t, or the one output as all lanes do.
+  // Writes the tile's outputs. In out[m], a lane has rows g and g + 8: of output t or, with a single output, of that in every
+  // lane; each as a high and a low part to be added.
   TCAM_DEVICE static void write(const FusedForward& p, const float (&out)[MT][4], int i, int j, int k0, int g, int t) {
     const FusedMaps& maps = p.maps;
     if (i >= maps.ni || j >= maps.nj) return;
     const int64_t row = (static_cast<int64_t>(i) * maps.nj + j) * maps.nk;
-    // One output: lane t writes row g + 8 t, so that a warp writes 32 neighbours. More: lane t writes all four rows of output
-    // t.
+    // A single output: lane t writes row g + 8 t, so that a warp writes 32 neighbours. Several: lane t writes output t at all
+    // four rows.
     const bool one = p.n_out == 1;
     const int64_t to = (one ? 0 : t * p.channel_stride) + row + k0 + g;
-#pragma unroll 1  // one copy of the output activation and of the store's formats
+#pragma unroll 1  // not unrolled: one copy of the code of output activations and store formats
     for (int q = one ? t : 0; q < (one ? t + 1 : 4); ++q) {
       float x = 0.f;
 #pragma unroll
@@ -139,18 +143,19 @@ struct FusedForwardKernel {
   }
 };
 
+// One block for each multiprocessor; each walks an equal range of the steps (FusedBlock::Steps).
 template <class T, int N, int MT, int WI, int WJ, int products>
 __global__ void __launch_bounds__(WI * WJ * 32, 1) fused_forward_kernel(FusedForward p) {
   FusedForwardKernel<T, N, MT, WI, WJ, products>::run(p);
 }
 
-// The kernels by padded width and warps, WI x WJ, of a block; of those of a width the first that fits is taken. The last is
-// for the 163 KiB of shared memory that a block of sm_80 may have.
+// The instances of the kernel: padded width N and the WI x WJ warps of a block. The first of a width that fits the device's
+// shared memory is taken. The last one is for sm_80, where a block may have 163 KiB.
 #define TCAM_FUSED_FORWARD(X) X(64, 12, 1) X(128, 12, 1) X(128, 3, 2)
 
 struct FusedForwardKind {
   int width, wi, wj;
-  size_t bytes[fused_most_products + 1];  // of shared memory, by products
+  size_t bytes[fused_most_products + 1];  // shared memory of a block, by number of products
 };
 #define TCAM_KIND(N, WI, WJ) \
   {N,                        \
@@ -160,7 +165,8 @@ struct FusedForwardKind {
 constexpr FusedForwardKind fused_forward_kinds[] = {TCAM_FUSED_FORWARD(TCAM_KIND)};
 #undef TCAM_KIND
 
-// By the sizes alone. Null: a block of the device has too little shared memory, and `needs` says how much the smallest takes.
+// The instance for a width and a number of products on a device. Null: the device allows a block too little shared memory, and
+// *needs is what the smallest instance takes.
 inline const FusedForwardKind* choose_fused_forward(int width, int products, const Device& device, size_t* needs = nullptr) {
   for (const FusedForwardKind& kind : fused_forward_kinds) {
     if (kind.width != width) continue;

@@ -1,4 +1,4 @@
-// The kernels of fused_forward.cuh in bfloat16: a file of their own, so that two formats compile at the same time.
+// The fused forward kernels in bfloat16, in a file of their own so that both formats compile in parallel.
 #include "fused_forward.cuh"
 
 namespace tcam {

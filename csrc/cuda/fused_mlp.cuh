@@ -1,5 +1,5 @@
-// The layers above the first on tensor cores: the kernels of fused_forward.cuh and fused_backward.cuh over 16-bit maps of the
-// first layer, a slab of i at a time whose maps, masks and delta_1 fit a fixed workspace.
+// The MLP above the first layer on tensor cores: the kernels of fused_forward.cuh and fused_backward.cuh, over 16-bit maps of
+// the first layer. A grid is processed in slabs of i, whose maps, masks and delta_1 fit a workspace of fixed size.
 #pragma once
 #include "call.cuh"
 #include "fused_backward.cuh"
@@ -11,7 +11,7 @@ namespace tcam {
 
 constexpr int64_t slab_bytes_forward = 256ll << 20, slab_bytes_backward = 1152ll << 20;
 
-// Whether the fused kernels take a problem, by its shape and options.
+// The reason, if any, why the fused kernels do not take a problem on any device: options, activations, layers or widths.
 inline Refusal fused_refusal(const tcam_problem& p) {
   const int L = p.layers;
   if (p.dtype != TCAM_F32 || (p.compute != TCAM_BF16 && p.compute != TCAM_F16))
@@ -28,20 +28,21 @@ inline Refusal fused_refusal(const tcam_problem& p) {
   return {};
 }
 
-// Where the first layer puts its maps of a slab (FusedMaps), and where it finds delta_1.
+// The maps of a slab that the first layer writes: a (ni, nj, channels), b (nj, nk, channels), g (ni, nk, channels).
 struct FusedInput {
   uint16_t *a, *b, *g;
-  int channels;  // of a row, padded
-  bool bfloat;
+  int channels;  // padded channels of a row
+  bool bfloat;   // bfloat16, else float16
 };
+// The slab's delta_1 that the first layer reads.
 struct FusedDelta {
-  const uint16_t* rows;  // (ni, nj, nk, channels), in the order of delta1_column
-  const float* factor;   // that they are multiplied with; null: 1
+  const uint16_t* rows;  // (ni, nj, nk, channels), channels in the order of delta1_column
+  const float* factor;   // delta_1 is rows times *factor; null: 1
   int channels;
   bool bfloat;
 };
 
-// f(the 16-bit format).
+// Calls f with the 16-bit format, a ptx::BFloat16 or a ptx::Float16.
 template <class F>
 void with_format(bool bfloat, F f) {
   if (bfloat)
@@ -59,7 +60,7 @@ class FusedMlp {
     for (int l = 1; l < p.layers; ++l) N_ = p.width[l] > 64 ? 128 : N_;
   }
 
-  // Why these kernels do not take the problem: by its shape, and on a device by the sizes of blocks.
+  // The reasons why the kernels do not take the problem: its options and shape; and on a device, a block's shared memory.
   Refusal refuses(const int64_t* box) const {
     const Refusal refusal = fused_refusal(p);
     if (!refusal.why && (box[0] > INT32_MAX / box[1] || box[0] * box[1] > INT32_MAX / ceil_div(box[2], 32)))
@@ -88,12 +89,13 @@ class FusedMlp {
                launches(output).count);
   }
 
+  // Slabs: a multiple of fused_backward_wide of i (fewer only in a small box), all j and k. They depend on the problem alone.
   template <class First>
   Regions regions(const First& first) const {
     const int64_t* n = first.box();
     const int64_t N = N_, voxels = n[1] * n[2], wide = fused_backward_wide;
     int64_t each = (n[1] + n[2]) * N * 2, budget = slab_bytes_forward;
-    if (c.backward) {  // steps round i up to `wide` and k to 32
+    if (c.backward) {  // masks and dl/dy are per step, which rounds i up to a multiple of `wide` and k of 32
       const int64_t padded = steps(wide, n[1], n[2]) * fused_backward_chain_threads / wide;
       each += padded * (16 * products() + 4 * n_out()) + voxels * N * 2 + first.slice_bytes();
       budget = slab_bytes_backward;
@@ -108,7 +110,7 @@ class FusedMlp {
 
   void carve(Carver& ws, const Regions& r) {
     const int64_t N = N_, P = products(), ni = r.size[0], nj = r.size[1], nk = r.size[2];
-    const int64_t chain_threads = fused_backward_chain_threads;  // a voxel each
+    const int64_t chain_threads = fused_backward_chain_threads;  // also the voxels of a step
     steps_ = steps(ni, nj, nk);
     maps_ = {ws.array<uint16_t>(ni * nj * N), ws.array<uint16_t>(nj * nk * N), ws.array<uint16_t>(ni * nk * N), N_, bfloat()};
     panels_ = ws.array<uint16_t>(P * N * N);
@@ -134,7 +136,8 @@ class FusedMlp {
     dy_total_ = ws.array<double>(1);
   }
 
-  // `volume`: of `voxels` in all, the output's gradient or target; null on the way forward.
+  // Pads and rounds the weights and, for gradients in float16, chooses the scales. `volume`: the output's gradient or the
+  // target, of `voxels` voxels in all rounds; null in forward.
   void begin(const void* volume, const tcam_objective* objective, int64_t voxels) {
     if (volume && p.compute == TCAM_F16) choose_scales(volume, objective, voxels * n_out());
     with_format(bfloat(), [&](auto format) { pad<decltype(format)>(); });
@@ -142,6 +145,7 @@ class FusedMlp {
   Input input() const { return maps_; }
   FusedDelta delta() const { return {delta1_, factor_, N_, bfloat()}; }
 
+  // Computes a slab's output, or its losses, from the maps in input(); backward computes its delta_1 and partial sums.
   void forward(const Region& slab, const Volume& volume, const tcam_objective* objective, double* loss) {
     run(slab_maps(slab), slab_volume(slab, volume), objective, loss, objective ? Output::losses : Output::volume);
   }
@@ -149,8 +153,8 @@ class FusedMlp {
     run(slab_maps(slab), slab_volume(slab, volume), objective, loss, Output::gradients);
   }
 
-  // The layers over maps to an output that begins at volume.data or, with an objective, to `loss`; backward also to delta_1
-  // and the partial sums.
+  // Launches the kernels over maps. Output::volume writes the output at volume.data; the others read the target or the gradient
+  // there, add the losses to *loss if there is an objective, and for gradients write delta_1 and add to the partial sums.
   void run(const FusedMaps& maps, const Volume& volume, const tcam_objective* objective, double* loss, Output output) {
     const Launches all = launches(output);
     if (!all.count) {
@@ -206,7 +210,8 @@ class FusedMlp {
   }
 
  private:
-  struct Launch {  // of the backward kernel
+  // A launch of the backward kernel: FusedBackward's layer and head.
+  struct Launch {
     int layer;
     bool head;
   };
@@ -219,17 +224,18 @@ class FusedMlp {
   Call<float>& c;
   const tcam_problem& p;
   Device device_ = {0, 0};
-  const FusedForwardKind* kind_ = nullptr;  // set where a device was asked for a volume
+  const FusedForwardKind* kind_ = nullptr;  // the forward kernel, chosen by refuses(Output::volume, device)
   int N_ = 0;                               // padded width of the hidden layers
-  int64_t steps_ = 0;                       // of the backward kernel, over the largest maps
+  int64_t steps_ = 0;                       // steps of the backward kernel over the largest slab
   FusedInput maps_ = {};
-  uint16_t *panels_ = nullptr, *top_ = nullptr;  // W_2 to W_(P+1); diag(w) W_(P+1)
+  // The arrays of FusedForward and FusedBackward that have the same names; panels_ are the `weights`.
+  uint16_t *panels_ = nullptr, *top_ = nullptr;
   float *panel_biases_ = nullptr, *last_ = nullptr, *last_bias_ = nullptr;
   uint4* masks_ = nullptr;
   uint16_t* delta1_ = nullptr;
   float *dy_ = nullptr, *largest_ = nullptr, *scale_ = nullptr;
-  // Of float16 (null: none): scale_[0] multiplies dl/dy, scale_[2] the last layer's weights on the way back; these undo the
-  // first, and both.
+  // float16's scales: scale_[0] multiplies dl/dy, scale_[2] the last layer's weights on the way back. *top_factor_ undoes the
+  // first, *factor_ both. Null in bfloat16, which needs none.
   const float *top_factor_ = nullptr, *factor_ = nullptr;
   float *sums_[TCAM_MAX_LAYERS + 1] = {}, *row_sums_[TCAM_MAX_LAYERS + 1] = {};
   double *losses_ = nullptr, *dy_sums_ = nullptr, *dy_total_ = nullptr;
@@ -247,7 +253,9 @@ class FusedMlp {
     return volume;
   }
 
-  // With one output the head computes the gradient of layer P+1 too; with more, that of the last layer.
+  // The launches of the backward kernel. The first, the head, also computes the weight gradient of layer P+1 where there is one
+  // output, and of the last layer where there are more. Without decoder gradients, only the head and layer 2 (for delta_1) are
+  // launched.
   Launches launches(Output output) const {
     Launches all;
     if (output == Output::volume) return all;
@@ -257,7 +265,7 @@ class FusedMlp {
       if (p.grad_decoder || l == 2) all.add(l, false);
     return all;
   }
-  // What a block of the largest launch takes.
+  // Shared memory of a block in the launch that takes most.
   size_t shared_bytes(Output output) const {
     const Launches all = launches(output);
     size_t most = 0;
@@ -300,11 +308,13 @@ class FusedMlp {
     return call;
   }
 
+  // Whether an output activation has no bound. A new activation without a bound must be added here.
   static bool unbounded(OutputActivation a) {
     return a == OutputActivation::none || a == OutputActivation::softplus || a == OutputActivation::trunc_exp;
   }
-  // The scales of float16: for a gradient from its largest magnitude; for an objective from its largest slope, which is 1 or,
-  // of mse, twice the largest difference. (An output without bounds is taken to be no larger than the target or 1.)
+  // Chooses float16's scales. Without an objective, dl/dy is bounded by the gradient's largest magnitude. With one, it is
+  // bounded by the loss's largest slope: 1, or for mse twice the largest difference, estimated as 1 plus the target's largest
+  // magnitude. Outputs without bounds may exceed this, so they get a smaller scale.
   void choose_scales(const void* volume, const tcam_objective* objective, int64_t count) {
     int read = 0, exponent = scale_exponent;
     float offset = 1.f, factor = 1.f;
@@ -323,13 +333,14 @@ class FusedMlp {
     top_factor_ = scale_ + 1;
     factor_ = scale_ + 4;
   }
-  // How many numbers of largest_ hold the largest of an array.
+  // Reduces an array to the largest magnitudes of a kernel's blocks, in largest_, and returns the number of blocks.
   int largest(const void* values, int dtype, int64_t count) {
     const unsigned grid = static_cast<unsigned>(count < scale_blocks * threads ? ceil_div(count, threads) : scale_blocks);
     c.run(largest_kernel, grid, threads, reduce_bytes, values, dtype, count, largest_);
     return static_cast<int>(grid);
   }
 
+  // Writes the padded, rounded weights: panels_, panel_biases_, last_, last_bias_ and, for gradients of one output, top_.
   template <class T>
   void pad() {
     const int L = p.layers, N = N_;

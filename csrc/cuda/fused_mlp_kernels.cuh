@@ -1,4 +1,4 @@
-// The small kernels around the fused ones: weights padded and rounded, rows of points to maps and back, the gradients of the
+// The small kernels around the fused ones: they pad and round weights, convert rows of points, and compute the gradients of the
 // top layers.
 #pragma once
 #include "fused_tile.cuh"
@@ -8,8 +8,9 @@ namespace tcam {
 
 // ---- weights --------------------------------------------------------------------------------
 
-// weight (rows, columns), its rows times row_factors and *scale (null: 1), and bias (rows) to (padded_rows, padded) and
-// (padded_rows), zero beyond.
+// to_weight (padded_rows, padded) = round(weight (rows, columns)) and to_bias (padded_rows) = bias (rows), with zeros in the
+// padding. Where row_factors (rows) is not null, row r is first multiplied by row_factors[r] * *scale; a null scale is 1. A
+// null bias is zero; a null to_bias is not written. A thread owns an element.
 template <class Out, class Round>
 TCAM_DEVICE void pad_matrix(const float* weight, const float* row_factors, const float* scale, const float* bias, int rows,
                             int columns, int padded_rows, int padded, Out* to_weight, float* to_bias, Round round) {
@@ -20,6 +21,7 @@ TCAM_DEVICE void pad_matrix(const float* weight, const float* row_factors, const
     if (c == 0 && to_bias) to_bias[r] = bias && r < rows ? bias[r] : 0.f;
   }
 }
+// pad_matrix of a hidden layer, square and in the 16-bit format T; and of the last layer, in float32 with its rows unpadded.
 template <class T>
 __global__ void __launch_bounds__(threads)
     pad_hidden_kernel(const float* weight, const float* row_factors, const float* scale, const float* bias, int rows,
@@ -34,7 +36,7 @@ static __global__ void __launch_bounds__(threads) pad_last_kernel(const float* w
 
 // ---- rows of points ---------------------------------------------------------------------------
 
-// z (points, n) rounded to (points, padded), zero in the padding; and back, from rows in the order of delta1_column.
+// rows (count, padded) = z (count, n) rounded to T, with zeros in the padding. A thread owns an element.
 template <class T>
 __global__ void __launch_bounds__(threads) round_rows_kernel(const float* z, int64_t count, int n, int padded, uint16_t* rows) {
   for (int64_t e = blockIdx.x * static_cast<int64_t>(threads) + threadIdx.x; e < count * padded;
@@ -43,6 +45,7 @@ __global__ void __launch_bounds__(threads) round_rows_kernel(const float* z, int
     rows[e] = T::round(c < n ? z[t * n + c] : 0.f);
   }
 }
+// delta (count, n) = rows (count, padded) times *factor (null: 1). The channels of a row are in the order of delta1_column.
 template <class T>
 __global__ void __launch_bounds__(threads)
     widen_rows_kernel(const uint16_t* rows, int64_t count, int n, int padded, const float* factor, float* delta) {
@@ -55,7 +58,7 @@ __global__ void __launch_bounds__(threads)
   }
 }
 
-// (channels, points) to (points, channels) of a dtype.
+// out (count, channels) of `dtype` = planar (channels, count), transposed. A thread owns an element.
 static __global__ void __launch_bounds__(threads)
     interleave_kernel(const float* planar, int64_t count, int channels, void* out, int dtype) {
   for (int64_t e = blockIdx.x * static_cast<int64_t>(threads) + threadIdx.x; e < count * channels;
@@ -65,17 +68,19 @@ static __global__ void __launch_bounds__(threads)
 
 // ---- the gradients of the layers at the top -------------------------------------------------------
 
+// Arguments of combine_top_kernel. w is the weight row of the last layer's single output.
 struct TopLayers {
-  Partials<float> sums, row_sums;  // of dW_(P+1) and db_(P+1) without the factor w of the row
-  const uint16_t* weight;          // W_(P+1) as the kernel multiplied it, rows `pitch` apart
-  const float *bias, *last;        // b_(P+1); w, the last layer's weights, of its one output
+  Partials<float> sums, row_sums;  // partial sums of dW_(P+1) (rows, columns) and db_(P+1) (rows) without the factors w_r
+  const uint16_t* weight;          // W_(P+1) in the kernel's 16-bit format, `pitch` numbers from row to row
+  const float *bias, *last;        // (rows): b_(P+1); w
   int pitch, columns;
-  const float* factor;
-  float *grad_weight, *grad_bias, *grad_last;
+  const float* factor;                         // multiplies all gradients, undoing float16's scale; null: 1
+  float *grad_weight, *grad_bias, *grad_last;  // (rows, columns); (rows) or null; (rows)
 };
 
-// dW_r = w_r S_r, db_r = w_r s_r and, because h_r = mask_r (W_r h + b_r), dw_r = sum of dy h_r = W_r . S_r + b_r s_r: the
-// voxels of the last layer need not be walked again. A block takes a row.
+// The gradients of the top two layers of a decoder with one output. With S_r and s_r the sums over splits, in ascending order:
+// dW_r = w_r S_r, db_r = w_r s_r, and dw_r = sum over voxels of dy h_r = W_r . S_r + b_r s_r, because
+// h_r = mask_r (W_r h + b_r). So no launch for the last layer is needed. A block owns a row r.
 template <class T>
 __global__ void __launch_bounds__(threads) combine_top_kernel(TopLayers p) {
   Shared shared;
@@ -97,6 +102,7 @@ __global__ void __launch_bounds__(threads) combine_top_kernel(TopLayers p) {
   p.grad_last[r] = (dot + sum * p.bias[r]) * f;
 }
 
+// *out = *value times *factor (null: 1). One thread.
 static __global__ void write_scalar_kernel(const double* value, const float* factor, float* out) {
   *out = static_cast<float>(*value * (factor ? static_cast<double>(*factor) : 1.));
 }

@@ -1,7 +1,8 @@
-// The layers above the first on tensor cores, for z_1 in rows: the points of a wave.
+// The MLP above the first layer on tensor cores, for z_1 in rows: the points of a wave.
 //
-// The fused kernels walk grids, h_1(i,j,k) = relu(A[i,j] + B[j,k] + G[i,k]). A wave of points is a grid of one j and 32 k: G
-// has the points' z_1, rounded, and A and B are zero.
+// The fused kernels compute h_1(i,j,k) = relu(A[i,j] + B[j,k] + G[i,k]) on a grid. A wave of points is passed to them as a grid
+// of size (points / 32, 1, 32), where G is the points' rounded z_1 and A and B are zero. The remaining points are a second
+// grid, of size (1, 1, points % 32).
 #pragma once
 #include "fused_mlp.cuh"
 
@@ -52,21 +53,23 @@ class FusedRows {
   void write_gradients() { mlp_.write_gradients(); }
 
  private:
-  static constexpr int point_row = 32;  // of a warp's tile
-  static constexpr int64_t most_points = 1 << 17;
-  // Of a point: z_1, and rounded; backward also delta_1, masks and dl/dy.
+  static constexpr int point_row = 32;             // voxels of a warp's tile along k
+  static constexpr int64_t most_points = 1 << 17;  // points of a wave, by default
+  // Bytes of workspace for a point: z_1 in float32 and rounded; in backward also delta_1 in both, masks and dl/dy.
   static constexpr int64_t bytes_forward = (4 + 2) * 128;
   static constexpr int64_t bytes_backward = 2 * bytes_forward + 16 * fused_most_products + 4 * fused_most_out;
 
   Call<float>& c;
   const tcam_problem& p;
   FusedMlp mlp_;
+  // z_, delta_ (points of a wave, n_1): z_1 and delta_1; planar_ (n_out, points): outputs before they are interleaved.
   float *z_ = nullptr, *delta_ = nullptr, *planar_ = nullptr;
-  int64_t rows_ = 0;  // of 32 points
+  int64_t rows_ = 0;  // rows of 32 points in the largest wave
 
   int n_out() const { return c.width(p.layers); }
   static int64_t point_rows(int64_t points) { return ceil_div(points, point_row); }
 
+  // Rounds the wave's z_1 to rows of G, then runs the fused kernels over its full rows of 32 points and over the rest.
   void run(const Region& wave, const Volume& volume, const tcam_objective* objective, double* loss, Output output) {
     const int64_t count = wave.voxels(), whole = count / point_row * point_row;
     const FusedInput maps = mlp_.input();
@@ -77,7 +80,7 @@ class FusedRows {
     part(wave, volume, objective, loss, output, whole, 1, count - whole);
   }
 
-  // `rows` of `row` points, from point `first` of the wave on.
+  // Runs the fused kernels over part of a wave: a grid of size (rows, 1, row) that begins at point `first`.
   void part(const Region& wave, Volume volume, const tcam_objective* objective, double* loss, Output output, int64_t first,
             int64_t rows, int64_t row) {
     const int64_t count = rows * row;
@@ -85,7 +88,7 @@ class FusedRows {
     const FusedInput in = mlp_.input();
     const FusedMaps maps = {in.a, in.b, in.g + first * in.channels, static_cast<int>(rows), 1, static_cast<int>(row)};
     volume.data = static_cast<char*>(volume.data) + (wave.in_box(0) + first) * volume.voxel_stride * dtype_bytes(volume.dtype);
-    if (output == Output::volume && volume.voxel_stride > 1) {  // which the forward kernel does not write
+    if (output == Output::volume && volume.voxel_stride > 1) {  // the forward kernel writes only a voxel stride of 1
       mlp_.run(maps, {planar_, TCAM_F32, count, 1}, nullptr, nullptr, output);
       c.run_elements(interleave_kernel, count * n_out(), planar_, count, n_out(), volume.data, volume.dtype);
     } else {

@@ -1,9 +1,12 @@
-// What the fused kernels share: a warp's tile of R = 16 MT voxels, neighbours along k at one (i,j), and its walk through layers
-// of N channels on tensor cores.
+// The tile that forward and backward of the fused kernels share. A warp owns a tile of R = 16 MT voxels, neighbours along k at
+// one (i, j), and takes it through layers of N channels on tensor cores.
 //
-// The voxels are the rows of m16n8k16 products, and their activations stay in registers from layer to layer: the accumulators
-// of a product are, rounded, the A operand of the next. Matrices in shared memory have rows of N numbers; the 16-byte chunk c
-// of row r stands at c ^ (r & 7), so that ldmatrix meets no bank twice.
+// The voxels are the rows of m16n8k16 products. Their activations stay in registers from layer to layer: the accumulators of
+// one product, rounded, are the A operand of the next. Matrices in shared memory have rows of N 16-bit numbers and are
+// swizzled: the 16-byte chunk c of row r is stored at chunk c ^ (r & 7), so that ldmatrix has no bank conflicts.
+//
+// Names in all fused kernels: lane = 4 g + t as in the PTX ISA's fragments; m: a block of 16 rows of the tile; s (or q): a
+// k-step, that is 16 columns; e: 8 of these columns; r: a register of an A operand.
 #pragma once
 #include "../maths/activation.h"
 #include "ptx.cuh"
@@ -12,22 +15,24 @@ namespace tcam {
 
 constexpr int fused_most_out = 4;
 
-// The maps of the first layer, in the fused kernels' 16-bit format: h_1(i,j,k) = relu(A[i,j] + B[j,k] + G[i,k]).
+// The maps of the first layer in a 16-bit format, padded to N channels: h_1(i,j,k) = relu(A[i,j] + B[j,k] + G[i,k]).
 struct FusedMaps {
   const uint16_t *a, *b, *g;  // (ni, nj, N), (nj, nk, N), (ni, nk, N)
   int ni, nj, nk;
 };
 
-// The channel at position `at` of a row of delta1: a lane's numbers of 32 channels are neighbours.
+// The channel at position `at` of a row of delta1. Of every 32 channels, the 8 in one lane's fragment are adjacent, so that a
+// lane writes 16 bytes at once.
 TCAM_HD int delta1_column(int at) { return at / 32 * 32 + at / 2 % 4 * 8 + at / 8 % 4 * 2 + at % 2; }
 
-// A lane's element in the first k-step of a tile; in step s it is that ^ 16 s, because the swizzle is an exclusive or.
+// A lane's offsets for ldmatrix into swizzled matrices, at k-step 0. The offset at k-step s is the same ^ (16 s), because the
+// swizzle is an exclusive or.
 template <int N>
 struct Lane {
   int lane, g, t, swizzle;
   int rows;          // A operands: row lane & 15, chunk parity lane >> 4
   int weights;       // B operands of h W^T, from W (output, input)
-  int weights_back;  // B operands of delta W, from the same: transposed as they are loaded
+  int weights_back;  // B operands of delta W, from the same matrix, transposed by the load
   TCAM_DEVICE Lane()
       : lane(threadIdx.x & 31),
         g(lane >> 2),
@@ -45,15 +50,18 @@ struct FusedTile {
   using Fragment =
       uint32_t[MT][steps][4];  // [m][s][r]: rows 16 m + g + 8 (r & 1), columns 16 s + 8 (r >> 1) + 2 t and the next
 
+  // The offset of a 16-byte chunk in a swizzled matrix.
   TCAM_DEVICE static int at(int row, int chunk) { return row * N + ((chunk ^ (row & 7)) << 3); }
 
-  // A matrix of N columns and `rows` rows into shared memory, by `threads` threads of which this is the thread `tid`.
+  // Starts copying `from` (rows, N) in global memory to `to` in shared memory, swizzled. Called by all `threads` threads of a
+  // group, each with its number tid.
   TCAM_DEVICE static void stage_rows(uint16_t* to, const uint16_t* from, int rows, int tid, int threads) {
     for (int c = tid; c < rows * chunks; c += threads)
       ptx::copy16(to + at(c / chunks, c % chunks), from + static_cast<size_t>(c) * 8);
   }
 
-  // k-step s of h_1. A's row is the same for all rows of the fragment: every lane reads it by broadcast.
+  // out[:][s] = k-step s of h_1 = relu(A + B + G), from a_row (N) and the swizzled tiles b_tile and g_tile (R, N). All rows of
+  // the tile share a_row, which the lanes read by broadcast.
   TCAM_DEVICE static void first_layer(Fragment& out, int s, const uint16_t* a_row, const uint16_t* b_tile,
                                       const uint16_t* g_tile, const Lane<N>& lane) {
     uint32_t a[4];
@@ -69,7 +77,8 @@ struct FusedTile {
     }
   }
 
-  // `blocks` times 16 columns of in W^T + bias, from column 16 nb on.
+  // sum = columns [16 nb, 16 (nb + blocks)) of in W^T + bias. panel: W (N outputs, N inputs), swizzled, in shared memory.
+  // sum[q][m][e]: the accumulators of rows 16 m on and columns 16 (nb + q) + 8 e on; k-steps are added in ascending order.
   template <int blocks>
   TCAM_DEVICE static void product(float (&sum)[blocks][MT][2][4], const Fragment& in, const uint16_t* panel,
                                   const float* biases, int nb, const Lane<N>& lane) {
@@ -95,7 +104,7 @@ struct FusedTile {
       }
   }
 
-  // The same of in W.
+  // sum = columns [16 nb, 16 (nb + blocks)) of in W, from the same panel.
   template <int blocks>
   TCAM_DEVICE static void product_back(float (&sum)[blocks][MT][2][4], const Fragment& in, const uint16_t* panel, int nb,
                                        const Lane<N>& lane) {
@@ -120,6 +129,7 @@ struct FusedTile {
       }
   }
 
+  // The ReLU of the accumulators of 16 columns, rounded, as an A operand for a k-step of the next product.
   TCAM_DEVICE static void to_operand(uint32_t (&out)[4], const float (&c)[2][4]) {
     out[0] = T::pack_relu(c[0][0], c[0][1]);
     out[1] = T::pack_relu(c[0][2], c[0][3]);
@@ -127,8 +137,9 @@ struct FusedTile {
     out[3] = T::pack_relu(c[1][2], c[1][3]);
   }
 
-  // The last layer as one more product: weights (8, N) as high + low halves in neighbouring columns, which loses nothing of
-  // float32's accuracy. Columns 2o and 2o+1 are the halves of output o; a single output stands in all of them.
+  // Writes the last layer's float32 weights (n_out, N) to shared memory as a swizzled B operand `to` (8, N) in 16 bits. Rows 2o
+  // and 2o + 1 are the high and the low part of output o, to be added: high + low is nearly as accurate as float32. A single
+  // output fills all four pairs of rows.
   TCAM_DEVICE static void split_last(uint16_t* to, const float* weights, int n_out, int tid, int threads) {
     for (int c = tid; c < N; c += threads)
       for (int n = 0; n < 8; ++n) {
@@ -138,17 +149,18 @@ struct FusedTile {
         to[at(n, c >> 3) + (c & 7)] = n & 1 ? T::round(w - T::widen(high)) : high;
       }
   }
-  // out += columns 16 s to 16 s + 15 of h times theirs of the last layer.
+  // out += h times the last layer over k-step s, with h the A operand of that step. Accumulators 0 and 1 are the high and low
+  // parts of output t at row g, accumulators 2 and 3 those at row g + 8.
   TCAM_DEVICE static void add_last(float (&out)[4], const uint32_t (&h)[4], const uint16_t* split, int s, const Lane<N>& lane) {
-    uint32_t w[4];  // of two steps; the compiler keeps one load for both
+    uint32_t w[4];  // B operands of two k-steps; the compiler merges the loads of both
     ptx::load_matrices(w, split + lane.swizzle * N + (((s / 2 * 4 + (lane.lane >> 3)) ^ lane.swizzle) << 3));
     T::mma(out, h, w + 2 * (s & 1), out);
   }
 };
 
-// A block of WI x WJ such warps and its walk over a volume. A step is a tile of each warp; the steps that follow each other
-// differ in j, so that i and with it the tiles of G stay for a whole column of steps (a tile of k, a group of i). Each block
-// takes an equal share of all steps.
+// A block of WI x WJ such warps, neighbours along i and j, and its walk over a volume. In a step each warp computes one tile. A
+// column consists of the steps that share a tile of k and WI values of i: only j advances, so the tiles of G stay in shared
+// memory. Steps are numbered column by column, and each block walks an equal range of them.
 template <class T, int N, int MT, int WI, int WJ>
 struct FusedBlock : FusedTile<T, N, MT> {
   using Tile = FusedTile<T, N, MT>;
@@ -161,10 +173,10 @@ struct FusedBlock : FusedTile<T, N, MT> {
       begin = static_cast<int>(static_cast<int64_t>(count()) * block / blocks);
       end = static_cast<int>(static_cast<int64_t>(count()) * (block + 1) / blocks);
     }
-    TCAM_HD int count() const { return tiles_k * tiles_i * tiles_j; }  // below 2^31: choose_fused_width
+    TCAM_HD int count() const { return tiles_k * tiles_i * tiles_j; }  // below 2^31, see FusedMlp::refuses
   };
 
-  // The part of a column that a block walks, from its step s on.
+  // The steps of one column that a block walks from step s on: j tiles [j_first, j_last) at voxels i0 and k0.
   struct Column {
     int i0, k0, j_first, j_last;
     TCAM_DEVICE Column(const Steps& steps, int s) {
@@ -176,7 +188,8 @@ struct FusedBlock : FusedTile<T, N, MT> {
     }
   };
 
-  struct Stage {  // in shared memory: B and A twice
+  // The tiles of the maps in shared memory: G of the column (WI, R, N), and two buffers of B (WJ, R, N) and of A (warps, N).
+  struct Stage {
     uint16_t *g, *b, *a;
     static constexpr int elements = (WI + 2 * WJ) * tile + 2 * warps * N;
     TCAM_DEVICE explicit Stage(Shared& shared) {
@@ -189,9 +202,10 @@ struct FusedBlock : FusedTile<T, N, MT> {
     TCAM_DEVICE const uint16_t* a_row(int warp, int buffer) const { return a + (buffer * warps + warp) * N; }
   };
 
-  // Rows past the end repeat the last: computed, never used.
+  // Indices past the end are clamped: their voxels are computed but never used.
   TCAM_DEVICE static int clamped(int x, int n) { return x < n ? x : n - 1; }
 
+  // Starts copying the column's tiles of G. Called by all threads of the block's WI x WJ warps.
   TCAM_DEVICE static void stage_column(const Stage& to, const FusedMaps& maps, const Column& c, int tid) {
 #pragma unroll 1
     for (int e = tid; e < WI * R * chunks; e += threads) {
@@ -203,6 +217,7 @@ struct FusedBlock : FusedTile<T, N, MT> {
     }
   }
 
+  // Starts copying B and A of j tile jb to a buffer, and commits all copies started so far. Called by the same threads.
   TCAM_DEVICE static void stage_step(const Stage& to, const FusedMaps& maps, const Column& c, int jb, int buffer, int tid) {
 #pragma unroll 2
     for (int u = 0; u < (WJ * R * chunks + threads - 1) / threads; ++u) {

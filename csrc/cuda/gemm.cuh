@@ -1,5 +1,5 @@
-// The tiled product C = A B of every matrix product outside the fused kernels. Functors read A and B and write C, so that
-// activations, layouts and gradients fuse into its loads and stores.
+// A tiled matrix product C = A B, used for every product outside the fused kernels. Functors read A and B and store C, so that
+// activations, transposes and partial sums need no pass of their own.
 #pragma once
 #include "ptx.cuh"
 
@@ -7,14 +7,16 @@ namespace tcam {
 
 constexpr int gemm_threads = 256;
 
-// How a block multiplies its tile: fused multiply-adds in Real. A thread owns (rows/16) x 4 elements 16 apart, so that its
-// reads of the tiles in shared memory are broadcasts or neighbours.
+// A tile of C, rows x columns, as gemm_kernel's block accumulates it: fused multiply-adds in Real. add() adds the product of
+// a_tile (depth, a_pitch) and b_tile (depth, b_pitch), both in shared memory; each(f) calls f(row, column, sum) for the
+// thread's elements. A thread owns (rows/16) x 4 elements, 16 apart, so that a warp's reads of shared memory are broadcasts or
+// neighbours.
 template <class Real_, int rows_>
 struct Scalars {
   static constexpr int rows = rows_, columns = 64, depth = 16, a_pitch = rows + 4, b_pitch = columns + 4;
   static constexpr int own_rows = rows / 16, own_columns = columns / 16;
   using Real = Real_;
-  using Number = Real;  // of the tiles
+  using Number = Real;  // type of a_tile's and b_tile's elements
   Real sum[own_rows][own_columns] = {};
 
   TCAM_DEVICE static Real number(Real x) { return x; }
@@ -42,8 +44,8 @@ struct Scalars {
   }
 };
 
-// The same on tensor cores: float32 numbers rounded to TensorFloat-32 (10 bits of mantissa), summed in float32. A warp owns
-// 32 x 32 elements. The pitches leave no two lanes of a fragment on one bank.
+// The same tile on tensor cores: float32 numbers rounded to TensorFloat-32 (10 bits of mantissa), summed in float32. A warp
+// owns 32 x 32 elements. The pitches keep the reads of a fragment free of bank conflicts.
 struct TensorFloats {
   static constexpr int rows = 128, columns = 64, depth = 16, a_pitch = rows + 8, b_pitch = columns + 8;
   using Real = float;
@@ -87,10 +89,12 @@ struct TensorFloats {
   }
 };
 
-// A and B are functors: `static constexpr bool columns_adjacent` says whether neighbours in memory differ in the column,
-// load(row, column) reads, and value(loaded) makes the element of it, later, so that no load is waited for early. store(split,
-// row, column, sum) gets the sum over k in [split * k_chunk, ...), in ascending order of blocks of `depth`. Grid: (row tiles,
-// column tiles, splits). The next tiles are read while these are multiplied.
+// C (m, n) = A (m, k) B (k, n). Grid: (row tiles, column tiles, splits); a block owns a tile of C and the range
+// [split * k_chunk, (split + 1) * k_chunk) of k, which it adds in ascending steps of `depth`.
+//   A and B are functors. columns_adjacent: whether neighbours in memory differ in the column. load(row, column) reads memory;
+//   value(loaded) turns that into the element. They are separate because the loads of the next step are issued before the
+//   products of this one, and their values are needed only after.
+//   store(split, row, column, sum) is called once for each element of C and split.
 template <class Tile, class A, class B, class Store>
 __global__ void __launch_bounds__(gemm_threads)
     gemm_kernel(int64_t m, int n, int64_t k, int64_t k_chunk, A a, B b, Store store) {
@@ -155,7 +159,7 @@ __global__ void __launch_bounds__(gemm_threads)
   });
 }
 
-// k_chunk 0: one sum over all of k.
+// Launches gemm_kernel. k_chunk 0: a single split over all of k.
 template <class Tile, class A, class B, class Store>
 cudaError_t gemm(int64_t m, int n, int64_t k, int64_t k_chunk, A a, B b, Store store, cudaStream_t stream) {
   if (k_chunk <= 0 || k_chunk > k) k_chunk = k;
@@ -168,7 +172,7 @@ cudaError_t gemm(int64_t m, int n, int64_t k, int64_t k_chunk, A a, B b, Store s
 
 // ---- operands and results ---------------------------------------------------------------------
 
-// Element (row, column) of a row-major matrix, or of its transpose.
+// Operands: a row-major matrix with `pitch` numbers from row to row (Rows), and the transpose of such a matrix (Transposed).
 template <class Real>
 struct Rows {
   static constexpr bool columns_adjacent = true;
@@ -185,6 +189,7 @@ struct Transposed {
   TCAM_DEVICE Real load(int64_t r, int64_t c) const { return data[c * pitch + r]; }
   TCAM_DEVICE Real value(Real x) const { return x; }
 };
+// Stores: out[r, c] = sum + bias[c].
 template <class Real>
 struct WriteRows {
   Real* out;
@@ -192,18 +197,21 @@ struct WriteRows {
   const Real* bias;  // null: none
   TCAM_DEVICE void operator()(int, int64_t r, int c, Real sum) const { out[r * pitch + c] = bias ? sum + bias[c] : sum; }
 };
+// out[r, c] += sum.
 template <class Real>
 struct AddRows {
   Real* out;
   int64_t pitch;
   TCAM_DEVICE void operator()(int, int64_t r, int c, Real sum) const { out[r * pitch + c] += sum; }
 };
+// out[c, r] = sum.
 template <class Real>
 struct WriteTransposed {
   Real* out;
   int64_t pitch;
   TCAM_DEVICE void operator()(int, int64_t r, int c, Real sum) const { out[c * pitch + r] = sum; }
 };
+// partials[split, r, c] += sum: the one store that takes more than one split.
 template <class Real>
 struct AddPartial {
   Real* partials;  // (splits, rows, columns)

@@ -1,8 +1,9 @@
-// The first layer of a grid: planes to their projections (sampling and the first layer commute), these to z_1 or to maps of it,
-// and the gradient of z_1 back to the planes and to the first layer's weights.
+// The first layer of a grid. Sampling and the first layer are both linear and commute, so each plane is first projected: its
+// texels are multiplied by the plane's block of W_1. z_1 at a voxel is then the sum of the samples of the projected planes. The
+// MLP takes z_1 itself (Mlp), or three maps whose sum it is (FusedMlp): A (i, j), B (j, k), G (i, k).
 //
-// Backward sums delta_1 over k, j and i into maps dA, dB, dG. The maps go to texels by a gather, so no sum needs atomics and
-// each has one order.
+// Backward sums delta_1, the gradient of z_1, over k, i and j into the gradients of these maps, dA, dB and dG. Each texel then
+// gathers the voxels that read it. No sum needs atomics, and each has one order.
 #pragma once
 #include <type_traits>
 
@@ -23,13 +24,13 @@ class Grid {
 
   const int64_t* box() const { return n_; }
   int64_t rounds() const { return p.batch; }  // objects, one after another
-  int64_t voxel_bytes() const { return 0; }   // of a region, beside z_1
-  // Of a slice of the maps: partial sums of delta_1.
+  int64_t voxel_bytes() const { return 0; }   // workspace for a voxel of a region, beside the MLP's
+  // Workspace for one i of a slab: partial_a_ and partial_g_.
   int64_t slice_bytes() const {
     return (n_[1] * tiles(2) + tiles(1) * n_[2]) * c.width(1) * static_cast<int64_t>(sizeof(Real));
   }
 
-  // Input: of the MLP above.
+  // Takes the arrays from the workspace. Input is the type of the MLP's input: Real* for Mlp, FusedInput for FusedMlp.
   template <class Input>
   void carve(Carver& ws, const Regions& regions) {
     const int n1 = c.width(1);
@@ -55,7 +56,7 @@ class Grid {
     bias_partials_ = ws.array<Real>(row_splits * c.width(1));
   }
 
-  // Of an object: its planes, projected.
+  // Projects the planes of an object.
   void begin(const tcam_inputs& in, int64_t object, const Volume&) {
     if (in.bounds || object == 0) place(in.bounds ? in.bounds + object * 6 : nullptr);
     ascending_ = p.padding != TCAM_PAD_REFLECTION && !in.bounds;
@@ -67,7 +68,8 @@ class Grid {
     for (int m = 0; m < 3; ++m) c.clear(grad_maps_[m], map_texels(m) * c.width(1) * sizeof(Real));
   }
 
-  // z_1 of a region, sampled from the projected planes; and delta_1 of it added to the maps.
+  // With Mlp: forward samples z_1 of a region from the projected planes, z (voxels of the region, n_1); backward adds its
+  // delta_1, of the same shape, to dA, dB and dG.
   void forward(const Region& region, Real* z) {
     const Sampled<Real> sampled = {projected(-1), c.biases[1], c.width(1)};
     c.run_warps(first_layer_kernel<Real>, region.voxels(), sampled, region, z);
@@ -80,7 +82,8 @@ class Grid {
     add_axis_sum(delta, grad_maps_[2] + (r.i0 * n_[2] + r.k0) * n1, n_[2], r.ni, r.nk, r.nj, slice, 1, row);
   }
 
-  // The same for the fused kernels: maps A and G of a slab of i, and once B; and delta_1 of it, in 16 bits.
+  // With FusedMlp: forward samples the maps A and G of a slab of i, and for the first slab also B; backward adds the slab's
+  // delta_1 to dA, dB and dG.
   void forward(const Region& slab, const FusedInput& to) {
     with_format(to.bfloat, [&](auto format) {
       using T = decltype(format);
@@ -93,13 +96,13 @@ class Grid {
     with_format(delta.bfloat, [&](auto format) { sum_delta1<decltype(format)>(slab.i0, slab.ni, delta); });
   }
 
-  // The gradients of an object's planes, and partial sums of the first layer's.
+  // Computes the gradients of the object's planes from dA, dB and dG, and adds to the partial sums of W_1 and b_1.
   void end(const tcam_inputs& in, int64_t object, const tcam_gradients& to) {
     const int n1 = c.width(1), channels = static_cast<int>(p.channels);
     for (int q = 0; q < p.plane_count; ++q) {
       const int64_t nu = n_[p.planes[q].row_axis], nv = n_[p.planes[q].column_axis];
-      gather(grad_maps_[map_of(q)], row_taps_[q], nu, rows(q), nv, nv, 1, between_, nv, 1);  // voxels to texels along rows,
-      gather(between_, column_taps_[q], nv, columns(q), rows(q), 1, nv, grad_projected_, 1, columns(q));  // and columns
+      gather(grad_maps_[map_of(q)], row_taps_[q], nu, rows(q), nv, nv, 1, between_, nv, 1);  // voxels to texels down the rows,
+      gather(between_, column_taps_[q], nv, columns(q), rows(q), 1, nv, grad_projected_, 1, columns(q));  // then the columns
       if (p.grad_decoder)
         c.texel_product(n1, channels, texels(q), ceil_div(texels(q), texel_splits), Transposed<Real>{grad_projected_, n1},
                         Transposed<Real>{plane(in.planes, q, object), texels(q)},
@@ -120,14 +123,18 @@ class Grid {
   }
 
  private:
-  static constexpr int64_t row_splits = 64;  // partial sums over rows of dA
+  static constexpr int64_t row_splits = 64;  // partial sums of b_1's gradient, over the rows of dA
 
   Call<Real>& c;
   const tcam_problem& p;
-  int64_t n_[3];
+  int64_t n_[3];  // voxels of the box along i, j, k
+  // Taps of the box's voxels on each plane's rows and columns.
   VoxelTap<Real>*row_taps_[TCAM_MAX_PLANES] = {}, *column_taps_[TCAM_MAX_PLANES] = {};
-  bool ascending_ = true;  // the taps
+  bool ascending_ = true;  // whether the taps' texels ascend with the voxels
+  // projected_[q] (rows, columns, n_1); grad_maps_: dA, dB, dG; between_ (rows, voxels of the column axis, n_1) and
+  // grad_projected_ (rows, columns, n_1): of one plane at a time.
   Real *projected_[TCAM_MAX_PLANES] = {}, *grad_maps_[3] = {}, *between_ = nullptr, *grad_projected_ = nullptr;
+  // Partial sums of delta_sums_kernel.
   Real *partial_a_ = nullptr, *partial_g_ = nullptr;
   Real *weight_partials_[TCAM_MAX_PLANES] = {}, *bias_partials_ = nullptr;
 
@@ -138,15 +145,15 @@ class Grid {
   const Real* plane(const void* const* planes, int q, int64_t object) const {
     return static_cast<const Real*>(planes[q]) + object * p.channels * texels(q);
   }
-  // W_1 = [W_0 | W_1 | ...], a block of columns for each plane, or one for their sum.
+  // W_1's blocks of columns: one for each concatenated plane, or a single one for the sum of the planes.
   int blocks() const { return p.reduce == TCAM_CONCAT ? p.plane_count : 1; }
   int block(int q) const { return p.reduce == TCAM_CONCAT ? q : 0; }
   const Real* weight(int q) const { return c.weights[1] + block(q) * p.channels; }
 
-  // The map that a plane is part of: 0: A (i, j), 1: B (j, k), 2: G (i, k).
+  // The map to which plane q contributes: 0: A (i, j), 1: B (j, k), 2: G (i, k).
   int map_of(int q) const { return p.planes[q].row_axis == 1 ? 1 : p.planes[q].column_axis == 1 ? 0 : 2; }
   int64_t map_texels(int map) const { return n_[map == 1] * n_[map == 0 ? 1 : 2]; }
-  // The projected planes of a map (-1: all).
+  // The projected planes that contribute to a map; -1: all planes.
   PlaneList<Real> projected(int map) const {
     PlaneList<Real> list = {};
     for (int q = 0; q < p.plane_count; ++q) {
@@ -170,7 +177,7 @@ class Grid {
       }
   }
 
-  // Rows x0 to x0 + nx of a map.
+  // Rows [x0, x0 + nx) of map `which` in the fused kernels' format T: out (nx, ny, to.channels).
   template <class T>
   void map(int which, int64_t x0, int64_t nx, const Real* bias, const FusedInput& to, uint16_t* out) {
     const int64_t ny = n_[which == 0 ? 1 : 2];

@@ -1,4 +1,4 @@
-// The kernels of grid.cuh: projected planes to voxels and maps, and the first layer's gradient back to texels.
+// The kernels of grid.cuh: from projected planes to z_1 or its maps, and from delta_1 back to texels.
 #pragma once
 #include "fused_tile.cuh"
 #include "region.cuh"
@@ -8,13 +8,15 @@ namespace tcam {
 
 // ---- the axes ----------------------------------------------------------------------------
 
+// A voxel's two texels along an axis of a plane, with their weights.
 template <class Real>
 struct VoxelTap {
   int lo, hi;
   Real w_lo, w_hi;
 };
 
-// Of voxels first, first + 1, ... of `size`, weights times `scale`; see voxel_tap.
+// out[x] = the tap of voxel first + x of the `size` voxels of an axis, its weights times `scale`; see voxel_tap. out: (count).
+// bounds: the two coordinates that the voxels' axis runs from and to; null: -1 and 1. A thread owns a voxel.
 template <class Real>
 __global__ void taps_kernel(int64_t first, int64_t count, int64_t size, Axis axis, bool corners, const double* bounds,
                             double scale, VoxelTap<Real>* out) {
@@ -25,7 +27,8 @@ __global__ void taps_kernel(int64_t first, int64_t count, int64_t size, Axis axi
   }
 }
 
-// Planes that a map or a voxel sums: (rows, columns, n) each, with the taps of its rows and columns.
+// Projected planes to be summed: plane e is (rows, columns, n), with columns[e] columns. rows_at[e] and columns_at[e] are the
+// taps, on its rows and columns, of the voxels along row_axis[e] and column_axis[e].
 template <class Real>
 struct PlaneList {
   int count;
@@ -35,6 +38,7 @@ struct PlaneList {
   const VoxelTap<Real>*rows_at[TCAM_MAX_PLANES], *columns_at[TCAM_MAX_PLANES];
 };
 
+// Channel c of a plane (rows, columns, n), interpolated between the rows of tap t and the columns of tap u.
 template <class Real>
 TCAM_DEVICE Real bilinear(const Real* plane, int columns, int n, int c, const VoxelTap<Real>& t, const VoxelTap<Real>& u) {
   const Real* lo = plane + static_cast<int64_t>(t.lo) * columns * n + c;
@@ -52,7 +56,8 @@ struct Sampled {
   int n;
 };
 
-// z_1 (voxels, n): a warp takes a voxel, its lanes the channels.
+// z[v, :] = bias + sum over the planes of their samples at the region's voxel v. z: (voxels of the region, n). A warp owns a
+// voxel, a lane every 32nd channel. The planes are summed in the order of the list.
 template <class Real>
 __global__ void __launch_bounds__(threads) first_layer_kernel(Sampled<Real> s, Region region, Real* z) {
   const int lane = threadIdx.x % 32;
@@ -68,8 +73,9 @@ __global__ void __launch_bounds__(threads) first_layer_kernel(Sampled<Real> s, R
   }
 }
 
-// map (nx, ny, padded) = the sum of the planes at every (x0 + x, y), with bias, rounded; zero in the padding. A warp takes an
-// (x, y).
+// map[x, y, :] = bias (null: 0) + sum over the planes of their samples at voxels x0 + x of the map's first axis and y of its
+// second, rounded to T. map: (nx, ny, padded), zero in channels n to padded. A warp owns a pair (x, y), a lane every 32nd
+// channel.
 template <class T>
 __global__ void __launch_bounds__(threads) map_kernel(PlaneList<float> planes, int n, int padded, int64_t x0, int64_t nx,
                                                       int64_t ny, const float* bias, uint16_t* map) {
@@ -89,32 +95,38 @@ __global__ void __launch_bounds__(threads) map_kernel(PlaneList<float> planes, i
 
 constexpr int sum_tile = 16;  // voxels of j and of k that a block of delta_sums_kernel owns
 
-// Of a slab: db[j, k] += sum over i of delta_1; partial_a[i, j, tile of k] and partial_g[i, tile of j, k]: the sums over the
-// tile. A block owns a tile of (j, k) and walks i. A thread has 8 channels, and half of the tile's j at one k; then half of its
-// k at one j. The halves meet in shared memory. Loads are not guarded, so that eight of them are on their way at once.
+// The sums of a slab's delta_1 over its three axes, times *factor (null: 1):
+//   delta1 (ni, nj, nk, N): 16-bit numbers of format T, channels in the order of delta1_column;
+//   db (nj, nk, n) += the sums over i;
+//   partial_a (ni, nj, tiles of k, n) = the sums over the k of a tile; add_axis_sum_kernel adds the tiles to dA;
+//   partial_g (ni, tiles of j, nk, n) = the sums over the j of a tile; likewise for dG.
+// A block owns a tile of sum_tile x sum_tile voxels (j, k) and walks i in ascending order. A thread owns 8 channels. It adds
+// half of the tile's j at one k for g and b, then half of the tile's k at one j for a. The thread of the lower half adds the
+// upper half's sum, which it reads from shared memory. Loads carry no bounds check (indices are clamped), so that all eight of
+// a thread are in flight at once.
 template <class T, int N>
 __global__ void __launch_bounds__(sum_tile* N / 4)
     delta_sums_kernel(const uint16_t* __restrict__ delta1, int ni, int nj, int nk, int n, const float* factor,
                       float* __restrict__ db, float* __restrict__ partial_a, float* __restrict__ partial_g) {
-  constexpr int lanes = N / 8, own = sum_tile / 2;
+  constexpr int lanes = N / 8, half = sum_tile / 2;
   Shared shared;
-  float* other = shared.take<float>(2 * 2 * sum_tile * N);  // of the upper halves: twice, (for g, for a), line, channel
+  float* other = shared.take<float>(2 * 2 * sum_tile * N);  // upper halves' sums: (i & 1, g and a, line, channel)
   const int at = threadIdx.x % lanes * 8, line = threadIdx.x / lanes % sum_tile, upper = threadIdx.x / (lanes * sum_tile);
   const int tk = blockIdx.x, tj = blockIdx.y, tiles_k = gridDim.x, tiles_j = gridDim.y;
   const int j0 = tj * sum_tile, k0 = tk * sum_tile;
   const float f = factor ? *factor : 1.f;
-  float sum_b[own][8] = {};
-  // use(q, delta_1) at `own` voxels, (dj, dk) apart; zero beyond the volume.
+  float sum_b[half][8] = {};
+  // Calls use(q, delta_1 of 8 channels) for the `half` voxels (j + q dj, k + q dk), with zeros beyond the volume.
   auto each = [&](int i, int j, int k, int dj, int dk, auto use) {
-    uint4 raw[own];
+    uint4 raw[half];
 #pragma unroll
-    for (int q = 0; q < own; ++q) {
+    for (int q = 0; q < half; ++q) {
       const int jq = j + q * dj, kq = k + q * dk;
       const size_t voxel = (static_cast<size_t>(i) * nj + (jq < nj ? jq : nj - 1)) * nk + (kq < nk ? kq : nk - 1);
       raw[q] = *reinterpret_cast<const uint4*>(delta1 + voxel * N + at);
     }
 #pragma unroll
-    for (int q = 0; q < own; ++q) {
+    for (int q = 0; q < half; ++q) {
       const bool inside = j + q * dj < nj && k + q * dk < nk;
       const uint32_t all[4] = {raw[q].x, raw[q].y, raw[q].z, raw[q].w};
       float v[8];
@@ -128,11 +140,11 @@ __global__ void __launch_bounds__(sum_tile* N / 4)
   };
   for (int i = 0; i < ni; ++i) {
     float sum_g[8] = {}, sum_a[8] = {};
-    each(i, j0 + upper * own, k0 + line, 1, 0, [&](int q, const float (&v)[8]) {
+    each(i, j0 + upper * half, k0 + line, 1, 0, [&](int q, const float (&v)[8]) {
 #pragma unroll
       for (int c = 0; c < 8; ++c) sum_b[q][c] += v[c], sum_g[c] += v[c];
     });
-    each(i, j0 + line, k0 + upper * own, 0, 1, [&](int, const float (&v)[8]) {
+    each(i, j0 + line, k0 + upper * half, 0, 1, [&](int, const float (&v)[8]) {
 #pragma unroll
       for (int c = 0; c < 8; ++c) sum_a[c] += v[c];
     });
@@ -141,7 +153,7 @@ __global__ void __launch_bounds__(sum_tile* N / 4)
     if (upper)
 #pragma unroll
       for (int c = 0; c < 8; ++c) g_other[c] = sum_g[c], a_other[c] = sum_a[c];
-    __syncthreads();  // and the halves of step i - 1 have been read
+    __syncthreads();  // the halves of i are written, and those of i - 1 have been read
     if (upper) continue;
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
@@ -153,8 +165,8 @@ __global__ void __launch_bounds__(sum_tile* N / 4)
     }
   }
 #pragma unroll
-  for (int q = 0; q < own; ++q) {
-    const int j = j0 + upper * own + q;
+  for (int q = 0; q < half; ++q) {
+    const int j = j0 + upper * half + q;
     if (j >= nj || k0 + line >= nk) continue;
     float* const to = db + (static_cast<size_t>(j) * nk + k0 + line) * n;
     float before[8];
@@ -168,7 +180,7 @@ __global__ void __launch_bounds__(sum_tile* N / 4)
 
 // ---- from the maps to texels -------------------------------------------------------------------
 
-// The first entry of an ascending table of taps whose texel below is at least `texel`.
+// The index of the first tap with taps[x].lo >= texel, where lo ascends; count if there is none.
 template <class Real>
 TCAM_DEVICE int64_t first_tap(const VoxelTap<Real>* taps, int64_t count, int texel) {
   int64_t lo = 0, hi = count;
@@ -182,9 +194,11 @@ TCAM_DEVICE int64_t first_tap(const VoxelTap<Real>* taps, int64_t count, int tex
   return lo;
 }
 
-// The adjoint of linear interpolation along one axis: out[r, y, :] = sum over x of w(x, r) in[x, y, :], x ascending: a gather,
-// because the voxels that read a texel are neighbours where the taps ascend; where they do not, all are looked at.
-// in is [x*x_step + y*y_step], out [r*r_step + y*y_out].
+// The adjoint of linear interpolation along one axis, as a gather: out[r, y, :] = sum over voxels x of w(x, r) in[x, y, :], x
+// ascending, with w(x, r) the weight of texel r in tap x.
+//   in: row x*x_step + y*y_step of n channels, x < count, y < ny; out: row r*r_step + y*y_out, r < texels.
+// The voxels that read a texel are neighbours where the taps ascend; where they do not, every voxel is tested. A block owns a
+// pair (r, y), a thread some of its channels.
 template <class Real>
 __global__ void gather_axis_kernel(const Real* in, const VoxelTap<Real>* taps, bool ascending, int64_t count, int n, int texels,
                                    int64_t ny, int64_t x_step, int64_t y_step, Real* out, int64_t r_step, int64_t y_out) {

@@ -1,5 +1,5 @@
-// The CUDA launchers, host side. Each launches on `stream` of `device`, never synchronises,
-// allocates nothing, and returns the CUDA status of its own launch (0: none failed).
+// The ops on CUDA over raw pointers, as plain C functions. Each launches its kernels on `stream` of `device`, does not
+// synchronise, allocates nothing, and returns the first CUDA error of its launches (0: success).
 #pragma once
 #include <stdint.h>
 
@@ -9,8 +9,8 @@
 extern "C" {
 #endif
 
-// See cpu/decode.h; every pointer but the arrays of pointers is device memory, the workspace aligned to 256 bytes.
-// problem->tile: voxels a region (0: the default).
+// The counterparts of the functions in cpu/decode.h. Structs and arrays of pointers are in host memory, all that they point to
+// in device memory. The workspace is aligned to 256 bytes. problem->tile is the number of voxels in a region (0: the default).
 int64_t tcam_decode_cuda_workspace(const tcam_problem* problem, int backward);
 int tcam_decode_cuda(const tcam_problem* problem, const tcam_inputs* inputs, void* out, void* workspace, int device,
                      void* stream);
@@ -22,12 +22,12 @@ int tcam_resample_axis_cuda(const tcam_resample* problem, const double bounds[2]
                             void* stream);
 int tcam_normals_cuda(const tcam_normals* normals, float* out, int device, void* stream);
 
-// The kernels that a problem takes where a block may have `shared_limit` bytes of shared memory, and why not faster ones, as
-// text. `output`: 0 the volume, 1 the losses alone, 2 gradients. Needs no device.
+// Writes to `text` (`size` bytes) which kernels a problem takes on a device that allows `shared_limit` bytes of shared memory a
+// block, and why not faster ones. `output`: 0 the volume, 1 the losses alone, 2 gradients. Works without a device.
 void tcam_decode_cuda_explain(const tcam_problem* problem, int output, int shared_limit, char* text, int size);
 
 int tcam_cuda_info(int* runtime, int* driver, int* devices);
-int tcam_cuda_shared_limit(int device, int* bytes);  // of shared memory that a block may have
+int tcam_cuda_shared_limit(int device, int* bytes);  // bytes of shared memory that a block may have
 const char* tcam_cuda_error(int status);
 
 #ifdef __cplusplus

@@ -1,9 +1,10 @@
-// The layers above the first for every shape, in float64, float32 or TensorFloat-32, one after another over a region's rows of
-// z_1. (TensorFloat-32 has float16's mantissa and float32's range: where the fused kernels do not serve, it stands in for
-// float16 and bfloat16, and needs no scale.)
+// The MLP above the first layer, for every shape, layer by layer over a region's rows of z_1. Products are in float64, float32
+// or TensorFloat-32. TensorFloat-32 has float16's mantissa and float32's range, so it also serves calls that ask for float16 or
+// bfloat16 where the fused kernels do not take them, and needs no scale.
 //
-// Each hidden layer is one product, the last a dot product a voxel. Backward recomputes a region's layers, walks them back to
-// delta_1, and adds weight gradients to partial sums, one for each fixed range of a region's voxels.
+// z_l is layer l before its activation, delta_l the gradient of z_l, both (voxels of the region, width of layer l). Each hidden
+// layer is one matrix product, the last layer a dot product for each voxel. Backward recomputes the region's z_l, computes
+// delta_L down to delta_1, and adds weight gradients to partial sums, one for each range of voxel_chunk voxels of a region.
 #pragma once
 #include "call.cuh"
 #include "mlp_kernels.cuh"
@@ -18,7 +19,7 @@ class Mlp {
 
   explicit Mlp(Call<Real>& call) : c(call), p(call.p) {}
 
-  Refusal refuses(const int64_t*) const { return {}; }  // every shape, on every device
+  Refusal refuses(const int64_t*) const { return {}; }  // takes every shape, on every device
   Refusal refuses(Output, const Device&) const { return {}; }
   void describe(Output, char* text, size_t size) const {
     snprintf(text, size, "layer by layer, %s products",
@@ -27,7 +28,8 @@ class Mlp {
                                              : "float64");
   }
 
-  // Regions whose layers, and what the first layer keeps of them, fit a fixed workspace. They follow from the problem alone.
+  // Regions that fit, with the arrays of both the first layer and the MLP, a workspace of region_bytes. They depend on the
+  // problem alone, not on the device, and so does the order of every sum.
   template <class First>
   Regions regions(const First& first) const {
     int64_t each = sizeof(double) + first.voxel_bytes() + 2 * widest() * sizeof(Real);
@@ -59,12 +61,13 @@ class Mlp {
   Input input() const { return z_[1]; }
   const Real* delta() const { return delta_[1]; }
 
-  // From z_1 to the output or, with an objective, to `loss`.
+  // Computes the region's output from z_1 and writes it to `volume` or, with an objective, adds its losses to *loss.
   void forward(const Region& region, const Volume& volume, const tcam_objective* objective, double* loss) {
     hidden_layers(region.voxels());
     last_layer(region, volume, objective, loss, nullptr);
   }
-  // From z_1 and the output's gradient or target to delta_1, and to the partial sums.
+  // Computes delta_1 from z_1 and `volume` (the output's gradient, or the target with an objective), and adds to the partial
+  // sums of layers 2 and up.
   void backward(const Region& region, const Volume& volume, const tcam_objective* objective, double* loss) {
     hidden_layers(region.voxels());
     last_layer(region, volume, objective, loss, delta_[p.layers & 1]);
@@ -82,9 +85,10 @@ class Mlp {
  private:
   Call<Real>& c;
   const tcam_problem& p;
-  int64_t most_ = 0;  // voxels of a region
+  int64_t most_ = 0;  // voxels of the largest region
+  // z_[l]: z_l; in forward, odd and even layers share one array each. delta_[l & 1]: delta_l.
   Real *z_[TCAM_MAX_LAYERS + 1] = {}, *delta_[2] = {};
-  double* losses_ = nullptr;
+  double* losses_ = nullptr;  // (most_)
   Real *weight_partials_[TCAM_MAX_LAYERS + 1] = {}, *bias_partials_[TCAM_MAX_LAYERS + 1] = {};
 
   int64_t splits() const { return ceil_div(most_, voxel_chunk); }
@@ -96,13 +100,14 @@ class Mlp {
   }
   Activated<Real> activated(int l) const { return {z_[l], c.width(l), c.activation(l)}; }
 
-  // z of layers 2 to L-1.
+  // z_2 to z_(L-1).
   void hidden_layers(int64_t voxels) {
     for (int l = 2; l < p.layers; ++l)
       c.product(voxels, c.width(l), c.width(l - 1), 0, activated(l - 1), Transposed<Real>{c.weights[l], c.width(l - 1)},
                 WriteRows<Real>{z_[l], c.width(l), c.biases[l]});
   }
 
+  // The last layer and, where `delta` is not null, delta_L.
   void last_layer(const Region& region, const Volume& volume, const tcam_objective* objective, double* loss, Real* delta) {
     const int L = p.layers, in = L > 1 ? L - 1 : 1;
     const LastLayer<Real> last = {z_[in],
@@ -127,7 +132,7 @@ class Mlp {
     if (objective) c.add_total(losses_, region.voxels(), loss);
   }
 
-  // From delta_L in delta_[L & 1] to delta_1 in delta_[1].
+  // Computes delta_(L-1) to delta_1 from delta_L, and adds to the partial sums of layers L to 2. delta_l is in delta_[l & 1].
   void walk_back(int64_t voxels) {
     for (int l = p.layers; l >= 2; --l) {
       const Real* delta = delta_[l & 1];

@@ -1,4 +1,4 @@
-// The kernels of mlp.cuh: operands of the hidden layers' products, and the last layer.
+// The kernels of mlp.cuh: functors for the products of gemm.cuh, and the last layer.
 #pragma once
 #include "../maths/half.h"
 #include "../maths/loss.h"
@@ -9,7 +9,7 @@ namespace tcam {
 
 // ---- operands of the products ----------------------------------------------------------------
 
-// a(z) of a layer, rows are voxels.
+// A operand or B operand: element (r, c) is activation(z[r * pitch + c]); rows are voxels.
 template <class Real>
 struct Activated {
   static constexpr bool columns_adjacent = true;
@@ -20,7 +20,7 @@ struct Activated {
   TCAM_DEVICE Real value(Real x) const { return Maths<Scalar<Real>>::value(activation, x); }
 };
 
-// a'(z), with the conventions of maths/activation.h.
+// The activation's derivative at z; at kinks, as maths/activation.h defines it.
 template <class Real>
 TCAM_DEVICE Real slope_at(Hidden<Real> activation, Real z) {
   using M = Maths<Scalar<Real>>;
@@ -28,6 +28,7 @@ TCAM_DEVICE Real slope_at(Hidden<Real> activation, Real z) {
   return slope_from_value(activation.kind) ? M::slope_of_value(activation, value) : M::slope(activation, z, value);
 }
 
+// Store: out[r, c] = sum * activation'(z[r, c]). out, z: (voxels, pitch).
 template <class Real>
 struct WriteDelta {
   Real* out;
@@ -41,24 +42,28 @@ struct WriteDelta {
 
 // ---- the last layer --------------------------------------------------------------------------
 
+// What last_layer_kernel does with an output: writes it; reads its gradient; compares it with a target.
 enum class Finish { write, gradient, compare };
 
+// Arguments of last_layer_kernel. With one layer, weight is null and z is the output before its activation.
 template <class Real>
 struct LastLayer {
-  const Real *z, *weight, *bias;  // weight (n_out, n_in); null with one layer, where z is the output itself
+  const Real *z, *weight, *bias;  // (voxels, n_in); (n_out, n_in); (n_out) or null
   int n_in, n_out;
   Hidden<Real> activation;
   Final<Real> output_activation;
-  void* volume;  // of one object: written, or the gradient, or the target
+  void* volume;  // the output, its gradient or the target, as `Finish` says
   int dtype;
   int64_t channel_stride, voxel_stride;
   Loss loss;
   double beta;
-  Real* delta;     // (voxels, n_out); null: not wanted
-  double* losses;  // (voxels), of all channels
+  Real* delta;     // (voxels, n_out): delta_L; null: not wanted
+  double* losses;  // (voxels): each voxel's loss, summed over its outputs
 };
 
-// A warp takes a voxel; its lanes share the dot product.
+// The last layer over a region: writes the output to the volume, or computes delta_L from it, and the losses. A warp owns a
+// voxel and goes through its outputs; each lane sums every 32nd channel, then the lanes join by shuffles, in one order. Lane 0
+// writes.
 template <class Real, Finish what>
 __global__ void __launch_bounds__(threads) last_layer_kernel(LastLayer<Real> p, Region region) {
   using M = Maths<Scalar<Real>>;
@@ -94,7 +99,8 @@ __global__ void __launch_bounds__(threads) last_layer_kernel(LastLayer<Real> p, 
   }
 }
 
-// delta_(L-1) = (delta_L W_L) a'(z_(L-1)): C_out is small, so an element is a few products.
+// out = (delta weight) * activation'(z), which is delta_(L-1). delta: (voxels, n_out); weight: (n_out, n); z, out: (voxels, n),
+// `elements` numbers. A thread owns an element: n_out is small, so a tiled product would not pay.
 template <class Real>
 __global__ void __launch_bounds__(threads) last_delta_kernel(const Real* delta, int n_out, const Real* weight, const Real* z,
                                                              int n, Hidden<Real> activation, int64_t elements, Real* out) {

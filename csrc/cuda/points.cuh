@@ -1,9 +1,11 @@
-// The first layer of points, and of the voxels of grids that do not separate (formulation.h), over waves of them.
+// The first layer of points, also for the voxels of grids that do not separate into maps (formulation.h). Points are processed
+// in waves: a wave is a region of the box (1, 1, points).
 //
-// A wave gathers its points' texel rows, of the planes projected through the first layer (their sum is z_1) or of the planes
-// themselves (then z_1 is a product). On the way back every point adds to its texels in integers: a wave's gradients are scaled
-// so that the largest has 45 bits, and a sum of integers is the same in any order. So results do not depend on the order of the
-// atomic additions. A gradient that is not finite makes all of the wave's NaN.
+// Each point gathers its taps (texel rows with weights) from planes whose texels are stored as rows of channels. These are
+// either the planes projected through the first layer, whose sum is z_1, or the planes themselves, whose samples are multiplied
+// by W_1. In backward each point adds its gradient to its taps' texels with integer atomics: a wave's gradients are scaled so
+// that the largest has 45 bits and rounded to 64-bit integers, whose sum is the same in any order. If a gradient is not finite,
+// the gradients of all texels become NaN.
 #pragma once
 #include "../formulation.h"
 #include "call.cuh"
@@ -35,9 +37,9 @@ class Points {
   }
 
   const int64_t* box() const { return n_; }
-  int64_t rounds() const { return grid_ ? p.batch : 1; }  // a grid's objects, one after another
-  int64_t voxel_bytes() const {
-    int64_t each = p.plane_count * static_cast<int64_t>(sizeof(Corners<Real>));
+  int64_t rounds() const { return grid_ ? p.batch : 1; }  // a grid's objects one after another; all points at once
+  int64_t voxel_bytes() const {                           // workspace for a point of a wave, beside the MLP's
+    int64_t each = p.plane_count * static_cast<int64_t>(sizeof(TexelTaps<Real>));
     if (!projected_) each += (samples_ + 1) * p.channels * static_cast<int64_t>(sizeof(Real)) * (c.backward ? 2 : 1);
     return each;
   }
@@ -46,7 +48,7 @@ class Points {
   void carve(Carver& ws, const Regions& regions) {
     most_ = regions.most();
     texel_values_ = ws.array<Real>(texel_rows_ * row_);
-    corners_ = ws.array<Corners<Real>>(most_ * p.plane_count);
+    taps_ = ws.array<TexelTaps<Real>>(most_ * p.plane_count);
     if (!projected_) sampled_ = ws.array<Real>(samples_ * most_ * p.channels);
     if (p.reduce == TCAM_PRODUCT) product_ = ws.array<Real>(most_ * p.channels);
     if (!c.backward) return;
@@ -63,7 +65,8 @@ class Points {
     bias_partials_ = ws.array<Real>(bias_splits() * c.width(1));
   }
 
-  // Of a round: the texels of its objects. `volume`: where features go, without layers.
+  // Stores the texels of the round's objects as rows, projected or not. `volume` receives the features of a decoder without
+  // layers.
   void begin(const tcam_inputs& in, int64_t round, const Volume& volume) {
     in_ = &in;
     round_ = round;
@@ -85,11 +88,11 @@ class Points {
     c.clear(fixed_, texel_rows_ * row_ * 8);
   }
 
-  // z_1 of a wave or, without layers, its features.
+  // Computes z_1 of a wave, z (points of the wave, n_1), or without layers writes the points' features to the output.
   void forward(const Region& wave, Real* z) {
     const int64_t count = wave.voxels(), channels = p.channels;
     const int n1 = c.width(1);
-    c.run_elements(place_kernel<Real>, count * p.plane_count, planes(), wave.k0, count, corners_);
+    c.run_elements(place_kernel<Real>, count * p.plane_count, planes(), wave.k0, count, taps_);
     if (projected_) {
       gather(0, p.plane_count, count, c.biases[1], z);
     } else {
@@ -114,7 +117,8 @@ class Points {
                 AddRows<Real>{z, n1});
   }
 
-  // From delta_1 of a wave, or the gradient of its features.
+  // Takes delta_1 of a wave, delta (points of the wave, n_1), or without layers the output's gradient. Adds to the partial sums
+  // of W_1 and b_1 and to the texels' gradients; writes the gradients of coordinates and extra features.
   void backward(const Region& wave, const Real* delta, const tcam_gradients& to) {
     const int64_t count = wave.voxels();
     const int n1 = c.width(1);
@@ -134,7 +138,8 @@ class Points {
     if (grad_texels_) scatter(count, delta);
   }
 
-  // The gradients of a round's planes, and partial sums of the first layer's.
+  // Computes the gradients of the round's planes from those of the texels and, with projected planes, adds to the partial sums
+  // of W_1.
   void end(const tcam_inputs& in, int64_t round, const tcam_gradients& to) {
     if (!grad_texels_) return;
     const int channels = static_cast<int>(p.channels);
@@ -169,27 +174,31 @@ class Points {
   Call<Real>& c;
   const tcam_problem& p;
   const bool grid_;
-  const int64_t objects_;  // of a round
-  const bool projected_;
-  const int samples_, row_;  // matrices of sampled features; numbers of a texel row
+  const int64_t objects_;    // objects in a round
+  const bool projected_;     // whether points gather projected planes
+  const int samples_, row_;  // number of matrices of sampled features; channels of a texel row
+  // n_: the box (1, 1, points); most_: points of a wave; base_[q]: plane q's first row among all texel_rows_ texel rows.
   int64_t n_[3] = {1, 1, 0}, most_ = 0, texel_rows_ = 0, base_[TCAM_MAX_PLANES] = {};
-  const tcam_inputs* in_ = nullptr;  // of the round
+  const tcam_inputs* in_ = nullptr;  // the round's inputs
   int64_t round_ = 0;
   Volume volume_ = {};
+  // texel_values_, grad_texels_ (texel_rows_, row_); sampled_, grad_sampled_ (samples_, most_, channels); product_,
+  // grad_product_ (most_, channels): the product of the samples. Null: not needed.
   Real *texel_values_ = nullptr, *sampled_ = nullptr, *product_ = nullptr, *grad_texels_ = nullptr, *grad_sampled_ = nullptr,
        *grad_product_ = nullptr;
-  Corners<Real>* corners_ = nullptr;
+  TexelTaps<Real>* taps_ = nullptr;
   unsigned long long* fixed_ = nullptr;
   float *largest_ = nullptr, *scale_ = nullptr;
   Real *weight_partials_[TCAM_MAX_PLANES + 1] = {}, *bias_partials_ = nullptr;
 
-  // Partial sums of the first layer's gradients: over texels, or over a wave's points.
+  // The number of partial sums of W_1's gradient: enough for sums over texels and for sums over a wave's points.
   int64_t splits() const {
     const int64_t of_points = ceil_div(most_, voxel_chunk);
     return of_points > texel_splits ? of_points : texel_splits;
   }
   int64_t bias_splits() const { return ceil_div(most_, bias_chunk); }
-  // W_1 = [W_0 | W_1 | ...], a block of columns for each plane, or one for their sum or product, and one for extra features.
+  // W_1's blocks of columns: one for each concatenated plane or a single one for the planes' sum or product, then one for the
+  // extra features.
   int plane_blocks() const { return p.reduce == TCAM_CONCAT ? p.plane_count : 1; }
   int blocks() const { return p.layers ? plane_blocks() + (p.extra ? 1 : 0) : 0; }
   int block_width(int b) const { return static_cast<int>(b < plane_blocks() ? p.channels : p.extra); }
@@ -215,14 +224,14 @@ class Points {
     all.scale = static_cast<Real>(p.plane_scale);
     all.points = grid_ ? nullptr : static_cast<const Real*>(in_->points);
     all.objects = in_->objects;
-    all.each = grid_ ? 1 : p.points / p.batch, all.held = objects_;
+    all.each = grid_ ? 1 : p.points / p.batch, all.object_count = objects_;
     all.bounds = in_->bounds ? in_->bounds + round_ * 6 : nullptr;
     all.box = grid_box(p);
     return all;
   }
 
   void gather(int q0, int q1, int64_t count, const Real* bias, Real* out) {
-    c.run_warps(gather_points_kernel<Real>, count, corners_, p.plane_count, q0, q1, count, texel_values_, row_, bias, out);
+    c.run_warps(gather_points_kernel<Real>, count, taps_, p.plane_count, q0, q1, count, texel_values_, row_, bias, out);
   }
   void add_noise(const Region& wave) {
     const PointNoise<Real> noise = {planes(),
@@ -238,7 +247,7 @@ class Points {
   int64_t first_extra(const Region& wave) const { return ((grid_ ? round_ * n_[2] : 0) + wave.k0) * p.extra; }
   Rows<Real> extra(const Region& wave) const { return {static_cast<const Real*>(in_->extra) + first_extra(wave), p.extra}; }
 
-  // From or (read) to `arrays`.
+  // Copies the wave's features from `arrays` to the output or, with `read`, the output's gradient to `arrays`.
   void copy_features(const Region& wave, Real* arrays, bool read) {
     const int64_t count = wave.voxels(), channels = plane_blocks() * p.channels;
     char* at = static_cast<char*>(volume_.data) + wave.k0 * channels * dtype_bytes(volume_.dtype);
@@ -246,12 +255,12 @@ class Points {
                    static_cast<int>(p.channels), count, at, volume_.dtype, read);
   }
 
-  // dW of a block of the first layer from delta_1 and what the block multiplied.
+  // Adds delta_1^T operand to the partial sums of the gradient of W_1's block b. operand: (count, block_width(b)).
   void weight_gradient(int b, int64_t count, const Real* delta, Rows<Real> operand) {
     c.product(c.width(1), block_width(b), count, voxel_chunk, Transposed<Real>{delta, c.width(1)}, operand,
               AddPartial<Real>{weight_partials_[b], c.width(1), block_width(b)});
   }
-  // To the gradients of the sampled features, and to those of the weights that multiplied them.
+  // Computes the gradients of the sampled features from delta_1, and adds to the partial sums of W_1's blocks for the planes.
   void back_to_samples(const Region& wave, const Real* delta) {
     const int64_t count = wave.voxels(), channels = p.channels;
     const bool wanted = p.grad_planes || p.grad_points;
@@ -269,7 +278,7 @@ class Points {
   }
 
   void scatter(int64_t count, const Real* delta) {
-    const int parts = projected_ ? 1 : samples_;  // a largest number for each of them would gain nothing
+    const int parts = projected_ ? 1 : samples_;  // all parts share one scale
     auto part = [&](int s) { return projected_ ? delta : sample(grad_sampled_, s); };
     int read = 0;
     for (int s = 0; s < parts; ++s) {
@@ -281,7 +290,7 @@ class Points {
     }
     c.run(scale_kernel, 1, 1, 0, largest_, read, 0.f, 1.f, fixed_exponent, NAN, scale_);
     for (int s = 0; s < parts; ++s)
-      c.run_warps(scatter_points_kernel<Real>, count, corners_, p.plane_count, parts == 1 ? 0 : s,
+      c.run_warps(scatter_points_kernel<Real>, count, taps_, p.plane_count, parts == 1 ? 0 : s,
                   parts == 1 ? p.plane_count : s + 1, count, part(s), row_, scale_, fixed_);
     c.run_elements(add_fixed_kernel<Real>, texel_rows_ * row_, fixed_, texel_rows_ * row_, scale_ + 1, grad_texels_);
   }

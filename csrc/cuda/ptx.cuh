@@ -1,5 +1,5 @@
-// The only inline PTX: asynchronous copies, matrix fragments, tensor-core products, packed 16-bit arithmetic. The emulator has
-// its own version of each (tests/simt/ptx_simt.h).
+// All inline PTX: asynchronous copies, matrix fragments, named barriers, tensor-core products, packed 16-bit arithmetic. The
+// emulator has its own version of each function (tests/simt/ptx_simt.h).
 #pragma once
 #include "../maths/half.h"
 #include "device.cuh"
@@ -13,14 +13,15 @@ namespace ptx {
 
 TCAM_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// 16 bytes from global to shared memory, in the background; both addresses divisible by 16.
+// Copies 16 bytes from global to shared memory asynchronously. Both addresses are multiples of 16. commit_copies closes a group
+// of copies; wait_copies waits for all groups of the calling thread.
 TCAM_DEVICE void copy16(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 TCAM_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 TCAM_DEVICE void wait_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
-// Four 8 x 8 matrices of 16 bits; lane l gives the address of row l % 8 of matrix l / 8.
+// Loads four 8 x 8 matrices of 16-bit numbers from shared memory; lane l passes the address of row l % 8 of matrix l / 8.
 TCAM_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -28,7 +29,7 @@ TCAM_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
-// The same, each matrix transposed.
+// The same with each matrix transposed.
 TCAM_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -36,7 +37,7 @@ TCAM_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
-// The reverse of load_matrices.
+// Stores four 8 x 8 matrices, the reverse of load_matrices.
 TCAM_DEVICE void store_matrices(void* row, const uint32_t (&r)[4]) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)), "r"(r[0]), "r"(r[1]),
@@ -53,26 +54,26 @@ TCAM_DEVICE void store_matrices(void* row, const uint32_t (&r)[4]) {
 #endif
 }
 
-// Barriers of part of a block: the barrier `id` opens when `threads` threads, a multiple of 32, have come to it; those that
-// only arrive go on at once. What a thread wrote before is seen by those that wait.
+// Named barriers for part of a block. Barrier `id` opens when `threads` threads (a multiple of 32) have reached it. A thread
+// that waits blocks until then; one that arrives does not. The threads that wait see what all of them wrote before.
 TCAM_DEVICE void barrier_wait(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 TCAM_DEVICE void barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
-// Each half of v: all ones where its highest bit is set, else zero.
+// For each 16-bit half of v: all ones where its highest bit is set, else zero.
 TCAM_DEVICE uint32_t spread_signs(uint32_t v) {
   uint32_t r;
   asm("prmt.b32 %0, %1, %1, 0xbb99;" : "=r"(r) : "r"(v));
   return r;
 }
 
-// Two neighbours of shared memory in one load.
+// Loads two neighbouring numbers from shared memory at once.
 TCAM_DEVICE void load_pair(float* r, const float* p) {
   const float2 v = *reinterpret_cast<const float2*>(p);
   r[0] = v.x;
   r[1] = v.y;
 }
 
-// A float rounded to TensorFloat-32, and D += A B of such numbers, m16n8k8.
+// to_tensor_float rounds a float to TensorFloat-32. mma_tensor_float: D += A B of such numbers, m16n8k8.
 TCAM_DEVICE uint32_t to_tensor_float(float x) {
   uint32_t r;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
@@ -90,7 +91,8 @@ TCAM_DEVICE void mma_tensor_float(float (&d)[4], const uint32_t (&a)[4], const u
                : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                 \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]))
 
-// Pairs of 16-bit numbers, the first in the low half, and products of them: D = A B + C, m16n8k16 (PTX ISA, matrix fragments).
+// A 16-bit format: arithmetic on pairs (the first number in the low half), rounding, and the tensor-core product D = A B + C,
+// m16n8k16, with fragments as the PTX ISA lays them out.
 struct BFloat16 {
   static constexpr int dtype = TCAM_BF16;
   static constexpr uint32_t ones = 0x3f803f80u;

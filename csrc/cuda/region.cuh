@@ -1,10 +1,11 @@
-// A box of voxels, cut into regions that follow each other on the stream.
+// A box of voxels cut into regions, which are processed one after another on the stream and share a workspace.
 #pragma once
 #include "device.cuh"
 
 namespace tcam {
 
-// Part of a box; its voxel v is (i, j, k), k fastest.
+// A region: ni x nj x nk voxels from (i0, j0, k0) of a box on. Voxel numbers v count with k fastest; i(v), j(v), k(v) are the
+// voxel's indices in the box and in_box(v) its number there.
 struct Region {
   int64_t i0, j0, k0;
   int ni, nj, nk;
@@ -17,9 +18,9 @@ struct Region {
 };
 
 struct Regions {
-  int64_t box[3], size[3];  // size: of all but the last along an axis
+  int64_t box[3], size[3];  // voxels along i, j, k of the box and of a region; the last region along an axis may be shorter
 
-  // Whole rows and slices, as many as the voxels allow.
+  // Regions of at most `voxels` voxels: part of a row of k, else whole rows of one slice, else whole slices.
   static Regions of(const int64_t* box, int64_t voxels) {
     Regions r = {{box[0], box[1], box[2]}, {}};
     for (int a = 2; a >= 0; --a) {
@@ -28,7 +29,7 @@ struct Regions {
     }
     return r;
   }
-  int64_t most() const { return size[0] * size[1] * size[2]; }
+  int64_t most() const { return size[0] * size[1] * size[2]; }  // voxels of the largest region
 
   template <class F>
   void each(F f) const {

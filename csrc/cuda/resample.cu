@@ -1,5 +1,5 @@
-// What ops are made of beside the decode: linear interpolation along one axis of an array, from texels to voxels and back
-// (sample_grid), and the noise of texels.
+// The ops beside the decode: linear interpolation along one axis of an array and its adjoint (sample_grid), and standard
+// normals (the noise of texels).
 #include "../maths/bilinear.h"
 #include "../problem.h"
 #include "device.cuh"
@@ -10,14 +10,17 @@ namespace {
 
 constexpr int threads = 256, most_texel_blocks = 1024;
 
+// The axis that is interpolated, in arrays (outer, axis, inner): n voxels from `lo` on, of `size` in all, and axis.texels
+// texels. ascending: whether the taps' texels ascend with the voxels.
 struct Along {
-  int64_t outer, inner, n, size, lo;  // n voxels, from lo on, of `size`
+  int64_t outer, inner, n, size, lo;
   Axis axis;
   bool corners, ascending;
   TCAM_DEVICE Tap<double> tap(int64_t i, const double* bounds) const { return voxel_tap(axis, lo + i, size, corners, bounds); }
 };
 
-// out (outer, n, inner): an element a thread.
+// out (outer, n, inner) = in (outer, texels, inner) interpolated at the voxels. bounds (2): the coordinates that the axis runs
+// from and to; null: -1 and 1. A thread owns an element.
 template <class Real>
 __global__ void __launch_bounds__(threads) resample_kernel(Along a, const double* bounds, const Real* in, Real* out) {
   const int64_t count = a.outer * a.n * a.inner;
@@ -30,14 +33,15 @@ __global__ void __launch_bounds__(threads) resample_kernel(Along a, const double
   }
 }
 
-// Its adjoint, out (outer, texels, inner): blocks of a row of the grid own a texel, so that no sum needs atomics. The voxels
-// that read it are neighbours where their taps ascend; where they do not, all are looked at.
+// The adjoint of resample_kernel: out (outer, texels, inner) from in (outer, n, inner). The blocks of one row of the grid
+// (blockIdx.y) own a texel, their threads its elements; each sums the voxels that read the texel in ascending order, so no sum
+// needs atomics. These voxels are neighbours where the taps ascend; where they do not, every voxel is tested.
 template <class Real>
 __global__ void __launch_bounds__(threads) resample_adjoint_kernel(Along a, const double* bounds, const Real* in, Real* out) {
   Shared shared;
   int64_t* range = shared.take<int64_t>(2);
   for (int64_t r = blockIdx.y; r < a.axis.texels; r += gridDim.y) {
-    if (threadIdx.x < 2) {  // the first voxel whose texel below is at least r - 1, and r + 1
+    if (threadIdx.x < 2) {  // the first voxel whose tap has lo >= r - 1 (thread 0) or lo >= r + 1 (thread 1)
       int64_t lo = 0, hi = a.n;
       if (!a.ascending) lo = hi = threadIdx.x ? a.n : 0;
       while (lo < hi) {
@@ -85,7 +89,7 @@ cudaError_t resample(const tcam_resample& p, const double* bounds, const void* i
                 static_cast<Real*>(out));
 }
 
-// A thread takes a Philox block of an object.
+// out (objects, count) = standard normals of n's seed and stream. A thread owns a Philox block of an object: four numbers.
 __global__ void __launch_bounds__(threads) normals_kernel(tcam_normals n, float* out) {
   const int64_t blocks = noise_blocks(n.count);
   for (int64_t e = blockIdx.x * static_cast<int64_t>(threads) + threadIdx.x; e < n.objects * blocks;

@@ -1,4 +1,5 @@
-// Sums in a fixed order: along an axis, down columns, over the partial sums of a split, over a block.
+// Sums in a fixed order: along an axis, down the rows of a matrix, over partial sums, over a block. Each output element is
+// summed by one thread in ascending order, or by a fixed tree; none uses atomics.
 #pragma once
 #include "device.cuh"
 
@@ -8,7 +9,9 @@ constexpr int threads = 256, warps = threads / 32;
 
 inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// map[x, y, :] += sum over s of delta[x*x_step + y*y_step + s*s_step, :], s ascending. A block takes an (x, y).
+// map[x, y, :] += sum over s < ns of delta[x*x_step + y*y_step + s*s_step, :], s ascending.
+//   delta: rows of n channels, the steps count rows; map: rows of n channels, map_pitch rows from x to x + 1.
+// A block owns a pair (x, y), a thread some of its channels.
 template <class Real>
 __global__ void add_axis_sum_kernel(const Real* delta, int n, int nx, int ny, int ns, int64_t x_step, int64_t y_step,
                                     int64_t s_step, Real* map, int64_t map_pitch) {
@@ -22,7 +25,8 @@ __global__ void add_axis_sum_kernel(const Real* delta, int n, int nx, int ny, in
   }
 }
 
-// partials[split, :] += sum of the split's rows.
+// partials[s, :] += sum of rows [s * chunk, (s + 1) * chunk), ascending. rows: (count, n); partials: (splits, n).
+// Block s owns split s, a thread some of its columns.
 template <class Real>
 __global__ void add_column_sums_kernel(const Real* rows, int64_t count, int n, int64_t chunk, Real* partials) {
   const int64_t begin = blockIdx.x * chunk, end = begin + chunk < count ? begin + chunk : count;
@@ -33,14 +37,15 @@ __global__ void add_column_sums_kernel(const Real* rows, int64_t count, int n, i
   }
 }
 
-// Partial sums of a matrix: split s at data + s * split_pitch, rows `row_pitch` apart.
+// Partial sums of a matrix: split s is a matrix at data + s * split_pitch, with row_pitch numbers from row to row.
 template <class Real>
 struct Partials {
   const Real* data;
   int64_t splits, split_pitch, row_pitch;
 };
 
-// out[r*pitch + c] = factor (null: 1) times the sum of the splits' elements (r, c), split 0 first.
+// out[r*pitch + c] = *factor * sum over splits of element (r, c), splits ascending; a null factor is 1. A thread owns an
+// element.
 template <class Real>
 __global__ void combine_kernel(Partials<Real> in, int64_t rows, int columns, const Real* factor, Real* out, int64_t pitch) {
   for (int64_t e = blockIdx.x * static_cast<int64_t>(threads) + threadIdx.x; e < rows * columns;
@@ -52,10 +57,11 @@ __global__ void combine_kernel(Partials<Real> in, int64_t rows, int columns, con
   }
 }
 
-// join(join(x_0, x_1), ...) of what a block's `threads` threads bring, in one order, for thread 0. `all`: `threads` numbers.
+// The join of the `value` of all `threads` threads of a block, by a binary tree, so always in the same order. Every thread gets
+// it. `all`: shared memory for `threads` numbers. All threads of the block must call it.
 template <class Number, class Join>
-TCAM_DEVICE Number reduce_block(Number own, Number* all, Join join) {
-  all[threadIdx.x] = own;
+TCAM_DEVICE Number reduce_block(Number value, Number* all, Join join) {
+  all[threadIdx.x] = value;
   __syncthreads();
   for (int half = threads / 2; half; half /= 2) {
     if (static_cast<int>(threadIdx.x) < half) all[threadIdx.x] = join(all[threadIdx.x], all[threadIdx.x + half]);
@@ -63,9 +69,9 @@ TCAM_DEVICE Number reduce_block(Number own, Number* all, Join join) {
   }
   return all[0];
 }
-constexpr size_t reduce_bytes = threads * sizeof(double);
+constexpr size_t reduce_bytes = threads * sizeof(double);  // enough shared memory for reduce_block of float or double
 
-// *total += sum of values. One block.
+// *total += sum of values (count): thread t adds elements t, t + threads, ..., then the tree joins the threads. One block.
 static __global__ void __launch_bounds__(threads) add_total_kernel(const double* values, int count, double* total) {
   Shared shared;
   double* all = shared.take<double>(threads);
