@@ -96,7 +96,7 @@ DECODE: Columns = {
     "Mvoxel/s": lambda r: f"{r['mvoxels']:.2f}",
     "speed-up": lambda r: number(r["ratio"]),
     "peak MB": lambda r: number(r["memory_mb"], 0),
-    "of FMA peak": lambda r: "" if r["of_peak"] is None else f"{100 * r['of_peak']:.0f} %",
+    "of peak": lambda r: "" if r["of_peak"] is None else f"{100 * r['of_peak']:.0f} %",
 }
 
 
@@ -136,7 +136,7 @@ def stage2_table(results: dict[str, Any]) -> str:
             f"{r['nearest_training_samples_low']:.4f}, {r['nearest_training_held_out_low']:.4f}"
         ),
     }
-    controls = ", ".join(f"{k} {v:.2f}" for k, v in results["controls"].items())
+    controls = "; ".join(f"{k}: {v:.2f}" for k, v in results["controls"].items())
     return "\n".join([
         provenance(results),
         "",
@@ -147,7 +147,7 @@ def stage2_table(results: dict[str, Any]) -> str:
         *table(["samples : rival", *seeds, "mean ± std: samples", "mean ± std: rival"], pairs),
         "",
         *table(["per seed", *seeds], ([name, *map(cell, rows)] for name, cell in cells.items())),
-        f"\nControls, with critics of one half of the held-out volumes against: {controls}.",
+        f"\nControls, critics of one half of the held-out volumes and another set: {controls}.",
     ])  # fmt: skip
 
 
