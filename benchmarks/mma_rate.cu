@@ -3,12 +3,13 @@
 //
 //     nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a benchmarks/mma_rate.cu -o mma_rate && ./mma_rate [MS]
 //
-// Operands are random, and each rate is measured over at least MS milliseconds (default: 200). Shorter runs and constant operands
-// draw so little power that the clock stays above that of a real kernel.
+// Operands are random, and each rate is measured over at least MS milliseconds (default: 200). Shorter runs and constant
+// operands draw so little power that the clock stays above that of a real kernel.
 //
-// mma.sync: each warp multiplies m16n8k16 fragments into `chains` independent accumulators, with `loads` ldmatrix.x4 for every 8
-// products (2 in the forward kernel: 64 loads for 256 products). wgmma: each warpgroup multiplies m64n128k16 in groups of 8, with
-// A in registers and B in shared memory, and `loads` ldmatrix.x4 per warp for every 8 products (12 in a forward kernel on wgmma).
+// mma.sync: each warp multiplies m16n8k16 fragments into `chains` independent accumulators, with `loads` ldmatrix.x4 for every
+// 8 products (2 in the forward kernel: 64 loads for 256 products). wgmma: each warpgroup multiplies m64n128k16 in groups of 8,
+// with A in registers and B in shared memory, and `loads` ldmatrix.x4 per warp for every 8 products (12 in a forward kernel on
+// wgmma).
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
