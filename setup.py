@@ -82,10 +82,10 @@ def find_nvcc():
 def cuda_library_folders(nvcc):
     """The library folders that nvcc reports: a wrapper script or a pip toolkit has no fixed layout."""
     dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null", "-o", "/dev/null"], capture_output=True, text=True)
-    found = re.search(r"^#\$ LIBRARIES=(.*)$", dry.stderr, re.M)
-    if not found:
+    libraries = re.search(r"^#\$ LIBRARIES=(.*)$", dry.stderr, re.M)
+    if not libraries:
         raise SystemExit(f"{nvcc} does not run; TCAM_CUDA=off builds without it.\n{dry.stderr.strip()}")
-    return re.findall(r'-L"?([^" ]+)"?', found[1])
+    return re.findall(r'-L"?([^" ]+)"?', libraries[1])
 
 
 def gencode():

@@ -111,8 +111,8 @@ class Case:
             return self.naive_chunk(x0, torch.float32)
 
     def checkpointed_chunk(self, x0: int) -> Tensor:
-        found: Tensor = checkpoint(self.naive_chunk, x0, torch.float32, use_reentrant=False)
-        return found
+        decoded: Tensor = checkpoint(self.naive_chunk, x0, torch.float32, use_reentrant=False)
+        return decoded
 
     def chunked(self, chunk: Callable[[int], Tensor], what: str) -> list[Tensor]:
         """Decode all chunks. Each chunk's graph is freed before the next is built."""
@@ -127,11 +127,11 @@ class Case:
                 if what == "loss+gradients":
                     value = F.smooth_l1_loss(part, self.other_rows[at], beta=0.3, reduction="sum") / self.other.numel()
                     out += value.detach()
-                    found = torch.autograd.grad(value, self.inputs)
+                    gradients = torch.autograd.grad(value, self.inputs)
                 else:
                     out[at] = part.detach()
-                    found = torch.autograd.grad(part, self.inputs, self.other_rows[at]) if grads else ()
-                for g, t in zip(grads, found, strict=True):
+                    gradients = torch.autograd.grad(part, self.inputs, self.other_rows[at]) if grads else ()
+                for g, t in zip(grads, gradients, strict=True):
                     g += t
         return [out, *grads]
 
@@ -280,16 +280,16 @@ def large(peak: dict[str, float]) -> list[harness.Row]:
         print(harness.line(rows[-1]), flush=True)
         for name in ("ours float32", "ours bfloat16") if peak["bfloat16"] else ("ours float32",):
             run = case.rivals(what, [name])[name]
-            kept: list[Any] = []
+            times: list[float] = []
 
-            def once(run: Callable[[], Any] = run, kept: list[Any] = kept) -> Any:
-                times = harness.time.perf_counter()
+            def once(run: Callable[[], Any] = run, times: list[float] = times) -> Any:
+                start = harness.time.perf_counter()
                 out = run()
-                kept.append(harness.time.perf_counter() - times)
+                times.append(harness.time.perf_counter() - start)
                 return out
 
             memory = harness.peak_memory(once)
-            r = finish(harness.row(case.decoder.name, size, what, name, kept), case, peak)
+            r = finish(harness.row(case.decoder.name, size, what, name, times), case, peak)
             r.ratio, r.memory_mb = scaled / r.seconds, round(memory, 1)
             rows.append(r)
             print(harness.line(r), flush=True)
@@ -303,11 +303,11 @@ def profile(case: str, size: int, compute: str) -> None:
         run = problem.rivals(what, [compute])[compute]
         run()
         torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             run()
             torch.cuda.synchronize()
         print(f"\n{case}, {size}^3, {what}, {compute}")
-        print(seen.key_averages().table(sort_by="self_device_time_total", row_limit=16, max_name_column_width=90))
+        print(profiler.key_averages().table(sort_by="self_device_time_total", row_limit=16, max_name_column_width=90))
 
 
 def slope(x: list[float], y: list[float]) -> float:

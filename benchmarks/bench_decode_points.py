@@ -67,10 +67,10 @@ class Case:
         by_xyz = []
         for x, g in zip(*(t.split(chunk or t.shape[1], 1) for t in (self.xyz, self.grad)), strict=True):
             x = x.detach().requires_grad_(what == "and xyz")
-            found = list(torch.autograd.grad(decode(x), [*inputs, x] if what == "and xyz" else inputs, g))
+            gradients = list(torch.autograd.grad(decode(x), [*inputs, x] if what == "and xyz" else inputs, g))
             if what == "and xyz":
-                by_xyz.append(found.pop())
-            total = [a + b for a, b in zip(total, found, strict=True)] if total else found
+                by_xyz.append(gradients.pop())
+            total = [a + b for a, b in zip(total, gradients, strict=True)] if total else gradients
         return total + ([torch.cat(by_xyz, 1)] if by_xyz else [])
 
     def rivals(self, what: str, names: list[str]) -> dict[str, Callable[[], list[Tensor]]]:
@@ -120,11 +120,11 @@ def compare(
     times = harness.interleave(runs, repeats, device)
     base = statistics.median(times["naive"]) if "naive" in times else None
     rows = []
-    for name, found in times.items():
-        seconds = statistics.median(found)
+    for name, measured in times.items():
+        seconds = statistics.median(measured)
         row = {
-            "case": case, "points": points, "what": what, "rival": name, "seconds": seconds, "low": min(found),
-            "high": max(found), "repeats": len(found), "mpoints": points / seconds / 1e6,
+            "case": case, "points": points, "what": what, "rival": name, "seconds": seconds, "low": min(measured),
+            "high": max(measured), "repeats": len(measured), "mpoints": points / seconds / 1e6,
             "ratio": base / seconds if base else None,
             "memory_mb": round(harness.peak_memory(runs[name], device), 1),
         }  # fmt: skip

@@ -59,8 +59,8 @@ def main() -> None:
     planes = [torch.randn(1, 42, 64, 64, device=a.device, requires_grad=True) for _ in range(3)]
     rows = []
 
-    def add(points: int, what: str, case: str, found: dict[str, Run]) -> None:
-        rows.extend(bench_decode_points.compare(found, points, what, case, a.repeats, a.device))
+    def add(points: int, what: str, case: str, rivals: dict[str, Run]) -> None:
+        rows.extend(bench_decode_points.compare(rivals, points, what, case, a.repeats, a.device))
         if a.json:
             harness.write_json(a.json, rows)
 

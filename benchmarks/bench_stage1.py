@@ -23,12 +23,12 @@ from tcam_diff.training import records
 
 def tcam(*arguments: object) -> tuple[str, float]:
     """Run a tcam command; its output and its wall time in seconds."""
-    began = time.perf_counter()
+    start = time.perf_counter()
     command = [sys.executable, "-m", "tcam_diff.cli", *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: exit status {done.returncode}")
-    return done.stdout, time.perf_counter() - began
+    return done.stdout, time.perf_counter() - start
 
 
 def main() -> None:
@@ -46,13 +46,13 @@ def main() -> None:
         tcam("make-cohort", "--n", 80, "--size", 64, "--seed", 0, "--held-out", 16, "--out", cohort, "-q")
         _, preparing = tcam("prepare", cohort, "--out", store, "-q")
         settings = ["fast", f"data={store}", f"steps={a.steps}"]
-        said, _ = tcam("estimate", *settings)
-        print(said)
-        estimated = {line.split()[0]: line.split()[1:4] for line in said.splitlines()}
-        shown, training = tcam("train-autodecoder", *settings, "--out", run)
-        print(shown)
-        shown, encoding = tcam("encode", run, store, "--out", latents, f"steps={a.encode_steps}")
-        print(shown)
+        estimate, _ = tcam("estimate", *settings)
+        print(estimate)
+        estimated = {line.split()[0]: line.split()[1:4] for line in estimate.splitlines()}
+        output, training = tcam("train-autodecoder", *settings, "--out", run)
+        print(output)
+        output, encoding = tcam("encode", run, store, "--out", latents, f"steps={a.encode_steps}")
+        print(output)
         metrics = records.read(run)
         log = [m for m in metrics if "loss" in m]
         held_out = [e.psnr for e in LatentSet(latents).entries]

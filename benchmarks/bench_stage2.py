@@ -37,10 +37,10 @@ PAIRS = ("decoded noise", "planes swapped", "without cross-attention")
 
 
 def timed(times: dict[str, float], name: str, work: Callable[[], object]) -> object:
-    began = time.perf_counter()
-    found = work()
-    times[name] = times.get(name, 0.0) + time.perf_counter() - began
-    return found
+    start = time.perf_counter()
+    result = work()
+    times[name] = times.get(name, 0.0) + time.perf_counter() - start
+    return result
 
 
 def decoded(model: TriplaneDiffusion, planes: list[torch.Tensor]) -> torch.Tensor:
@@ -131,17 +131,21 @@ def run(a: argparse.Namespace, work: Path) -> None:
         valid = True
         for rival in PAIRS:
             fakes = {"samples": prepared["samples"], rival: prepared[rival]}
-            found: Score = timed(times, "critic_s", lambda r=real, f=fakes, s=seed: score(r, f, config, s, cpu))
-            valid &= found.valid
-            pairs[rival] = found.distance | {"epochs": found.epochs, "kept": found.epoch, "gradient_norm": found.gradient_norm}
-            print(f"seed {seed}: {rival}: {found}", flush=True)
+            result: Score = timed(times, "critic_s", lambda r=real, f=fakes, s=seed: score(r, f, config, s, cpu))
+            valid &= result.valid
+            pairs[rival] = result.distance | {
+                "epochs": result.epochs,
+                "kept": result.epoch,
+                "gradient_norm": result.gradient_norm,
+            }
+            print(f"seed {seed}: {rival}: {result}", flush=True)
         near = nearest(prepared["samples"], prepare(trained, config))
-        held = nearest(real, prepare(trained, config))
+        held_out = nearest(real, prepare(trained, config))
         between = nearest(prepared["samples"], real)
         rows.append({
             "seed": seed, "pairs": pairs, "valid": valid, "losses": losses, **times, "total_s": sum(times.values()),
-            "nearest_training_samples": float(near.median()), "nearest_training_held_out": float(held.median()),
-            "nearest_training_samples_low": float(near.min()), "nearest_training_held_out_low": float(held.min()),
+            "nearest_training_samples": float(near.median()), "nearest_training_held_out": float(held_out.median()),
+            "nearest_training_samples_low": float(near.min()), "nearest_training_held_out_low": float(held_out.min()),
             "nearest_held_out_samples": float(between.median()),
         })  # fmt: skip
         print(json.dumps(rows[-1], indent=1), flush=True)
@@ -154,23 +158,23 @@ def run(a: argparse.Namespace, work: Path) -> None:
 @torch.no_grad()
 def reconstructed(latents: Path, count: int) -> torch.Tensor:
     """Training volumes decoded from their planes, (N, 1, 64, 64, 64): the closest that samples of such planes can come."""
-    held = LatentSet(latents)
-    fitted = [held.fitted(e.name) for e in held.entries[:count]]
+    latent_set = LatentSet(latents)
+    fitted = [latent_set.fitted(e.name) for e in latent_set.entries[:count]]
     return torch.cat([f.decoder(f.planes, f.meta.shape).float().clamp(0, 1) for f in fitted])
 
 
 def controls(truth: torch.Tensor, decoded: torch.Tensor, config: CriticConfig) -> dict[str, float]:
     """Scores of one half of the held-out volumes against the other, plain and blurred, and against decoded training volumes."""
     a, b = halves(prepare(truth, config), 0)
-    found = {}
+    scores = {}
     others = {
         "other half": b,
         "other half, blurred by 1 voxel": blurred(b, 1.0).half(),
         "training volumes, decoded from their planes": prepare(decoded, config),
     }
     for name, other in others.items():
-        found[name] = score(a, {name: other}, config, 0, torch.device("cpu")).distance[name]
-    return found
+        scores[name] = score(a, {name: other}, config, 0, torch.device("cpu")).distance[name]
+    return scores
 
 
 def picture(path: Path, volumes: dict[str, torch.Tensor], affine: np.ndarray) -> None:

@@ -40,8 +40,8 @@ def commit() -> str:
             return ""
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    if told := os.environ.get("TCAM_COMMIT"):
-        return told
+    if given := os.environ.get("TCAM_COMMIT"):
+        return given
     if git("rev-parse", "--show-toplevel") != str(ROOT):  # no repository, or that of a parent folder
         return "unknown"
     return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
@@ -110,12 +110,12 @@ def gpu(run: Callable[..., str]) -> dict[str, Any]:
 
 def _arguments() -> list[str]:
     """The arguments of the command line without those that name output files."""
-    found = list(sys.argv[1:])
+    arguments = list(sys.argv[1:])
     for place in ("--json", "--jsonl", "--work", "--picture"):
-        if place in found:
-            at = found.index(place)
-            del found[at : at + 2]
-    return found
+        if place in arguments:
+            at = arguments.index(place)
+            del arguments[at : at + 2]
+    return arguments
 
 
 def peak(device: str) -> dict[str, float]:
@@ -130,7 +130,7 @@ def peak(device: str) -> dict[str, float]:
 
 
 def _matrix_peak(n: int = 8192) -> dict[str, float]:
-    found = {}
+    rates = {}
     flag = torch.backends.cuda.matmul.fp32_precision
     for name, dtype, precision in (
         ("float32", torch.float32, "ieee"),
@@ -142,12 +142,12 @@ def _matrix_peak(n: int = 8192) -> dict[str, float]:
         a, b = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
         out = torch.empty_like(a)
         times = measure(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), 20, device="cuda")  # type: ignore[misc]
-        found[name] = 2 * n**3 / statistics.median(times) / 1e9
+        rates[name] = 2 * n**3 / statistics.median(times) / 1e9
     torch.backends.cuda.matmul.fp32_precision = flag
     source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    found["copy GB/s"] = 2 * source.numel() / statistics.median(measure(lambda: target.copy_(source), 20, device="cuda")) / 1e9
-    return found
+    rates["copy GB/s"] = 2 * source.numel() / statistics.median(measure(lambda: target.copy_(source), 20, device="cuda")) / 1e9
+    return rates
 
 
 @dataclass
@@ -188,8 +188,8 @@ def interleave(
             print(f"# {name}: left out, {type(error).__name__}: {str(error).splitlines()[:1]}", flush=True)
     rounds = 0
     while rounds < repeats and (rounds == 0 or time.perf_counter() - start < budget):
-        for name, found in times.items():
-            found.append(timed(runs[name], device))
+        for name, measured in times.items():
+            measured.append(timed(runs[name], device))
         rounds += 1
     return times
 
@@ -199,9 +199,9 @@ def peak_memory(run: Callable[[], Any], device: str = "cpu") -> float:
     Linux), memory of torch's allocator on CUDA."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        kept = run()
-        return (torch.cuda.max_memory_allocated() - held) / 2**20 - _returned(kept)
+        before = torch.cuda.memory_allocated()
+        returned = run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20 - _returned(returned)
     try:
         library._workspaces.__init__()  # type: ignore[misc]
         gc.collect()
@@ -210,12 +210,12 @@ def peak_memory(run: Callable[[], Any], device: str = "cpu") -> float:
     except (OSError, AttributeError):
         return float("nan")
     before = _status("VmRSS")
-    kept = run()
-    return _status("VmHWM") - before - _returned(kept)
+    returned = run()
+    return _status("VmHWM") - before - _returned(returned)
 
 
-def _returned(kept: Any) -> float:
-    return sum(t.nbytes for t in kept if isinstance(t, torch.Tensor)) / 2**20
+def _returned(returned: Any) -> float:
+    return sum(t.nbytes for t in returned if isinstance(t, torch.Tensor)) / 2**20
 
 
 def _status(field: str) -> float:
@@ -246,5 +246,5 @@ def line(r: Row) -> str:
 
 def write_json(path: Path, rows: Sequence[Row | dict[str, Any]], **more: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = [asdict(r) if isinstance(r, Row) else r for r in rows]
-    path.write_text(json.dumps({"environment": environment(), **more, "rows": found}, indent=1) + "\n")
+    records = [asdict(r) if isinstance(r, Row) else r for r in rows]
+    path.write_text(json.dumps({"environment": environment(), **more, "rows": records}, indent=1) + "\n")

@@ -64,7 +64,7 @@ TRAFFIC_MS, SLABS_MS = {"H200": 12.0, "H100": 17.0}, 2.5
 
 def count(cubin: Path) -> dict[str, tuple[int, int]]:
     """The products and the other instructions of a chain warp's step, for each launch."""
-    found = {}
+    counts = {}
     for name, (_, forward, back) in LAUNCHES.items():
         # The outer warps' loops have 72 products.
         loops = [b for b in compiled.loops(cubin, f"backward_launch.*{name}") if b["HMMA"] > 72]
@@ -76,8 +76,8 @@ def count(cubin: Path) -> dict[str, tuple[int, int]]:
         ):
             products += (runs - 1) * body["HMMA"]
             all_of_it += (runs - 1) * body.total()
-        found[name] = products, all_of_it - products
-    return found
+        counts[name] = products, all_of_it - products
+    return counts
 
 
 def main() -> None:

@@ -100,7 +100,7 @@ def copy_tree(to: Path) -> None:
 def torchs_packages() -> list[Path]:
     """Top-level files and folders of torch and its dependencies in this process's environment."""
     seen: set[str] = set()
-    left, found = ["torch"], {}
+    left, paths = ["torch"], {}
     while left:
         name = re.split(r"[^\w.-]", left.pop())[0].lower()
         try:
@@ -114,8 +114,8 @@ def torchs_packages() -> list[Path]:
         for file in distribution.files or []:
             top = Path(str(distribution.locate_file(file.parts[0])))
             if file.parts[0] != ".." and file.parts[0] != "__pycache__":
-                found[top] = None
-    return list(found)
+                paths[top] = None
+    return list(paths)
 
 
 def make_environment(folder: Path, short: bool) -> Path:

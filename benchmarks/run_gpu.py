@@ -67,7 +67,7 @@ class Run:
     def __init__(self, call: str, out: Path, device: str, patience: float) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self.call, self.out, self.device, self.patience = call, out, device, patience
-        self.rows, self.began = out / f"{call}.jsonl", time.monotonic()
+        self.rows, self.started = out / f"{call}.jsonl", time.monotonic()
         self.log: IO[str] = (out / f"{call}.log").open("w")
         self.rows.write_text("")
         self.failed: list[str] = []
@@ -101,15 +101,15 @@ class Run:
 
     def step(self, name: str, limit: float, *command: str | Path, keep_rows: bool = False, **environment: str) -> bool:
         """Run a command under a time limit and record its exit status. ``keep_rows``: its output contains rows of JSON."""
-        began = time.monotonic()
-        left = LIMIT[self.call] * self.patience - (began - self.began) - 3
+        started = time.monotonic()
+        left = LIMIT[self.call] * self.patience - (started - self.started) - 3
         limit = max(1.0, min(limit * self.patience, left))
         self.say(f"== {name} (at most {limit:.0f} s): {' '.join(map(str, command))}")
         try:
             process = self.start(*command, **environment)
         except OSError as error:
             self.say(f"{name}: {error}")
-            return self.end(name, 127, began, limit)
+            return self.end(name, 127, started, limit)
         reader = threading.Thread(target=self._pump, args=(process, keep_rows))
         reader.start()
         try:
@@ -120,7 +120,7 @@ class Run:
             process.wait()
             status = 124
         reader.join(5)
-        return self.end(name, status, began, limit)
+        return self.end(name, status, started, limit)
 
     def _pump(self, process: subprocess.Popen[str], keep_rows: bool) -> None:
         assert process.stdout is not None
@@ -130,8 +130,8 @@ class Run:
                 with self.rows.open("a") as file:
                     file.write(line)
 
-    def end(self, name: str, status: int, began: float, limit: float) -> bool:
-        took = time.monotonic() - began
+    def end(self, name: str, status: int, started: float, limit: float) -> bool:
+        took = time.monotonic() - started
         self.note(step=name, status=status, seconds=round(took, 1), limit=round(limit))
         self.say(f"== {name}: status {status}, {took:.1f} s")
         if status:
@@ -166,7 +166,7 @@ class Run:
         }
         (self.out / f"{self.call}.json").write_text(json.dumps(summary, indent=1) + "\n")
         self.say(
-            f"{time.monotonic() - self.began:.0f} s in all" + (f"; failed: {' '.join(self.failed)}" if self.failed else "")
+            f"{time.monotonic() - self.started:.0f} s in all" + (f"; failed: {' '.join(self.failed)}" if self.failed else "")
         )
         self.log.close()
         return 1 if self.failed else 0

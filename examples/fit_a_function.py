@@ -35,7 +35,7 @@ def main() -> None:
     planes = torch.nn.Parameter(0.1 * torch.randn(1, 3, 16, 24, 24))
     decoder = tcam_ext.TriplaneDecoder(16, widths=(64, 64))
     optimiser = torch.optim.Adam([planes, *decoder.parameters()], lr=1e-2)
-    began = time.perf_counter()
+    start = time.perf_counter()
     for step in range(a.steps):
         optimiser.zero_grad(set_to_none=True)
         loss = decoder.loss(planes, target)  # forward, loss and backward in one pass, without storing the volume
@@ -43,7 +43,7 @@ def main() -> None:
         optimiser.step()
         if step % 100 == 0 or step + 1 == a.steps:
             print(f"step {step}: smooth L1 {float(loss.detach()):.5f}")
-    print(f"{a.steps} steps of {a.size}^3 voxels in {time.perf_counter() - began:.1f} s")
+    print(f"{a.steps} steps of {a.size}^3 voxels in {time.perf_counter() - start:.1f} s")
     with torch.no_grad():
         same = decoder(planes, target.shape[2:])
         finer = decoder(planes, (2 * a.size,) * 3)

@@ -51,10 +51,10 @@ def main() -> None:
     for name, decode in (("before", decoder), ("after", lambda p, x: replacement(decoder, p, x))):
         times = []
         for _ in range(4):
-            began = time.perf_counter()
+            start = time.perf_counter()
             out = decode(planes, xyz)
             gradients = torch.autograd.grad(out.square().sum(), [planes, *decoder.parameters()])
-            times.append(time.perf_counter() - began)
+            times.append(time.perf_counter() - start)
         results[name] = [out.detach(), *gradients]
         print(f"{name}: {1e3 * sorted(times[1:])[1]:.0f} ms for forward and backward")
     worst = max(float((b - c).norm() / b.norm()) for b, c in zip(results["before"], results["after"], strict=True))
