@@ -1,6 +1,16 @@
-# make demo       one command from a fresh clone to pictures of a brain and of new ones: under 15 minutes on two cores
-# make demo-fit   its first part alone: one volume to planes and back
-# make test       the whole test suite
+# make demo            turn an MRI into planes and back, then draw new volumes: under 15 minutes on two cores
+# make demo-fit        run the first part of the demo alone
+# make test            run the test suite
+# make test-all        run it with the tests that take minutes, and the three targets below
+# make test-releases   test wheels under other releases of Python and torch
+# make test-emulated   run the GPU tests of the ops on the emulated CUDA kernels
+# make rehearse        run every step of benchmarks/run_gpu.sh without a GPU
+# make rehearse-short  run those of its steps that take about a minute
+# make lint            run ruff, mypy and clang-format
+# make format          fix what ruff and clang-format can fix
+# make build           install the packages and build the kernels
+# make bench           run benchmarks/bench_decode_grid.py
+# make clean           delete builds and the demo's folder
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,9 +18,9 @@ EXTRAS := train,dev
 
 .PHONY: help demo demo-fit test test-all test-releases test-emulated rehearse rehearse-short build lint format clean bench
 help:
-	@sed -n 's/^# //p' Makefile; echo "make test-all | test-releases | test-emulated | rehearse | lint | format | build | bench | clean"
+	@sed -n 's/^# make/make/p' Makefile
 
-# The packages, installed once; the kernels, again when a source changed.
+# Packages are installed once; the kernels are rebuilt when a source changes.
 $(VENV)/.packages: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -36,12 +46,10 @@ test-all: build test-releases test-emulated rehearse
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest -m exhaustive -n auto
 
-# The GPU tests of the ops on the emulated CUDA kernels.
 test-emulated: build
 	TCAM_TEST_EMULATED="$$($(BIN)/python tests/ops/simt.py build/simt)" \
 	  $(BIN)/python -m pytest tests/ops -m gpu --hypothesis-profile=card -n auto
 
-# The script for a GPU that is at hand for minutes, every step, without one; and what of it takes a minute.
 rehearse: build
 	$(BIN)/python benchmarks/rehearse.py
 rehearse-short: build

@@ -1,8 +1,8 @@
-"""Builds tcam_ext._C with ninja: no torch at build time, CUDA where nvcc is found.
+"""Build tcam_ext._C with ninja: without torch, and with CUDA where nvcc is present.
 
-Environment: TCAM_CUDA=auto|on|off, TORCH_CUDA_ARCH_LIST (torch's spelling, e.g. "8.0;9.0+PTX"), TCAM_CPU_SETS (e.g.
-"avx2": the instruction sets compiled beside the portable one; default all), CXX, CXXFLAGS, LDFLAGS, CUDACXX, CUDA_HOME,
-CUDAHOSTCXX, MAX_JOBS, TCAM_COMPILE_COMMANDS=1 (writes compile_commands.json).
+Environment variables: TCAM_CUDA=auto|on|off, TORCH_CUDA_ARCH_LIST (as for torch, e.g. "8.0;9.0+PTX"), TCAM_CPU_SETS (e.g.
+"avx2": the instruction sets compiled beside the portable one; default: all), CXX, CXXFLAGS, LDFLAGS, CUDACXX, CUDA_HOME,
+CUDA_PATH, CUDAHOSTCXX, MAX_JOBS, TCAM_COMPILE_COMMANDS=1 (writes compile_commands.json).
 """
 
 import hashlib
@@ -32,10 +32,10 @@ if X86:
         "avx512": (64, AVX512),
         "avx512bf16": (64, AVX512 + " -mavx512bf16"),
     }
-DEFAULT_ARCHITECTURES = "8.0;9.0a;9.0-PTX"  # short to build; "-PTX" (ours) is PTX without a cubin
+DEFAULT_ARCHITECTURES = "8.0;9.0a;9.0-PTX"  # few, to build fast; "-PTX" is not torch's: PTX without a cubin
 
 
-# A license as an expression, which pyproject.toml has, is an error to older ones.
+# Older setuptools reject the SPDX license expression in pyproject.toml.
 READS_PYPROJECT = int(setuptools.__version__.split(".")[0]) >= 77
 
 
@@ -44,7 +44,7 @@ def say(text):
 
 
 def instruction_sets():
-    """Those that TCAM_CPU_SETS names, and always the portable one."""
+    """The instruction sets that TCAM_CPU_SETS names, and the portable one."""
     spelled = os.environ.get("TCAM_CPU_SETS", "").strip()
     named = re.split(r"[;, ]+", spelled) if spelled else list(INSTRUCTION_SETS)
     if unknown := set(named) - set(INSTRUCTION_SETS):
@@ -80,12 +80,12 @@ def find_nvcc():
 
 
 def cuda_library_folders(nvcc):
-    """As nvcc itself reports them: a wrapper script or a pip toolkit has no fixed layout."""
+    """The library folders that nvcc reports: a wrapper script or a pip toolkit has no fixed layout."""
     dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null", "-o", "/dev/null"], capture_output=True, text=True)
-    found = re.search(r"^#\$ LIBRARIES=(.*)$", dry.stderr, re.M)
-    if not found:
+    libraries = re.search(r"^#\$ LIBRARIES=(.*)$", dry.stderr, re.M)
+    if not libraries:
         raise SystemExit(f"{nvcc} does not run; TCAM_CUDA=off builds without it.\n{dry.stderr.strip()}")
-    return re.findall(r'-L"?([^" ]+)"?', found[1])
+    return re.findall(r'-L"?([^" ]+)"?', libraries[1])
 
 
 def gencode():
@@ -117,7 +117,7 @@ def escape(path):
 
 
 class InPlace(Distribution):
-    """For `python setup.py build_ext --inplace` where setuptools is too old for pyproject.toml: the build can do without."""
+    """A distribution that ignores pyproject.toml, for `python setup.py build_ext --inplace` with older setuptools."""
 
     def parse_config_files(self, filenames=None, ignore_option_errors=False):
         if set(self.script_args or []) & {"install", "develop", "bdist_wheel", "sdist", "dist_info", "egg_info"}:
@@ -180,13 +180,13 @@ class NinjaBuild(build_ext):
                 objects.append(f"{source.stem}.cu.o")
                 edges.append(f"build {objects[-1]}: nvcc {escape(source)}")
             link += [f"-L{shlex.quote(d)}" for d in cuda_library_folders(nvcc)]
-            link += ["-lcudart_static -lrt -lpthread -ldl"]  # static: the wheel serves every torch, with or without CUDA
+            link += ["-lcudart_static -lrt -lpthread -ldl"]  # static: the wheel runs with any torch, with or without CUDA
         compile_cpp(CSRC / "bindings.cpp", "bindings", includes + defines)
         compile_cpp(CSRC / "cpu" / "decode.cpp", "decode", [])
         sets = instruction_sets()
         compile_cpp(CSRC / "cpu" / "isa.cpp", "isa", [f"-DTCAM_HAS_{isa.upper()}=1" for isa in sets])
         for isa, (vector_bytes, isa_flags) in sets.items():
-            # -ffp-contract=fast fuses a*b + c; no other liberty with floating point is taken.
+            # -ffp-contract=fast fuses a*b + c. No other flag changes floating-point results.
             extra = [
                 isa_flags,
                 "-ffp-contract=fast",

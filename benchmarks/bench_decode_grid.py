@@ -1,11 +1,11 @@
-"""decode_grid against its rivals, on the same inputs, in one run.
+"""Time decode_grid and its rivals on the same inputs in one run.
 
     python benchmarks/bench_decode_grid.py                 64^3, 96^3, 128^3, three decoders
     python benchmarks/bench_decode_grid.py --large         256^3, 512^3 forward, 512^3 with gradients
     python benchmarks/bench_decode_grid.py --scaling       time over size and width, with log-log fits
     python benchmarks/bench_decode_grid.py --device cuda --cases tcam --sizes 128 256 512
 
-TCAM_CPU_ISA=avx2 (avx512, portable) restricts the kernels. --json FILE keeps the figures for make_tables.py.
+TCAM_CPU_ISA=avx2 (avx512, portable) selects the CPU kernels. --json FILE writes the figures for make_tables.py.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ DECODERS = {
     "nfd": Decoder("NFD-like", 32, (128, 128, 1), "relu"),
     "eg3d": Decoder("EG3D-like", 32, (64, 4), "softplus"),
 }
-#: What is timed, and how many products of every hidden layer it takes: backward recomputes, loss+gradients need not. (The fused
-#: CUDA kernels recompute more, and are held to these.)
+#: The passes that are timed, and the products per hidden layer of each: backward recomputes one, loss+gradients none. (The
+#: fused CUDA kernels recompute more; their rate is computed from these numbers too.)
 PRODUCTS = {"forward": 1, "forward+backward": 4, "loss+gradients": 3}
-AUTOTUNE = "max-autotune-no-cudagraphs"  # a graph's memory would be one chunk's output, which the next overwrites
+AUTOTUNE = "max-autotune-no-cudagraphs"  # without graphs: in a CUDA graph the next chunk would overwrite the output of the last
 PLANE = 64
-CHUNK_VOXELS = {"cpu": 8 * 128**2, "cuda": 2**21}  # that the naive decode takes at a time, in whole slices of x
+CHUNK_VOXELS = {"cpu": 8 * 128**2, "cuda": 2**21}  # of one step of the naive decode, rounded to slices of x
 
 
 class Case:
@@ -68,7 +68,7 @@ class Case:
 
     @property
     def hidden_flop(self) -> float:
-        """Of the products between hidden layers, forward."""
+        """FLOP of the products between hidden layers, forward."""
         w = self.decoder.widths
         return 2.0 * self.size**3 * sum(w[i] * w[i + 1] for i in range(len(w) - 2))
 
@@ -106,16 +106,16 @@ class Case:
         return self.mlp(h.view(-1, h.shape[-1]), 1, torch.float32)
 
     def autocast_chunk(self, x0: int) -> Tensor:
-        """As a user of torch would: the naive decode under autocast."""
+        """A chunk of the naive decode under autocast."""
         with torch.autocast(self.device, dtype=torch.bfloat16):
             return self.naive_chunk(x0, torch.float32)
 
     def checkpointed_chunk(self, x0: int) -> Tensor:
-        found: Tensor = checkpoint(self.naive_chunk, x0, torch.float32, use_reentrant=False)
-        return found
+        decoded: Tensor = checkpoint(self.naive_chunk, x0, torch.float32, use_reentrant=False)
+        return decoded
 
     def chunked(self, chunk: Callable[[int], Tensor], what: str) -> list[Tensor]:
-        """All chunks; each chunk's graph is freed before the next one is built."""
+        """Decode all chunks. Each chunk's graph is freed before the next is built."""
         step = self.size**2
         shape = (self.size**3, self.decoder.widths[-1]) if what != "loss+gradients" else ()
         out = torch.zeros(shape, device=self.device)
@@ -127,11 +127,11 @@ class Case:
                 if what == "loss+gradients":
                     value = F.smooth_l1_loss(part, self.other_rows[at], beta=0.3, reduction="sum") / self.other.numel()
                     out += value.detach()
-                    found = torch.autograd.grad(value, self.inputs)
+                    gradients = torch.autograd.grad(value, self.inputs)
                 else:
                     out[at] = part.detach()
-                    found = torch.autograd.grad(part, self.inputs, self.other_rows[at]) if grads else ()
-                for g, t in zip(grads, found, strict=True):
+                    gradients = torch.autograd.grad(part, self.inputs, self.other_rows[at]) if grads else ()
+                for g, t in zip(grads, gradients, strict=True):
                     g += t
         return [out, *grads]
 
@@ -181,7 +181,7 @@ class Case:
         return {n: everyone[n]() for n in names if self.differs(n, what)}
 
     def differs(self, name: str, what: str) -> bool:
-        """Whether a rival does anything of its own here: checkpointing needs a backward."""
+        """Whether a rival differs from the others in this pass: checkpointing does only with a backward."""
         return name != "naive checkpointed" or what != "forward"
 
 
@@ -216,7 +216,7 @@ RIVALS = {
 
 
 def finish(r: harness.Row, case: Case, peak: dict[str, float]) -> harness.Row:
-    """The rate of the products of the hidden layers alone."""
+    """The row with the rate of the products between hidden layers and its share of the peak."""
     if case.hidden_flop:
         r.gflops = case.hidden_flop * PRODUCTS[r.what] / r.seconds / 1e9
         if r.rival.startswith("ours"):
@@ -236,8 +236,9 @@ def compare(
     budget: float | None,
     jsonl: Path | None,
 ) -> list[harness.Row]:
-    """``keep`` gets the rows so far after each comparison: a later failure loses none. With a ``budget`` in seconds rivals run
-    one after the other, each at most so long, and not by turns."""
+    """Time the rivals of every case and size. ``keep`` gets the rows so far after each comparison, so that a later failure
+    loses none. With a ``budget`` in seconds, rivals run one after the other for at most that long each, instead of taking
+    turns."""
     rows: list[harness.Row] = []
     for key in cases:
         for size in sizes:
@@ -279,16 +280,16 @@ def large(peak: dict[str, float]) -> list[harness.Row]:
         print(harness.line(rows[-1]), flush=True)
         for name in ("ours float32", "ours bfloat16") if peak["bfloat16"] else ("ours float32",):
             run = case.rivals(what, [name])[name]
-            kept: list[Any] = []
+            times: list[float] = []
 
-            def once(run: Callable[[], Any] = run, kept: list[Any] = kept) -> Any:
-                times = harness.time.perf_counter()
+            def once(run: Callable[[], Any] = run, times: list[float] = times) -> Any:
+                start = harness.time.perf_counter()
                 out = run()
-                kept.append(harness.time.perf_counter() - times)
+                times.append(harness.time.perf_counter() - start)
                 return out
 
             memory = harness.peak_memory(once)
-            r = finish(harness.row(case.decoder.name, size, what, name, kept), case, peak)
+            r = finish(harness.row(case.decoder.name, size, what, name, times), case, peak)
             r.ratio, r.memory_mb = scaled / r.seconds, round(memory, 1)
             rows.append(r)
             print(harness.line(r), flush=True)
@@ -296,21 +297,21 @@ def large(peak: dict[str, float]) -> list[harness.Row]:
 
 
 def profile(case: str, size: int, compute: str) -> None:
-    """The time of every CUDA kernel in one call of ours, forward, with gradients and one-pass."""
+    """Print the time of every CUDA kernel in one call of each pass of tcam_ext."""
     problem = Case(DECODERS[case], size, "cuda")
     for what in PRODUCTS:
         run = problem.rivals(what, [compute])[compute]
         run()
         torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             run()
             torch.cuda.synchronize()
         print(f"\n{case}, {size}^3, {what}, {compute}")
-        print(seen.key_averages().table(sort_by="self_device_time_total", row_limit=16, max_name_column_width=90))
+        print(profiler.key_averages().table(sort_by="self_device_time_total", row_limit=16, max_name_column_width=90))
 
 
 def slope(x: list[float], y: list[float]) -> float:
-    """Least squares of log y over log x."""
+    """The least-squares slope of log y over log x."""
     a, b = [math.log(v) for v in x], [math.log(v) for v in y]
     ma, mb = sum(a) / len(a), sum(b) / len(b)
     return sum((p - ma) * (q - mb) for p, q in zip(a, b, strict=True)) / sum((p - ma) ** 2 for p in a)
@@ -362,12 +363,12 @@ def main() -> None:
     parser.add_argument("--rivals", nargs="+", choices=sorted({r for names in RIVALS.values() for r in names}))
     parser.add_argument("--device", choices=sorted(RIVALS), default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--large", action="store_true", help="256^3 and 512^3 instead; naive rows extrapolated from 96^3")
-    parser.add_argument("--scaling", action="store_true", help="time over size and width instead")
-    parser.add_argument("--profile", action="store_true", help="list the CUDA kernels of ours instead, with --device cuda")
-    parser.add_argument("--budget", type=float, help="seconds for each rival, one after the other instead of by turns")
+    parser.add_argument("--large", action="store_true", help="time 256^3 and 512^3; naive rows are extrapolated from 96^3")
+    parser.add_argument("--scaling", action="store_true", help="time over size and width, with log-log fits")
+    parser.add_argument("--profile", action="store_true", help="list the CUDA kernels of tcam_ext; needs --device cuda")
+    parser.add_argument("--budget", type=float, help="seconds for each rival; rivals then run one after the other")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--jsonl", type=Path, help="append a line for each figure to this file as soon as it is there")
+    parser.add_argument("--jsonl", type=Path, help="append each figure to this file as soon as it is measured")
     a = parser.parse_args()
     environment = harness.environment()
     for key, value in environment.items():

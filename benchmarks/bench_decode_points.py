@@ -1,11 +1,11 @@
-"""decode_points against what people write: grid_sample, cat, linear.
+"""Time decode_points beside the usual code: grid_sample, cat, linear.
 
     python benchmarks/bench_decode_points.py [--points 262144] [--device cuda] [--json FILE]
 
-The operating point: C = 42, planes 3 x (42, 64, 64), MLP 126 -> 128 -> 128 -> 128 -> 128 -> 1, ReLU, sigmoid; points uniform in
-the box. "forward+backward" is the gradients of planes and decoder, "and xyz" also of the coordinates. "naive" decodes in one
-piece; "naive chunked" in pieces of 2^15 points, each back-propagated before the next. Memory is above inputs, output and
-gradients. "projected" and "features" are the two formulations between which decode_points chooses.
+The operating point is C = 42, planes 3 x (42, 64, 64), MLP 126 -> 128 -> 128 -> 128 -> 128 -> 1, relu, sigmoid, with points
+uniform in the box. "forward+backward" computes gradients of planes and decoder, "and xyz" those of the coordinates too. "naive"
+decodes all points at once; "naive chunked" decodes and back-propagates 2^15 points at a time. Memory excludes inputs, output
+and gradients. decode_points chooses between the formulations "projected" and "features".
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ class Case:
         by_xyz = []
         for x, g in zip(*(t.split(chunk or t.shape[1], 1) for t in (self.xyz, self.grad)), strict=True):
             x = x.detach().requires_grad_(what == "and xyz")
-            found = list(torch.autograd.grad(decode(x), [*inputs, x] if what == "and xyz" else inputs, g))
+            gradients = list(torch.autograd.grad(decode(x), [*inputs, x] if what == "and xyz" else inputs, g))
             if what == "and xyz":
-                by_xyz.append(found.pop())
-            total = [a + b for a, b in zip(total, found, strict=True)] if total else found
+                by_xyz.append(gradients.pop())
+            total = [a + b for a, b in zip(total, gradients, strict=True)] if total else gradients
         return total + ([torch.cat(by_xyz, 1)] if by_xyz else [])
 
     def rivals(self, what: str, names: list[str]) -> dict[str, Callable[[], list[Tensor]]]:
@@ -116,15 +116,15 @@ RIVALS = {
 def compare(
     runs: dict[str, Callable[[], list[Tensor]]], points: int, what: str, case: str, repeats: int, device: str
 ) -> list[dict[str, Any]]:
-    """Rows; ratios are to "naive"."""
+    """Time the rivals; ``ratio`` is the speed-up over "naive"."""
     times = harness.interleave(runs, repeats, device)
     base = statistics.median(times["naive"]) if "naive" in times else None
     rows = []
-    for name, found in times.items():
-        seconds = statistics.median(found)
+    for name, measured in times.items():
+        seconds = statistics.median(measured)
         row = {
-            "case": case, "points": points, "what": what, "rival": name, "seconds": seconds, "low": min(found),
-            "high": max(found), "repeats": len(found), "mpoints": points / seconds / 1e6,
+            "case": case, "points": points, "what": what, "rival": name, "seconds": seconds, "low": min(measured),
+            "high": max(measured), "repeats": len(measured), "mpoints": points / seconds / 1e6,
             "ratio": base / seconds if base else None,
             "memory_mb": round(harness.peak_memory(runs[name], device), 1),
         }  # fmt: skip

@@ -1,9 +1,10 @@
-"""Stage 2's network: seconds an evaluation and a training step, against its multiply-adds, and what share decoding is.
+"""Time an evaluation and a training step of stage 2's network, and the decoding of a sample.
 
 python benchmarks/bench_diffusion.py [--presets brats ...] [--batch 1 8] [--device cuda] [--compile] [--json FILE]
 
-"of peak" is the share of the ceiling that harness.peak measures: on a GPU torch's product of two large matrices, on a CPU
-registers alone. "decode share": one volume of twice the planes' size, of all that drawing it takes (heun, 50 intervals).
+"of peak" is the rate of the multiply-adds divided by the peak of harness.peak: torch's product of two large matrices on a GPU,
+a register-only loop on a CPU. "decode share" is the share of decoding, at twice the planes' size, in drawing one volume (heun,
+50 intervals).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--compile", action="store_true", help="torch.compile(mode='max-autotune-no-cudagraphs') too")
+    parser.add_argument("--compile", action="store_true", help="compile the network with max-autotune-no-cudagraphs")
     parser.add_argument("--json", type=Path, help="write the figures here")
     a = parser.parse_args()
     environment = harness.environment()

@@ -1,4 +1,4 @@
-"""The demo's fit and its variants on the MNI152 template: time, PSNR, SSIM, with and without the noise of training.
+"""Fit the MNI152 template with the demo's settings and variants: time, PSNR and SSIM, with and without training noise.
 
 python benchmarks/bench_fit.py [--variants fast noise-free ...] [--json FILE]
 """

@@ -1,9 +1,9 @@
-"""sample_points and sample_grid against grid_sample and cat.
+"""Time sample_points and sample_grid beside grid_sample and cat.
 
     python benchmarks/bench_sample.py [--points 262144] [--size 96] [--device cuda] [--json FILE]
 
-Planes 3 x (42, 64, 64), concatenated. The naive grid makes its coordinates and samples them as points. "forward+backward" is
-the gradient of the planes; "and xyz" also of the coordinates. Memory is above inputs, output and gradients.
+Planes 3 x (42, 64, 64), concatenated. The naive grid creates coordinates and samples them as points. "forward+backward"
+computes gradients of the planes, "and xyz" those of the coordinates too. Memory excludes inputs, output and gradients.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def runs(sample: dict[str, Callable[[], Tensor]], inputs: list[Tensor], grad: Te
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=2**18)
-    parser.add_argument("--size", type=int, default=96, help="voxels on a side of the grid")
+    parser.add_argument("--size", type=int, default=96, help="voxels along each axis of the grid")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -59,8 +59,8 @@ def main() -> None:
     planes = [torch.randn(1, 42, 64, 64, device=a.device, requires_grad=True) for _ in range(3)]
     rows = []
 
-    def add(points: int, what: str, case: str, found: dict[str, Run]) -> None:
-        rows.extend(bench_decode_points.compare(found, points, what, case, a.repeats, a.device))
+    def add(points: int, what: str, case: str, rivals: dict[str, Run]) -> None:
+        rows.extend(bench_decode_points.compare(rivals, points, what, case, a.repeats, a.device))
         if a.json:
             harness.write_json(a.json, rows)
 

@@ -1,8 +1,8 @@
-"""Stage 1 on the cohort that anyone can make: fitted PSNR after training, held-out PSNR after encoding, and what estimate said.
+"""Stage 1 on `tcam make-cohort`: PSNR after training and, of held-out volumes, after encoding, beside `tcam estimate`.
 
 python benchmarks/bench_stage1.py [--steps N] [--encode-steps N] [--work DIR] [--json FILE]
 
-64 training and 16 held-out volumes of 64^3 (the FLAIR-like channel), C = 42, planes 32^2, noise on: preset "fast".
+64 training and 16 held-out volumes of 64^3 (the FLAIR-like channel), C = 42, planes of 32^2, preset "fast" with its noise.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from tcam_diff.training import records
 
 
 def tcam(*arguments: object) -> tuple[str, float]:
-    """The command's output, and its seconds from start to end."""
-    began = time.perf_counter()
+    """Run a tcam command; its output and its wall time in seconds."""
+    start = time.perf_counter()
     command = [sys.executable, "-m", "tcam_diff.cli", *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: exit status {done.returncode}")
-    return done.stdout, time.perf_counter() - began
+    return done.stdout, time.perf_counter() - start
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--encode-steps", type=int, default=600)
-    parser.add_argument("--work", type=Path, help="keep everything here; a cohort that is there is used [default: thrown away]")
+    parser.add_argument("--work", type=Path, help="keep all files here and reuse its cohort [default: a temporary folder]")
     parser.add_argument("--json", type=Path, help="write the figures here")
     a = parser.parse_args()
     for key, value in harness.environment().items():
@@ -46,13 +46,13 @@ def main() -> None:
         tcam("make-cohort", "--n", 80, "--size", 64, "--seed", 0, "--held-out", 16, "--out", cohort, "-q")
         _, preparing = tcam("prepare", cohort, "--out", store, "-q")
         settings = ["fast", f"data={store}", f"steps={a.steps}"]
-        said, _ = tcam("estimate", *settings)
-        print(said)
-        estimated = {line.split()[0]: line.split()[1:4] for line in said.splitlines()}
-        shown, training = tcam("train-autodecoder", *settings, "--out", run)
-        print(shown)
-        shown, encoding = tcam("encode", run, store, "--out", latents, f"steps={a.encode_steps}")
-        print(shown)
+        estimate, _ = tcam("estimate", *settings)
+        print(estimate)
+        estimated = {line.split()[0]: line.split()[1:4] for line in estimate.splitlines()}
+        output, training = tcam("train-autodecoder", *settings, "--out", run)
+        print(output)
+        output, encoding = tcam("encode", run, store, "--out", latents, f"steps={a.encode_steps}")
+        print(output)
         metrics = records.read(run)
         log = [m for m in metrics if "loss" in m]
         held_out = [e.psnr for e in LatentSet(latents).entries]

@@ -1,11 +1,10 @@
-"""Stage 2 on the cohort that anyone can make: how far samples are from real volumes, beside rivals that must be farther.
+"""Stage 2 on `tcam make-cohort`: distance of samples from real volumes, beside rivals that should be farther.
 
 python benchmarks/bench_stage2.py [--steps N] [--seeds 3] [--work DIR] [--json FILE] [--picture FILE]
 
-128 training volumes of 64^3 (the FLAIR-like channel) and 128 further ones that nothing is trained on; C = 8, planes 32^2,
-latents fitted beforehand. A seed trains the network and the one without cross-attention, draws 64 volumes of each, and scores
-them with critics at 32^3, in pairs: samples against decoded noise, against samples whose planes were swapped, and against
-those of the network without cross-attention.
+128 training volumes of 64^3 (the FLAIR-like channel) and 128 held-out ones; C = 8, planes of 32^2, latents fitted beforehand.
+Each seed trains the network with and without cross-attention, draws 64 volumes from each, and scores them with critics at 32^3
+in pairs: samples and decoded noise, samples and samples with swapped planes, and samples of the two networks.
 """
 
 from __future__ import annotations
@@ -38,14 +37,14 @@ PAIRS = ("decoded noise", "planes swapped", "without cross-attention")
 
 
 def timed(times: dict[str, float], name: str, work: Callable[[], object]) -> object:
-    began = time.perf_counter()
-    found = work()
-    times[name] = times.get(name, 0.0) + time.perf_counter() - began
-    return found
+    start = time.perf_counter()
+    result = work()
+    times[name] = times.get(name, 0.0) + time.perf_counter() - start
+    return result
 
 
 def decoded(model: TriplaneDiffusion, planes: list[torch.Tensor]) -> torch.Tensor:
-    """(N, 1, 64, 64, 64)."""
+    """Volumes (N, 1, 64, 64, 64) of planes, decoded one by one."""
     return torch.cat([model.decode([p[i : i + 1] for p in planes]) for i in range(len(planes[0]))])
 
 
@@ -56,24 +55,22 @@ def draw(model: TriplaneDiffusion, count: int, config: SampleConfig) -> list[tor
 
 
 def nearest(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """(N,): of each volume of ``a`` the smallest root mean square distance to one of ``b``."""
+    """The root mean square distance of each volume of ``a`` to the nearest one of ``b``, (N,)."""
     x, y = a.flatten(1).float(), b.flatten(1).float()
     return torch.cdist(x, y).amin(1) / x.shape[1] ** 0.5
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1500, help="of each network")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps of each network")
     parser.add_argument("--stage1-steps", type=int, default=3000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--epochs", type=int, default=100, help="of each critic, at most")
-    parser.add_argument("--changes", nargs="*", default=[], metavar="KEY=VALUE", help="to the preset cohort")
-    parser.add_argument(
-        "--work", type=Path, help="keep everything here; latents that are there are used [default: thrown away]"
-    )
+    parser.add_argument("--epochs", type=int, default=100, help="largest number of epochs of each critic")
+    parser.add_argument("--changes", nargs="*", default=[], metavar="KEY=VALUE", help="changes to the preset cohort")
+    parser.add_argument("--work", type=Path, help="keep all files here and reuse its latents [default: a temporary folder]")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--picture", type=Path, help="write a picture of real volumes, samples and rivals here")
+    parser.add_argument("--picture", type=Path, help="write a picture of real volumes, samples and rivals")
     a = parser.parse_args()
     for key, value in harness.environment().items():
         print(f"# {key}: {value}")
@@ -92,7 +89,7 @@ def run(a: argparse.Namespace, work: Path) -> None:
         tcam("train-autodecoder", *settings, "--out", stage1, "-q")
         tcam("export-latents", stage1, "--out", latents, "-q")
     seconds = [m["seconds"] for m in run_records.read(stage1) if "seconds" in m]
-    before["latents_s"] = seconds[-1]  # of training stage 1, before a restart too
+    before["latents_s"] = seconds[-1]  # of training stage 1, restarts included
     psnr = statistics.fmean(e.psnr for e in LatentSet(latents).entries)
     print(f"latents: {len(LatentSet(latents).entries)} volumes, PSNR {psnr:.2f} dB; {before}", flush=True)
     config = CriticConfig(size=32, epochs=a.epochs)
@@ -134,17 +131,21 @@ def run(a: argparse.Namespace, work: Path) -> None:
         valid = True
         for rival in PAIRS:
             fakes = {"samples": prepared["samples"], rival: prepared[rival]}
-            found: Score = timed(times, "critic_s", lambda r=real, f=fakes, s=seed: score(r, f, config, s, cpu))
-            valid &= found.valid
-            pairs[rival] = found.distance | {"epochs": found.epochs, "kept": found.epoch, "gradient_norm": found.gradient_norm}
-            print(f"seed {seed}: {rival}: {found}", flush=True)
+            result: Score = timed(times, "critic_s", lambda r=real, f=fakes, s=seed: score(r, f, config, s, cpu))
+            valid &= result.valid
+            pairs[rival] = result.distance | {
+                "epochs": result.epochs,
+                "kept": result.epoch,
+                "gradient_norm": result.gradient_norm,
+            }
+            print(f"seed {seed}: {rival}: {result}", flush=True)
         near = nearest(prepared["samples"], prepare(trained, config))
-        held = nearest(real, prepare(trained, config))
+        held_out = nearest(real, prepare(trained, config))
         between = nearest(prepared["samples"], real)
         rows.append({
             "seed": seed, "pairs": pairs, "valid": valid, "losses": losses, **times, "total_s": sum(times.values()),
-            "nearest_training_samples": float(near.median()), "nearest_training_held_out": float(held.median()),
-            "nearest_training_samples_low": float(near.min()), "nearest_training_held_out_low": float(held.min()),
+            "nearest_training_samples": float(near.median()), "nearest_training_held_out": float(held_out.median()),
+            "nearest_training_samples_low": float(near.min()), "nearest_training_held_out_low": float(held_out.min()),
             "nearest_held_out_samples": float(between.median()),
         })  # fmt: skip
         print(json.dumps(rows[-1], indent=1), flush=True)
@@ -156,24 +157,24 @@ def run(a: argparse.Namespace, work: Path) -> None:
 
 @torch.no_grad()
 def reconstructed(latents: Path, count: int) -> torch.Tensor:
-    """(N, 1, 64, 64, 64): training volumes decoded from their planes: the best that samples of these planes can be."""
-    held = LatentSet(latents)
-    fitted = [held.fitted(e.name) for e in held.entries[:count]]
+    """Training volumes decoded from their planes, (N, 1, 64, 64, 64): the closest that samples of such planes can come."""
+    latent_set = LatentSet(latents)
+    fitted = [latent_set.fitted(e.name) for e in latent_set.entries[:count]]
     return torch.cat([f.decoder(f.planes, f.meta.shape).float().clamp(0, 1) for f in fitted])
 
 
 def controls(truth: torch.Tensor, decoded: torch.Tensor, config: CriticConfig) -> dict[str, float]:
-    """Critics of one half of the held-out volumes against the other, and against decoded training volumes."""
+    """Scores of one half of the held-out volumes against the other, plain and blurred, and against decoded training volumes."""
     a, b = halves(prepare(truth, config), 0)
-    found = {}
+    scores = {}
     others = {
         "other half": b,
         "other half, blurred by 1 voxel": blurred(b, 1.0).half(),
         "training volumes, decoded from their planes": prepare(decoded, config),
     }
     for name, other in others.items():
-        found[name] = score(a, {name: other}, config, 0, torch.device("cpu")).distance[name]
-    return found
+        scores[name] = score(a, {name: other}, config, 0, torch.device("cpu")).distance[name]
+    return scores
 
 
 def picture(path: Path, volumes: dict[str, torch.Tensor], affine: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""The training step of stage 1 against the bare decode_grid_loss of the same shapes: what share of a step is the decoder's.
+"""Time a training step of stage 1 beside decode_grid_loss alone on the same shapes: the decoder's share of a step.
 
 python benchmarks/bench_train.py [--device cuda] [--cases ...] [--repeats 15] [--json FILE]
 """
@@ -53,7 +53,7 @@ def make_store(folder: Path, size: int, objects: int) -> None:
 
 
 def bare(task: Autodecoder) -> Callable[[], None]:
-    """decode_grid_loss with its gradients, of the voxels of step 0 object by object, on planes that are there already."""
+    """A call of decode_grid_loss with gradients for each object of step 0, on planes computed beforehand."""
     visits = task._visits(0)
     c = task.config
     calls: list[tuple[list[torch.Tensor], torch.Tensor, dict[str, Any]]] = []

@@ -1,4 +1,4 @@
-"""What every benchmark shares: the environment, timing, peak memory, JSON."""
+"""Helpers of the benchmarks: environment, timing, peak memory, JSON."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tcam_ext.selftest import seconds, timed  # noqa: E402
 
 
 def commit() -> str:
-    """The commit of the sources: TCAM_COMMIT where that is set (a copy without .git), else git's; "+changes": files differ."""
+    """The commit of the sources: TCAM_COMMIT if set (for a copy without .git), else git's, with "+changes" if files differ."""
 
     def git(*arguments: str) -> str:
         try:
@@ -40,26 +40,24 @@ def commit() -> str:
             return ""
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    if told := os.environ.get("TCAM_COMMIT"):
-        return told
-    if git("rev-parse", "--show-toplevel") != str(ROOT):  # none, or that of a folder around this one
+    if given := os.environ.get("TCAM_COMMIT"):
+        return given
+    if git("rev-parse", "--show-toplevel") != str(ROOT):  # no repository, or that of a parent folder
         return "unknown"
     return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
 
 
 def append(path: Path | None, row: Row | dict[str, Any]) -> None:
-    """Append a row to a file as a line of JSON, at once: what was measured before a failure is kept."""
+    """Append a row to a file as a line of JSON, so that a later failure does not lose it."""
     if path:
         with path.open("a") as file:
             file.write(json.dumps(asdict(row) if isinstance(row, Row) else row) + "\n")
 
 
 def _say_what_is_missing(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """A benchmark of tcam_diff, where the packages of its extra are not installed, ends with a sentence."""
+    """An excepthook that reports a missing package in one line: benchmarks of tcam_diff need the extra train."""
     if isinstance(error, ModuleNotFoundError):
-        print(
-            f"{Path(sys.argv[0]).name}: there is no package {error.name} here; pip install '.[train]' has all", file=sys.stderr
-        )
+        print(f"{Path(sys.argv[0]).name}: the package {error.name} is missing; run pip install '.[train]'", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -69,7 +67,7 @@ sys.excepthook = _say_what_is_missing
 
 @functools.cache
 def environment() -> dict[str, Any]:
-    """As it was at the first call, which is before anything is measured."""
+    """The machine, versions and load at the first call, which precedes every measurement."""
 
     def run(*command: str) -> str:
         try:
@@ -98,7 +96,7 @@ def environment() -> dict[str, Any]:
 
 
 def gpu(run: Callable[..., str]) -> dict[str, Any]:
-    """The card and its driver, where there is one."""
+    """The GPU and its driver; empty without a GPU."""
     if not torch.cuda.is_available():
         return {}
     fields = "driver_version,clocks.max.sm,power.limit"
@@ -111,18 +109,19 @@ def gpu(run: Callable[..., str]) -> dict[str, Any]:
 
 
 def _arguments() -> list[str]:
-    """Those of the command line that matter to a figure: not where it is written."""
-    found = list(sys.argv[1:])
+    """The arguments of the command line without those that name output files."""
+    arguments = list(sys.argv[1:])
     for place in ("--json", "--jsonl", "--work", "--picture"):
-        if place in found:
-            at = found.index(place)
-            del found[at : at + 2]
-    return found
+        if place in arguments:
+            at = arguments.index(place)
+            del arguments[at : at + 2]
+    return arguments
 
 
 def peak(device: str) -> dict[str, float]:
-    """GFLOP/s that nothing on this machine exceeds. CPU: of registers alone on all threads, best of three: float32, and
-    bfloat16 where there are instructions. CUDA: of torch's product of two large matrices, and "copy GB/s" both ways."""
+    """The machine's highest rates in GFLOP/s. CPU: a register-only loop on all threads, best of three, in float32 and, where
+    the CPU has instructions for it, bfloat16. CUDA: torch's product of two large matrices; also "copy GB/s", read plus
+    write."""
     if device == "cuda":
         return _matrix_peak()
     threads = torch.get_num_threads()
@@ -131,7 +130,7 @@ def peak(device: str) -> dict[str, float]:
 
 
 def _matrix_peak(n: int = 8192) -> dict[str, float]:
-    found = {}
+    rates = {}
     flag = torch.backends.cuda.matmul.fp32_precision
     for name, dtype, precision in (
         ("float32", torch.float32, "ieee"),
@@ -143,42 +142,42 @@ def _matrix_peak(n: int = 8192) -> dict[str, float]:
         a, b = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
         out = torch.empty_like(a)
         times = measure(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), 20, device="cuda")  # type: ignore[misc]
-        found[name] = 2 * n**3 / statistics.median(times) / 1e9
+        rates[name] = 2 * n**3 / statistics.median(times) / 1e9
     torch.backends.cuda.matmul.fp32_precision = flag
     source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    found["copy GB/s"] = 2 * source.numel() / statistics.median(measure(lambda: target.copy_(source), 20, device="cuda")) / 1e9
-    return found
+    rates["copy GB/s"] = 2 * source.numel() / statistics.median(measure(lambda: target.copy_(source), 20, device="cuda")) / 1e9
+    return rates
 
 
 @dataclass
 class Row:
     case: str
     size: int
-    what: str  # forward, or forward+backward
+    what: str  # the pass: forward, forward+backward or loss+gradients
     rival: str
     seconds: float  # median
     low: float
     high: float
     repeats: int
     mvoxels: float  # per second
-    ratio: float | None = None  # to the naive decode of the same case
-    memory_mb: float | None = None  # peak above inputs, output, grad_output and returned gradients
-    gflops: float | None = None  # of the hidden layers
-    of_peak: float | None = None
+    ratio: float | None = None  # speed-up over the naive decode of the same case
+    memory_mb: float | None = None  # peak, excluding inputs, output, grad_output and returned gradients
+    gflops: float | None = None  # of the products between hidden layers
+    of_peak: float | None = None  # gflops as a share of the machine's peak
     extrapolated: bool = False
 
 
 def measure(run: Callable[[], Any], repeats: int, budget: float = 90.0, device: str = "cpu") -> list[float]:
-    """Times of ``repeats`` runs after one to warm up, fewer (at least one) when they take longer than the budget."""
+    """Seconds of ``repeats`` runs after a warm-up; fewer, at least one, when they exceed the budget in seconds."""
     return seconds(run, device, repeats, budget)
 
 
 def interleave(
     runs: dict[str, Callable[[], Any]], repeats: int, device: str = "cpu", budget: float = 300.0
 ) -> dict[str, list[float]]:
-    """The same for several rivals by turns, so that a slow minute of the machine falls on all of them. Rounds stop when they
-    take longer than the budget; a rival that raises is left out, with a line that says why."""
+    """Seconds of several rivals that take turns, so that a slow minute of the machine affects all of them. Rounds stop when
+    they exceed the budget. A rival that raises is left out, with a line that says why."""
     start = time.perf_counter()
     times: dict[str, list[float]] = {}
     for name, run in runs.items():
@@ -189,20 +188,20 @@ def interleave(
             print(f"# {name}: left out, {type(error).__name__}: {str(error).splitlines()[:1]}", flush=True)
     rounds = 0
     while rounds < repeats and (rounds == 0 or time.perf_counter() - start < budget):
-        for name, found in times.items():
-            found.append(timed(runs[name], device))
+        for name, measured in times.items():
+            measured.append(timed(runs[name], device))
         rounds += 1
     return times
 
 
 def peak_memory(run: Callable[[], Any], device: str = "cpu") -> float:
-    """MB by which memory rises above its level before, less what the run returns: resident memory on a CPU (Linux; NaN
-    elsewhere), that of torch's allocator on CUDA."""
+    """Peak memory in MB above the level before the run, without what the run returns: resident memory on a CPU (NaN except on
+    Linux), memory of torch's allocator on CUDA."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        kept = run()
-        return (torch.cuda.max_memory_allocated() - held) / 2**20 - _returned(kept)
+        before = torch.cuda.memory_allocated()
+        returned = run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20 - _returned(returned)
     try:
         library._workspaces.__init__()  # type: ignore[misc]
         gc.collect()
@@ -211,12 +210,12 @@ def peak_memory(run: Callable[[], Any], device: str = "cpu") -> float:
     except (OSError, AttributeError):
         return float("nan")
     before = _status("VmRSS")
-    kept = run()
-    return _status("VmHWM") - before - _returned(kept)
+    returned = run()
+    return _status("VmHWM") - before - _returned(returned)
 
 
-def _returned(kept: Any) -> float:
-    return sum(t.nbytes for t in kept if isinstance(t, torch.Tensor)) / 2**20
+def _returned(returned: Any) -> float:
+    return sum(t.nbytes for t in returned if isinstance(t, torch.Tensor)) / 2**20
 
 
 def _status(field: str) -> float:
@@ -247,5 +246,5 @@ def line(r: Row) -> str:
 
 def write_json(path: Path, rows: Sequence[Row | dict[str, Any]], **more: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = [asdict(r) if isinstance(r, Row) else r for r in rows]
-    path.write_text(json.dumps({"environment": environment(), **more, "rows": found}, indent=1) + "\n")
+    records = [asdict(r) if isinstance(r, Row) else r for r in rows]
+    path.write_text(json.dumps({"environment": environment(), **more, "rows": records}, indent=1) + "\n")

@@ -1,8 +1,8 @@
-"""Writes the tables of docs/performance.md from benchmarks/results/*.json.
+"""Write the tables of docs/performance.md from benchmarks/results/*.json.
 
     python benchmarks/make_tables.py [--check]
 
-Each table stands between ``<!-- table NAME -->`` and ``<!-- end -->``; NAME is the JSON file's stem.
+A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``; NAME is the stem of its JSON file.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ def number(value: float | None, digits: int = 1) -> str:
     return "" if value is None or value != value else f"{value:.{digits}f}"
 
 
-def circumstances(found: dict[str, Any]) -> str:
-    e = found["environment"]
-    peaks = ", ".join(f"{k} {v:.0f}" + ("" if "/" in k else " GFLOP/s") for k, v in found.get("peak_gflops", {}).items() if v)
+def provenance(results: dict[str, Any]) -> str:
+    """Command, commit, date, machine and versions of a benchmark's run."""
+    e = results["environment"]
+    peaks = ", ".join(f"{k} {v:.0f}" + ("" if "/" in k else " GFLOP/s") for k, v in results.get("peak_gflops", {}).items() if v)
     machine = e.get("card") or f"{e['cpu']}, {e['threads']} threads, {e['isa']} kernels"
     return (
         f"`{e['command']}`, commit {e['commit']}, {e['date']}: {machine}, "
-        f"torch {e['torch']}, Python {e['python']}{'; peak ' + peaks if peaks else ''}; load before {e['load_before']}."
+        f"torch {e['torch']}, Python {e['python']}{'; peak ' + peaks if peaks else ''}; load before the run {e['load_before']}."
     )
 
 
@@ -44,12 +45,12 @@ def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
 
 
 def by_columns(columns: Columns) -> Callable[[dict[str, Any]], str]:
-    """A table of the file's rows, after the circumstances they were measured in."""
+    """A writer of tables with these columns, below their provenance."""
 
-    def write(found: dict[str, Any]) -> str:
-        rows = ([cell(r) for cell in columns.values()] for r in found["rows"])
-        fits = [f"\n{name}: **{value:.3f}** (log-log least squares)" for name, value in found.get("fits", {}).items()]
-        return "\n".join([circumstances(found), "", *table(columns, rows), *fits])
+    def write(results: dict[str, Any]) -> str:
+        rows = ([cell(r) for cell in columns.values()] for r in results["rows"])
+        fits = [f"\n{name}: **{value:.3f}** (log-log least squares)" for name, value in results.get("fits", {}).items()]
+        return "\n".join([provenance(results), "", *table(columns, rows), *fits])
 
     return write
 
@@ -66,42 +67,42 @@ FIT: Columns = {
 POINTS: Columns = {
     "case": lambda r: r["case"],
     "points": lambda r: r["points"],
-    "what": lambda r: r["what"],
+    "pass": lambda r: r["what"],
     "rival": lambda r: r["rival"],
     "median s": lambda r: f"{r['seconds']:.3f}",
-    "spread": lambda r: f"{r['low']:.3f} to {r['high']:.3f}",
+    "range s": lambda r: f"{r['low']:.3f} to {r['high']:.3f}",
     "Mpoint/s": lambda r: f"{r['mpoints']:.2f}",
-    "ratio": lambda r: number(r["ratio"], 2),
+    "speed-up": lambda r: number(r["ratio"], 2),
     "peak MB": lambda r: number(r["memory_mb"], 0),
 }
 TRAIN: Columns = {
     "case": lambda r: r["case"],
     "objects": lambda r: r["batch"],
-    "voxels a step": lambda r: r["voxels"],
+    "voxels per step": lambda r: r["voxels"],
     "step s": lambda r: f"{r['step_s']:.4f}",
-    "spread": lambda r: f"{r['step_low']:.4f} to {r['step_high']:.4f}",
-    "bare s": lambda r: f"{r['bare_s']:.4f}",
-    "of the step": lambda r: f"{100 * r['share']:.0f} %",
+    "range s": lambda r: f"{r['step_low']:.4f} to {r['step_high']:.4f}",
+    "loss alone s": lambda r: f"{r['bare_s']:.4f}",
+    "share of the step": lambda r: f"{100 * r['share']:.0f} %",
     "Mvoxel/s": lambda r: f"{r['voxels'] / r['step_s'] / 1e6:.2f}",
-    "200,000 steps": lambda r: f"{r['hours_200000']:.1f} h",
+    "hours for 200,000 steps": lambda r: f"{r['hours_200000']:.1f}",
 }
 DECODE: Columns = {
     "case": lambda r: r["case"],
     "size": lambda r: f"{r['size']}³",
-    "what": lambda r: r["what"],
+    "pass": lambda r: r["what"],
     "rival": lambda r: r["rival"] + (" (extrapolated)" if r["extrapolated"] else ""),
     "median s": lambda r: f"{r['seconds']:.3f}",
-    "spread": lambda r: "" if r["repeats"] < 2 else f"{r['low']:.3f} to {r['high']:.3f}",
+    "range s": lambda r: "" if r["repeats"] < 2 else f"{r['low']:.3f} to {r['high']:.3f}",
     "Mvoxel/s": lambda r: f"{r['mvoxels']:.2f}",
-    "ratio to naive": lambda r: number(r["ratio"]),
+    "speed-up": lambda r: number(r["ratio"]),
     "peak MB": lambda r: number(r["memory_mb"], 0),
     "of peak": lambda r: "" if r["of_peak"] is None else f"{100 * r['of_peak']:.0f} %",
 }
 
 
-def stage1_table(found: dict[str, Any]) -> str:
+def stage1_table(results: dict[str, Any]) -> str:
     lines = []
-    for r in found["rows"]:
+    for r in results["rows"]:
         spread = f"{r['held_out_low']:.2f} to {r['held_out_high']:.2f}"
         lines += [
             (f"training, {r['steps']} steps", f"{r['train_s'] / 60:.1f} min", f"{r['estimated_s'] / 60:.0f} min"),
@@ -111,11 +112,11 @@ def stage1_table(found: dict[str, Any]) -> str:
             (f"encoding, {r['encode_steps']} steps", f"{r['encode_s'] / 60:.1f} min", ""),
             ("held-out PSNR, 16 volumes", f"**{r['held_out_psnr']:.2f} dB** ({spread})", ""),
         ]
-    return "\n".join([circumstances(found), "", *table(["what", "measured", "estimated before"], lines)])
+    return "\n".join([provenance(results), "", *table(["quantity", "measured", "estimated before"], lines)])
 
 
-def stage2_table(found: dict[str, Any]) -> str:
-    rows = found["rows"]
+def stage2_table(results: dict[str, Any]) -> str:
+    rows = results["rows"]
     seeds = [f"seed {r['seed']}" for r in rows]
     pairs = []
     for rival in rows[0]["pairs"]:
@@ -125,27 +126,28 @@ def stage2_table(found: dict[str, Any]) -> str:
         pairs.append([rival, *each, *(f"{statistics.fmean(x):.2f} ± {statistics.stdev(x):.2f}" for x in (ours, theirs))])
     cells: Columns = {
         "training both networks, min": lambda r: f"{r['train_s'] / 60:.1f}",
-        "drawing 64 volumes of each, min": lambda r: f"{r['sample_s'] / 60:.1f}",
+        "drawing 64 volumes from each, min": lambda r: f"{r['sample_s'] / 60:.1f}",
         "critics, min": lambda r: f"{r['critic_s'] / 60:.1f}",
-        "all, min": lambda r: f"{r['total_s'] / 60:.1f}",
-        "loss of the average: with, without cross-attention": lambda r: " : ".join(f"{v:.3f}" for v in r["losses"].values()),
-        "distance to the nearest training volume (RMS): samples": lambda r: f"{r['nearest_training_samples']:.4f}",
-        "the same of held-out volumes": lambda r: f"{r['nearest_training_held_out']:.4f}",
-        "the nearest of all: samples, held-out volumes": lambda r: (
+        "total, min": lambda r: f"{r['total_s'] / 60:.1f}",
+        "loss: with, without cross-attention": lambda r: " : ".join(f"{v:.3f}" for v in r["losses"].values()),
+        "median distance to the nearest training volume (RMS): samples": lambda r: f"{r['nearest_training_samples']:.4f}",
+        "the same, held-out volumes": lambda r: f"{r['nearest_training_held_out']:.4f}",
+        "smallest such distance: samples, held-out volumes": lambda r: (
             f"{r['nearest_training_samples_low']:.4f}, {r['nearest_training_held_out_low']:.4f}"
         ),
     }
-    controls = ", ".join(f"{k} {v:.2f}" for k, v in found["controls"].items())
+    controls = "; ".join(f"{k}: {v:.2f}" for k, v in results["controls"].items())
     return "\n".join([
-        circumstances(found),
+        provenance(results),
         "",
-        f"{found['steps']} steps a network. Latents fitted beforehand in {found['before']['latents_s'] / 60:.0f} min, "
-        f"PSNR {found['psnr']:.1f} dB. Of critics: W on volumes held back, lower is nearer to real.",
+        f"{results['steps']} steps for each network. Fitting the latents took {results['before']['latents_s'] / 60:.0f} min "
+        f"and reached {results['psnr']:.1f} dB. Scores are W of a pair's critic on volumes held out from its training; "
+        "lower is nearer to real.",
         "",
-        *table(["critic of samples and", *seeds, "mean ± std: samples", "rival"], pairs),
+        *table(["samples : rival", *seeds, "mean ± std: samples", "mean ± std: rival"], pairs),
         "",
-        *table(["a seed", *seeds], ([name, *map(cell, rows)] for name, cell in cells.items())),
-        f"\nControls, critics of one half of the held-out volumes and: {controls}.",
+        *table(["per seed", *seeds], ([name, *map(cell, rows)] for name, cell in cells.items())),
+        f"\nControls, critics of one half of the held-out volumes and another set: {controls}.",
     ])  # fmt: skip
 
 
@@ -161,7 +163,7 @@ WRITERS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
+    parser.add_argument("--check", action="store_true", help="only check that the page is up to date")
     check = parser.parse_args().check
     page = PAGE.read_text()
 

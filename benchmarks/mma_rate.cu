@@ -1,15 +1,15 @@
-// What a card's tensor cores reach through mma.sync and, on sm_90a, wgmma, with and without the matrix loads that fused kernels
-// make beside them: the ceilings that docs/performance.md holds the kernels to. Prints a line of JSON for each rate.
+// Measures the rates of a GPU's tensor cores through mma.sync and, on sm_90a, wgmma, with and without the matrix loads of fused
+// kernels. These are the highest rates that such kernels can reach. Prints a line of JSON for each rate.
 //
 //     nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a benchmarks/mma_rate.cu -o mma_rate && ./mma_rate [MS]
 //
-// Operands are random, and each rate is that of at least MS milliseconds (200): shorter runs, and constant operands, draw so
-// little power that the clock stays higher than a real kernel's.
+// Operands are random, and each rate is measured over at least MS milliseconds (default: 200). Shorter runs and constant
+// operands draw so little power that the clock stays above that of a real kernel.
 //
-// mma.sync: each warp multiplies m16n8k16 fragments into `chains` independent accumulators; `loads` ldmatrix.x4 accompany 8
-// products (the forward kernel of today: 64 loads for 256 products, that is 2). wgmma: each warpgroup multiplies m64n128k16,
-// A in registers and B in shared memory, 8 to a group; `loads` ldmatrix.x4 a warp accompany 8 products (a forward kernel by
-// wgmma would make 12).
+// mma.sync: each warp multiplies m16n8k16 fragments into `chains` independent accumulators, with `loads` ldmatrix.x4 for every
+// 8 products (2 in the forward kernel: 64 loads for 256 products). wgmma: each warpgroup multiplies m64n128k16 in groups of 8,
+// with A in registers and B in shared memory, and `loads` ldmatrix.x4 per warp for every 8 products (12 in a forward kernel on
+// wgmma).
 #include <cstdio>
 #include <cstdlib>
 #include <vector>

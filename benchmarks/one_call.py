@@ -1,4 +1,4 @@
-"""One forward and one loss with gradients of the operating point in bfloat16, for a profiler to look at.
+"""One forward and one loss with gradients at the operating point, as the target of a profiler.
 
 python benchmarks/one_call.py --device cuda --size 256
 """

@@ -1,20 +1,21 @@
-"""A prediction: what the fused CUDA kernels take at 512^3 on a Hopper card, from the instructions that the compiler made.
+"""Predict the time of the fused CUDA kernels at 512^3 on a Hopper GPU from the compiled instructions.
 
     python benchmarks/predict_cuda.py [--clock 1.755] [--json FILE]
 
-The operating point (42 channels, four hidden layers of 128, one output, bfloat16). The kernels of csrc/cuda are compiled once
-more with what that case has as constants, so that the loop over steps holds what a step executes; nvdisasm lists it. A step of
-the backward kernels is 128 voxels of a multiprocessor: on each of its four schedulers one chain warp and one outer warp.
+The operating point has 42 channels, four hidden layers of 128, one output and bfloat16 products. The kernels of csrc/cuda are
+compiled with the constants of this case, so that the loop over steps contains exactly the instructions of a step, and nvdisasm
+lists it. A step of the backward kernels covers 128 voxels on a multiprocessor, with one chain warp and one outer warp on each
+of its four schedulers:
 
     tensor  = (products of both warps) C;   chain = (its products) C + X (its other instructions) + W
     time    = steps max(tensor, chain) / clock, launch by launch
 
-with C the cycles of an m16n8k16 product on a scheduler at the rate that mma.sync is said to reach (63 % of 4096 FLOP a cycle
-and multiprocessor: 6.35), X = 0.7 the share of other instructions that no product hides, W = 400 cycles of waiting a step.
-C, X and W are assumptions; benchmarks/mma_rate.cu measures the first. Memory traffic that nothing hides comes on top (delta_1
-and its partial sums), and the launches of the slabs.
+C is the cycles of an m16n8k16 product on a scheduler at the reported rate of mma.sync (63 % of 4096 FLOP per cycle and
+multiprocessor: 6.35). X = 0.7 is the share of other instructions that products do not hide. W = 400 is the cycles of waiting
+per step. C, X and W are assumptions; benchmarks/mma_rate.cu measures C. Exposed memory traffic (delta_1 and its partial sums)
+and the launches of the slabs are added.
 
-Needs nvcc, and nvdisasm of the toolkit or of Triton.
+The script needs nvcc and nvdisasm (from the toolkit or from Triton).
 """
 
 from __future__ import annotations
@@ -51,9 +52,10 @@ __global__ void __launch_bounds__(384, 1) forward_launch(FusedForward p) {{
 }}
 }}
 """
-#: Layer: (how often the loop over forward layers runs, how often that over layers back; the last layer back stands alone).
+#: (Name, iterations of the loop over layers forward, iterations of the loop over layers backward) of each launch. The last
+#: layer backward is outside the loop.
 LAUNCHES = {"b1ELi4E": ("head, layer 4", 3, 0), "b0ELi3E": ("layer 3", 1, 1), "b0ELi2E": ("layer 2", 0, 2)}
-OUTER_PRODUCTS = 4 * 72  # a step's four tiles, a quarter of dW each
+OUTER_PRODUCTS = 4 * 72  # four tiles of a step, with a quarter of dW each
 PROCESSORS, VOXELS = 132, 512**3
 CYCLES = 4096 / (4096 / 4) / 0.63  # of m16n8k16 (4096 FLOP) on one of four schedulers
 EXPOSED, WAIT = 0.7, 400
@@ -61,8 +63,8 @@ TRAFFIC_MS, SLABS_MS = {"H200": 12.0, "H100": 17.0}, 2.5
 
 
 def count(cubin: Path) -> dict[str, tuple[int, int]]:
-    """For each launch the products and the other instructions of a chain warp's step."""
-    found = {}
+    """The products and the other instructions of a chain warp's step, for each launch."""
+    counts = {}
     for name, (_, forward, back) in LAUNCHES.items():
         # The outer warps' loops have 72 products.
         loops = [b for b in compiled.loops(cubin, f"backward_launch.*{name}") if b["HMMA"] > 72]
@@ -74,15 +76,15 @@ def count(cubin: Path) -> dict[str, tuple[int, int]]:
         ):
             products += (runs - 1) * body["HMMA"]
             all_of_it += (runs - 1) * body.total()
-        found[name] = products, all_of_it - products
-    return found
+        counts[name] = products, all_of_it - products
+    return counts
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clock", type=float, default=1.755, help="GHz (1.98 at most)")
     parser.add_argument("--card", choices=sorted(TRAFFIC_MS), default="H200")
-    parser.add_argument("--csrc", type=Path, default=ROOT / "csrc", help="of another checkout, to compare")
+    parser.add_argument("--csrc", type=Path, default=ROOT / "csrc", help="csrc of another checkout, to compare")
     parser.add_argument("--json", type=Path, help="write the figures here")
     a = parser.parse_args()
     if compiled.NVCC is None or compiled.disassembler() is None:
@@ -107,7 +109,7 @@ def main() -> None:
         )
         cycles = f"{tensor:>7.0f} {chain:>7.0f} {max(tensor, chain):>7.0f}"
         print(f"{LAUNCHES[name][0]:<14} {products:>8} {other:>6} {cycles} {ms:>6.1f}")
-    # A step of the forward kernel is 32 voxels of each of 12 warps, three a scheduler.
+    # A step of the forward kernel covers 32 voxels of each of 12 warps, three per scheduler.
     bound = VOXELS / 384 / PROCESSORS * 3 * forward["HMMA"] * CYCLES / per_ms
     decode = bound / 0.87
     more = TRAFFIC_MS[a.card] + SLABS_MS

@@ -1,14 +1,13 @@
-"""benchmarks/run_gpu.py without a card, in an environment like a bare GPU machine's: what fails there fails here.
+"""Rehearse benchmarks/run_gpu.py without a GPU, in an environment like that of a bare GPU machine.
 
-    make rehearse                                whole: both calls, every step, on the CPU and small volumes
-    python benchmarks/rehearse.py --short        imports, collection and a build in place alone, with this environment's torch
+    make rehearse                                both calls, every step, on the CPU with small volumes
+    python benchmarks/rehearse.py --short        only imports, test collection and a build in place, with the installed torch
 
-A fresh virtual environment: torch 2.11.0, an old setuptools, no pytest-timeout, no pydantic, no tcam_ext. A copy of the tree
-without .git, results in one folder alone. nvcc compiles what it would compile there; Nsight Compute, compute-sanitizer and
-nvidia-smi are stand-ins that check their arguments and run the command. Python 3.12 where PATH has one.
+The rehearsal works in a copy of the tree without .git and in a fresh virtual environment: Python 3.12 if PATH has it, torch
+2.11.0, an old setuptools, without pytest-timeout, pydantic and tcam_ext. nvcc compiles the same files as on a GPU machine.
+Nsight Compute, compute-sanitizer and nvidia-smi are stand-ins that check their arguments and run the command.
 
-It fails where a step fails, brings nothing back, or writes more than 8 files of 16 MiB, which are few enough to be
-brought back from anywhere.
+The rehearsal fails if a step fails, produces no results, or writes more than 8 files or a file above 16 MiB.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ TORCH = "2.11.0"
 PACKAGES = ["setuptools==68.1.2", "pybind11", "ninja", "pytest", "hypothesis", "numpy", "wheel"]
 MISSING = ["pytest_timeout", "pydantic", "tcam_ext", "tcam_diff", "monai", "nibabel", "lpips"]
 FILES, BYTES = 8, 16 << 20
-#: Arguments that the tools have; those with True take a value.
+#: Options of the tools; True: the option takes a value.
 TOOLS = {
     "ncu": {
         **dict.fromkeys(("--clock-control", "--target-processes", "--kernel-name", "--launch-count", "--section"), True),
@@ -80,7 +79,7 @@ def stop(text: str) -> NoReturn:
 
 
 def find_python() -> str:
-    """3.12, as the card's machine has, where it is to be had."""
+    """Python 3.12, as on the GPU machine, if it is installed; else this one."""
     for candidate in (shutil.which("python3.12"), *sorted(Path.home().glob(".pyenv/versions/3.12*/bin/python3.12"))):
         if candidate and subprocess.run([str(candidate), "-c", "import venv"], capture_output=True).returncode == 0:
             return str(candidate)
@@ -88,7 +87,7 @@ def find_python() -> str:
 
 
 def copy_tree(to: Path) -> None:
-    """What git knows or would add, without .git."""
+    """Copy the files that git tracks or would add, without .git."""
     listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-coz", "--exclude-standard"], capture_output=True, text=True)
     if listed.returncode:
         stop(f"not a checkout: {listed.stderr.strip()}")
@@ -99,9 +98,9 @@ def copy_tree(to: Path) -> None:
 
 
 def torchs_packages() -> list[Path]:
-    """Top-level files and folders of torch and of what it needs, in the environment of this process."""
+    """Top-level files and folders of torch and its dependencies in this process's environment."""
     seen: set[str] = set()
-    left, found = ["torch"], {}
+    left, paths = ["torch"], {}
     while left:
         name = re.split(r"[^\w.-]", left.pop())[0].lower()
         try:
@@ -115,8 +114,8 @@ def torchs_packages() -> list[Path]:
         for file in distribution.files or []:
             top = Path(str(distribution.locate_file(file.parts[0])))
             if file.parts[0] != ".." and file.parts[0] != "__pycache__":
-                found[top] = None
-    return list(found)
+                paths[top] = None
+    return list(paths)
 
 
 def make_environment(folder: Path, short: bool) -> Path:
@@ -128,7 +127,7 @@ def make_environment(folder: Path, short: bool) -> Path:
     made = folder / "bin" / "python"
     pip = [str(made), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, *PACKAGES], check=True)
-    if short:  # the torch that is here: a download of gigabytes is for the whole rehearsal
+    if short:  # reuse the installed torch; only the whole rehearsal downloads it
         borrowed = folder / "borrowed"
         borrowed.mkdir()
         for path in torchs_packages():
@@ -156,7 +155,7 @@ def make_tools(folder: Path, python: Path) -> None:
 
 
 def run(name: str, command: list[str], tree: Path, environment: dict[str, str], limit: float = 600) -> str:
-    """Its output; a status other than 0 is a fault."""
+    """Run a command; its output. An exit status other than 0 is recorded as a fault."""
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=limit)
     if done.returncode:
         fail(f"{name}: status {done.returncode}\n" + (done.stdout + done.stderr)[-3000:])
@@ -168,11 +167,11 @@ def rehearse_short(tree: Path, python: Path, environment: dict[str, str]) -> Non
     run("build in place", [str(python), "setup.py", "-q", "build_ext", "--inplace"], tree, environment)
     for path in sorted((tree / "benchmarks").glob("*.py")):
         done = subprocess.run([str(python), str(path), "--help"], cwd=tree, env=environment, capture_output=True, text=True)
-        needs_more = "there is no package" in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+        needs_more = "is missing; run pip" in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
         if done.returncode and not needs_more:
             fail(f"{path.name} --help: status {done.returncode}\n{done.stderr[-2000:]}")
         if needs_more and path.stem in ("bench_decode_grid", "bench_decode_points", "bench_sample", "one_call", "run_gpu"):
-            fail(f"{path.name} needs more than a card's machine has: {done.stderr}")
+            fail(f"{path.name} needs a package that the GPU machine lacks: {done.stderr}")
     script = "import sys; sys.path.insert(0, 'benchmarks'); import harness; print(harness.environment()['commit'])"
     commit = run("environment", [str(python), "-c", script], tree, environment)
     if commit.strip() != environment["TCAM_COMMIT"]:
@@ -186,9 +185,9 @@ def rehearse_short(tree: Path, python: Path, environment: dict[str, str]) -> Non
 
 
 def rehearse(tree: Path, python: Path, environment: dict[str, str], out: Path) -> None:
-    """Both calls; then what they brought back."""
+    """Run both calls and check their results."""
     if not shutil.which("nvcc", path=environment["PATH"]):
-        stop("nvcc is needed, to compile what the card's machine would compile")
+        stop("nvcc is needed to compile the CUDA kernels")
     wanted = {
         "first": ["mma_rate", "selftest", "rivals", "test_cuda"],
         "second": ["memcheck", "racecheck", "synccheck", "ceilings", "other_tests"],
@@ -216,7 +215,7 @@ def rehearse(tree: Path, python: Path, environment: dict[str, str], out: Path) -
                 and row["step"] != "mma_rate"
                 and not any("step" not in r and "call" not in r for r in rows[before:at])
             ):
-                fail(f"{call}: {row['step']} brought nothing back")
+                fail(f"{call}: {row['step']} produced no results")
             before = at + 1
         for step in set(steps) - {r.get("step") for r in rows}:
             fail(f"{call}: {step} did not run")
@@ -228,8 +227,8 @@ def rehearse(tree: Path, python: Path, environment: dict[str, str], out: Path) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="imports, collection and a build in place alone")
-    parser.add_argument("--keep", type=Path, help="work in this folder, and keep it")
+    parser.add_argument("--short", action="store_true", help="imports, test collection and a build in place only")
+    parser.add_argument("--keep", type=Path, help="work in this folder and keep it")
     a = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="tcam-rehearsal-") as made:
         work = (a.keep or Path(made)).resolve()
@@ -253,7 +252,7 @@ def main() -> None:
             rehearse_short(tree, python, environment)
         else:
             rehearse(tree, python, environment, work / "out")
-    print(f"rehearsal: {len(faults)} faults" if faults else "rehearsal: every step would bring its results back")
+    print(f"rehearsal: {len(faults)} faults" if faults else "rehearsal: every step produced its results")
     sys.exit(1 if faults else 0)
 
 

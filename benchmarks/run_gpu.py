@@ -1,15 +1,16 @@
-"""Everything that only a card can show, in two calls, for a card that is at hand for fifteen minutes.
+"""Run all checks and measurements that need a GPU, in two calls that fit into fifteen minutes.
 
-    benchmarks/run_gpu.sh first OUT      at most 420 s: build; every kernel against its mirror and 512^3 checked and timed
+    benchmarks/run_gpu.sh first OUT      at most 420 s: build; check every kernel against its mirror, check and time 512^3
                                          (python -m tcam_ext.selftest); rivals at 512^3; tests/ops/test_cuda.py
-    benchmarks/run_gpu.sh second OUT     at most 330 s, at once, on the same machine: compute-sanitizer; Nsight Compute; the
-                                         ceilings of mma_rate.cu; the other GPU tests
+    benchmarks/run_gpu.sh second OUT     at most 330 s, right after the first and on the same machine: compute-sanitizer;
+                                         Nsight Compute; the peak rates of mma_rate.cu; the other GPU tests
 
-What matters most comes first, every step has a time limit, and a step that fails does not stop the others. OUT gets CALL.log,
-CALL.jsonl (a line for each result, as soon as it is there) and CALL.json, the second call profile.ncu-rep too.
+The most important steps come first. Every step has a time limit, and a failed step does not stop the others. The calls write
+OUT/CALL.log, OUT/CALL.jsonl (one line for each result, written at once) and OUT/CALL.json; the second also writes
+OUT/profile.ncu-rep.
 
-Needed: torch with CUDA, nvcc, pybind11, ninja, pytest, hypothesis. Not needed: .git (TCAM_COMMIT names the commit), an
-installed tcam_ext, a network. `make rehearse` runs both calls without a card (--device cpu, and small sizes).
+Required: torch with CUDA, nvcc, pybind11, ninja, pytest, hypothesis. Not required: .git (TCAM_COMMIT names the commit), an
+installed tcam_ext, a network. `make rehearse` runs both calls without a GPU (--device cpu and small sizes).
 """
 
 from __future__ import annotations
@@ -30,8 +31,7 @@ from typing import IO, Any
 ROOT = Path(__file__).resolve().parents[1]
 RATE = ROOT / "build" / "mma_rate"
 LIMIT = {"first": 420, "second": 330}
-#: Milliseconds at 512^3 on a Hopper card at 1.755 GHz, predicted before any ran there (benchmarks/predict_cuda.py), and what is
-#: asked for.
+#: Milliseconds at 512^3 on a Hopper GPU at 1.755 GHz: predicted (benchmarks/predict_cuda.py) and required.
 EXPECTED = {
     "forward": {"predicted": [23, 27], "asked": 27},
     "loss+gradients": {"predicted": [94, 104], "asked": 110},
@@ -62,12 +62,12 @@ METRICS = [
 
 
 class Run:
-    """One call: its folder, its log, its rows."""
+    """One call with its folder, log and rows."""
 
     def __init__(self, call: str, out: Path, device: str, patience: float) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self.call, self.out, self.device, self.patience = call, out, device, patience
-        self.rows, self.began = out / f"{call}.jsonl", time.monotonic()
+        self.rows, self.started = out / f"{call}.jsonl", time.monotonic()
         self.log: IO[str] = (out / f"{call}.log").open("w")
         self.rows.write_text("")
         self.failed: list[str] = []
@@ -77,7 +77,7 @@ class Run:
             "PYTHONUNBUFFERED": "1",
             "PYTHONPATH": os.pathsep.join(path),
             "TCAM_TEST_JSONL": str(self.rows),
-            "TCAM_CPU_SETS": "avx2",  # of a card's machine the CPU kernels matter little, and AVX-512 takes minutes to compile
+            "TCAM_CPU_SETS": "avx2",  # AVX-512 takes minutes to compile, and CPU kernels are not tested here
             "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST") or _architecture(),
         }
         self.note(
@@ -100,16 +100,16 @@ class Run:
         )  # fmt: skip
 
     def step(self, name: str, limit: float, *command: str | Path, keep_rows: bool = False, **environment: str) -> bool:
-        """Run a command under a time limit and note how it ended. ``keep_rows``: what it prints are rows."""
-        began = time.monotonic()
-        left = LIMIT[self.call] * self.patience - (began - self.began) - 3
+        """Run a command under a time limit and record its exit status. ``keep_rows``: its output contains rows of JSON."""
+        started = time.monotonic()
+        left = LIMIT[self.call] * self.patience - (started - self.started) - 3
         limit = max(1.0, min(limit * self.patience, left))
         self.say(f"== {name} (at most {limit:.0f} s): {' '.join(map(str, command))}")
         try:
             process = self.start(*command, **environment)
         except OSError as error:
             self.say(f"{name}: {error}")
-            return self.end(name, 127, began, limit)
+            return self.end(name, 127, started, limit)
         reader = threading.Thread(target=self._pump, args=(process, keep_rows))
         reader.start()
         try:
@@ -120,7 +120,7 @@ class Run:
             process.wait()
             status = 124
         reader.join(5)
-        return self.end(name, status, began, limit)
+        return self.end(name, status, started, limit)
 
     def _pump(self, process: subprocess.Popen[str], keep_rows: bool) -> None:
         assert process.stdout is not None
@@ -130,8 +130,8 @@ class Run:
                 with self.rows.open("a") as file:
                     file.write(line)
 
-    def end(self, name: str, status: int, began: float, limit: float) -> bool:
-        took = time.monotonic() - began
+    def end(self, name: str, status: int, started: float, limit: float) -> bool:
+        took = time.monotonic() - started
         self.note(step=name, status=status, seconds=round(took, 1), limit=round(limit))
         self.say(f"== {name}: status {status}, {took:.1f} s")
         if status:
@@ -139,7 +139,7 @@ class Run:
         return status == 0
 
     def finish(self) -> int:
-        """Write the summary, print the figures beside what was expected, and say what failed."""
+        """Write the summary, print the figures beside the expected ones and report failures; the exit status."""
         rows = []
         for line in self.rows.read_text().splitlines():
             try:
@@ -166,7 +166,7 @@ class Run:
         }
         (self.out / f"{self.call}.json").write_text(json.dumps(summary, indent=1) + "\n")
         self.say(
-            f"{time.monotonic() - self.began:.0f} s in all" + (f"; failed: {' '.join(self.failed)}" if self.failed else "")
+            f"{time.monotonic() - self.started:.0f} s in all" + (f"; failed: {' '.join(self.failed)}" if self.failed else "")
         )
         self.log.close()
         return 1 if self.failed else 0
@@ -174,14 +174,14 @@ class Run:
 
 @functools.cache
 def _architecture() -> str:
-    """As TORCH_CUDA_ARCH_LIST spells that of the first card; Hopper's where there is none."""
+    """The architecture of the first GPU as in TORCH_CUDA_ARCH_LIST; Hopper's without a GPU."""
     script = "import torch; a, b = torch.cuda.get_device_capability(); print(f'{a}.{b}' + ('a' if a == 9 else ''))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     return done.stdout.strip() or "9.0a"
 
 
 def pytest(*arguments: str, workers: int) -> list[str]:
-    """The GPU tests, whatever plugins are there."""
+    """The command that runs the GPU tests, with or without plugins of pytest."""
     options = ["-m", "gpu", "--hypothesis-profile=card", "-p", "no:cacheprovider", "-o", "addopts=", "--strict-markers"]
     options += ["--import-mode=importlib", "-q", "-rfE", "--tb=short"]
     if workers and importlib.util.find_spec("xdist"):
@@ -234,7 +234,7 @@ def second(run: Run, size: int) -> None:
     sections = [x for s in SECTIONS for x in ("--section", s)]
     run.step("profile", 45, *ncu, *sections, "--force-overwrite", "--export", report, *one_call)
     run.step("profile_text", 15, "ncu", "--import", f"{report}.ncu-rep", "--page", "details", "--print-units", "base")
-    # Apart from the sections: a card that does not know one of these names refuses them all.
+    # Metrics run apart from the sections: Nsight Compute refuses all of them if it does not know one name.
     run.step("profile_metrics", 25, *ncu, "--metrics", ",".join(METRICS), *one_call)
     run.step("ceilings", 35, os.environ.get("TCAM_RATE", str(RATE)), keep_rows=True)
     run.step("other_tests", 70, *pytest("tests/ops", "--ignore=tests/ops/test_cuda.py", workers=8))
@@ -245,8 +245,8 @@ def main() -> None:
     parser.add_argument("call", choices=list(LIMIT))
     parser.add_argument("out", type=Path, help="the folder for results")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--size", type=int, default=512, help="voxels an axis of the volume that is timed")
-    parser.add_argument("--patience", type=float, default=1.0, help="a factor to every time limit, for slower machines")
+    parser.add_argument("--size", type=int, default=512, help="voxels along each axis of the volume that is timed")
+    parser.add_argument("--patience", type=float, default=1.0, help="factor on every time limit, for slower machines")
     a = parser.parse_args()
     run = Run(a.call, a.out.resolve(), a.device, a.patience)
     {"first": first, "second": second}[a.call](run, a.size)

@@ -1,10 +1,10 @@
-// How a problem is computed, the same on every device.
+// The choice of how a problem is computed, the same on every device.
 #pragma once
 #include "problem.h"
 
 namespace tcam {
 
-// Why a grid does not separate into maps over pairs of axes, and goes point by point; null: it does.
+// The reason why a grid does not separate into maps over pairs of axes and is decoded point by point; null: it separates.
 inline const char* not_separable(const tcam_problem& p) {
   if (p.reduce == TCAM_PRODUCT) return "planes are multiplied";
   if (p.extra > 0) return "voxels have features of their own";
@@ -13,12 +13,12 @@ inline const char* not_separable(const tcam_problem& p) {
 }
 inline bool walks_points(const tcam_problem& p) { return p.points >= 0 || not_separable(p); }
 
-// Whether decode_loss goes back, and takes the workspace of that.
+// Whether decode_loss computes gradients and needs the workspace of backward.
 inline bool loss_wants_gradients(const tcam_problem& p) { return p.grad_planes || p.grad_decoder || p.grad_extra; }
 
-// Whether points gather planes projected through the first layer, in rows of `row_bytes`, rather than the planes: where that
-// costs fewer multiply-adds and the projections of `objects` objects do not take too much memory. A grid counts as a whole: its
-// boxes must be computed alike. Noise of the features costs the product with W_1 in any case.
+// Whether points gather rows of `row_bytes` of planes projected through the first layer, instead of the planes' features: if
+// that takes fewer multiply-adds and the projections of `objects` objects fit in memory. For a grid the voxels of the whole
+// grid count, so that all of its boxes are computed alike. Noise of the features needs the product with W_1 in any case.
 inline bool gathers_projections(const tcam_problem& p, int64_t objects, int64_t row_bytes) {
   constexpr double most_bytes = 1 << 30;
   if (!p.layers || p.reduce == TCAM_PRODUCT || p.noise_std != 0 || p.formulation == TCAM_FEATURES) return false;

@@ -1,5 +1,5 @@
-// A torch tensor entering C++ without libtorch, through DLPack's C exchange table
-// (DLPack 1.2 ABI, torch >= 2.10): pointer, dtype, shape, strides, device, stream.
+// Access to torch tensors (pointer, dtype, shape, strides, device, stream) without libtorch, through DLPack's C exchange table
+// (DLPack 1.2 ABI, torch >= 2.10).
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -41,7 +41,7 @@ struct DLExchangeApi {
   int (*current_stream)(int32_t device_type, int32_t device_id, void** out);
 };
 
-// The layout of dlpack.h 1.2 on a 64-bit machine, which these structs copy.
+// The structs above have the layout of dlpack.h 1.2 on a 64-bit machine.
 static_assert(sizeof(void*) == 8 && sizeof(DLDevice) == 8 && sizeof(DLDataType) == 4, "");
 static_assert(offsetof(DLDevice, id) == 4 && offsetof(DLDataType, bits) == 1 && offsetof(DLDataType, lanes) == 2, "");
 static_assert(sizeof(DLTensor) == 48 && offsetof(DLTensor, device) == 8 && offsetof(DLTensor, ndim) == 16, "");
@@ -60,7 +60,7 @@ class TensorApi {
     return api;
   }
 
-  // Called once at import with torch.Tensor and torch.nn.Parameter.
+  // Binds to torch.Tensor and torch.nn.Parameter, once at import.
   void bind(py::object tensor, py::object parameter) {
     if (!PyType_Check(tensor.ptr()) || !PyType_Check(parameter.ptr())) throw py::type_error("bind: expected two types");
     if (!py::hasattr(tensor, "__dlpack_c_exchange_api__"))
@@ -69,14 +69,14 @@ class TensorApi {
     auto* api = static_cast<DLExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (!api) throw py::error_already_set();
     api_ = version_1(api);
-    tensor_ = tensor.release().ptr();  // held for the life of the process
+    tensor_ = tensor.release().ptr();  // never released
     parameter_ = parameter.release().ptr();
   }
 
   void view(py::handle object, const std::string& name, DLTensor* out) const {
     if (!api_) throw std::runtime_error("tcam_ext._C is not bound to torch");
     PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
-    if (type != tensor_ && type != parameter_)  // exact types: no FakeTensor, no subclass with its own storage
+    if (type != tensor_ && type != parameter_)  // exact types: neither FakeTensor nor a subclass with its own storage
       throw py::type_error(name + ": expected a torch.Tensor, got " + Py_TYPE(object.ptr())->tp_name);
     if (api_->dltensor(object.ptr(), out)) throw py::error_already_set();
   }
@@ -88,7 +88,7 @@ class TensorApi {
   }
 
  private:
-  // The table of major version 1: the one given, or one before it in its list.
+  // The table of major version 1: the given one, or an older one in its list.
   static DLExchangeApi* version_1(DLExchangeApi* newest) {
     std::string seen;
     DLExchangeHeader* at = &newest->header;
@@ -116,7 +116,7 @@ inline const char* dtype_name(int dtype) {
   return names[dtype];
 }
 
-// A contiguous tensor on a CPU or a CUDA device, checked.
+// A checked, contiguous tensor on a CPU or a CUDA device.
 struct Tensor {
   void* data = nullptr;
   std::vector<int64_t> shape;

@@ -1,4 +1,4 @@
-// Run-time choice of the instruction set, among those that the build compiled (TCAM_HAS_*).
+// The choice of the instruction set at run time, among those that were compiled (TCAM_HAS_*).
 #include "isa.h"
 
 #include <stdlib.h>
@@ -22,7 +22,7 @@ struct Candidate {
   bool (*runs)();
 };
 
-// Best first.
+// Candidates, best first.
 // clang-format off
 const Candidate candidates[] = {
 #ifdef TCAM_HAS_EMULATED
@@ -48,7 +48,7 @@ const InstructionSet& choose() {
   const char* wanted = getenv("TCAM_CPU_ISA");
   for (const Candidate& c : candidates)
     if (c.runs() && (!wanted || !*wanted || !strcmp(wanted, c.set.name))) return c.set;
-  for (const Candidate& c : candidates)  // the name wanted is unknown or cannot run: info.py says so
+  for (const Candidate& c : candidates)  // TCAM_CPU_ISA names an unknown or unavailable set: info.py says so
     if (c.runs()) return c.set;
   __builtin_unreachable();
 }

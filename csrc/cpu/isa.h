@@ -6,6 +6,6 @@ struct InstructionSet {
   const char* name;
   const Engine* (*engine)(int kind);
 };
-// The best set this machine runs, or the one TCAM_CPU_ISA names. Chosen once a process.
+// The set that TCAM_CPU_ISA names, or the best that this machine runs. It is chosen once per process.
 const InstructionSet& instruction_set();
 }  // namespace tcam

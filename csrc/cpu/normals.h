@@ -1,4 +1,4 @@
-// Lanes of maths/noise.h. Included only by voxel_core.cpp, under the rules of simd.h.
+// The lanes of maths/noise.h for one instruction set. Included only by voxel_core.cpp, under the rules of simd.h.
 #pragma once
 #include "../maths/noise.h"
 #include "simd.h"
@@ -36,7 +36,7 @@ struct NoiseLanes {
     lo = (U)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
     hi = (U)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
   }
-#else  // without an instruction for it, fma is a call a lane
+#else  // without an fma instruction: one library call per lane
   TCAM_INLINE V fma(V a, V b, V c) {
     for (int l = 0; l < lanes; ++l) c[l] = __builtin_fmaf(a[l], b[l], c[l]);
     return c;

@@ -1,4 +1,4 @@
-// Threads: a loop over independent tasks. Who runs which task never changes a result.
+// A parallel loop over independent tasks. Results do not depend on which thread runs which task.
 #pragma once
 #include <omp.h>
 #include <pthread.h>
@@ -7,7 +7,7 @@
 
 namespace tcam {
 
-// libgomp's teams do not survive fork: a child that enters one hangs. It runs serially.
+// Whether this is a forked child. It runs serially, because libgomp's teams do not survive fork and would hang.
 inline bool forked() {
   static std::atomic<bool> flag{false};
   static const bool installed = (pthread_atfork(nullptr, nullptr, [] { flag = true; }), true);
@@ -15,8 +15,8 @@ inline bool forked() {
   return flag;
 }
 
-// f(task, thread) for task in [0, tasks), thread < threads. Only `omp parallel` is used: torch's
-// copy of libgomp, which the process shares, may be older than the compiler's.
+// Calls f(task, thread) for every task in [0, tasks), with thread < threads. It uses `omp parallel` alone, because the process
+// shares torch's libgomp, which may be older than the compiler's.
 template <class F>
 void parallel_for(long tasks, int threads, F f) {
   if (threads > tasks) threads = static_cast<int>(tasks);

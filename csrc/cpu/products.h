@@ -1,4 +1,4 @@
-// Products of a tile with a packed matrix, by register blocks, and the packing. Included only by voxel_core.cpp and texels.h,
+// Products of a tile and a packed matrix in register blocks, and the packing. Included only by voxel_core.cpp and texels.h,
 // under the rules of simd.h.
 #pragma once
 #include "../maths/half.h"
@@ -27,7 +27,7 @@ constexpr int columns_of() {
 template <class N, long row_pitch, long word_pitch>
 TCAM_INLINE void multiply(Tile<N>& sum, const typename N::Word* a, const typename N::Word* b, long b_pitch, long words) {
   typedef typename N::WordVec W;
-#pragma GCC unroll 4  // fewer instructions a product: what decides when a core's front end is shared
+#pragma GCC unroll 4  // fewer instructions per product, which matters where threads share a core's front end
   for (long k = 0; k < words; ++k) {
     W col[register_vectors];
 #pragma GCC unroll 4
@@ -43,8 +43,8 @@ TCAM_INLINE void multiply(Tile<N>& sum, const typename N::Word* a, const typenam
   }
 }
 
-// For every register block of rows x n: start from `bias` (null: zero), multiply `a` (rows of
-// `pitch` words) by packed panels, hand the block to epilogue(tile, row, column).
+// bias + a * packed, in register blocks of rows x n. `a` has rows of `pitch` words; a null bias is zero. Each block goes to
+// epilogue(tile, row, column).
 template <class N, long pitch, class Epilogue>
 TCAM_INLINE void times_packed(long rows, long words, long n, const typename N::Word* a, const void* packed, const void* bias,
                               Epilogue epilogue) {
@@ -87,7 +87,7 @@ TCAM_INLINE void add_outer(long words, long n, long m, const typename N::Word* d
     }
 }
 
-// The sum of a vector's lanes, by halves.
+// The sum of a vector's lanes: the halves are added until one lane is left.
 template <class Real, int lanes>
 TCAM_INLINE Real sum_lanes(const Real* x) {
   if constexpr (lanes == 1) {

@@ -1,8 +1,8 @@
-// Vectors for one instruction set. Included only by voxel_core.cpp, which is compiled once
-// per set with TCAM_ISA (a namespace) and TCAM_VECTOR_BYTES. Written with the compiler's
-// vector types, so the same text lowers to SSE, AVX2, AVX-512 or NEON.
-// Nothing of the standard library's templates in here: an inline function compiled for a
-// newer instruction set could become the copy that the linker keeps for all.
+// Vectors for one instruction set. Included only by voxel_core.cpp, which is compiled once per set with TCAM_ISA (a namespace)
+// and TCAM_VECTOR_BYTES. The compiler's vector types make the same text compile to SSE, AVX2, AVX-512 or NEON.
+//
+// The rules: no templates of the standard library and no shared inline functions, because the linker could keep a copy compiled
+// for a newer instruction set for all callers.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -13,9 +13,9 @@
 #include <immintrin.h>
 #endif
 
-#if defined(TCAM_EMULATE_BF16)  // vectors wider than the machine's live in memory
+#if defined(TCAM_EMULATE_BF16)  // vectors wider than the machine's are in memory
 #define TCAM_VECTOR_REGISTER "+m"
-#elif defined(__AVX512F__)  // an asm operand that is any vector register
+#elif defined(__AVX512F__)  // an asm operand in any vector register
 #define TCAM_VECTOR_REGISTER "+v"
 #elif defined(__aarch64__)
 #define TCAM_VECTOR_REGISTER "+w"
@@ -53,7 +53,7 @@ struct MathsF {
   TCAM_INLINE V splat(double x) { return static_cast<float>(x) - V{}; }
   TCAM_INLINE V select(VecI mask, V a, V b) { return mask ? a : b; }
 
-  // exp: x = n ln2 + r, |r| <= ln2/2, a degree-7 Taylor polynomial in r (error 1 ulp).
+  // exp(x) = 2^n exp(r) with x = n ln2 + r, |r| <= ln2/2; exp(r) is a Taylor polynomial of degree 7 (error 1 ulp).
   TCAM_INLINE V exp(V x) {
     x = select(x > splat(88.3), splat(88.3), select(x < splat(-87.3), splat(-87.3), x));
     const V magic = splat(12582912.0);  // 1.5 * 2^23: adding it rounds to an integer
@@ -68,13 +68,13 @@ struct MathsF {
     p = p * r + splat(0.5);
     p = p * r + splat(1);
     p = p * r + splat(1);
-    const VecI ok = x == x;  // a NaN has no integer part: leave the scale alone
+    const VecI ok = x == x;  // the integer part of NaN is undefined: use 0
     const VecI e = __builtin_convertvector(ok ? n : V{}, VecI);
     return p * reinterpret<V>((e + 127) << 23);
   }
 
-  // log1p on (0, 1] (the only use: softplus). log(u) * x/(u - 1) with u = 1 + x undoes the
-  // rounding of u. log(u): u = 2^k m, m in [sqrt(1/2), sqrt(2)), series of atanh.
+  // log1p(x) on (0, 1], which is all that softplus needs, as log(u) x/(u - 1) with u = 1 + x, which corrects the rounding of u.
+  // log(u) uses u = 2^k m with m in [sqrt(1/2), sqrt(2)) and the series of atanh.
   TCAM_INLINE V log1p(V x) {
     const V u = splat(1) + x;
     const VecI bits = reinterpret<VecI>(u) - 0x3f3504f3;
@@ -90,7 +90,7 @@ struct MathsF {
     return select(d == splat(0), x, log_u * (x / select(d == splat(0), splat(1), d)));
   }
 
-  // tanh: odd Taylor polynomial near 0 (no cancellation), 1 - 2/(exp(2|x|) + 1) beyond.
+  // tanh(x): an odd Taylor polynomial near 0, which does not cancel, and 1 - 2/(exp(2|x|) + 1) elsewhere.
   TCAM_INLINE V tanh(V x) {
     const V a = select(x < splat(0), -x, x), x2 = x * x;
     V p = splat(-1382.0 / 155925);
@@ -103,8 +103,8 @@ struct MathsF {
     return select(a < splat(0.3), near, select(x < splat(0), -far, far));
   }
 
-  // sin(x + quarters pi/2): x = n pi/2 + r, |r| <= pi/4, by three parts of pi/2 (Cody and Waite), polynomials of Cephes.
-  // Beyond 8192 the parts no longer hold: one libm call a lane.
+  // sin(x + quarters pi/2) from x = n pi/2 + r with |r| <= pi/4, by the three-part reduction of Cody and Waite and the
+  // polynomials of Cephes. Above 8192 that reduction is inaccurate: one libm call per lane.
   TCAM_INLINE V sin_of(V x, int quarters) {
     const VecI far = (x > splat(8192)) | (x < splat(-8192));
     uint64_t words[TCAM_VECTOR_BYTES / 8], any = 0;
@@ -155,7 +155,7 @@ struct MathsF {
   }
 };
 
-// ---- float64: accuracy before speed, one libm call a lane ------------------------------
+// ---- float64 arithmetic: one libm call per lane ----------------------------------------
 
 struct MathsD {
   using V = VecD;
@@ -180,8 +180,8 @@ struct MathsD {
 };
 
 // ---- the three number formats of the products ------------------------------------------
-// A product runs over "words": one float, one double, or a pair of bfloat16 that are
-// neighbours in the contraction. `Real` is the type of sums, biases and maps.
+// A product contracts words: a float, a double, or a pair of bfloat16 that are neighbours in the contraction. `Real` is the
+// type of sums, biases and maps.
 
 struct F32 {
   using Real = float;
@@ -229,7 +229,7 @@ struct BF16 {
     const HalfU h = load<HalfU>(reinterpret_cast<const uint16_t*>(row) + column);
     return (Vec)(__builtin_convertvector(h, VecU) << 16);
   }
-  // Rows a and b of bfloat16 become one row of words (a low, b high).
+  // One row of words from rows a (low halves) and b (high halves) of bfloat16.
   TCAM_INLINE WordVec interleave(const Word* a, const Word* b, long column) {
     const HalfU x = load<HalfU>(reinterpret_cast<const uint16_t*>(a) + column);
     const HalfU y = load<HalfU>(reinterpret_cast<const uint16_t*>(b) + column);
@@ -240,7 +240,7 @@ struct BF16 {
   TCAM_INLINE void put(Word* row, long column, Vec v) {
     store(reinterpret_cast<uint16_t*>(row) + column, _mm512_cvtneps_pbh((__m512)v));
   }
-#else  // the same words by ordinary arithmetic: lets the tests run this path on any machine
+#else  // the same words by ordinary arithmetic, so that tests run this code on any machine
   TCAM_INLINE Vec dot(Vec sum, WordVec a, WordVec b) {
     sum = sum + (Vec)(a << 16) * (Vec)(b << 16);
     return sum + (Vec)(a & 0xffff0000u) * (Vec)(b & 0xffff0000u);

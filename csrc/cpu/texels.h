@@ -1,5 +1,5 @@
-// What happens to rows of features and of texels: through the first layer and back, to points and back, to maps. Included only
-// by voxel_core.cpp, under the rules of simd.h.
+// Kernels over rows of features and texels: the first layer and its gradient, gather to points and scatter from them, maps.
+// Included only by voxel_core.cpp, under the rules of simd.h.
 #pragma once
 #include "products.h"
 
@@ -8,7 +8,7 @@ namespace TCAM_ISA {
 
 // ---- texels ----------------------------------------------------------------------------
 
-constexpr long texel_pitch = 272;  // 256 channels and 16 to spread cache sets
+constexpr long texel_pitch = 272;  // 256 channels, and 16 more to spread rows over cache sets
 
 template <class N>
 static void load_features(const Features& f, long s, long count, long rows, typename N::Real* tile) {
@@ -92,7 +92,7 @@ static void gather(const void* texels, const PointTaps& taps, long count, const 
     const Real* w = static_cast<const Real*>(taps.weights) + t * taps.pitch;
     Real* to = static_cast<Real*>(out) + t * out_stride;
     long c = 0;
-    for (; c + 4 * N::lanes <= n; c += 4 * N::lanes) {  // four sums at once: a tap's weight and place are read once for them
+    for (; c + 4 * N::lanes <= n; c += 4 * N::lanes) {  // four vectors at once share the reads of a tap's weight and place
       Vec v[4];
 #pragma GCC unroll 4
       for (int e = 0; e < 4; ++e) v[e] = bias ? load<Vec>(static_cast<const Real*>(bias) + c + e * N::lanes) : Vec{};
@@ -123,11 +123,11 @@ static void scatter(void* texels, const PointTaps& taps, long count, const void*
     const int64_t* at = taps.at + t * taps.pitch;
     const Real* w = static_cast<const Real*>(taps.weights) + t * taps.pitch;
     const Real* x = static_cast<const Real*>(delta) + t * delta_stride;
-    if (t + ahead < count)  // a slice of each row: no prefetcher of the machine's sees it coming
+    if (t + ahead < count)  // hardware prefetchers do not detect this pattern: a slice of each row
       for (long c = c0; c < c1; c += 64 / static_cast<long>(sizeof(Real))) __builtin_prefetch(x + ahead * delta_stride + c);
     if (taps.taps == 4 && w[0] != 0 && w[1] != 0 && w[2] != 0 && w[3] != 0) {
-      // Four rows, all different: read before any is written. Rows of a plane lie powers of two apart, and a read behind a
-      // write whose address agrees in its last 12 bits waits for it.
+      // The four rows differ, so all are read before any is written. Rows of a plane are powers of two apart, and a read stalls
+      // behind a write to an address with the same last 12 bits.
       const Vec k[4] = {w[0] - Vec{}, w[1] - Vec{}, w[2] - Vec{}, w[3] - Vec{}};
       for (long c = c0; c < c1; c += N::lanes) {
         const Vec d = load<Vec>(x + c);
@@ -140,7 +140,7 @@ static void scatter(void* texels, const PointTaps& taps, long count, const void*
       continue;
     }
     for (long q = 0; q < taps.taps; ++q) {
-      if (w[q] == 0) continue;  // outside, or exactly on a texel
+      if (w[q] == 0) continue;  // outside the plane, or exactly on a texel
       const Vec k = w[q] - Vec{};
       Real* row = to + at[q];
       for (long c = c0; c < c1; c += N::lanes) store(row + c, load<Vec>(row + c) + k * load<Vec>(x + c));

@@ -1,11 +1,9 @@
-// The inner loops of decode_grid, compiled once per instruction set (setup.py gives TCAM_ISA,
-// TCAM_VECTOR_BYTES and the flags). See simd.h for the rules of this file.
+// The voxel loop, compiled once per instruction set (setup.py defines TCAM_ISA, TCAM_VECTOR_BYTES and the flags) under the
+// rules of simd.h.
 //
-// A tile is up to 96 voxels (rows) by one layer's width (columns). Its activations live in
-// L1/L2 with a fixed row pitch; a layer is a product of the tile with a packed matrix by a
-// register block of 6 (12) rows x 2 vectors; the epilogue adds nothing to memory traffic that
-// the next layer would not read. Every sum runs in an order fixed by the problem alone:
-// over the contraction for a product, over voxels ascending for a gradient.
+// A tile is up to 96 voxels (rows) by one layer's width (columns), kept in L1 and L2 with a fixed row pitch. A layer multiplies
+// the tile by a packed matrix in register blocks of 6 rows (AVX-512: 12) x 2 vectors, and activates a block before storing it.
+// The problem alone fixes the order of every sum: along the contraction for a product, by ascending voxel for a gradient.
 #include "normals.h"
 #include "texels.h"
 
@@ -14,7 +12,7 @@ namespace TCAM_ISA {
 
 // ---- the walk over voxels --------------------------------------------------------------
 
-// The voxels of a block in tiles: row offsets into the three maps and the volume.
+// The voxels of a block, tile by tile, as row offsets into the three maps and the volume.
 struct Walk {
   const Maps& maps;
   const Block& block;
@@ -39,9 +37,8 @@ struct Walk {
   }
 };
 
-// Buffers of one thread. `h[l]` are the activations of layer l as words by rows; `pairs[l]`
-// the same interleaved by voxel for the weight gradient (identical when a word is one real);
-// `slope[l]` the activation's derivative where the value does not give it.
+// Buffers of one thread. `h[l]` holds the activations of layer l as rows of words, `pairs[l]` the same interleaved by voxel for
+// the weight gradient (identical if a word is one real), `slope[l]` the activation's slope (null where it follows from h).
 template <class N, long pitch>
 struct Scratch {
   typedef typename N::Word Word;
@@ -82,7 +79,7 @@ TCAM_INLINE void activate(Hidden<double> act, typename N::Vec z, typename N::Wor
   if (slope_row) store(slope_row + c, A::slope(act, z, y));
 }
 
-// The smooth activations spill the register tile: their text is long, their cost is not here.
+// Activates a register tile out of line: the smooth activations have long code, which would spill the tile in the caller.
 template <class N, long pitch>
 __attribute__((noinline)) static void activate_tile(Hidden<double> act, const Tile<N>& t, typename N::Word* h,
                                                     typename N::Real* slope) {
@@ -91,8 +88,8 @@ __attribute__((noinline)) static void activate_tile(Hidden<double> act, const Ti
       activate<N>(act, t.v[r][v], h + r * pitch, slope ? slope + r * pitch : nullptr, v * N::lanes);
 }
 
-// Activations of layers 1..layers-1 for a tile of `count` voxels, rows beyond it zero.
-// With one layer, z receives the pre-activation itself.
+// The activations of layers 1..layers-1 for a tile of `count` voxels; rows from count on are zero. With one layer, z receives
+// the pre-activation.
 template <class N, long pitch>
 TCAM_INLINE void hidden_layers(const Decoder& d, const Maps& maps, const Walk& walk, long count, long rows,
                                Scratch<N, pitch>& s, bool backward) {
@@ -125,7 +122,7 @@ TCAM_INLINE void hidden_layers(const Decoder& d, const Maps& maps, const Walk& w
     Real* slope = backward ? s.slope[l] : nullptr;
     times_packed<N, pitch>(rows, (d.width[l - 1] + N::pack - 1) / N::pack, d.width[l], s.h[l - 1], d.forward[l], d.bias[l],
                            [&](const Tile<N>& t, long r, long c) __attribute__((always_inline)) {
-                             // Columns are counted in reals, rows in words of `pitch`: a word row holds its reals in order.
+                             // Columns are counted in reals and rows in words of `pitch`; a word row holds its reals in order.
                              if (d.activation[l].kind == Activation::relu) {
 #pragma GCC unroll 16
                                for (int i = 0; i < register_rows; ++i)
@@ -141,7 +138,7 @@ TCAM_INLINE void hidden_layers(const Decoder& d, const Maps& maps, const Walk& w
   }
 }
 
-// z[t, o] = W_L[o, :] h[t, :] + b_L[o]: a dot product along the row, a vector of partial sums at a time.
+// z[t, o] = W_L[o, :] h[t, :] + b_L[o], a dot product along the row with a vector of partial sums.
 template <class N, long pitch>
 TCAM_INLINE void last_layer(const Decoder& d, long rows, Scratch<N, pitch>& s) {
   typedef typename N::WordVec W;
@@ -169,7 +166,7 @@ TCAM_INLINE void last_layer(const Decoder& d, long rows, Scratch<N, pitch>& s) {
   }
 }
 
-// The loss of a tile's voxels in channel `o`, added to `sum`; z becomes the loss's gradient at z_L.
+// Adds the loss of a tile's voxels in channel `o` to `sum` and replaces z by the gradient of the loss with respect to z_L.
 template <class N>
 TCAM_INLINE void compare_tile(const Decoder& d, const Objective& objective, const Volume& target, const Walk& walk, int count,
                               long o, typename N::Real* z, double& sum) {
@@ -188,7 +185,7 @@ TCAM_INLINE void compare_tile(const Decoder& d, const Objective& objective, cons
   for (int t = 0; t < count; ++t) sum += static_cast<double>(value[t]);
 }
 
-// A block's sum has one order, channel by channel and voxel by voxel, whatever the tile.
+// The loss sums of a block by channel, so that their order does not depend on the tile.
 struct LossSums {
   double channel[max_out] = {};
   __attribute__((always_inline)) void add_to(const Objective* objective) const {
@@ -223,7 +220,7 @@ static void forward_block(const Decoder& d, const Maps& maps, const Block& block
 
 // ---- backward --------------------------------------------------------------------------
 
-// Words of a tile interleaved by voxel, rows (2t, 2t + 1) of `rows` into row t of `pairs`.
+// Interleaves words of a tile by voxel: rows 2t and 2t + 1 of `rows` into row t of `pairs`.
 template <class N, long pitch>
 TCAM_INLINE void interleave_rows(long voxel_words, long n, const typename N::Word* rows, typename N::Word* pairs) {
   if constexpr (N::pack == 2)
@@ -273,7 +270,7 @@ static void backward_block(const Decoder& d, const Maps& maps, const Block& bloc
         for (long c = 0; c < maps.stride; ++c) s.delta_1[t * pitch + c] = c < n_out ? s.z[c * max_tile + t] : Real(0);
     } else {
       Word* delta = s.delta[last & 1];
-      for (long t = 0; t < rows; ++t) {  // as rows of words; zero beyond n_out and beyond count
+      for (long t = 0; t < rows; ++t) {  // delta as rows of words, zero from n_out and from count on
         for (long c = 0; c < round_up(n_out, nr); c += N::lanes) N::put(delta + t * pitch, c, Vec{});
         for (long o = 0; t < count && o < n_out; o += N::pack) {
           Real pair[2] = {s.z[o * max_tile + t], o + 1 < n_out ? s.z[(o + 1) * max_tile + t] : Real(0)};
@@ -357,7 +354,7 @@ static double spin(long iterations, void* sink) {
 #pragma GCC unroll 4
       for (int v = 0; v < register_vectors; ++v) {
         sum.v[r][v] = N::dot(sum.v[r][v], a, b);
-        __asm__ volatile("" : TCAM_VECTOR_REGISTER(sum.v[r][v]));  // each product must happen
+        __asm__ volatile("" : TCAM_VECTOR_REGISTER(sum.v[r][v]));  // keep every product
       }
   }
   typename N::Real* out = static_cast<typename N::Real*>(sink);

@@ -1,6 +1,5 @@
-// What one instruction set offers to the orchestration in mlp.h, grid.h and points.h: a table of
-// functions over raw pointers. All matrices of reals are row-major; `real` is float or
-// double as the table says; widths are padded with zeros to a multiple of `columns`.
+// Engine: the functions that each instruction set provides to mlp.h, grid.h and points.h, over raw pointers. Matrices of reals
+// (float or double, by engine) are row-major. Widths are padded with zeros to a multiple of `columns`.
 #pragma once
 #include "../maths/activation.h"
 #include "../maths/loss.h"
@@ -9,14 +8,14 @@
 
 namespace tcam {
 
-constexpr int max_tile = 96;  // voxels (rows) a tile, at most; a multiple of every `rows`
+constexpr int max_tile = 96;  // most voxels (rows) of a tile; a multiple of every engine's `rows`
 constexpr int max_layers = TCAM_MAX_LAYERS;
 constexpr int max_out = TCAM_MAX_OUT;
 
 inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
 
-// The decoder as the voxel loop reads it. Layer l of 1..layers has width[l] outputs; layer 1
-// is inside the maps, so the arrays below start at layer 2 (index 2).
+// The decoder as the voxel loop reads it. Layer l in 1..layers has width[l] outputs. Layer 1 is part of the maps, so the arrays
+// below start at index 2.
 struct Decoder {
   int layers;
   long width[max_layers + 1];
@@ -26,25 +25,25 @@ struct Decoder {
   const void* transposed[max_layers + 1];  // packed words, width[l] -> width[l-1]; backward only, l = 2..layers
   const void* bias[max_layers + 1];        // reals, padded to `columns`
   const void* last;                        // words (width[layers], padded width[layers-1]): the last layer by rows
-  long grad_offset[max_layers + 1];        // into a block's gradient sums: (round_up(n_l, rows), padded n_{l-1})
+  long grad_offset[max_layers + 1];        // in a block's gradient sums: (round_up(n_l, rows), padded n_{l-1})
   long grad_bias_offset[max_layers + 1];
 };
 
-// z_1 of voxel (i, j, k) = a[i, j] + b[j, k] + g[i, k], rows of `stride` reals; the steps between rows are in reals, and 0
-// where all share one. Of a grid: one slab of i; of points: (1, points, 1) with their z_1 in a.
+// The maps of a slab of i: z_1 of voxel (i, j, k) is a[i, j] + b[j, k] + g[i, k], rows of `stride` reals. Steps between rows
+// are in reals, and 0 where all voxels share a row. Points are a grid (1, points, 1) with their z_1 in a.
 struct Maps {
   const void *a, *b, *g;
   long a_i, a_j, b_j, b_k, g_i, g_k;
   long wide, deep, stride;
-  const int32_t* order;  // of points: which of the volume's a row of a is; null: in order
+  const int32_t* order;  // the point that each row of a belongs to; null: in order
 };
 
-// Part of a slab that one thread walks, k fastest, then j, then i.
+// The part of a slab that one thread walks: k fastest, then j, then i.
 struct Block {
   long i0, i1, j0, j1, k0, k1;
 };
 
-// The volume (C_out, H, W, D) of one object or (points, C_out), its gradient, or a target. `offset` is the first voxel's.
+// One object's volume (C_out, H, W, D) or (points, C_out), its gradient, or a target. `offset` is that of the first voxel.
 struct Volume {
   void* data;
   int dtype;
@@ -54,27 +53,27 @@ struct Volume {
   }
 };
 
-// Compare the decoded volume with a target instead of writing it, or instead of reading its gradient.
+// The loss that compares the decoded volume with a target, instead of writing the volume or reading its gradient.
 struct Objective {
   Loss loss;
   double beta;
-  double* sum;  // of the block: the losses of its voxels are added
+  double* sum;  // the block's sum, to which the losses of its voxels are added
 };
 
-// What backward adds to, laid out as Maps. da belongs to the block's range of k, dg to its range of j, db and decoder to the
-// block alone: no two threads share a sum.
+// The sums that backward adds to, laid out like Maps. No two threads share one: da belongs to the block's range of k, dg to its
+// range of j, db and decoder to the block.
 struct BlockGradients {
   void *da, *db, *dg;  // null: not wanted
   void* decoder;       // null: the decoder is frozen
 };
 
-// Element (s, c) at data[s * row_stride + c * channel_stride], reals.
+// Features of reals, with element (s, c) at data[s * row_stride + c * channel_stride].
 struct Features {
   const void* data;
   long channels, row_stride, channel_stride;
 };
 
-// The texel rows that points read: of point t, at[t * pitch + tap] (in reals) for `taps` taps, with weights (reals).
+// The texel rows that points read. Tap q of point t is the row at[t * pitch + q] (in reals) with weights[t * pitch + q].
 struct PointTaps {
   const int64_t* at;
   const void* weights;
@@ -83,48 +82,49 @@ struct PointTaps {
 
 struct Engine {
   int rows, columns;  // of the register tile
-  int pack;           // reals a word
+  int pack;           // reals per word
   int word_bytes, real_bytes;
 
-  // K x N matrix with element (k, n) at src[k*k_stride + n*n_stride] into panels [n/columns][word of k][columns].
+  // Packs a K x N matrix with element (k, n) at src[k*k_stride + n*n_stride] into panels [n/columns][word of k][columns].
   void (*pack_panels)(const void* src, long k_stride, long n_stride, long k, long n, void* dst);
   void (*pack_rows)(const void* src, long rows, long n, void* dst, long dst_stride);
 
   long (*scratch_bytes)(const Decoder&, bool backward);
-  // With an objective (null: none), `volume` is the target; otherwise forward writes it, and backward reads the gradient in it.
+  // Decode a block. With an objective (null: none), `volume` is the target; else forward writes it and backward reads its
+  // gradient from it.
   void (*forward)(const Decoder&, const Maps&, const Block&, const Volume& volume, const Objective*, int tile, void* scratch);
   void (*backward)(const Decoder&, const Maps&, const Block&, const Volume& volume, const Objective*, const BlockGradients&,
                    int tile, void* scratch);
 
-  // Products of feature rows, real arithmetic (pack == 1 engines only).
-  // out[s, :n] = (add: +=) W features[s] for s in [s0, s1); weights packed channels -> n.
+  // The remaining functions use real arithmetic and exist in engines with pack == 1 only.
+  // out[s, :n] = W features[s] (with add: +=) for s in [s0, s1), with weights packed channels -> n.
   void (*project)(const Features& features, long s0, long s1, const void* weights, long n, void* out, long stride, bool add,
                   void* scratch);
-  // grad_features[s] = W^T grad[s, :n] (weights packed n -> channels; null: not wanted) and
-  // grad_weights (round_up(n, rows), padded channels) += grad^T features (null: not wanted).
+  // grad_features[s] = W^T grad[s, :n], with weights packed n -> channels (null: not wanted), and grad_weights (round_up(n,
+  // rows), padded channels) += grad^T features (null: not wanted).
   void (*unproject)(const void* grad, long stride, const Features& features, long s0, long s1, const void* weights, long n,
                     void* grad_features, void* grad_weights, void* scratch);
 
-  // out[t, :n] = bias (null: 0) + sum of the taps' rows; scatter adds [c0, c1) of delta[t] times the weights to the rows; dot
-  // puts <delta[t], row> of each tap at dots[t * pitch + tap]. n, c0, c1: multiples of a vector.
+  // gather: out[t, :n] = bias (null: 0) + the weighted sum of the taps' rows. scatter: the taps' rows += weights * delta[t] in
+  // channels [c0, c1). dot: dots[t * pitch + tap] = <delta[t], the tap's row>. n, c0 and c1 are multiples of a vector.
   void (*gather)(const void* texels, const PointTaps& taps, long count, const void* bias, void* out, long out_stride, long n);
   void (*scatter)(void* texels, const PointTaps& taps, long count, const void* delta, long delta_stride, long c0, long c1);
   void (*dot)(const void* texels, const PointTaps& taps, long count, const void* delta, long delta_stride, long n, void* dots);
 
-  // dst = sum over 4 taps of w[t] * src[t], plus bias (null: none); `stride` reals.
+  // dst = sum of w[t] * src[t] over 4 taps, plus bias (null: none), for `stride` reals.
   void (*bilinear_row)(const void* const src[4], const double w[4], const void* bias, void* dst, long stride);
   void (*add_scaled)(void* dst, const void* src, double w, long n);  // dst += w src
 
-  // Of a key's `count` normals (maths/noise.h) those of its Philox blocks [b0, b1), to their places in out (count).
+  // The normals of a key's Philox blocks [b0, b1), written to their places in out (count); see maths/noise.h.
   void (*normals)(const NoiseKey&, long count, long b0, long b1, float* out);
-  // Of one counter, in place.
+  // Philox4x32-10 of one counter, in place.
   void (*philox)(uint32_t counter[4], uint32_t k0, uint32_t k1);
 
-  // Sustained multiply-adds of registers alone, in FLOP; the benchmark divides by its time.
+  // Multiplies and adds in registers alone and returns the FLOP done, which the caller divides by the time.
   double (*spin)(long iterations, void* sink);
 };
 
-// engine(0) float32, engine(1) float64, engine(2) bfloat16 products or null.
+// engine(kind) of each set: 0 float32, 1 float64, 2 bfloat16 products (null without instructions for them).
 #define TCAM_DECLARE_ENGINES(isa) \
   namespace isa {                 \
   const Engine* engine(int kind); \
@@ -133,7 +133,7 @@ TCAM_DECLARE_ENGINES(portable)
 TCAM_DECLARE_ENGINES(avx2)
 TCAM_DECLARE_ENGINES(avx512)
 TCAM_DECLARE_ENGINES(avx512bf16)
-TCAM_DECLARE_ENGINES(emulated)  // the avx512bf16 text in ordinary arithmetic; built by the tests alone
+TCAM_DECLARE_ENGINES(emulated)  // the avx512bf16 code in ordinary arithmetic, which only the tests build
 #undef TCAM_DECLARE_ENGINES
 
 }  // namespace tcam

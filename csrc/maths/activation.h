@@ -1,5 +1,5 @@
-// The activations, written once. `M` supplies the arithmetic of a value type V (a CPU
-// vector, a scalar on a device): exp, tanh, log1p, sin, cos, normal_cdf, select, splat.
+// The activations and their slopes, shared by host and device. `M` supplies the arithmetic of a value type V (a CPU vector or a
+// scalar on a device): exp, tanh, log1p, sin, cos, normal_cdf, select, splat.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -10,8 +10,7 @@
 
 namespace tcam {
 
-// One list names them for C++ and, through the bindings, for Python (activations.py, where their parameters p and formulas
-// are).
+// The names of the activations in C++ and, through the bindings, in Python. activations.py has their formulas and parameters p.
 #define TCAM_HIDDEN_ACTIVATIONS(X) X(relu) X(leaky_relu) X(silu) X(softplus) X(tanh) X(gelu) X(sine) X(half_sine)
 #define TCAM_OUTPUT_ACTIVATIONS(X) X(none) X(sigmoid) X(clamp) X(affine_sigmoid) X(softplus) X(trunc_exp) X(tanh) X(half_sine)
 
@@ -20,7 +19,7 @@ enum class Activation : int { TCAM_HIDDEN_ACTIVATIONS(TCAM_ENUM) };
 enum class OutputActivation : int { TCAM_OUTPUT_ACTIVATIONS(TCAM_ENUM) };
 #undef TCAM_ENUM
 
-// One with its parameter, as the kernels take it; Real is the type that they compute in.
+// An activation with its parameter, as the kernels take it. Real is the type that they compute in.
 template <class Real>
 struct Hidden {
   Activation kind;
@@ -33,9 +32,9 @@ struct Final {
 };
 
 constexpr double softplus_threshold = 20;  // torch.nn.functional.softplus's default
-constexpr double trunc_exp_most = 15;      // beyond it trunc_exp's gradient grows no more
+constexpr double trunc_exp_most = 15;      // the gradient of trunc_exp is constant above it
 
-// relu and leaky_relu keep the sign of their argument: the slope follows from the value.
+// Whether the slope follows from the value: relu and leaky_relu keep the sign of their argument.
 TCAM_MATHS constexpr bool slope_from_value(Activation a) { return a == Activation::relu || a == Activation::leaky_relu; }
 
 template <class M>
@@ -44,13 +43,13 @@ struct Maths {
 
   TCAM_MATHS V sigmoid(V z) { return M::splat(1) / (M::splat(1) + M::exp(-z)); }
 
-  // e/(1 + e)^2 with e = exp(-|z|): s (1 - s) of the sigmoid without its cancellation where s is close to 1.
+  // The slope of the sigmoid as e/(1 + e)^2 with e = exp(-|z|), which does not cancel where the sigmoid is close to 1.
   TCAM_MATHS V logistic_slope(V z) {
     const V e = M::exp(M::select(z < M::splat(0), z, -z)), d = M::splat(1) + e;
     return e / (d * d);
   }
 
-  // log(1 + exp(z)), z itself above torch's threshold.
+  // log(1 + exp(z)), and z above torch's threshold.
   TCAM_MATHS V softplus(V z) {
     const V e = M::exp(M::select(z < M::splat(0), z, -z));  // max(z, 0) + log(1 + exp(-|z|))
     const V soft = M::select(z < M::splat(0), M::splat(0), z) + M::log1p(e);
@@ -58,7 +57,7 @@ struct Maths {
   }
   TCAM_MATHS V softplus_slope(V z) { return M::select(z > M::splat(softplus_threshold), M::splat(1), sigmoid(z)); }
 
-  // a(z). A NaN argument gives NaN.
+  // a(z). NaN gives NaN.
   template <class Real>
   TCAM_MATHS V value(Hidden<Real> a, V z) {
     switch (a.kind) {
@@ -94,7 +93,7 @@ struct Maths {
     }
   }
 
-  // a'(z) of relu and leaky_relu, from a(z). Zero slope (leaky: the leak) at 0, as in torch.
+  // a'(z) of relu and leaky_relu from a(z). At 0 it is that of negative z, as in torch.
   template <class Real>
   TCAM_MATHS V slope_of_value(Hidden<Real> a, V value) {
     const V below = a.kind == Activation::relu ? M::splat(0) : M::splat(a.p);
@@ -115,7 +114,7 @@ struct Maths {
     }
   }
 
-  // d output / d z; clamp passes the gradient on [0, 1] inclusive, as torch.clamp does.
+  // The slope of the output activation. clamp has slope 1 on [0, 1], ends included, as in torch.clamp.
   template <class Real>
   TCAM_MATHS V output_slope(Final<Real> a, V z) {
     switch (a.kind) {

@@ -1,4 +1,4 @@
-// Linear interpolation along one axis of texels, written once for host and device.
+// Linear interpolation along one axis of texels, shared by host and device.
 #pragma once
 #include "../problem.h"
 
@@ -10,10 +10,10 @@
 
 namespace tcam {
 
-// A box of a grid of voxels, which it counts with the last axis fastest.
+// A box of a grid of voxels. Its voxels are numbered with the last axis fastest.
 struct GridBox {
   int64_t size[3], lo[3], box[3];
-  TCAM_HD int64_t at(int axis, int64_t n) const {  // on an axis of the whole grid, voxel n of the box
+  TCAM_HD int64_t at(int axis, int64_t n) const {  // the index of voxel n of the box along an axis of the whole grid
     const int64_t i = axis == 0 ? n / (box[1] * box[2]) : axis == 1 ? n / box[2] % box[1] : n % box[2];
     return lo[axis] + i;
   }
@@ -25,35 +25,35 @@ inline GridBox grid_box(const tcam_problem& p) {
   return g;
 }
 
-// The two texels that a coordinate lies between, their weights, and what these change by per unit of the coordinate.
+// The two texels around a coordinate, their weights, and the derivatives of the weights with respect to the coordinate.
 template <class T>
 struct Tap {
   int lo, hi;
   T w_lo, w_hi, d_lo, d_hi;
 };
 
-// An axis of `texels` texels: a coordinate of -1 is the outer edge of the first (align_corners false) or its centre (true), 1
-// that of the last, as in torch's grid_sample.
+// An axis of `texels` texels. The coordinates -1 and 1 are the outer edges of the outer texels or, with align_corners, their
+// centres, as in torch's grid_sample.
 struct Axis {
   int texels;
   bool align_corners;
   int padding;  // tcam_padding
 };
 
-// x in texels (0: the first centre) and its derivative to the tap. NaN (infinity times no texels) counts as 0.
+// The tap of x, in texels from the centre of the first, with dx its derivative with respect to the coordinate. NaN counts as 0.
 template <class T>
 TCAM_HD Tap<T> tap_at(const Axis& axis, T x, T dx) {
   const int m = axis.texels;
   if (x != x) x = 0;
-  if (axis.padding == TCAM_PAD_ZEROS) {  // beyond a texel's reach all is zero
+  if (axis.padding == TCAM_PAD_ZEROS) {  // all weights are 0 at -1 and at m
     if (x < -1) x = -1, dx = 0;
     if (x > m) x = static_cast<T>(m), dx = 0;
   } else {
-    if (axis.padding == TCAM_PAD_REFLECTION) {  // about the edges of the axis
+    if (axis.padding == TCAM_PAD_REFLECTION) {  // reflect about the edges of the axis
       const T begin = axis.align_corners ? T(0) : T(-0.5), span = static_cast<T>(axis.align_corners ? m - 1 : m);
       T y = x - begin;
       if (y < 0) y = -y, dx = -dx;
-      const T turns = y / span;  // infinite where nothing can be told
+      const T turns = y / span;  // infinite if the span is 0
       if (turns < T(1 << 24)) {
         const int whole = static_cast<int>(turns);
         y -= static_cast<T>(whole) * span;
@@ -79,7 +79,7 @@ TCAM_HD Tap<T> tap_at(const Axis& axis, T x, T dx) {
   return t;
 }
 
-// A coordinate; NaN counts as -1.
+// The tap of a coordinate. NaN counts as -1.
 template <class T>
 TCAM_HD Tap<T> coordinate_tap(const Axis& axis, T coordinate) {
   const bool nan = coordinate != coordinate;
@@ -89,8 +89,8 @@ TCAM_HD Tap<T> coordinate_tap(const Axis& axis, T coordinate) {
   return tap_at<T>(axis, x, nan ? T(0) : axis.align_corners ? (m - 1) * T(0.5) : m * T(0.5));
 }
 
-// Voxel i of n. It lies at the share (i + 1/2)/n of the axis or, with corners, at i/(n - 1) (at 0 where n is 1); `bounds`
-// (null: -1 and 1) are the coordinates of the shares 0 and 1.
+// The tap of voxel i of n. The voxel lies at the fraction (i + 1/2)/n of the axis or, with corners, at i/(n - 1) (at 0 if n is
+// 1). `bounds` holds the coordinates of the fractions 0 and 1; null: -1 and 1.
 TCAM_HD Tap<double> voxel_tap(const Axis& axis, long long i, long long n, bool corners, const double* bounds) {
   double s = corners ? (n > 1 ? static_cast<double>(i) / static_cast<double>(n - 1) : 0.)
                      : (static_cast<double>(i) + 0.5) / static_cast<double>(n);

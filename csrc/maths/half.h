@@ -1,5 +1,5 @@
-// The 16-bit floating formats by integer arithmetic, written once for host and device. Conversions round to nearest even; NaN
-// stays NaN.
+// Conversions of the 16-bit floating-point formats by integer arithmetic, shared by host and device. They round to nearest even
+// and keep NaN.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -33,7 +33,7 @@ struct Bits {
     u &= 0x7fffffffu;
     if (u > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00);
     if (u >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00);
-    if (u < 0x38800000u)  // subnormal: count in units of 2^-24; the sum rounds to even
+    if (u < 0x38800000u)  // subnormal, in units of 2^-24; the sum rounds to even
       return static_cast<uint16_t>(sign | (of(value(u) + 0.5f) - 0x3f000000u));
     u += 0xfff + ((u >> 13) & 1);
     return static_cast<uint16_t>(sign | ((u - 0x38000000u) >> 13));
@@ -51,7 +51,7 @@ TCAM_MATHS constexpr int dtype_bytes(int dtype) {
   return dtype == TCAM_F64 ? 8 : dtype == TCAM_F32 ? 4 : dtype == TCAM_U8 ? 1 : 2;
 }
 
-// Element `index` of an array of a dtype of problem.h.
+// Access to element `index` of an array of any dtype of problem.h.
 template <class Real>
 struct Elements {
   TCAM_MATHS void write(void* data, int dtype, long long index, Real x) {
@@ -72,7 +72,7 @@ struct Elements {
     }
   }
 
-  // read() in two parts: the load, which nothing waits for yet, and what it stands for. (A double becomes a float at once.)
+  // read() in two steps: load() issues the load, and value() converts it when it is needed. A double is loaded as a float.
   TCAM_MATHS uint32_t load(const void* data, int dtype, long long index) {
     switch (dtype) {
       case TCAM_F32: return static_cast<const uint32_t*>(data)[index];

@@ -1,10 +1,10 @@
-// The pointwise losses, written once; see activation.h for `M`.
+// The pointwise losses, shared by host and device. activation.h describes `M`.
 #pragma once
 #include "activation.h"
 
 namespace tcam {
 
-// One list names them for C++ and, through the bindings, for Python.
+// The names of the losses in C++ and, through the bindings, in Python.
 #define TCAM_LOSSES(X) X(smooth_l1) X(l1) X(mse)
 
 #define TCAM_ENUM(name) name,
@@ -15,7 +15,7 @@ template <class M>
 struct LossMaths {
   using V = typename M::V;
 
-  // l(d) of the difference d = decoded - target. smooth_l1: d^2/(2 beta) for |d| < beta, else |d| - beta/2.
+  // l(d) for the difference d = decoded - target. smooth_l1: d^2/(2 beta) for |d| < beta, else |d| - beta/2.
   TCAM_MATHS V value(Loss loss, V d, double beta) {
     if (loss == Loss::mse) return d * d;
     const V a = M::select(d < M::splat(0), -d, d);

@@ -1,8 +1,8 @@
-// Normal noise, written once for host and device: Philox4x32-10 (Salmon, Moraes, Dror and Shaw: Parallel random numbers, as
-// easy as 1, 2, 3; SC 2011), then Box and Muller's transform.
+// Normal noise, shared by host and device: Philox4x32-10 (Salmon, Moraes, Dror and Shaw: Parallel random numbers: as easy as 1,
+// 2, 3; SC 2011), then the Box-Muller transform.
 //
-// The transform has no function of the platform's but fma and sqrt, which IEEE 754 rounds in one way, and no product that is
-// added to something outside an fma: the same bits on every machine, whatever the compiler contracts. `M` supplies the
+// The bits are the same on every machine. The only library functions are fma and sqrt, which IEEE 754 rounds uniquely, and
+// every product that is added to something is inside an fma, so the compiler has nothing to contract. `M` supplies the
 // arithmetic of lanes: V float32, U uint32, I int32.
 #pragma once
 #include <stdint.h>
@@ -11,8 +11,8 @@
 
 namespace tcam {
 
-// What the normals are for. Stream 0 has those of the features of points, `number` being the voxel of the whole grid or the
-// point of its object; stream 1 + q those of the texels of plane q, number 0.
+// The purpose of the normals. Stream 0 is the noise of features, with `number` the voxel in the whole grid or the point of its
+// object. Stream 1 + q is the noise of the texels of plane q, with number 0.
 struct NoiseKey {
   uint64_t seed, number;
   uint32_t object, stream;  // object < 2^27, stream < 2^5
@@ -35,8 +35,8 @@ struct Noise {
     }
   }
 
-  // sqrt(-2 ln u), u = (floor(x/2) + 1/2)/2^31. u = 2^k m with m from sqrt(1/2) to sqrt(2); -2 ln(m)/(m - 1) by a polynomial
-  // (relative error 1.7e-7).
+  // sqrt(-2 ln u) for u = (floor(x/2) + 1/2)/2^31. u is split into 2^k m with m in [sqrt(1/2), sqrt(2)), and a polynomial gives
+  // -2 ln(m)/(m - 1) (relative error 1.7e-7).
   TCAM_MATHS V radius(U x) {
     const V u = (M::to_float((I)(x >> 1)) + M::splat(0.5f)) * M::splat(0x1p-31f);
     const I shifted = (I)(M::bits(u) - 0x3f3504f3u);  // sqrt(1/2)
@@ -52,8 +52,8 @@ struct Noise {
     return M::sqrt(M::fma(M::to_float(shifted >> 23), M::splat(-1.3862944f), p * t));
   }
 
-  // Two normals of two words. The second word is an angle: its first two bits count quarter turns, the rest is what they are
-  // turned by, a in [-1/2, 1/2) of a quarter; sin and cos of it by polynomials in a^2 (3e-9 and 3e-8).
+  // Two normals from two words. The second word is an angle: its first two bits count quarter turns, and the rest is a further
+  // angle of a quarter turns, a in [-1/2, 1/2). Polynomials in a^2 give its sin and cos (errors 3e-9 and 3e-8).
   TCAM_MATHS void normals(U x, U y, V& first, V& second) {
     const V a = M::to_float((I)(y << 2)) * M::splat(0x1p-32f), a2 = a * a;
     V s = M::splat(-0.0046016616f);
@@ -82,7 +82,7 @@ struct Noise {
   }
 };
 
-// Of n normals of a key, number f is word f / blocks of block f % blocks: neighbours come from neighbouring lanes.
+// The Philox blocks of n normals. Normal f is word f / blocks of block f % blocks, so neighbours come from neighbouring lanes.
 TCAM_MATHS int64_t noise_blocks(int64_t n) { return (n + 3) / 4; }
 
 }  // namespace tcam
