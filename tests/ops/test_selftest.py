@@ -12,7 +12,8 @@ import pytest
 import simt
 import torch
 
-from tcam_ext import selftest, testing
+from tcam_ext import testing
+from tcam_ext.selftest import cases, volumes
 
 ROOT = simt.ROOT
 
@@ -25,7 +26,7 @@ def library(tmp_path_factory):
 @pytest.fixture
 def on_emulated_cuda(monkeypatch, library):
     emulated.replace_kernels(monkeypatch, library)
-    monkeypatch.setattr(selftest, "on_cuda", lambda device: True)
+    monkeypatch.setattr(cases, "on_cuda", lambda device: True)
 
 
 needs_emulator = [*simt.skip_where_it_cannot_run, pytest.mark.slow]
@@ -41,7 +42,7 @@ def marked(function):
 def test_every_case_on_the_emulated_kernels(on_emulated_cuda):
     """What a card will be asked: no limit is one that right kernels miss."""
     kinds = set()
-    for name, case in selftest.cases("cpu", tiny=True).items():
+    for name, case in cases.all_cases("cpu", tiny=True).items():
         torch.manual_seed(0)
         for part, error, limit in case():
             assert error < limit, (name, part)
@@ -53,8 +54,8 @@ def test_every_case_on_the_emulated_kernels(on_emulated_cuda):
 @marked
 def test_the_checks_of_a_large_volume_on_the_emulated_kernels(on_emulated_cuda):
     torch.manual_seed(0)
-    p = testing.make(**selftest.OPERATING_POINT, size=(20, 20, 20))
-    for part, error, limit in selftest.Large(p, "cpu", torch.bfloat16).all():
+    p = testing.make(**volumes.OPERATING_POINT, size=(20, 20, 20))
+    for part, error, limit in volumes.LargeVolume(p, "cpu", torch.bfloat16).all():
         assert error < limit, part
 
 
@@ -62,7 +63,7 @@ def test_the_checks_of_a_large_volume_on_the_emulated_kernels(on_emulated_cuda):
 def test_the_sums_of_gradients_show_a_part_that_is_missing(monkeypatch, fault):
     """On the CPU's kernels, whose gradients are spoiled at voxels that are not among the random ones."""
     torch.manual_seed(0)
-    p = testing.make(**{**selftest.OPERATING_POINT, "channels": 4}, size=(24, 24, 24))
+    p = testing.make(**{**volumes.OPERATING_POINT, "channels": 4}, size=(24, 24, 24))
     real = torch.autograd.grad
 
     def spoiled(outputs, inputs, grad_outputs=None, **options):
@@ -72,7 +73,7 @@ def test_the_sums_of_gradients_show_a_part_that_is_missing(monkeypatch, fault):
         return real(outputs, inputs, grad_outputs, **options)
 
     monkeypatch.setattr(torch.autograd, "grad", spoiled)
-    found = {part: error < limit for part, error, limit in selftest.Large(p, "cpu", torch.float32).all()}
+    found = {part: error < limit for part, error, limit in volumes.LargeVolume(p, "cpu", torch.float32).all()}
     assert not found["sums of all gradients"]
 
 
@@ -102,7 +103,7 @@ CRASH = "import sys\nif '--worker' in sys.argv:\n    from tcam_ext import librar
     ("fault", "why"),
     [
         ("__import__('os').kill(__import__('os').getpid(), 11)", "exit status -11"),
-        ("__import__('time').sleep(100)", "nothing was heard of it for 3 s"),
+        ("__import__('time').sleep(100)", "no output for 3 s"),
         ("1 / 0", "ZeroDivisionError"),
         ("a[0].new_full(a[0].shape, 0.5, dtype=__import__('torch').float32)", None),
     ],
@@ -136,8 +137,8 @@ def test_what_fails_at_a_large_volume_does_not_stop_the_rest(monkeypatch):
         raise RuntimeError("out of memory, say")
         yield
 
-    monkeypatch.setattr(selftest.Large, "loss", broken)
-    rows = list(selftest.speed("cpu", 12, budget=0.1))
+    monkeypatch.setattr(volumes.LargeVolume, "loss", broken)
+    rows = list(volumes.speed("cpu", 12, budget=0.1))
     assert [r["why"] for r in rows if r.get("part") == "raised"] == ["RuntimeError: out of memory, say"]
     timed = {r["what"] for r in rows if r.get("rival", "").startswith("tcam_ext")}
     assert timed == {"forward", "forward+backward"}
