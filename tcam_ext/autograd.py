@@ -35,8 +35,8 @@ class DecodeGrid(torch.autograd.Function):
     def forward(
         ctx: Any,
         counts: tuple[int, int],
-        options: library.Sampling,
-        grid: library.Grid,
+        options: library.KernelOptions,
+        grid: library.KernelGrid,
         out_dtype: torch.dtype,
         *tensors: Tensor | None,
     ) -> Tensor:
@@ -66,8 +66,8 @@ class DecodeGridLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         counts: tuple[int, int],
-        options: library.Sampling,
-        grid: library.Grid,
+        options: library.KernelOptions,
+        grid: library.KernelGrid,
         objective: tuple[str, float, bool],
         voxels: int,
         wanted: tuple[bool, bool, bool],
@@ -114,7 +114,7 @@ class DecodePoints(torch.autograd.Function):
     def forward(
         ctx: Any,
         counts: tuple[int, int],
-        options: library.Sampling,
+        options: library.KernelOptions,
         objects: Tensor | None,
         out_dtype: torch.dtype,
         *tensors: Tensor | None,

@@ -16,7 +16,7 @@ _library = torch.library.Library("tcam_ext", "DEF")
 SymInts = list[int]
 
 
-class Sampling(NamedTuple):
+class KernelOptions(NamedTuple):
     """The options as the kernels take them. plane_axes: row and column axis of each plane, ascending."""
 
     plane_axes: list[int]
@@ -31,7 +31,7 @@ class Sampling(NamedTuple):
     noise_seed: int
 
 
-class Grid(NamedTuple):
+class KernelGrid(NamedTuple):
     """The voxels of a grid, as the ops take them."""
 
     size: SymInts
@@ -45,15 +45,15 @@ class Grid(NamedTuple):
         return [self.box[2 * a + 1] - self.box[2 * a] for a in range(3)]
 
 
-class Points(NamedTuple):
-    """Points, as the ops take them."""
+class KernelPoints(NamedTuple):
+    """KernelPoints, as the ops take them."""
 
     points: Tensor
     objects: Tensor | None
     extra: Tensor | None
 
 
-class Inputs(NamedTuple):
+class KernelTensors(NamedTuple):
     """The tensors of a decoder and its planes, as the ops take them."""
 
     planes: list[Tensor]
@@ -71,7 +71,7 @@ def _fields(record: Any) -> str:
     return ", ".join(f"{_SPELLED.get(t, t)} {name}" for name, t in types.items())
 
 
-_INPUTS, _OPTIONS, _GRID, _POINTS = (_fields(r) for r in (Inputs, Sampling, Grid, Points))
+_INPUTS, _OPTIONS, _GRID, _POINTS = (_fields(r) for r in (KernelTensors, KernelOptions, KernelGrid, KernelPoints))
 _PT2 = (torch.Tag.pt2_compliant_tag,)
 for _schema in (
     f"decode_grid({_INPUTS}, {_OPTIONS}, {_GRID}, ScalarType out_dtype, *, int tile=0) -> Tensor",
@@ -146,9 +146,9 @@ class _Call:
 
     def __init__(
         self,
-        inputs: Inputs,
-        options: Sampling,
-        where: Grid | Points,
+        inputs: KernelTensors,
+        options: KernelOptions,
+        where: KernelGrid | KernelPoints,
         out_dtype: torch.dtype,
         wanted: Sequence[bool] = (),
         **more: int,
@@ -161,7 +161,7 @@ class _Call:
         def dense(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.detach().to(self.dtype).contiguous()
 
-        self.inputs = Inputs(*([dense(t) for t in group] for group in inputs))  # type: ignore[arg-type]
+        self.inputs = KernelTensors(*([dense(t) for t in group] for group in inputs))  # type: ignore[arg-type]
         self.device = inputs.planes[0].device
         o = _C.Options()
         converted = {
@@ -170,7 +170,7 @@ class _Call:
             "output_activation": _output_activation(options.output_activation),
             "compute": compute,
         }
-        for name, value in zip(Sampling._fields, options, strict=True):
+        for name, value in zip(KernelOptions._fields, options, strict=True):
             value = converted.get(name, value)
             setattr(o, name, _NAMES[name].index(value) if name in _NAMES else value)
         o.out_dtype = _DTYPES[out_dtype]
@@ -180,7 +180,7 @@ class _Call:
             setattr(o, name, value)
         self.is_loss = False
         self.points, self.extra = None, dense(where.extra)
-        if isinstance(where, Grid):
+        if isinstance(where, KernelGrid):
             o.size, o.box, o.corners = list(where.size), list(where.box), where.corners
             self._call = _C.Call(*self.inputs, where.bounds, None, None, self.extra, o)
         else:
@@ -228,7 +228,7 @@ class _Gradients:
 
     def __init__(
         self,
-        inputs: Inputs,
+        inputs: KernelTensors,
         wanted: Sequence[bool],
         dtype: torch.dtype | None = None,
         leading: Sequence[int] = (),
@@ -254,29 +254,34 @@ class _Gradients:
             t.zero_()
 
 
-def _unpack(where: type, arguments: Sequence[Any]) -> tuple[Inputs, Sampling, Any, Sequence[Any]]:
-    """An op's arguments from its inputs on; ``where``: Grid or Points."""
-    options = len(Sampling._fields)
+def _unpack(where: type, arguments: Sequence[Any]) -> tuple[KernelTensors, KernelOptions, Any, Sequence[Any]]:
+    """An op's arguments from its inputs on; ``where``: KernelGrid or KernelPoints."""
+    options = len(KernelOptions._fields)
     end = 3 + options + len(where._fields)  # type: ignore[attr-defined]
-    return Inputs(*arguments[:3]), Sampling(*arguments[3 : 3 + options]), where(*arguments[3 + options : end]), arguments[end:]
+    return (
+        KernelTensors(*arguments[:3]),
+        KernelOptions(*arguments[3 : 3 + options]),
+        where(*arguments[3 + options : end]),
+        arguments[end:],
+    )
 
 
 def _decode_grid(*arguments: Any, tile: int = 0) -> Tensor:
-    inputs, options, grid, (out_dtype,) = _unpack(Grid, arguments)
+    inputs, options, grid, (out_dtype,) = _unpack(KernelGrid, arguments)
     volume = _decode_grid_fake(*arguments)
     _Call(inputs, options, grid, out_dtype, tile=tile).forward(volume)
     return volume
 
 
 def _decode_grid_fake(*arguments: Any, tile: int = 0) -> Tensor:
-    inputs, _, grid, (out_dtype,) = _unpack(Grid, arguments)
+    inputs, _, grid, (out_dtype,) = _unpack(KernelGrid, arguments)
     shape = [inputs.planes[0].shape[0], inputs.weights[-1].shape[0], *grid.shape]
     volume: Tensor = inputs.planes[0].new_empty(shape, dtype=out_dtype, device=_result_device())
     return volume
 
 
 def _decode_grid_backward(grad_volume: Tensor, *arguments: Any, tile: int = 0) -> list[Tensor]:
-    inputs, options, grid, wanted = _unpack(Grid, arguments)
+    inputs, options, grid, wanted = _unpack(KernelGrid, arguments)
     call = _Call(inputs, options, grid, grad_volume.dtype, wanted, tile=tile)
     to = _Gradients(call.inputs, wanted, None, (), call.extra)
     call.backward(grad_volume, to)
@@ -288,13 +293,13 @@ def _as_inputs(found: _Gradients, like: _Gradients) -> list[Tensor]:
 
 
 def _decode_grid_backward_fake(grad_volume: Tensor, *arguments: Any, tile: int = 0) -> list[Tensor]:
-    inputs, _, grid, wanted = _unpack(Grid, arguments)
+    inputs, _, grid, wanted = _unpack(KernelGrid, arguments)
     return _Gradients(inputs, wanted, None, (), grid.extra).list()
 
 
 def _decode_grid_loss(target: Tensor, *arguments: Any, tile: int = 0) -> list[Tensor]:
     """Sums of the loss for each object, float64, then their gradients in float32 or float64, undivided."""
-    inputs, options, grid, (loss, beta, per_object, *wanted) = _unpack(Grid, arguments)
+    inputs, options, grid, (loss, beta, per_object, *wanted) = _unpack(KernelGrid, arguments)
     call = _Call(inputs, options, grid, torch.float32, wanted, tile=tile)
     batch = inputs.planes[0].shape[0]
     to = _Gradients(call.inputs, wanted, None, [batch] if per_object else [], call.extra)
@@ -304,7 +309,7 @@ def _decode_grid_loss(target: Tensor, *arguments: Any, tile: int = 0) -> list[Te
 
 
 def _decode_grid_loss_fake(target: Tensor, *arguments: Any, tile: int = 0) -> list[Tensor]:
-    inputs, options, grid, (_, _, per_object, *wanted) = _unpack(Grid, arguments)
+    inputs, options, grid, (_, _, per_object, *wanted) = _unpack(KernelGrid, arguments)
     batch = inputs.planes[0].shape[0]
     losses = inputs.planes[0].new_empty([batch], dtype=torch.float64)
     to = _Gradients(inputs, wanted, storage_dtype(options.compute), [batch] if per_object else [], grid.extra)
@@ -312,21 +317,21 @@ def _decode_grid_loss_fake(target: Tensor, *arguments: Any, tile: int = 0) -> li
 
 
 def _decode_points(*arguments: Any, formulation: int = 0) -> Tensor:
-    inputs, options, points, (out_dtype,) = _unpack(Points, arguments)
+    inputs, options, points, (out_dtype,) = _unpack(KernelPoints, arguments)
     out = _decode_points_fake(*arguments)
     _Call(inputs, options, points, out_dtype, formulation=formulation).forward(out)
     return out
 
 
 def _decode_points_fake(*arguments: Any, formulation: int = 0) -> Tensor:
-    inputs, options, points, (out_dtype,) = _unpack(Points, arguments)
+    inputs, options, points, (out_dtype,) = _unpack(KernelPoints, arguments)
     features = inputs.planes[0].shape[1] * (len(inputs.planes) if options.reduce == "concat" else 1)
     n = inputs.weights[-1].shape[0] if inputs.weights else features
     return points.points.new_empty([points.points.shape[0], n], dtype=out_dtype, device=_result_device())
 
 
 def _decode_points_backward(grad_out: Tensor, *arguments: Any, formulation: int = 0) -> list[Tensor]:
-    inputs, options, points, wanted = _unpack(Points, arguments)
+    inputs, options, points, wanted = _unpack(KernelPoints, arguments)
     call = _Call(inputs, options, points, grad_out.dtype, wanted, formulation=formulation)
     to = _Gradients(call.inputs, wanted, None, (), call.extra, call.points)
     call.backward(grad_out, to)
@@ -334,7 +339,7 @@ def _decode_points_backward(grad_out: Tensor, *arguments: Any, formulation: int 
 
 
 def _decode_points_backward_fake(grad_out: Tensor, *arguments: Any, formulation: int = 0) -> list[Tensor]:
-    inputs, _, points, wanted = _unpack(Points, arguments)
+    inputs, _, points, wanted = _unpack(KernelPoints, arguments)
     return _Gradients(inputs, wanted, None, (), points.extra, points.points).list()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tcam_ext import activations, checks
 from tcam_ext.ops import decode_grid, decode_grid_loss, decode_points
-from tcam_ext.options import Decoding, OfGrid, OfLoss, OfPoints, documented, takes, with_decoder
+from tcam_ext.options import Decoding, GridOptions, LossOptions, PointOptions, documented, takes, with_decoder
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -48,7 +48,7 @@ class TriplaneDecoder(nn.Module):
         super().__init__()
         #: The options of every call, save those that a call gives itself.
         self.options: Decoding = {"output_activation": "sigmoid", **options}
-        o = checks.options(self.options, len(widths))
+        o = checks.decoder_options(self.options, len(widths))
         self.channels, self.out_channels, self.widths = channels, out_channels, tuple(widths)
         self.extra_channels = extra_channels
         features = channels * (len(o.plane_axes) if o.reduce.startswith("concat") else 1) + extra_channels
@@ -61,24 +61,28 @@ class TriplaneDecoder(nn.Module):
         return [m for m in self.children() if isinstance(m, nn.Linear)]
 
     @with_decoder(decode_grid)
-    def forward(self, planes: Tensor | Sequence[Tensor], size: Sequence[int], **options: Unpack[OfGrid]) -> Any:
+    def forward(self, planes: Tensor | Sequence[Tensor], size: Sequence[int], **options: Unpack[GridOptions]) -> Any:
         """Decode a grid of ``size`` voxels, or its ``box``: :func:`tcam_ext.decode_grid` with this MLP. An option that is given
         here takes the place of the decoder's own."""
-        all_options: OfGrid = {**self.options, **options}
+        all_options: GridOptions = {**self.options, **options}
         return decode_grid(planes, *self._mlp(), size, **all_options)
 
     @with_decoder(decode_points)
-    def points(self, planes: Tensor | Sequence[Tensor], xyz: Tensor, **options: Unpack[OfPoints]) -> Any:
+    def points(self, planes: Tensor | Sequence[Tensor], xyz: Tensor, **options: Unpack[PointOptions]) -> Any:
         """Decode points: :func:`tcam_ext.decode_points` with this MLP."""
-        all_options: OfPoints = {**self.options, **options}
+        all_options: PointOptions = {**self.options, **options}
         return decode_points(planes, *self._mlp(), xyz, **all_options)
 
     @with_decoder(decode_grid_loss)
     def loss(
-        self, planes: Tensor | Sequence[Tensor], target: Tensor, size: Sequence[int] | None = None, **options: Unpack[OfLoss]
+        self,
+        planes: Tensor | Sequence[Tensor],
+        target: Tensor,
+        size: Sequence[int] | None = None,
+        **options: Unpack[LossOptions],
     ) -> Tensor:
         """The loss of the decoded grid against ``target``, in one pass: :func:`tcam_ext.decode_grid_loss` with this MLP."""
-        all_options: OfLoss = {**self.options, **options}
+        all_options: LossOptions = {**self.options, **options}
         return decode_grid_loss(planes, *self._mlp(), target, size, **all_options)
 
     def _mlp(self) -> tuple[list[Tensor], list[Tensor | None]]:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tcam_ext import activations, checks, native, reference
-from tcam_ext import options as opts
-from tcam_ext.options import Decoding, Sampling, takes
+from tcam_ext import activations, arguments, checks, native, reference
+from tcam_ext.options import Decoding, Sampling, resolve, takes
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -85,9 +84,9 @@ def decode_grid(
     planes, weights and biases share one dtype (float32, float64, float16, bfloat16) and one device; gradients have that
     dtype. Under autocast they may differ and are promoted.
     """
-    checks.choice("impl", impl, IMPLS)
+    arguments.choice("impl", impl, IMPLS)
     request = checks.grid_request(
-        planes, weights, biases, size, box, grid, bounds, extra, opts.of(Decoding, options), out_dtype
+        planes, weights, biases, size, box, grid, bounds, extra, resolve(Decoding, options), out_dtype
     )
     return _decode(request, return_preactivation, impl)
 
@@ -140,9 +139,9 @@ def decode_grid_loss(
         ValueError, TypeError, NotImplementedError, RuntimeError: as :func:`decode_grid`; ValueError also where the target
             requires a gradient.
     """
-    checks.choice("impl", impl, IMPLS)
+    arguments.choice("impl", impl, IMPLS)
     target, size = checks.target_and_size(target, size, box)
-    request = checks.grid_request(planes, weights, biases, size, box, grid, bounds, extra, opts.of(Decoding, options), None)
+    request = checks.grid_request(planes, weights, biases, size, box, grid, bounds, extra, resolve(Decoding, options), None)
     objective = checks.objective(*request, box is None, target, loss, beta, reduction)
     return _backend(request, impl).loss(request, target, objective)
 
@@ -191,9 +190,9 @@ def decode_points(
     Raises:
         ValueError, TypeError, NotImplementedError, RuntimeError: as :func:`decode_grid`.
     """
-    checks.choice("impl", impl, IMPLS)
+    arguments.choice("impl", impl, IMPLS)
     request = checks.points_request(
-        planes, weights, biases, xyz, batch_index, bounds, extra, opts.of(Decoding, options), out_dtype
+        planes, weights, biases, xyz, batch_index, bounds, extra, resolve(Decoding, options), out_dtype
     )
     return _decode(request, return_preactivation, impl)
 
@@ -220,8 +219,8 @@ def sample_points(
     Raises:
         ValueError, TypeError, NotImplementedError, RuntimeError: as :func:`decode_grid`.
     """
-    checks.choice("impl", impl, IMPLS)
-    request = checks.points_request(planes, (), (), xyz, batch_index, bounds, None, opts.of(Sampling, options), None)
+    arguments.choice("impl", impl, IMPLS)
+    request = checks.points_request(planes, (), (), xyz, batch_index, bounds, None, resolve(Sampling, options), None)
     return _backend(request, impl).sample(request)
 
 
@@ -251,8 +250,8 @@ def sample_grid(
     Raises:
         ValueError, TypeError, NotImplementedError: as :func:`decode_grid`.
     """
-    checks.choice("impl", impl, IMPLS)
-    request = checks.grid_request(planes, (), (), size, box, grid, bounds, None, opts.of(Sampling, options), None)
+    arguments.choice("impl", impl, IMPLS)
+    request = checks.grid_request(planes, (), (), size, box, grid, bounds, None, resolve(Sampling, options), None)
     return _backend(request, impl).sample(request)
 
 

@@ -1,7 +1,7 @@
 """The options of every op, once: names, types, defaults, meaning.
 
 The ops take them as ``**options: Unpack[Decoding]``, which a type checker reads; :func:`takes` writes them out for ``help()``
-and editors, and :func:`of` makes the record of a call's.
+and editors, and :func:`resolve` makes the record of a call's.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Decoding(Sampling, total=False):
     noise_mode: str
 
 
-class OfGrid(Decoding, total=False):
+class GridOptions(Decoding, total=False):
     """What :func:`tcam_ext.decode_grid` takes by name."""
 
     box: Sequence[Sequence[int]] | None
@@ -50,7 +50,7 @@ class OfGrid(Decoding, total=False):
     impl: str
 
 
-class OfPoints(Decoding, total=False):
+class PointOptions(Decoding, total=False):
     """What :func:`tcam_ext.decode_points` takes by name."""
 
     batch_index: torch.Tensor | None
@@ -61,7 +61,7 @@ class OfPoints(Decoding, total=False):
     impl: str
 
 
-class OfLoss(Decoding, total=False):
+class LossOptions(Decoding, total=False):
     """What :func:`tcam_ext.decode_grid_loss` takes by name."""
 
     box: Sequence[Sequence[int]] | None
@@ -119,7 +119,7 @@ class Options(NamedTuple):
     noise_mode: str = "point"
 
 
-def of(known: type[Sampling], given: Any) -> Options:
+def resolve(known: type[Sampling], given: Any) -> Options:
     """``given`` with the defaults. Raises TypeError where a name is not one of ``known``."""
     if unknown := set(given) - set(known.__annotations__):
         raise TypeError(f"{min(unknown)}: no such option; expected {', '.join(known.__annotations__)}")

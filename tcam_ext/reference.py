@@ -92,7 +92,7 @@ def reduce_planes(samples: list[Tensor], reduce: str, dim: int) -> Tensor:
     return stacked.prod(dim + 1) if reduce == "prod" else getattr(stacked, reduce)(dim + 1)
 
 
-def _grid_features(planes: checks.Sampled, voxels: checks.Grid, dtype: torch.dtype) -> Tensor:
+def _grid_features(planes: checks.Planes, voxels: checks.Grid, dtype: torch.dtype) -> Tensor:
     """(B, features, *box)"""
 
     def one(planes_of: list[Tensor], bounds: Tensor | None) -> Tensor:
@@ -114,21 +114,21 @@ def _grid_features(planes: checks.Sampled, voxels: checks.Grid, dtype: torch.dty
             samples.append(sample.unsqueeze(2 + missing).expand(*plane.shape[:2], *voxels.shape))
         return reduce_planes(samples, planes.reduce, 1)
 
-    converted = [p.to(dtype) for p in planes.planes]
+    converted = [p.to(dtype) for p in planes.tensors]
     if voxels.bounds is None:
         return one(converted, None)
     objects = [one([p[b : b + 1] for p in converted], voxels.bounds[b]) for b in range(planes.batch)]
     return torch.cat(objects) if objects else one(converted, None)
 
 
-def _point_features(planes: checks.Sampled, points: checks.Points, dtype: torch.dtype) -> Tensor:
+def _point_features(planes: checks.Planes, points: checks.Points, dtype: torch.dtype) -> Tensor:
     """(N, features)"""
     n = points.points.shape[0]
     objects = points.objects
     if objects is None:
         objects = torch.arange(n, device=points.points.device) // max(n // max(planes.batch, 1), 1)
     samples = []
-    for plane, axes in zip(planes.planes, planes.plane_axes, strict=True):
+    for plane, axes in zip(planes.tensors, planes.plane_axes, strict=True):
         rows, columns = plane.shape[2:]
         texels = plane.to(dtype).permute(0, 2, 3, 1).flatten(0, 2)
         r, c = (
@@ -183,21 +183,21 @@ def texel_normals(like: Tensor, stream: int, seed: int) -> Tensor:
     return normals(seed, torch.zeros_like(objects), objects, stream, like[:1].numel()).view(like.shape).float()
 
 
-def with_texel_noise(planes: checks.Sampled, noise: checks.Noise, normals: Any) -> checks.Sampled:
+def with_texel_noise(planes: checks.Planes, noise: checks.Noise, normals: Any) -> checks.Planes:
     """Planes with the noise of their texels, if it is that which is asked for; ``normals``: :func:`texel_normals` or the op."""
     if not noise.std or noise.mode != "texel":
         return planes
-    noisy = [p + (noise.std * normals(p.detach(), 1 + q, noise.seed)).to(p.dtype) for q, p in enumerate(planes.planes)]
-    return planes._replace(planes=noisy)
+    noisy = [p + (noise.std * normals(p.detach(), 1 + q, noise.seed)).to(p.dtype) for q, p in enumerate(planes.tensors)]
+    return planes._replace(tensors=noisy)
 
 
-def _with_point_noise(features: Tensor, planes: checks.Sampled, noise: checks.Noise, number: Tensor, objects: Tensor) -> Tensor:
+def _with_point_noise(features: Tensor, planes: checks.Planes, noise: checks.Noise, number: Tensor, objects: Tensor) -> Tensor:
     """features (n, features of the planes)"""
     if not noise.std or noise.mode != "point":
         return features
     eps = normals(noise.seed, number, objects, 0, planes.features)  # plane by plane
     if planes.reduce == "concat_channel_major":
-        eps = eps.unflatten(1, (len(planes.planes), -1)).mT.flatten(1)
+        eps = eps.unflatten(1, (len(planes.tensors), -1)).mT.flatten(1)
     return features + (noise.std * eps).to(features)
 
 
@@ -239,7 +239,7 @@ def decode(request: checks.Request) -> Tensor:
 
 def loss(request: checks.GridRequest, target: Tensor, objective: checks.Objective) -> Tensor:
     """The volume, the loss of each voxel, their mean."""
-    dtype = torch.float64 if request.planes.planes[0].dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if request.planes.tensors[0].dtype == torch.float64 else torch.float32
     volume = decode(request._replace(mlp=request.mlp._replace(out_dtype=dtype)))
     want = target.to(dtype) / 255 if target.dtype == torch.uint8 else target.to(dtype)
     each = LOSSES[objective.loss](volume, want, objective.beta)

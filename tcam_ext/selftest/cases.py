@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import tcam_ext
-from tcam_ext import checks, library, reference
+from tcam_ext import arguments, checks, library, reference
 from tcam_ext.activations import ACTIVATIONS, OUTPUT_ACTIVATIONS
 from tcam_ext.losses import LOSSES
 from tcam_ext.testing import (
@@ -184,7 +184,7 @@ def check_losses(device: str, loss: str, dtype: torch.dtype) -> Errors:
 def check_output_types(device: str) -> Errors:
     p = make(size=(9, 8, 33)).to(torch.float32, device=device)
     full = p.call(tcam_ext.decode_grid)
-    for dtype in checks.DTYPES:
+    for dtype in arguments.DTYPES:
         differ = (p.call(tcam_ext.decode_grid, out_dtype=dtype) != full.to(dtype)).sum()
         yield f"{dtype_name(dtype)} rounded otherwise than torch does", float(differ), 0.5
 

@@ -301,14 +301,15 @@ def test_bits_do_not_depend_on_threads(formulation, threads):
 
 
 def test_memory_does_not_grow_with_the_points():
-    from tcam_ext.library import Inputs, Points, Sampling, _Call
+    from tcam_ext.library import KernelOptions, KernelPoints, KernelTensors, _Call
 
     p = problems.make(channels=42, texels=(64, 64, 64), widths=(128, 128, 128, 128, 1)).to(torch.float32)
-    options = Sampling(*problems.flat_options(p, "float32")[:10])
+    options = KernelOptions(*problems.flat_options(p, "float32")[:10])
     sizes = []
     for n in (100_000, 3_000_000):
         xyz = torch.empty(n, 3)
-        call = _Call(Inputs(p.planes, p.weights, p.biases), options, Points(xyz, None, None), torch.float32, (True, True))
+        tensors, points = KernelTensors(p.planes, p.weights, p.biases), KernelPoints(xyz, None, None)
+        call = _Call(tensors, options, points, torch.float32, (True, True))
         sizes.append(call._call.workspace(True))
     assert sizes[0] == sizes[1] < 120e6
 
