@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = ROOT / "tests" / "simt"
@@ -20,7 +21,23 @@ skip_where_it_cannot_run = [
     pytest.mark.skipif(CXX is None, reason="no C++ compiler"),
     pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulator's fibers are written for x86-64"),
 ]
-
+#: (order, greedy warps, early copies, seed) of tests/simt/simt.h
+SCHEDULES = {"in order": (0, 0, 0, 1), "reversed, greedy": (1, 1, 0, 1), "shuffled, early copies": (2, 0, 1, 7)}
+#: Problems for the general kernels.
+SHAPES = [
+    dict(channels=5, texels=(4, 5, 6), widths=(37, 21, 3), size=(8, 9, 5), bias=False),
+    dict(channels=3, texels=(3, 4, 5), widths=(9, 2), size=(5, 7, 9), align_corners=True, batch=2),
+    dict(channels=4, texels=(4, 5, 6), widths=(5,), size=(8, 7, 5), padding_mode="zeros"),
+    dict(channels=2, texels=(9, 3, 7), widths=(70, 130, 18), size=(3, 11, 8), padding_mode="zeros"),
+    dict(channels=2, texels=(1, 1, 1), widths=(8, 8, 8, 8, 1), size=(7, 6, 5)),
+]
+#: Planes over any pairs of axes, reductions, paddings and grids, which fused and general kernels share.
+SAMPLINGS = [
+    dict(plane_axes=((0, 1), (0, 2), (0, 2), (1, 2)), reduce="sum", padding_mode="reflection",
+         bounds=[(-1.6, 0.7), (2, -1), (-0.5, 0.4)]),
+    dict(plane_axes=((0, 2), (0, 1)), reduce="mean", padding_mode="zeros", grid="corners", align_corners=True),
+    dict(plane_axes=((1, 2),), padding_mode="border", grid="corners", bounds=[(-0.3, 1.4), (-3, -2), (0.9, -1.2)]),
+]  # fmt: skip
 
 _objects = tempfile.TemporaryDirectory(prefix="tcam-simt-")  # compiled already, by the hash of their preprocessed text
 
@@ -43,6 +60,10 @@ def build(folder: Path, *flags: str, csrc: Path = ROOT / "csrc") -> Path:
     objects = [str(o) for o, _ in compiled]
     subprocess.run([*CXX.split(), *flags, "-shared", *objects, "-o", "simt.so", "-lpthread"], cwd=folder, check=True)
     return folder / "simt.so"
+
+
+def gradients(volume, tensors, grad):
+    return list(torch.autograd.grad(volume, tensors, grad))
 
 
 if __name__ == "__main__":  # python tests/ops/simt.py FOLDER: builds there and prints the library's path

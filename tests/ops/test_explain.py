@@ -1,4 +1,4 @@
-"""explain: what a call would take. test_simt.py compares it with what the CUDA kernels do."""
+"""explain: the kernels that a call would use. test_simt_fused.py compares it with the CUDA kernels that run."""
 
 from __future__ import annotations
 

@@ -18,14 +18,9 @@ from tcam_ext.selftest import cases, volumes
 ROOT = simt.ROOT
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return os.environ.get("TCAM_SIMT_LIBRARY") or simt.build(tmp_path_factory.mktemp("simt"))
-
-
 @pytest.fixture
-def on_emulated_cuda(monkeypatch, library):
-    emulated.replace_kernels(monkeypatch, library)
+def on_emulated_cuda(monkeypatch, simt_library):
+    emulated.replace_kernels(monkeypatch, simt_library)
     monkeypatch.setattr(cases, "on_cuda", lambda device: True)
 
 

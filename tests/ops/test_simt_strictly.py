@@ -15,9 +15,10 @@ pytestmark = [*simt.skip_where_it_cannot_run, pytest.mark.exhaustive, pytest.mar
 
 
 def run_tests(library: Path, selected: str, preload: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """tests/ops/test_simt.py against a library, in a process of its own."""
+    """The tests of test_simt*.py, except this file's, against a library, in a process of their own."""
     env = {**os.environ, "TCAM_SIMT_LIBRARY": str(library), "LD_PRELOAD": preload, **environment}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", selected, "tests/ops/test_simt.py"]
+    files = [f"tests/ops/{name}.py" for name in ("test_simt", "test_simt_fused", "test_simt_points")]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", selected, *files]
     return subprocess.run(command, env=env, cwd=simt.ROOT, capture_output=True, text=True)
 
 
