@@ -36,6 +36,9 @@ from tcam_ext.testing import (  # noqa: F401
 #: Backends that the property tests run on: @pytest.mark.parametrize("device", problems.DEVICES).
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
+#: TCAM-Diff's decoder with small planes and a small volume.
+SMALL_OPERATING_POINT = dict(channels=42, texels=(16, 16, 16), widths=(128, 128, 128, 128, 1), size=(11, 13, 17))
+
 #: Activations with parameters that are not the default.
 PARAMETERS = ["leaky_relu(0.2)", "softplus(3)", "sine(2)", "half_sine(1.5)"]
 OUTPUT_PARAMETERS = ["affine_sigmoid(0.1)", "softplus(-1)", "trunc_exp(-1)"]
