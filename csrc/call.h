@@ -1,4 +1,4 @@
-// The call of a decode as Python sees it: Options (what is not a tensor) and Call (the tensors and the problem, checked).
+// A decode as Python calls it: Options (the arguments that are not tensors) and Call (the tensors and the problem, checked).
 // Call compares every pointer that a kernel gets with the shapes that the kernel reads, so that no argument from Python,
 // however wrong, makes a kernel read or write outside its tensors.
 #pragma once
@@ -266,7 +266,7 @@ class Call {
   void take_grid(py::handle bounds, const Options& o) {
     if (o.size.size() != 3 || o.box.size() != 6) throw py::value_error("size: expected 3 numbers; box: expected 6");
     if (p_.axes != 3) throw py::value_error("axes: expected 3 for a grid");
-    if (!p_.layers) throw py::value_error("weights: expected a layer");
+    if (!p_.layers) throw py::value_error("weights: expected at least one layer");
     p_.points = -1;
     for (int a = 0; a < 3; ++a) {
       p_.size[a] = o.size[a];
@@ -288,9 +288,9 @@ class Call {
       if (p_.dtype == TCAM_F32 && (t.shape[2] > 1 << 24 || t.shape[3] > 1 << 24))
         throw py::value_error("planes: points take up to 2^24 texels an axis in float32");
     p_.points = points_.shape[0];
-    if (p_.points && !p_.batch) throw py::value_error("points: expected none without planes");
+    if (p_.points && !p_.batch) throw py::value_error("points: expected none for an empty batch");
     if (objects.is_none()) {
-      if (p_.batch && p_.points % p_.batch) throw py::value_error("points: expected as many for each object");
+      if (p_.batch && p_.points % p_.batch) throw py::value_error("points: expected the same number for each object");
       return;
     }
     objects_ = Tensor(objects, "batch_index");
@@ -358,12 +358,12 @@ class Call {
         return t.data;
       };
       if (grad_planes.size() != (p.grad_planes ? c.planes_.size() : 0))
-        throw py::value_error("grad_planes: expected one for each plane where they are wanted");
+        throw py::value_error("grad_planes: expected a tensor for each plane, or none if they are not wanted");
       for (size_t q = 0; q < grad_planes.size(); ++q)
         planes.push_back(tensor(grad_planes[q], "grad_planes[" + std::to_string(q) + "]", c.planes_[q], false));
       const size_t layers = c.weights_.size();
       if (grad_decoder.size() != (p.grad_decoder ? 2 * layers : 0))
-        throw py::value_error("grad_decoder: expected one for each weight, then each bias, where they are wanted");
+        throw py::value_error("grad_decoder: expected one for each weight, then each bias, or none if they are not wanted");
       for (size_t l = 0; l < grad_decoder.size(); ++l) {
         const bool weight = l < layers;
         const Tensor& like = weight ? c.weights_[l] : c.biases_[l - layers];
