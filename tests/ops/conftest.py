@@ -1,4 +1,4 @@
-"""The CUDA kernels on the emulator of tests/simt, built once for all tests that ask for them."""
+"""The CUDA kernels on the emulator of tests/simt, built once for all tests."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ def kernels(simt_library):
 
 @pytest.fixture
 def schedule(kernels):
-    """Sets the order in which threads and blocks run, which must not change a result."""
+    """Set the order in which threads and blocks run, which must not change a result."""
     yield lambda name: kernels.library.simt_schedule(*simt.SCHEDULES[name], 2)
     kernels.library.simt_schedule(*simt.SCHEDULES["in order"], 2)

@@ -28,13 +28,13 @@ ISAS = [isa for isa in ("portable", "avx2", "avx512", "avx512bf16")]
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("padding_mode", ["border", "zeros"])
 def test_reference_samples_as_grid_sample_does(align_corners, padding_mode):
-    """The reference is the definition; torch's grid_sample is the definition's definition."""
+    """The ops are defined by the reference, and its sampling by torch's grid_sample."""
     p = problems.make(channels=3, texels=(4, 7, 5), widths=(9,), size=(6, 5, 11), align_corners=align_corners,
                       padding_mode=padding_mode)  # fmt: skip
     p.weights[0], p.biases[0] = (
         torch.eye(9, dtype=torch.float64),
         None,
-    )  # one layer, identity: the features themselves
+    )  # one identity layer, which returns the features
     axes = [(torch.arange(n, dtype=torch.float64) + 0.5) / n * 2 - 1 for n in p.size]
     x, y, z = torch.meshgrid(*axes, indexing="ij")
     want = [
@@ -74,7 +74,7 @@ def test_gradients_equal_the_float64_reference(device, p, dtype):
 @pytest.mark.parametrize("widths", [(128, 128, 128, 128, 1), (256, 200, 16), (256, 256, 256, 256, 256, 3), (131, 17, 1)])
 @pytest.mark.parametrize("device", problems.DEVICES)
 def test_wide_decoders(device, activation, widths):
-    """The operating point, the widest decoder, and widths that no vector divides."""
+    """The operating point, the widest decoder, and widths that are not multiples of a vector."""
     p = problems.make(channels=42, texels=(8, 9, 10), widths=widths, size=(7, 11, 13), activation=activation)
     exact, mine = p.to(torch.float64, requires_grad=True), p.to(torch.float32, requires_grad=True, device=device)
     out, trusted = problems.masked_reference(exact)
@@ -109,7 +109,7 @@ def test_gradcheck(device, activation, output_activation):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("device", problems.DEVICES)
 def test_half_tensors(device, dtype):
-    """Half inputs are widened: the error is that of rounding the inputs and the output."""
+    """Half inputs are widened, so that the only errors are those of rounding the inputs and the output."""
     p = problems.make(**problems.SMALL_OPERATING_POINT).to(dtype, requires_grad=True, device=device)
     got = p.call(tcam_ext.decode_grid)
     assert got.dtype == dtype
@@ -159,7 +159,7 @@ def test_nan_and_infinity_reach_the_output():
 @pytest.mark.slow
 @pytest.mark.skipif(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") < 12 * 2**30, reason="needs 12 GiB of memory")
 def test_more_than_two_to_the_31_elements():
-    """2.2e9 voxels of a one-layer decoder in bfloat16: 64-bit offsets in the kernel."""
+    """2.2e9 voxels of a one-layer decoder in bfloat16 need 64-bit offsets in the kernel."""
     p = problems.make(channels=1, texels=(2, 2, 2), widths=(1,), size=(1304, 1304, 1304), bias=False).to(torch.bfloat16)
     out = p.call(tcam_ext.decode_grid)
     assert out.numel() > 2**31
@@ -186,7 +186,7 @@ def test_a_box_is_the_same_part_of_the_whole_bit_for_bit(device, p, data):
 
 @pytest.mark.parametrize("device", problems.DEVICES)
 def test_boxes_add_up_to_the_gradient_of_the_whole(device):
-    """Linearity of backward in the volume: the gradients of disjoint boxes sum to that of the whole."""
+    """Backward is linear in grad_output: the gradients of disjoint boxes sum to that of the whole."""
     p = problems.make(size=(12, 10, 9)).to(torch.float64, True, device)
     grad = torch.randn(1, 2, 12, 10, 9, dtype=torch.float64, device=device)
     want = torch.autograd.grad(p.call(tcam_ext.decode_grid), p.tensors, grad)
@@ -204,7 +204,7 @@ def test_boxes_add_up_to_the_gradient_of_the_whole(device):
 
 
 def test_a_volume_of_several_slabs_is_the_sum_of_its_parts():
-    """Wide enough that backward walks five slabs of x; each part fits one."""
+    """Large enough that backward takes five slabs of x; each part fits in one."""
     p = problems.make(channels=3, texels=(20, 9, 9), widths=(256, 2), size=(120, 64, 64), activation="silu")
     p = p.to(torch.float32, requires_grad=True)
     whole = p.call(tcam_ext.decode_grid)

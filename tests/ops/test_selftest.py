@@ -1,4 +1,4 @@
-"""``python -m tcam_ext.selftest``: its cases hold on the emulated CUDA kernels too, and it tells what is wrong."""
+"""``python -m tcam_ext.selftest``: its cases pass on the emulated CUDA kernels, and it reports wrong kernels."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def marked(function):
 
 @marked
 def test_every_case_on_the_emulated_kernels(on_emulated_cuda):
-    """What a card will be asked: no limit is one that right kernels miss."""
+    """The cases that run on a GPU: correct kernels stay within every limit."""
     kinds = set()
     for name, case in cases.all_cases("cpu", tiny=True).items():
         torch.manual_seed(0)
@@ -56,7 +56,7 @@ def test_the_checks_of_a_large_volume_on_the_emulated_kernels(on_emulated_cuda):
 
 @pytest.mark.parametrize("fault", ["a slab is skipped", "a slab is counted twice"])
 def test_the_sums_of_gradients_show_a_part_that_is_missing(monkeypatch, fault):
-    """On the CPU's kernels, whose gradients are spoiled at voxels that are not among the random ones."""
+    """On the CPU kernels, with gradients spoiled at voxels other than the random ones."""
     torch.manual_seed(0)
     p = testing.make(**{**volumes.OPERATING_POINT, "channels": 4}, size=(24, 24, 24))
     real = torch.autograd.grad
@@ -68,12 +68,12 @@ def test_the_sums_of_gradients_show_a_part_that_is_missing(monkeypatch, fault):
         return real(outputs, inputs, grad_outputs, **options)
 
     monkeypatch.setattr(torch.autograd, "grad", spoiled)
-    found = {part: error < limit for part, error, limit in volumes.LargeVolume(p, "cpu", torch.float32).all()}
-    assert not found["sums of all gradients"]
+    passed = {part: error < limit for part, error, limit in volumes.LargeVolume(p, "cpu", torch.float32).all()}
+    assert not passed["sums of all gradients"]
 
 
 def run(tmp_path, *arguments, fault="", status=0):
-    """The command, with a fault planted into its processes."""
+    """Run the command with a fault planted in its processes."""
     (tmp_path / "sitecustomize.py").write_text(fault)
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     command = [sys.executable, "-m", "tcam_ext.selftest", "--device", "cpu", *arguments, "--jsonl", str(tmp_path / "out.jsonl")]

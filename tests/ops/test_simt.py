@@ -42,10 +42,10 @@ def test_values_and_gradients(kernels, shape, activation, dtype):
 def test_planes_and_grids_of_other_projects(kernels, sampling, compute):
     p = problems.make(channels=4, texels=(4, 5, 6), widths=(40, 33, 2), size=(6, 5, 34), batch=2, **sampling)
     p32 = p.to(torch.float32)
-    if compute:  # the fused kernels; their masks are their own
+    if compute:  # the fused kernels, which have their own relu masks
         want = p.call(reference.decode_grid)
         assert problems.relative(kernels.forward(p32, compute), want) < problems.FORWARD_LIMIT["bfloat16"]
-        p.options["activation"], compute = "tanh", 5  # and TensorFloat-32
+        p.options["activation"], compute = "tanh", 5  # with TensorFloat-32
         p32 = p.to(torch.float32)
     exact = p.to(torch.float64, requires_grad=True)
     out, trusted = problems.masked_reference(exact)
@@ -56,11 +56,11 @@ def test_planes_and_grids_of_other_projects(kernels, sampling, compute):
     assert problems.gradient_error(kernels.backward(p32, grad.float(), compute), want) < problems.GRADIENT_LIMIT[limit]
 
 
-@pytest.mark.parametrize("shape", SHAPES[:4], ids=IDS[:4])  # the fifth is constant: its rounding does not average out
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=IDS[:4])  # the fifth is constant: its errors do not average out
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 @pytest.mark.parametrize("compute", [5, 3, 2], ids=["tf32", "bfloat16", "float16"])
 def test_tensor_floats(kernels, shape, activation, compute):
-    """TensorFloat-32 products, which also stand in for those of bfloat16 and float16 where no fused kernel serves."""
+    """TensorFloat-32 products, which also replace those of bfloat16 and float16 if no fused kernel serves."""
     p = problems.make(**{**shape, "widths": (*shape["widths"][:-1], 5)}, activation=activation, output_activation="sigmoid")
     exact = p.to(torch.float64, requires_grad=True)
     out, trusted = problems.masked_reference(exact, problems.round_tensor_float, margin=1e-4)
@@ -68,7 +68,7 @@ def test_tensor_floats(kernels, shape, activation, compute):
     got = kernels.forward(mine, compute)
     error = problems.relative(got, p.call(reference.decode_grid))
     assert error < problems.FORWARD_LIMIT["tf32"]
-    assert error > 1e-5 or len(shape["widths"]) < 3  # with no hidden products there is nothing to round
+    assert error > 1e-5 or len(shape["widths"]) < 3  # without hidden products nothing is rounded
     grad = torch.randn_like(out) * trusted
     want = gradients(out, exact.tensors, grad)
     assert (

@@ -32,12 +32,12 @@ def test_the_fused_kernel_equals_its_mirror(kernels, device, shape, dtype):
     assert problems.relative(got, problems.fused_mirror(p32, HALF[dtype])[-1].sigmoid().movedim(-1, 1).double()) < 1e-3
     full = p.call(reference.decode_grid)
     error = problems.relative(got, full)
-    assert 1e-6 < error < 1e-2  # not zero: the general path, in float32, did not take it
+    assert 1e-6 < error < 1e-2  # not zero, so the general kernels in float32 did not run
 
 
 @pytest.mark.parametrize("dtype", sorted(HALF))
 def test_the_last_layer_loses_nothing_of_its_weights(kernels, dtype):
-    """With activations that a half format holds exactly, what remains is the last layer's weight as high and low halves."""
+    """With activations that are exact in the half dtype, the only error is that of the last weight as high and low halves."""
     p = problems.make(channels=2, texels=(1, 1, 1), widths=(16, 16, 3), size=(3, 4, 40), bias=False)
     p.planes = [torch.randint(-2, 3, q.shape).double() for q in p.planes]
     p.weights[0] = torch.randint(0, 4, p.weights[0].shape).double()
@@ -82,7 +82,7 @@ def test_fused_gradients(kernels, shape, dtype, tile):
     p32, compute = p.to(torch.float32), raw.DTYPES[HALF[dtype]]
     got = kernels.backward(p32, grad.float(), compute, tile=tile)
     error = problems.gradient_error(got, want)
-    assert 1e-5 < error < 1e-2  # not zero: the general kernels, in float32, did not take it
+    assert 1e-5 < error < 1e-2  # not zero, so the general kernels in float32 did not run
     for grads in ((True, False), (False, True)):
         chosen = got[:3] if grads[0] else got[3:]
         some = kernels.backward(p32, grad.float(), compute, tile=tile, grads=grads)
@@ -94,7 +94,7 @@ def test_fused_gradients(kernels, shape, dtype, tile):
 def test_fused_losses(kernels, shape, loss, per_object):
     p = problems.make(**shape, output_activation="sigmoid")
     exact, out, _ = problems.fused_reference(p, torch.bfloat16)
-    # A difference of order one: mse's gradient is proportional to it, l1's jumps where it is zero.
+    # A difference of order one, as mse's gradient is proportional to it, and l1's jumps where it is zero.
     target = (out.detach() + torch.randn_like(out).sign() * (1 + torch.rand_like(out))).float()
     each = LOSSES[loss](out, target.double(), 0.01).flatten(1).sum(1)
     losses, *got = kernels.loss(p.to(torch.float32), target, loss, 0.01, per_object, 3)
@@ -113,7 +113,7 @@ def test_fused_losses(kernels, shape, loss, per_object):
 @pytest.mark.parametrize("shape", FUSED_BACKWARD, ids=[str(s["widths"]) for s in FUSED_BACKWARD])
 @pytest.mark.parametrize("dtype", sorted(HALF))
 def test_fused_losses_equal_decode_then_loss_then_backward(kernels, shape, dtype):
-    """As test_decode_grid_loss.py has it on a card: the forward kernel and the head of the backward agree."""
+    """The forward kernel and the head of the backward agree, as on a GPU in test_decode_grid_loss.py."""
     p, compute = problems.make(**shape, output_activation="sigmoid").to(torch.float32), raw.DTYPES[HALF[dtype]]
     volume = kernels.forward(p, compute).requires_grad_()
     target = torch.rand_like(volume)
@@ -129,7 +129,7 @@ def test_fused_losses_equal_decode_then_loss_then_backward(kernels, shape, dtype
 def test_a_launch_that_fails_is_an_error_and_no_reason_for_other_kernels(kernels):
     p = problems.make(**FUSED_BACKWARD[0]).to(torch.float32)
     for call in (lambda: kernels.forward(p, 3), lambda: kernels.backward(p, torch.ones(1, 1, *p.size), 3)):
-        kernels.library.simt_fail(9)  # cudaErrorInvalidConfiguration, which once meant: too little shared memory
+        kernels.library.simt_fail(9)  # cudaErrorInvalidConfiguration, once taken for too little shared memory
         with pytest.raises(RuntimeError, match="status 9"):
             call()
 
@@ -137,14 +137,14 @@ def test_a_launch_that_fails_is_an_error_and_no_reason_for_other_kernels(kernels
 @pytest.mark.parametrize("shared", [99, 163, 227])
 @pytest.mark.parametrize("shape", [*FUSED_FORWARD, *SHAPES[:2]], ids=lambda s: str(s["widths"]))
 def test_the_explanation_is_what_happens(kernels, shape, shared):
-    """Said to be fused exactly where the bits are not those of the general kernels."""
+    """Explained as fused exactly if the bits differ from those of the general kernels."""
     p = problems.make(**shape).to(torch.float32)
     grad = torch.randn(p.planes[0].shape[0], p.weights[-1].shape[0], *p.size)
     kernels.library.simt_device(shared << 10, 2)
     try:
         values = torch.equal(kernels.forward(p, 3), kernels.forward(p, 5))
-        found = zip(kernels.backward(p, grad, 3), kernels.backward(p, grad, 5), strict=True)
-        gradients = all(torch.equal(a, b) for a, b in found)
+        pairs = zip(kernels.backward(p, grad, 3), kernels.backward(p, grad, 5), strict=True)
+        gradients = all(torch.equal(a, b) for a, b in pairs)
     finally:
         kernels.library.simt_device(227 << 10, 2)
     for output, general in ((0, values), (2, gradients)):
@@ -166,7 +166,7 @@ def test_fused_gradients_under_every_schedule(kernels, schedule, shape):
 
 @pytest.mark.parametrize("exponent", [-40, 30])
 def test_fused_float16_gradients_do_not_underflow(kernels, exponent):
-    """grad_output times a power of two gives the gradients times it: in float16, whose smallest number is 2^-24."""
+    """grad_output times a power of two gives the gradients times that power, even in float16 (least number 2^-24)."""
     p = problems.make(**FUSED_BACKWARD[0]).to(torch.float32)
     grad = torch.randn(1, 1, *p.size)
     want = [g * 2.0**exponent for g in kernels.backward(p, grad, 2)]
@@ -175,7 +175,7 @@ def test_fused_float16_gradients_do_not_underflow(kernels, exponent):
 
 @pytest.mark.parametrize("shape", FUSED_BACKWARD[:2], ids=[str(s["widths"]) for s in FUSED_BACKWARD[:2]])
 def test_fused_float16_gradients_below_a_small_last_layer(kernels, shape):
-    """What goes back through it is small in every layer below; float16 must not lose it."""
+    """The gradients of all layers below it are small, and float16 must not lose them."""
     p = problems.make(**shape)
     p.weights[-1] *= 1e-4
     exact, out, trusted = problems.fused_reference(p, torch.float16)
@@ -190,7 +190,7 @@ def test_fused_float16_gradients_below_a_small_last_layer(kernels, shape):
 
 
 def test_fused_float16_mse_of_an_output_far_from_its_target(kernels):
-    """Such differences are slopes of mse: scaled as those of a bounded output are, they would overflow float16."""
+    """The slope of mse is the difference: scaled as for a bounded output, it would overflow float16."""
     p = problems.make(**FUSED_BACKWARD[0])
     p.biases[-1] += 1000.0
     exact, out, _ = problems.fused_reference(p, torch.float16)
@@ -205,15 +205,15 @@ def test_fused_float16_mse_of_an_output_far_from_its_target(kernels):
     [(3, False, 0.5e9), (3, True, 2e9), (2, True, 2e9), (5, False, 0.9e9), (5, True, 2e9), (0, False, 0.9e9), (0, True, 2e9)],
 )
 def test_the_workspace_at_512(kernels, capsys, compute, backward, limit):
-    """Above inputs and outputs, at the operating point, without and with point noise; what test_cuda.py measures on a card."""
+    """Memory beyond inputs and outputs at the operating point, with and without point noise; on a GPU see test_cuda.py."""
     p = problems.make(channels=42, texels=(64, 64, 64), widths=(128, 128, 128, 128, 1), size=(512, 512, 512)).to(torch.float32)
     for noise_std in (0.0, 0.32):
         p.options |= {"noise_std": noise_std}
-        found = kernels.workspace(p, compute, backward)
+        size = kernels.workspace(p, compute, backward)
         with capsys.disabled():
             what = f"compute {compute}, backward {backward}, noise {noise_std}"
-            print(f"\n[workspace at 512^3, {what}: {found / 1e9:.2f} GB]", end="")
-        assert found < limit
+            print(f"\n[workspace at 512^3, {what}: {size / 1e9:.2f} GB]", end="")
+        assert size < limit
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
@@ -235,7 +235,7 @@ def test_fused_targets_of_every_dtype(kernels, dtype):
 
 
 def test_fused_bfloat16_gradients_are_as_good_as_torchs_own(kernels, capsys):
-    """Unmasked: see test_emulated.py."""
+    """The unmasked error, as in test_emulated.py."""
     p = problems.make(channels=12, texels=(6, 7, 8), widths=(128, 128, 128, 1), size=(6, 8, 32))
     exact = p.to(torch.float64, requires_grad=True)
     grad = torch.randn(1, 1, *p.size, dtype=torch.float64)

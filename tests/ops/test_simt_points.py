@@ -27,33 +27,35 @@ POINTS = [
 ]  # fmt: skip
 
 
-def point_case(shape, extra=0, n=301):
+def point_case(shape, extra_channels=0, n=301):
     p = problems.make(channels=4, texels=(4, 5, 6), **shape)
-    if extra:
-        p.weights[0] = torch.cat((p.weights[0], torch.randn(p.weights[0].shape[0], extra, dtype=torch.float64)), 1)
+    if extra_channels:
+        columns = torch.randn(p.weights[0].shape[0], extra_channels, dtype=torch.float64)
+        p.weights[0] = torch.cat((p.weights[0], columns), 1)
     batch = p.planes[0].shape[0]
     xyz = torch.rand(n, 3, dtype=torch.float64) * 3 - 1.5
-    return p, xyz, torch.randint(0, batch, (n,)), torch.randn(n, extra, dtype=torch.float64) if extra else None
+    extra = torch.randn(n, extra_channels, dtype=torch.float64) if extra_channels else None
+    return p, xyz, torch.randint(0, batch, (n,)), extra
 
 
 @pytest.mark.parametrize("shape", POINTS, ids=lambda s: str(s["widths"]))
 @pytest.mark.parametrize("formulation", [0, 1, 2])
-@pytest.mark.parametrize("extra", [0, 3])
-def test_points(kernels, shape, formulation, extra):
+@pytest.mark.parametrize("extra_channels", [0, 3])
+def test_points(kernels, shape, formulation, extra_channels):
     if formulation == 1 and shape.get("reduce") == "prod":
         pytest.skip("a product is not projected")
-    p, xyz, objects, own = point_case(shape, extra)
-    inputs = [t.requires_grad_() for t in [*p.tensors, xyz, *([own] if extra else [])]]
-    want = reference.decode_points(p.planes, p.weights, p.biases, xyz, batch_index=objects, extra=own, **p.options)
+    p, xyz, objects, extra = point_case(shape, extra_channels)
+    inputs = [t.requires_grad_() for t in [*p.tensors, xyz, *([extra] if extra_channels else [])]]
+    want = reference.decode_points(p.planes, p.weights, p.biases, xyz, batch_index=objects, extra=extra, **p.options)
     mine = p.to(torch.float64)
-    arguments = dict(objects=objects, extra=None if own is None else own.detach(), formulation=formulation)
+    arguments = dict(objects=objects, extra=None if extra is None else extra.detach(), formulation=formulation)
     grad = torch.randn_like(want)
-    wanted = gradients(want, inputs, grad)
+    want_grads = gradients(want, inputs, grad)
     for tile in (0, 70):  # several waves
         (got,) = kernels.points(mine, xyz.detach(), **arguments, tile=tile)
         assert problems.relative(got, want) < 1e-12
-        found = kernels.points(mine, xyz.detach(), grad, **arguments, tile=tile)
-        assert problems.gradient_error(found, wanted) < 1e-10
+        grads = kernels.points(mine, xyz.detach(), grad, **arguments, tile=tile)
+        assert problems.gradient_error(grads, want_grads) < 1e-10
 
 
 @pytest.mark.parametrize("shape", POINTS, ids=lambda s: str(s["widths"]))
@@ -66,8 +68,8 @@ def test_samples_of_points(kernels, shape):
     (got,) = kernels.points(mine, where, objects=objects, layers=False)
     assert problems.relative(got, want) < 1e-12
     grad = torch.randn_like(want)
-    found = kernels.points(mine, where, grad, objects=objects, layers=False, tile=70)
-    assert problems.gradient_error(found, gradients(want, inputs, grad)) < 1e-10
+    grads = kernels.points(mine, where, grad, objects=objects, layers=False, tile=70)
+    assert problems.gradient_error(grads, gradients(want, inputs, grad)) < 1e-10
 
 
 def test_normals_have_the_bits_of_the_cpu(kernels):
@@ -88,10 +90,10 @@ def test_noise_and_extra_features_of_a_grid(kernels, shape, dtype):
     want = exact.call(reference.decode_grid)
     assert problems.relative(kernels.forward(mine), want) < problems.FORWARD_LIMIT["float32"]
     grad = torch.randn_like(want)
-    wanted = gradients(want, [*exact.tensors, extra], grad)
+    want_grads = gradients(want, [*exact.tensors, extra], grad)
     for tile in (0, 40):
-        found = kernels.backward(mine, grad.to(dtype), tile=tile)
-        assert problems.gradient_error(found, wanted) < problems.GRADIENT_LIMIT["float32"]
+        grads = kernels.backward(mine, grad.to(dtype), tile=tile)
+        assert problems.gradient_error(grads, want_grads) < problems.GRADIENT_LIMIT["float32"]
 
 
 def test_a_box_has_the_noise_of_the_whole_bit_for_bit(kernels):
@@ -123,12 +125,12 @@ POINT_IDS = [f"{dtype}-{s['widths']}" for dtype, s in POINT_SHAPES]
 @pytest.mark.parametrize(("dtype", "shape"), POINT_SHAPES, ids=POINT_IDS)
 @pytest.mark.parametrize("formulation", [1, 2])
 def test_fused_points(kernels, shape, dtype, formulation):
-    """At the voxels of a grid, whose mirror tells masks from errors; waves that 32 does not divide, and one of less than 32."""
+    """At the voxels of a grid, for which there is a mirror. Also waves that are no multiples of 32, and one of under 32."""
     p = problems.make(**shape, output_activation="sigmoid")
     exact, half = p.to(torch.float64, requires_grad=True), HALF[dtype]
     mirror = problems.fused_points_mirror(p.to(torch.float32), half, projected=formulation == 1)
     out, trusted = problems.masked_reference(exact, margin=1e-4, preactivations=mirror)
-    grad = torch.rand_like(out) * trusted  # of one sign: a bias's gradient must not cancel
+    grad = torch.rand_like(out) * trusted  # positive, so that a bias's gradient does not cancel
     want = gradients(out, exact.tensors, grad)
     batch, n_out = out.shape[:2]
     xyz = voxel_centres(p.size).repeat(batch, 1)
@@ -140,8 +142,8 @@ def test_fused_points(kernels, shape, dtype, formulation):
         got = got.view(batch, -1, n_out).mT.double()
         assert 1e-6 < problems.relative(got, p.call(reference.decode_grid).flatten(2)) < 1e-2
         assert problems.relative(got, mirror[-1].sigmoid().flatten(1, 3).mT.double()) < 1e-3
-        *found, _ = kernels.points(p32, xyz, rows, **options)
-        assert 1e-5 < problems.gradient_error(found, want) < 1e-2
+        *grads, _ = kernels.points(p32, xyz, rows, **options)
+        assert 1e-5 < problems.gradient_error(grads, want) < 1e-2
 
 
 @pytest.mark.parametrize("kind", ["extra", "extra, projected", "noise", "prod"])
@@ -159,15 +161,15 @@ def test_fused_grids_that_go_point_by_point(kernels, shape, dtype, kind):
     out, trusted = problems.masked_reference(exact, margin=1e-4, preactivations=mirror)
     p32, compute = p.to(torch.float32), raw.DTYPES[half]
     assert 1e-6 < problems.relative(kernels.forward(p32, compute), p.call(reference.decode_grid)) < 1e-2
-    grad = torch.rand_like(out) * trusted  # of one sign, as the differences below: a bias's gradient must not cancel
+    grad = torch.rand_like(out) * trusted  # positive, as the differences below, so that a bias's gradient does not cancel
     want = list(torch.autograd.grad(out, exact.tensors, grad, retain_graph=True))
     target = out.detach() + 1 + torch.rand_like(out)
     each = LOSSES["mse"](out, target, 0.3).flatten(1).sum(1)
     of_each = torch.autograd.grad(each.sum(), exact.tensors)
     decoder = range(len(p.planes), len(p.tensors))
     for tile in (300,) if kind != "noise" else (0, 300):
-        found = kernels.backward(p32, grad.float(), compute, tile=tile)
-        assert 1e-5 < problems.gradient_error(found[: len(want)], want) < 1e-2
+        grads = kernels.backward(p32, grad.float(), compute, tile=tile)
+        assert 1e-5 < problems.gradient_error(grads[: len(want)], want) < 1e-2
         losses, *of_losses = kernels.loss(p32, target.float(), "mse", compute=compute, per_object=True, tile=tile)
         assert problems.relative(losses, each) < 1e-2
         of_losses = [g.sum(0) if i in decoder else g for i, g in enumerate(of_losses)]
@@ -195,30 +197,30 @@ def test_a_product_of_planes_on_a_grid(kernels):
     each = (want - target).square().flatten(1).sum(1)
     of_losses = list(torch.autograd.grad(each.sum(), exact.tensors, retain_graph=True))
     assert problems.gradient_error(kernels.backward(p, grad, tile=60), gradients(want, exact.tensors, grad)) < 1e-10
-    losses, *found = kernels.loss(p, target, "mse", per_object=True)
+    losses, *grads = kernels.loss(p, target, "mse", per_object=True)
     torch.testing.assert_close(losses, each.detach())
-    summed = [g.sum(0) if i >= len(p.planes) else g for i, g in enumerate(found)]
+    summed = [g.sum(0) if i >= len(p.planes) else g for i, g in enumerate(grads)]
     assert problems.gradient_error(summed, of_losses) < 1e-10
 
 
 @pytest.mark.parametrize("formulation", [1, 2])
 def test_gradients_of_points_have_one_value(kernels, schedule, formulation):
-    """Atomic additions of integers: the same bits in whichever order they happen."""
-    p, xyz, objects, own = point_case(POINTS[0], 2, n=900)
-    p, arguments = p.to(torch.float32), dict(objects=objects, extra=own.float(), formulation=formulation, compute=5)
+    """Atomic additions of integers give the same bits in any order."""
+    p, xyz, objects, extra = point_case(POINTS[0], 2, n=900)
+    p, arguments = p.to(torch.float32), dict(objects=objects, extra=extra.float(), formulation=formulation, compute=5)
     grad = torch.randn(900, 2)
-    found = []
+    runs = []
     for name in SCHEDULES:
         schedule(name)
-        found.append(kernels.points(p, xyz.float(), grad, **arguments))
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+        runs.append(kernels.points(p, xyz.float(), grad, **arguments))
+    assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
     exact = p.to(torch.float64, True)
-    where, mine = xyz.float().double().requires_grad_(), own.float().double().requires_grad_()
+    xyz, extra = xyz.float().double().requires_grad_(), extra.float().double().requires_grad_()
     want = reference.decode_points(
-        exact.planes, exact.weights, exact.biases, where, batch_index=objects, extra=mine, **p.options
+        exact.planes, exact.weights, exact.biases, xyz, batch_index=objects, extra=extra, **p.options
     )
-    wanted = gradients(want, [*exact.tensors, where, mine], grad.double())
-    assert problems.gradient_error(found[0], wanted) < problems.GRADIENT_LIMIT["tf32"]
+    want_grads = gradients(want, [*exact.tensors, xyz, extra], grad.double())
+    assert problems.gradient_error(runs[0], want_grads) < problems.GRADIENT_LIMIT["tf32"]
 
 
 def test_points_without_an_object_and_gradients_that_are_not_finite(kernels):
@@ -234,8 +236,8 @@ def test_points_without_an_object_and_gradients_that_are_not_finite(kernels):
     assert torch.equal(got[keep], want[keep])
     grad = torch.ones(40, 2)
     grad[5, 0] = float("inf")
-    found = kernels.points(p32, where, grad, objects=objects)
-    assert not any(g.isfinite().all() for g in found[:3])
+    grads = kernels.points(p32, where, grad, objects=objects)
+    assert not any(g.isfinite().all() for g in grads[:3])
 
 
 @pytest.mark.parametrize("options", [

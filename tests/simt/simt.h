@@ -324,16 +324,16 @@ inline void launch(Index grid, Index block, size_t shared_bytes, const std::func
   while (static_cast<int>(machines.size()) < workers) machines.emplace_back(new Machine);
   auto work = [&](int worker) {
     Unwatched u;
-    Machine& own = *machines[worker];
-    machine = &own;
-    own.grid = grid;
-    own.block = block;
-    own.shared_limit = shared_bytes;
-    own.body = &body;
+    Machine& m = *machines[worker];
+    machine = &m;
+    m.grid = grid;
+    m.block = block;
+    m.shared_limit = shared_bytes;
+    m.body = &body;
     for (uint64_t n; (n = next++) < blocks;) {
       const uint64_t b = schedule.order == Order::forward ? n : blocks - 1 - n;
-      own.block_index = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / (uint64_t(grid.x) * grid.y))};
-      own.run_block();
+      m.block_index = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / (uint64_t(grid.x) * grid.y))};
+      m.run_block();
     }
     machine = nullptr;
   };
