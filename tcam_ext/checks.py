@@ -15,7 +15,6 @@ from torch import Tensor
 
 from tcam_ext import _C, activations, arguments, library
 from tcam_ext.losses import LOSSES
-from tcam_ext.options import PLANE_AXES as PLANE_AXES
 from tcam_ext.options import Decoding, Options, resolve
 
 PADDING_MODES = _C.paddings

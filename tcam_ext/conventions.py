@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tcam_ext.checks import PLANE_AXES
+from tcam_ext.options import PLANE_AXES
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tcam_ext import activations, checks, reference
+from tcam_ext import activations, reference
+from tcam_ext.options import PLANE_AXES
 
 FORWARD_LIMIT = {"float64": 1e-12, "float32": 1e-5, "tf32": 1e-3, "bfloat16": 1e-2}
 GRADIENT_LIMIT = {"float64": 1e-11, "float32": 1e-4, "tf32": 1e-3, "bfloat16": 1e-2}
@@ -74,7 +75,7 @@ def make(
     **options: Any,
 ) -> Problem:
     """A random problem in float64, with activations of order one in every layer."""
-    axes = options.get("plane_axes", checks.PLANE_AXES)
+    axes = options.get("plane_axes", PLANE_AXES)
     planes = [torch.randn(batch, channels, *(texels[a] for a in pair), dtype=torch.float64) for pair in axes]
     if options.get("reduce") == "prod":  # a product of five normals reaches 50, after which an exp has no relative accuracy
         planes = [p.sign() * (0.5 + 0.5 * p.abs().tanh()) for p in planes]
@@ -86,7 +87,7 @@ def make(
 
 def features(channels: int, options: dict[str, Any]) -> int:
     """The number of features of the planes that the first layer reads."""
-    planes = len(options.get("plane_axes", checks.PLANE_AXES))
+    planes = len(options.get("plane_axes", PLANE_AXES))
     return channels * planes if options.get("reduce", "concat").startswith("concat") else channels
 
 
