@@ -23,7 +23,7 @@ from torch import Tensor
 
 import tcam_ext
 from tcam_ext import library
-from tcam_ext.checks import PLANE_AXES
+from tcam_ext.options import PLANE_AXES
 
 CHUNK = 2**15
 WHATS = ("forward", "forward+backward", "and xyz")

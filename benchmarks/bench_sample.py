@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tcam_ext
-from tcam_ext.checks import PLANE_AXES
+from tcam_ext.options import PLANE_AXES
 
 Run = Callable[[], list[Tensor]]
 

@@ -27,7 +27,7 @@ except ModuleNotFoundError:  # built in place and not installed
     sys.path[:0] = [str(ROOT), str(ROOT / "python")]
     import tcam_ext
 from tcam_ext import _C, library  # noqa: E402
-from tcam_ext.selftest import seconds, timed  # noqa: E402
+from tcam_ext.selftest.volumes import seconds, timed  # noqa: E402
 
 
 def commit() -> str:

@@ -11,7 +11,7 @@ import harness
 import torch
 
 import tcam_ext
-from tcam_ext.selftest import OPERATING_POINT
+from tcam_ext.selftest.volumes import OPERATING_POINT
 from tcam_ext.testing import make
 
 

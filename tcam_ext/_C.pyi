@@ -1,4 +1,4 @@
-"""The compiled module (csrc/bindings.cpp)."""
+"""The compiled module (csrc/bindings.cpp, csrc/call.h)."""
 
 from collections.abc import Sequence
 from typing import Any

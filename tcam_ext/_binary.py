@@ -16,11 +16,11 @@ _NAME = "tcam_ext._C"
 
 
 def load(torch: Any) -> None:
-    """Import ``tcam_ext._C``, compare its version with this package's, and hand it torch's tensor type."""
+    """Import ``tcam_ext._C``, compare its version with this package's, and pass it torch's tensor types."""
     binary = _import()
     if binary.version != __version__:
         raise ImportError(
-            f"tcam_ext {__version__} found a compiled part of version {binary.version} at {binary.__file__}; "
+            f"tcam_ext {__version__} found a compiled module of version {binary.version} at {binary.__file__}; "
             "install again with `pip install .`"
         )
     binary.bind(torch.Tensor, torch.nn.Parameter)
@@ -36,7 +36,7 @@ def _import() -> ModuleType:
     try:
         return importlib.import_module(_NAME)
     except ModuleNotFoundError as missing:
-        # Python started in a checkout: its source folder shadows the installed package. Take the installed binary.
+        # In a checkout the source folder shadows the installed package. Use the installed binary.
         here = Path(__file__).resolve().parent
         for entry in sys.path:
             for suffix in importlib.machinery.EXTENSION_SUFFIXES:
@@ -51,5 +51,5 @@ def _import() -> ModuleType:
                     sys.modules["tcam_ext"]._C = module  # type: ignore[attr-defined]
                     return module
         raise ImportError(
-            "tcam_ext: the compiled part is missing; run `pip install .` (or `pip install -e .`) in the source folder"
+            "tcam_ext: the compiled module is missing; run `pip install .` (or `pip install -e .`) in the source folder"
         ) from missing

@@ -1,4 +1,4 @@
-"""The activations, by name. csrc/maths/activation.h is the same table for the kernels; the two are compared here."""
+"""The activations, by name. csrc/maths/activation.h has the same table for the kernels; an import compares their names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tcam_ext import _C
 
 
 class _TruncExp(torch.autograd.Function):
-    """exp(x), with the gradient of exp(min(x, 15)): a step that overshoots does not blow up the next."""
+    """exp(x) with the gradient of exp(min(x, 15)), so that one overshooting step does not make the next explode."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -29,14 +29,14 @@ class _TruncExp(torch.autograd.Function):
 
 
 class Formula(NamedTuple):
-    """What an activation computes, of z and its parameter."""
+    """An activation as a function of z and a parameter."""
 
     function: Callable[[Tensor, float], Tensor]
-    parameter: float | None = None  # default; None: it has none
-    least: float | None = None  # of the parameter
+    parameter: float | None = None  # the default; None: no parameter
+    least: float | None = None  # least value of the parameter
 
 
-#: Hidden activations. ``name(p)`` gives another parameter than the default.
+#: Hidden activations. ``name(p)`` sets the parameter.
 ACTIVATIONS: dict[str, Formula] = {
     "relu": Formula(lambda z, p: torch.relu(z)),
     "leaky_relu": Formula(F.leaky_relu, 0.01, 0.0),  # slope below zero
@@ -55,14 +55,14 @@ OUTPUT_ACTIVATIONS: dict[str, Formula] = {
     "clamp": Formula(lambda z, p: z.clamp(0.0, 1.0)),
     "affine_sigmoid": Formula(lambda z, p: torch.sigmoid(z) * (1 + 2 * p) - p, 0.001),  # EG3D's colours
     "softplus": Formula(lambda z, p: F.softplus(z + p), 0.0),
-    "trunc_exp": Formula(lambda z, p: _TruncExp.apply(z + p), 0.0),  # its gradient is that of exp(min(z + p, 15))
+    "trunc_exp": Formula(lambda z, p: _TruncExp.apply(z + p), 0.0),  # gradient of exp(min(z + p, 15))
     "tanh": Formula(lambda z, p: torch.tanh(z)),
     "half_sine": Formula(lambda z, p: (torch.sin(p * z) + 1) / 2, 1.0),
 }
 
 
 class Activation(NamedTuple):
-    """One of a table, with its parameter."""
+    """An activation of a table with its parameter; ``kind`` is its index there."""
 
     kind: int
     parameter: float
@@ -73,7 +73,7 @@ class Activation(NamedTuple):
 
 
 def parse(argument: str, value: Any, table: dict[str, Formula]) -> Activation:
-    """ "name" or "name(parameter)"; ``argument`` is what the message calls it."""
+    """Parse "name" or "name(parameter)"; ``argument`` is its name in an error message."""
     name, given = value, None
     if not isinstance(value, str) or value not in table:
         match = re.fullmatch(r"(\w+)\((.+)\)", value) if isinstance(value, str) else None
@@ -104,7 +104,7 @@ def output(argument: str, value: str) -> Activation:
 
 
 def hidden_layers(activation: Any, layers: int) -> tuple[str, ...]:
-    """The activation of each hidden layer, checked, of one name for all or one for each."""
+    """The activation of each hidden layer, checked, from one name for all or one for each."""
     if isinstance(activation, str):
         hidden("activation", activation)
         return (activation,) * layers
@@ -132,4 +132,4 @@ class Elementwise(nn.Module):
 
 
 if tuple(ACTIVATIONS) != _C.activations or tuple(OUTPUT_ACTIVATIONS) != _C.output_activations:
-    raise ImportError("tcam_ext: the compiled part has another table of activations; install again with `pip install .`")
+    raise ImportError("tcam_ext: the compiled module has a different table of activations; install again with `pip install .`")

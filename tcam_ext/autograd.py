@@ -1,4 +1,4 @@
-"""The torch.autograd.Function wrappers. Old-style on purpose: ``setup_context`` costs more a call than the small decodes."""
+"""The torch.autograd.Functions of the ops. They have no ``setup_context``, which takes longer than a small decode."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tcam_ext import library
 
 
 def _refuse_second_derivative(op: str) -> None:
-    if torch.is_grad_enabled():  # create_graph=True: without this, second derivatives would silently be missing
+    if torch.is_grad_enabled():  # create_graph=True; without this check second derivatives would silently be missing
         raise RuntimeError(f'{op}: the native kernel has no second derivative; impl="reference" has')
 
 
 def _split(counts: Sequence[int], tensors: Any) -> list[list[Any]]:
-    """Groups of so many, and what is left."""
+    """Groups of ``counts`` tensors, and the rest."""
     groups, at = [], 0
     for n in counts:
         groups.append(list(tensors[at : at + n]))
@@ -26,22 +26,22 @@ def _split(counts: Sequence[int], tensors: Any) -> list[list[Any]]:
 
 
 class DecodeGrid(torch.autograd.Function):
-    """decode_grid and its gradient: saves the inputs, and backward recomputes everything else.
+    """decode_grid and its gradient. It saves the inputs; backward recomputes everything else.
 
-    ``counts``: of planes, and of weights; ``tensors``: planes, weights, biases, extra (or None), which ``grid`` is without.
+    ``counts``: the numbers of planes and of weights; ``tensors``: planes, weights, biases, extra (or None; not in ``grid``).
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         counts: tuple[int, int],
-        options: library.Sampling,
-        grid: library.Grid,
+        options: library.KernelOptions,
+        grid: library.KernelGrid,
         out_dtype: torch.dtype,
         *tensors: Tensor | None,
     ) -> Tensor:
         ctx.counts, ctx.options, ctx.grid = (*counts, counts[1]), options, grid._replace(bounds=None)
-        ctx.save_for_backward(*tensors, grid.bounds)  # all of them: torch sees when one was changed in between
+        ctx.save_for_backward(*tensors, grid.bounds)  # all, so that torch notices changes in place
         *inputs, (extra,) = _split(ctx.counts, tensors)
         return library.decode_grid(*inputs, *options, *grid._replace(extra=extra), out_dtype)
 
@@ -52,24 +52,24 @@ class DecodeGrid(torch.autograd.Function):
         grid = ctx.grid._replace(bounds=bounds, extra=extra)
         wanted = _split(ctx.counts, ctx.needs_input_grad[4:])
         flags = any(wanted[0]), any(wanted[1] + wanted[2]), wanted[3][0]
-        found = library.decode_grid_backward(grad_volume, *inputs, *ctx.options, *grid, *flags)
-        return *[None] * 4, *_in_order(found, [*inputs, [extra]], [flags[0], flags[1], flags[1], flags[2]])
+        grads = library.decode_grid_backward(grad_volume, *inputs, *ctx.options, *grid, *flags)
+        return *[None] * 4, *_in_order(grads, [*inputs, [extra]], [flags[0], flags[1], flags[1], flags[2]])
 
 
 class DecodeGridLoss(torch.autograd.Function):
-    """decode_grid_loss: forward computes the gradients too, undivided; backward scales them.
+    """decode_grid_loss and its gradient. Forward also computes the gradients of the sum of losses; backward scales them.
 
-    ``voxels``, channels counted, is what the loss (a scalar, or one an object) is a mean of; the rest as for DecodeGrid.
+    ``divisor``: of the sum, for a mean; the other arguments: see :class:`DecodeGrid`.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         counts: tuple[int, int],
-        options: library.Sampling,
-        grid: library.Grid,
+        options: library.KernelOptions,
+        grid: library.KernelGrid,
         objective: tuple[str, float, bool],
-        voxels: int,
+        divisor: int,
         wanted: tuple[bool, bool, bool],
         target: Tensor,
         *tensors: Tensor | None,
@@ -77,44 +77,45 @@ class DecodeGridLoss(torch.autograd.Function):
         *inputs, (extra,) = groups = _split((*counts, counts[1]), tensors)
         grid = grid._replace(extra=extra)
         losses, *grads = library.decode_grid_loss(target, *inputs, *options, *grid, *objective, *wanted)
-        ctx.per_object, ctx.voxels, ctx.dtype = objective[2], voxels, groups[0][0].dtype
+        ctx.per_object, ctx.divisor, ctx.dtype = objective[2], divisor, groups[0][0].dtype
         ctx.wanted = [wanted[0], wanted[1], wanted[1], wanted[2]]
         ctx.present = [[None if t is None else t.dtype for t in group] for group in groups]
         ctx.save_for_backward(*grads)
         dtype = torch.float64 if ctx.dtype == torch.float64 else torch.float32
-        return ((losses if ctx.per_object else losses.sum()) / voxels).to(dtype)
+        return ((losses if ctx.per_object else losses.sum()) / divisor).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
         _refuse_second_derivative("decode_grid_loss")
-        scale = grad_loss / max(ctx.voxels, 1)  # last: a mean over 2^27 voxels must not pass through a half dtype
-        found: list[Tensor | None] = []
+        scale = grad_loss / max(ctx.divisor, 1)  # applied last: a mean over 2^27 voxels would underflow in a half dtype
+        scaled: list[Tensor | None] = []
         grads = iter(ctx.saved_tensors)
         for kind, (group, wanted) in enumerate(zip(ctx.present, ctx.wanted, strict=True)):
             for dtype in group:
                 if not wanted or dtype is None:
-                    found.append(None)
+                    scaled.append(None)
                     continue
                 g = next(grads)
                 s = scale.to(g.dtype)
                 if not ctx.per_object:
                     g = g * s
-                elif kind in (1, 2):  # the decoder's: (B, ...) to (...)
+                elif kind in (1, 2):  # decoder: (B, ...) to (...)
                     g = torch.tensordot(s, g, 1)
-                else:  # planes, and what voxels bring themselves: objects one after the other
+                else:  # planes and extra features, object by object
                     g = (g.reshape(len(s), -1) * s.unsqueeze(1)).view(g.shape)
-                found.append(g.to(dtype))
-        return *[None] * 7, *found
+                scaled.append(g.to(dtype))
+        return *[None] * 7, *scaled
 
 
 class DecodePoints(torch.autograd.Function):
-    """decode_points, or without weights sample_points. ``tensors``: planes, weights, biases, extra (or None), points."""
+    """decode_points and its gradient; without weights sample_points. ``tensors``: planes, weights, biases, extra or None,
+    points."""
 
     @staticmethod
     def forward(
         ctx: Any,
         counts: tuple[int, int],
-        options: library.Sampling,
+        options: library.KernelOptions,
         objects: Tensor | None,
         out_dtype: torch.dtype,
         *tensors: Tensor | None,
@@ -130,15 +131,15 @@ class DecodePoints(torch.autograd.Function):
         *inputs, (extra, points, objects) = _split(ctx.counts, ctx.saved_tensors)
         wanted = _split(ctx.counts, ctx.needs_input_grad[4:])
         grad_planes, grad_decoder, (grad_extra, grad_points) = any(wanted[0]), any(wanted[1] + wanted[2]), wanted[3]
-        found = library.decode_points_backward(
+        grads = library.decode_points_backward(
             grad_out, *inputs, *ctx.options, points, objects, extra, grad_planes, grad_decoder, grad_extra, grad_points
         )
         groups = [*inputs, [extra], [points]]
-        return *[None] * 4, *_in_order(found, groups, [grad_planes, grad_decoder, grad_decoder, grad_extra, grad_points])
+        return *[None] * 4, *_in_order(grads, groups, [grad_planes, grad_decoder, grad_decoder, grad_extra, grad_points])
 
 
 class ResampleAxis(torch.autograd.Function):
-    """resample_axis: linear, so that its backward is its adjoint, and that one's backward is it again."""
+    """resample_axis, which is linear: its backward is its adjoint, and the backward of the adjoint is resample_axis."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, adjoint: bool, *options: Any) -> Tensor:
@@ -153,7 +154,7 @@ class ResampleAxis(torch.autograd.Function):
         return ResampleAxis.apply(grad, not ctx.adjoint, *options), None, *[None] * len(options)
 
 
-def _in_order(found: Any, groups: Sequence[Sequence[Any]], wanted: Sequence[bool]) -> list[Tensor | None]:
-    """Gradients that an op returned (of the groups wanted, for what is not None there) at their inputs' places."""
-    grads = iter(found)
+def _in_order(gradients: Any, groups: Sequence[Sequence[Any]], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients that an op returned, in the order of its inputs: None for groups not wanted and for absent tensors."""
+    grads = iter(gradients)
     return [next(grads) if flag and t is not None else None for group, flag in zip(groups, wanted, strict=True) for t in group]

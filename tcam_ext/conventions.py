@@ -1,11 +1,11 @@
-"""How other triplane projects lay out, sample and decode their planes, as options of the ops of this package.
+"""The layouts, sampling and decoding of planes in other triplane projects, as options of the ops.
 
     tcam_ext.decode_points(planes, weights, biases, xyz, **conventions.eg3d.options)
     tcam_ext.sample_points(planes, xyz, **conventions.eg3d.sampling)
     tcam_ext.decode_grid(planes, weights, biases, size, grid=conventions.nfd.grid, **conventions.nfd.options)
 
-Read from the projects' sources in late 2026; docs/coordinates.md draws them. Coordinates are theirs, scaled so that -1 and 1
-are the ends of the planes (``bounds`` does that).
+They follow the projects' sources of late 2026; docs/coordinates.md draws them. Coordinates are those of the project, scaled
+(with ``bounds``) so that -1 and 1 are the edges of the planes.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tcam_ext.checks import PLANE_AXES
+from tcam_ext.options import PLANE_AXES
 
 
 @dataclass(frozen=True)
 class Convention:
-    """Of one project. ``grid``: how its dense volumes lie; the other options: see :func:`tcam_ext.decode_grid`."""
+    """The options of one project; see :func:`tcam_ext.decode_grid`. ``grid``: that of its dense volumes."""
 
     name: str
     plane_axes: tuple[tuple[int, int], ...]
@@ -29,7 +29,7 @@ class Convention:
     activation: str | tuple[str, ...] = "relu"
     output_activation: str = "none"
     note: str = ""
-    coordinates: str = "xyzt"  # what the project calls its coordinates, in their order
+    coordinates: str = "xyzt"  # the names of the coordinates, in the project's order
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ eg3d_legacy = Convention(
     "zeros",
     "corners",
     "softplus",
-    note="As released, for its checkpoints: two planes over x and z, none over y and z.",
+    note="As first released, for its checkpoints: two planes over x and z, none over y and z.",
 )
 openlrm = Convention(
     "openlrm",
@@ -104,7 +104,7 @@ ssdnerf = Convention(
     "border",
     "corners",
     "silu",
-    note="Ragged scenes: batch_index. The density is trunc_exp of its output.",
+    note="For scenes with different numbers of points use batch_index. The density is trunc_exp of its output.",
 )
 semcity = Convention(
     "semcity",
@@ -114,7 +114,7 @@ semcity = Convention(
     "border",
     "corners",
     "relu",
-    note="Its decoder appends a positional encoding and skips: sample_points, then its own layers.",
+    note="Its decoder has a positional encoding and skip connections: use sample_points, then its own layers.",
 )
 blaze3dm = Convention(
     "blaze3dm",
@@ -136,7 +136,7 @@ kplanes = Convention(
     "border",
     "corners",
     "relu",
-    note="One scale; several scales are several calls, or sample_points and torch.cat.",
+    note="One scale. For several scales use several calls, or sample_points and torch.cat.",
 )
 kplanes_4d = Convention(
     "kplanes_4d",
@@ -146,7 +146,7 @@ kplanes_4d = Convention(
     "border",
     "corners",
     "relu",
-    note="With time as the fourth coordinate: points alone.",
+    note="Time is the fourth coordinate; decodes points only, no grids.",
 )
 
 #: By name.

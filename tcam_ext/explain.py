@@ -1,4 +1,4 @@
-"""Which kernel a call takes, and why not a faster one."""
+"""Which kernels a call uses, and why no faster ones."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ import torch
 
 from tcam_ext import _C, library
 
-#: KiB of shared memory that a block may have, by compute capability (CUDA C++ Programming Guide, "Technical Specifications").
+#: KiB of shared memory a block, by compute capability (CUDA C++ Programming Guide, "Technical Specifications").
 SHARED_KIB = {"80": 163, "86": 99, "87": 163, "89": 99, "90": 227, "100": 227, "103": 227, "120": 99, "121": 99}
 
 
 def explain(
     op: Callable[..., Any], *arguments: Any, device: str | torch.device | None = None, **options: Any
 ) -> dict[str, str]:
-    """Say which kernels a call of an op takes and, where these are not the fastest, why; nothing is computed.
+    """Tell which kernels a call uses and, if they are not the fastest, why. Nothing is computed.
 
     >>> tcam_ext.explain(tcam_ext.decode_grid, planes, weights, biases, (512, 512, 512), compute_dtype=torch.bfloat16)
     >>> tcam_ext.explain(decoder, planes, size=(512, 512, 512), device="sm_86")
 
     Args:
-        op: :func:`decode_grid`, :func:`decode_grid_loss`, :func:`decode_points`, or what calls one of them once, such as a
-            :class:`TriplaneDecoder`.
-        arguments, options: those of the call. They are checked as the call checks them.
-        device: of which device to speak: "cpu", "cuda", "cuda:1", or a compute capability such as "sm_86", whose card need not
-            be there. None: that of the planes.
+        op: :func:`decode_grid`, :func:`decode_grid_loss`, :func:`decode_points`, or a function or module that calls one of them
+            once, such as a :class:`TriplaneDecoder`.
+        arguments, options: those of the call, checked as the call checks them.
+        device: "cpu", "cuda", "cuda:1", or a compute capability such as "sm_86", for which no GPU need be present. None: the
+            device of the planes.
 
     Returns:
-        A sentence under "values" (the volume, the points or the loss alone) and one under "gradients" (of planes, weights and
+        A sentence for "values" (the volume, the points, or the loss alone) and one for "gradients" (of planes, weights and
         biases).
 
     Raises:
-        ValueError: ``device`` is none of these, or ``op`` calls no kernel, or several.
-        RuntimeError: a CUDA device is asked about, and tcam_ext was built without CUDA.
+        ValueError: ``device`` is none of these, or ``op`` calls no kernel or more than one.
+        RuntimeError: ``device`` is a CUDA device, and tcam_ext was built without CUDA.
         TypeError, ValueError: an argument of the call is wrong.
     """
     calls: list[Any] = []
@@ -54,7 +54,7 @@ def explain(
 
 
 def _shared_limit(device: str | torch.device) -> int:
-    """Bytes of shared memory that a block may have; 0 on a CPU."""
+    """Bytes of shared memory a block on the device; 0 on a CPU."""
     if match := re.fullmatch(r"sm_(\d+)[af]?", str(device)):
         if match[1] not in SHARED_KIB:
             raise ValueError(f"device: expected one of sm_{', sm_'.join(SHARED_KIB)}, got {device}")
@@ -62,9 +62,9 @@ def _shared_limit(device: str | torch.device) -> int:
     try:
         known = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f'device: expected "cpu", "cuda", "cuda:1" or such as "sm_86", got {device!r}') from error
+        raise ValueError(f'device: expected "cpu", "cuda", "cuda:1", or for example "sm_86", got {device!r}') from error
     if known.type == "cpu":
         return 0
     if known.type != "cuda" or (known.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f'device: expected a device that is here, or a compute capability such as "sm_86", got {device}')
+        raise ValueError(f'device: expected a device of this machine, or a compute capability such as "sm_86", got {device}')
     return _C.cuda_shared_limit(torch.cuda.current_device() if known.index is None else known.index)

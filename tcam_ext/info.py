@@ -31,7 +31,7 @@ def lines() -> list[tuple[str, str]]:
             out.append(
                 (
                     "",
-                    "the driver is older than the CUDA this build was made with: update it, or build with an older nvcc",
+                    "the driver is older than the CUDA toolkit of this build: update it, or build with an older nvcc",
                 )
             )
     elif not cuda["devices"] or not torch.cuda.is_available():
@@ -45,11 +45,11 @@ def lines() -> list[tuple[str, str]]:
 
 
 def _operating_point(device: str, compute: torch.dtype) -> list[tuple[str, str]]:
-    """Which kernels TCAM-Diff's decoder takes there: 42 channels, four hidden layers of 128, one output."""
+    """The kernels that decode TCAM-Diff's operating point on a device: 42 channels, four hidden layers of 128, one output."""
     decoder, planes = TriplaneDecoder(42), torch.zeros(1, 3, 42, 8, 8)
-    found = explain(decoder, planes, (8, 8, 8), compute_dtype=compute, device=device)
+    explained = explain(decoder, planes, (8, 8, 8), compute_dtype=compute, device=device)
     name = str(compute).removeprefix("torch.")
-    return [("  42 -> 4 x 128 -> 1" if key == "values" else "", f"{key}, {name}: {found[key]}") for key in found]
+    return [("  42 -> 4 x 128 -> 1" if key == "values" else "", f"{key}, {name}: {text}") for key, text in explained.items()]
 
 
 def _cuda_version(number: int) -> str:

@@ -1,4 +1,4 @@
-"""torch.library: schemas, implementations (one for CPU and CUDA) and fakes of the ops. Autograd is autograd.py."""
+"""The ops in torch.library: schemas, implementations (one for CPU and CUDA) and fakes. Their autograd is in autograd.py."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _library = torch.library.Library("tcam_ext", "DEF")
 SymInts = list[int]
 
 
-class Sampling(NamedTuple):
-    """The options as the kernels take them. plane_axes: row and column axis of each plane, ascending."""
+class KernelOptions(NamedTuple):
+    """The options of an op. plane_axes: the row and column axis of each plane, ascending."""
 
     plane_axes: list[int]
     reduce: str
@@ -31,8 +31,8 @@ class Sampling(NamedTuple):
     noise_seed: int
 
 
-class Grid(NamedTuple):
-    """The voxels of a grid, as the ops take them."""
+class KernelGrid(NamedTuple):
+    """The grid that an op decodes."""
 
     size: SymInts
     box: SymInts
@@ -45,16 +45,16 @@ class Grid(NamedTuple):
         return [self.box[2 * a + 1] - self.box[2 * a] for a in range(3)]
 
 
-class Points(NamedTuple):
-    """Points, as the ops take them."""
+class KernelPoints(NamedTuple):
+    """The points that an op decodes."""
 
     points: Tensor
     objects: Tensor | None
     extra: Tensor | None
 
 
-class Inputs(NamedTuple):
-    """The tensors of a decoder and its planes, as the ops take them."""
+class KernelTensors(NamedTuple):
+    """The tensors of the planes and the decoder."""
 
     planes: list[Tensor]
     weights: list[Tensor]
@@ -66,21 +66,21 @@ _SPELLED = {"Tensor | None": "Tensor?", "list[Tensor]": "Tensor[]", "list[Tensor
 
 
 def _fields(record: Any) -> str:
-    """The fields of a record as a schema has them."""
+    """The fields of a record as arguments of a schema."""
     types = {name: t.__forward_arg__ for name, t in record.__annotations__.items()}
     return ", ".join(f"{_SPELLED.get(t, t)} {name}" for name, t in types.items())
 
 
-_INPUTS, _OPTIONS, _GRID, _POINTS = (_fields(r) for r in (Inputs, Sampling, Grid, Points))
+_TENSORS, _OPTIONS, _GRID, _POINTS = (_fields(r) for r in (KernelTensors, KernelOptions, KernelGrid, KernelPoints))
 _PT2 = (torch.Tag.pt2_compliant_tag,)
 for _schema in (
-    f"decode_grid({_INPUTS}, {_OPTIONS}, {_GRID}, ScalarType out_dtype, *, int tile=0) -> Tensor",
-    f"decode_grid_backward(Tensor grad_volume, {_INPUTS}, {_OPTIONS}, {_GRID}, bool grad_planes, bool grad_decoder, "
+    f"decode_grid({_TENSORS}, {_OPTIONS}, {_GRID}, ScalarType out_dtype, *, int tile=0) -> Tensor",
+    f"decode_grid_backward(Tensor grad_volume, {_TENSORS}, {_OPTIONS}, {_GRID}, bool grad_planes, bool grad_decoder, "
     "bool grad_extra, *, int tile=0) -> Tensor[]",
-    f"decode_grid_loss(Tensor target, {_INPUTS}, {_OPTIONS}, {_GRID}, str loss, float beta, bool per_object, "
+    f"decode_grid_loss(Tensor target, {_TENSORS}, {_OPTIONS}, {_GRID}, str loss, float beta, bool per_object, "
     "bool grad_planes, bool grad_decoder, bool grad_extra, *, int tile=0) -> Tensor[]",
-    f"decode_points({_INPUTS}, {_OPTIONS}, {_POINTS}, ScalarType out_dtype, *, int formulation=0) -> Tensor",
-    f"decode_points_backward(Tensor grad_out, {_INPUTS}, {_OPTIONS}, {_POINTS}, bool grad_planes, bool grad_decoder, "
+    f"decode_points({_TENSORS}, {_OPTIONS}, {_POINTS}, ScalarType out_dtype, *, int formulation=0) -> Tensor",
+    f"decode_points_backward(Tensor grad_out, {_TENSORS}, {_OPTIONS}, {_POINTS}, bool grad_planes, bool grad_decoder, "
     "bool grad_extra, bool grad_points, *, int formulation=0) -> Tensor[]",
     "normals(Tensor like, int stream, SymInt seed) -> Tensor",
     "resample_axis(Tensor x, int texels, SymInt size, SymInt lo, SymInt hi, bool align_corners, str padding_mode, "
@@ -89,16 +89,16 @@ for _schema in (
     _library.define(_schema, tags=_PT2)
 
 _DTYPES = {getattr(torch, name): code for code, name in enumerate(_C.dtypes) if hasattr(torch, name)}
-#: Options that the kernels take as the number of a name.
+#: Options that the kernels take as an index into a table of names.
 _NAMES = {"reduce": _C.reductions, "padding": _C.paddings, "compute": _C.dtypes}
 
 
 class _Workspaces:
-    """Keeps the last CPU workspace up to a size, so that a training loop does not fault the same pages in at every step.
+    """Keeps one CPU workspace of up to KEEP bytes, so that a training loop does not page-fault on fresh memory at every step.
 
-    On CUDA torch's allocator does that."""
+    On CUDA torch's allocator caches memory."""
 
-    KEEP = 64 << 20  # bytes
+    KEEP = 64 << 20
 
     def __init__(self) -> None:
         self._kept: list[Tensor] = []
@@ -118,12 +118,12 @@ class _Workspaces:
 
 
 _workspaces = _Workspaces()
-#: Where set, the forward calls of this context are put into it and not run: see explain.py.
+#: If set, forward calls in this context are appended to it instead of run (explain.py).
 explaining: ContextVar[list[_Call] | None] = ContextVar("explaining", default=None)
 
 
 def storage_dtype(compute: str) -> torch.dtype:
-    """The dtype that the kernels read and sum in: half inputs are widened on entry."""
+    """The dtype that the kernels read and sum in; half tensors are widened first."""
     return torch.float64 if compute == "float64" else torch.float32
 
 
@@ -142,27 +142,27 @@ def _result_device() -> str | None:
 
 
 class _Call:
-    """The tensors and options of an op as the kernels take them, and the gradients wanted."""
+    """A call of the kernels: tensors, options, and which gradients are wanted."""
 
     def __init__(
         self,
-        inputs: Inputs,
-        options: Sampling,
-        where: Grid | Points,
+        tensors: KernelTensors,
+        options: KernelOptions,
+        where: KernelGrid | KernelPoints,
         out_dtype: torch.dtype,
         wanted: Sequence[bool] = (),
         **more: int,
     ) -> None:
         compute = options.compute
         self.dtype = storage_dtype(compute)
-        if compute == "float32 or tf32":  # allow_tf32 is not read: it raises once a user has set this newer flag
+        if compute == "float32 or tf32":  # not allow_tf32, which raises after a user has set this newer flag
             compute = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "float32"
 
         def dense(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.detach().to(self.dtype).contiguous()
 
-        self.inputs = Inputs(*([dense(t) for t in group] for group in inputs))  # type: ignore[arg-type]
-        self.device = inputs.planes[0].device
+        self.tensors = KernelTensors(*([dense(t) for t in group] for group in tensors))  # type: ignore[arg-type]
+        self.device = tensors.planes[0].device
         o = _C.Options()
         converted = {
             "plane_axes": list(zip(options.plane_axes[::2], options.plane_axes[1::2], strict=True)),
@@ -170,7 +170,7 @@ class _Call:
             "output_activation": _output_activation(options.output_activation),
             "compute": compute,
         }
-        for name, value in zip(Sampling._fields, options, strict=True):
+        for name, value in zip(KernelOptions._fields, options, strict=True):
             value = converted.get(name, value)
             setattr(o, name, _NAMES[name].index(value) if name in _NAMES else value)
         o.out_dtype = _DTYPES[out_dtype]
@@ -180,13 +180,13 @@ class _Call:
             setattr(o, name, value)
         self.is_loss = False
         self.points, self.extra = None, dense(where.extra)
-        if isinstance(where, Grid):
+        if isinstance(where, KernelGrid):
             o.size, o.box, o.corners = list(where.size), list(where.box), where.corners
-            self._call = _C.Call(*self.inputs, where.bounds, None, None, self.extra, o)
+            self._call = _C.Call(*self.tensors, where.bounds, None, None, self.extra, o)
         else:
             self.points = dense(where.points)
             o.axes = where.points.shape[1]
-            self._call = _C.Call(*self.inputs, None, self.points, where.objects, self.extra, o)
+            self._call = _C.Call(*self.tensors, None, self.points, where.objects, self.extra, o)
 
     def _workspace(self, backward: bool) -> Tensor:
         return _workspaces.take(self._call.workspace(backward), self.device)
@@ -224,11 +224,11 @@ class _Call:
 
 
 class _Gradients:
-    """Fresh tensors for the gradients wanted: planes, then weights, the biases there are, extra, points."""
+    """New tensors for the wanted gradients: planes, weights, biases that are not None, extra, points."""
 
     def __init__(
         self,
-        inputs: Inputs,
+        tensors: KernelTensors,
         wanted: Sequence[bool],
         dtype: torch.dtype | None = None,
         leading: Sequence[int] = (),
@@ -239,9 +239,9 @@ class _Gradients:
             return t.new_empty([*leading, *t.shape], dtype=t.dtype if dtype is None else dtype)
 
         grad_planes, grad_decoder, grad_extra, grad_points = (*wanted, *[False] * (4 - len(wanted)))
-        self.planes = [like(t) for t in inputs.planes] if grad_planes else []
+        self.planes = [like(t) for t in tensors.planes] if grad_planes else []
         self.decoder: list[Tensor | None] = (
-            [None if t is None else like(t, leading) for t in (*inputs.weights, *inputs.biases)] if grad_decoder else []
+            [None if t is None else like(t, leading) for t in (*tensors.weights, *tensors.biases)] if grad_decoder else []
         )
         self.extra = like(extra) if grad_extra and extra is not None else None
         self.points = like(points) if grad_points and points is not None else None
@@ -254,88 +254,93 @@ class _Gradients:
             t.zero_()
 
 
-def _unpack(where: type, arguments: Sequence[Any]) -> tuple[Inputs, Sampling, Any, Sequence[Any]]:
-    """An op's arguments from its inputs on; ``where``: Grid or Points."""
-    options = len(Sampling._fields)
+def _unpack(where: type, arguments: Sequence[Any]) -> tuple[KernelTensors, KernelOptions, Any, Sequence[Any]]:
+    """The arguments of an op as records, and those that follow them; ``where``: KernelGrid or KernelPoints."""
+    options = len(KernelOptions._fields)
     end = 3 + options + len(where._fields)  # type: ignore[attr-defined]
-    return Inputs(*arguments[:3]), Sampling(*arguments[3 : 3 + options]), where(*arguments[3 + options : end]), arguments[end:]
+    return (
+        KernelTensors(*arguments[:3]),
+        KernelOptions(*arguments[3 : 3 + options]),
+        where(*arguments[3 + options : end]),
+        arguments[end:],
+    )
 
 
 def _decode_grid(*arguments: Any, tile: int = 0) -> Tensor:
-    inputs, options, grid, (out_dtype,) = _unpack(Grid, arguments)
+    tensors, options, grid, (out_dtype,) = _unpack(KernelGrid, arguments)
     volume = _decode_grid_fake(*arguments)
-    _Call(inputs, options, grid, out_dtype, tile=tile).forward(volume)
+    _Call(tensors, options, grid, out_dtype, tile=tile).forward(volume)
     return volume
 
 
 def _decode_grid_fake(*arguments: Any, tile: int = 0) -> Tensor:
-    inputs, _, grid, (out_dtype,) = _unpack(Grid, arguments)
-    shape = [inputs.planes[0].shape[0], inputs.weights[-1].shape[0], *grid.shape]
-    volume: Tensor = inputs.planes[0].new_empty(shape, dtype=out_dtype, device=_result_device())
+    tensors, _, grid, (out_dtype,) = _unpack(KernelGrid, arguments)
+    shape = [tensors.planes[0].shape[0], tensors.weights[-1].shape[0], *grid.shape]
+    volume: Tensor = tensors.planes[0].new_empty(shape, dtype=out_dtype, device=_result_device())
     return volume
 
 
 def _decode_grid_backward(grad_volume: Tensor, *arguments: Any, tile: int = 0) -> list[Tensor]:
-    inputs, options, grid, wanted = _unpack(Grid, arguments)
-    call = _Call(inputs, options, grid, grad_volume.dtype, wanted, tile=tile)
-    to = _Gradients(call.inputs, wanted, None, (), call.extra)
+    tensors, options, grid, wanted = _unpack(KernelGrid, arguments)
+    call = _Call(tensors, options, grid, grad_volume.dtype, wanted, tile=tile)
+    to = _Gradients(call.tensors, wanted, None, (), call.extra)
     call.backward(grad_volume, to)
-    return _as_inputs(to, _Gradients(inputs, wanted, None, (), grid.extra))
+    return _as_inputs(to, _Gradients(tensors, wanted, None, (), grid.extra))
 
 
-def _as_inputs(found: _Gradients, like: _Gradients) -> list[Tensor]:
-    return [t.to(kind.dtype) for t, kind in zip(found.list(), like.list(), strict=True)]
+def _as_inputs(gradients: _Gradients, like: _Gradients) -> list[Tensor]:
+    return [t.to(kind.dtype) for t, kind in zip(gradients.list(), like.list(), strict=True)]
 
 
 def _decode_grid_backward_fake(grad_volume: Tensor, *arguments: Any, tile: int = 0) -> list[Tensor]:
-    inputs, _, grid, wanted = _unpack(Grid, arguments)
-    return _Gradients(inputs, wanted, None, (), grid.extra).list()
+    tensors, _, grid, wanted = _unpack(KernelGrid, arguments)
+    return _Gradients(tensors, wanted, None, (), grid.extra).list()
 
 
 def _decode_grid_loss(target: Tensor, *arguments: Any, tile: int = 0) -> list[Tensor]:
-    """Sums of the loss for each object, float64, then their gradients in float32 or float64, undivided."""
-    inputs, options, grid, (loss, beta, per_object, *wanted) = _unpack(Grid, arguments)
-    call = _Call(inputs, options, grid, torch.float32, wanted, tile=tile)
-    batch = inputs.planes[0].shape[0]
-    to = _Gradients(call.inputs, wanted, None, [batch] if per_object else [], call.extra)
+    """The sum of the losses for each object, float64, then the gradients of these sums in float32 or float64."""
+    tensors, options, grid, (loss, beta, per_object, *wanted) = _unpack(KernelGrid, arguments)
+    call = _Call(tensors, options, grid, torch.float32, wanted, tile=tile)
+    batch = tensors.planes[0].shape[0]
+    to = _Gradients(call.tensors, wanted, None, [batch] if per_object else [], call.extra)
     losses = torch.zeros(batch, dtype=torch.float64, device=target.device)
     call.loss(target, loss, beta, per_object, losses, to)
     return [losses, *to.list()]
 
 
 def _decode_grid_loss_fake(target: Tensor, *arguments: Any, tile: int = 0) -> list[Tensor]:
-    inputs, options, grid, (_, _, per_object, *wanted) = _unpack(Grid, arguments)
-    batch = inputs.planes[0].shape[0]
-    losses = inputs.planes[0].new_empty([batch], dtype=torch.float64)
-    to = _Gradients(inputs, wanted, storage_dtype(options.compute), [batch] if per_object else [], grid.extra)
+    tensors, options, grid, (_, _, per_object, *wanted) = _unpack(KernelGrid, arguments)
+    batch = tensors.planes[0].shape[0]
+    losses = tensors.planes[0].new_empty([batch], dtype=torch.float64)
+    to = _Gradients(tensors, wanted, storage_dtype(options.compute), [batch] if per_object else [], grid.extra)
     return [losses, *to.list()]
 
 
 def _decode_points(*arguments: Any, formulation: int = 0) -> Tensor:
-    inputs, options, points, (out_dtype,) = _unpack(Points, arguments)
+    tensors, options, points, (out_dtype,) = _unpack(KernelPoints, arguments)
     out = _decode_points_fake(*arguments)
-    _Call(inputs, options, points, out_dtype, formulation=formulation).forward(out)
+    _Call(tensors, options, points, out_dtype, formulation=formulation).forward(out)
     return out
 
 
 def _decode_points_fake(*arguments: Any, formulation: int = 0) -> Tensor:
-    inputs, options, points, (out_dtype,) = _unpack(Points, arguments)
-    features = inputs.planes[0].shape[1] * (len(inputs.planes) if options.reduce == "concat" else 1)
-    n = inputs.weights[-1].shape[0] if inputs.weights else features
+    tensors, options, points, (out_dtype,) = _unpack(KernelPoints, arguments)
+    features = tensors.planes[0].shape[1] * (len(tensors.planes) if options.reduce == "concat" else 1)
+    n = tensors.weights[-1].shape[0] if tensors.weights else features
     return points.points.new_empty([points.points.shape[0], n], dtype=out_dtype, device=_result_device())
 
 
 def _decode_points_backward(grad_out: Tensor, *arguments: Any, formulation: int = 0) -> list[Tensor]:
-    inputs, options, points, wanted = _unpack(Points, arguments)
-    call = _Call(inputs, options, points, grad_out.dtype, wanted, formulation=formulation)
-    to = _Gradients(call.inputs, wanted, None, (), call.extra, call.points)
+    tensors, options, points, wanted = _unpack(KernelPoints, arguments)
+    call = _Call(tensors, options, points, grad_out.dtype, wanted, formulation=formulation)
+    to = _Gradients(call.tensors, wanted, None, (), call.extra, call.points)
     call.backward(grad_out, to)
-    return _as_inputs(to, _Gradients(inputs, wanted, None, (), points.extra, points.points))
+    return _as_inputs(to, _Gradients(tensors, wanted, None, (), points.extra, points.points))
 
 
 def _decode_points_backward_fake(grad_out: Tensor, *arguments: Any, formulation: int = 0) -> list[Tensor]:
-    inputs, _, points, wanted = _unpack(Points, arguments)
-    return _Gradients(inputs, wanted, None, (), points.extra, points.points).list()
+    tensors, _, points, wanted = _unpack(KernelPoints, arguments)
+    return _Gradients(tensors, wanted, None, (), points.extra, points.points).list()
 
 
 def _normals(like: Tensor, stream: int, seed: int) -> Tensor:
@@ -380,10 +385,10 @@ for _name, _implementation, _fake in (
 decode_grid = torch.ops.tcam_ext.decode_grid.default
 decode_grid_backward = torch.ops.tcam_ext.decode_grid_backward.default
 decode_grid_loss = torch.ops.tcam_ext.decode_grid_loss.default
-#: Without weights: the features of the planes.
+#: Without weights it returns the features of the planes.
 decode_points = torch.ops.tcam_ext.decode_points.default
 decode_points_backward = torch.ops.tcam_ext.decode_points_backward.default
-#: Standard normals, float32, of a tensor's shape (B, ...): number f of object b is that of csrc/maths/noise.h.
+#: Standard normals, float32, in the shape (B, ...) of a tensor: element f of object b as csrc/maths/noise.h defines it.
 normals = torch.ops.tcam_ext.normals.default
-#: Linear interpolation along the middle axis of (outer, texels, inner) to voxels [lo, hi) of size, or its adjoint.
+#: Linear interpolation along the middle axis of (outer, texels, inner) to voxels [lo, hi) of ``size``, or its adjoint.
 resample_axis = torch.ops.tcam_ext.resample_axis.default

@@ -1,4 +1,4 @@
-"""The pointwise losses of decode_grid_loss, by name. csrc/maths/loss.h is the same table for the kernels."""
+"""The pointwise losses of decode_grid_loss, by name. csrc/maths/loss.h has the same table for the kernels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tcam_ext import _C
 
-#: Loss of each voxel, from the decoded value, the target and beta (of smooth_l1).
+#: The loss of each voxel as a function of the decoded value, the target, and beta (for smooth_l1).
 LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "smooth_l1": lambda got, want, beta: F.smooth_l1_loss(got, want, reduction="none", beta=beta),
     "l1": lambda got, want, beta: F.l1_loss(got, want, reduction="none"),
@@ -17,4 +17,4 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 }
 
 if tuple(LOSSES) != _C.losses:
-    raise ImportError("tcam_ext: the compiled part has another table of losses; install again with `pip install .`")
+    raise ImportError("tcam_ext: the compiled module has a different table of losses; install again with `pip install .`")

@@ -10,24 +10,23 @@ from torch import Tensor, nn
 
 from tcam_ext import activations, checks
 from tcam_ext.ops import decode_grid, decode_grid_loss, decode_points
-from tcam_ext.options import Decoding, OfGrid, OfLoss, OfPoints, documented, takes, with_decoder
+from tcam_ext.options import Decoding, GridOptions, LossOptions, PointOptions, documented, takes, with_decoder
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
 class TriplaneDecoder(nn.Module):
-    """The MLP that decodes triplane features, run by the fused kernel.
+    """An MLP that decodes triplane features with the fused kernel.
 
-    Its parameters live in ``nn.Linear`` layers named as those of
-    ``nn.Sequential(Linear, activation, Linear, ..., Linear)`` are ("0.weight", "0.bias", "2.weight", ...), so that a
-    state_dict goes either way.
+    Its ``nn.Linear`` layers are named as those of ``nn.Sequential(Linear, activation, Linear, ..., Linear)``: "0.weight",
+    "0.bias", "2.weight", ... A state_dict of either loads into the other.
 
     Args:
-        channels: C of the planes; the first layer reads 3C features of three concatenated planes.
+        channels: C of the planes; the first layer reads 3C features from three concatenated planes.
         widths: of the hidden layers, each 1 to 256. TCAM-Diff: (128, 128, 128, 128).
         out_channels: 1 to 64.
-        extra_channels: features that voxels or points bring themselves (``extra``).
+        extra_channels: the number of extra features of voxels or points (``extra``).
         <options>: see :func:`tcam_ext.decode_grid`; output_activation is "sigmoid" unless given.
         bias: whether the layers have biases.
     """
@@ -46,9 +45,9 @@ class TriplaneDecoder(nn.Module):
         **options: Unpack[Decoding],
     ) -> None:
         super().__init__()
-        #: The options of every call, save those that a call gives itself.
+        #: The options of every call; those given to a call take precedence.
         self.options: Decoding = {"output_activation": "sigmoid", **options}
-        o = checks.options(self.options, len(widths))
+        o = checks.decoder_options(self.options, len(widths))
         self.channels, self.out_channels, self.widths = channels, out_channels, tuple(widths)
         self.extra_channels = extra_channels
         features = channels * (len(o.plane_axes) if o.reduce.startswith("concat") else 1) + extra_channels
@@ -61,24 +60,28 @@ class TriplaneDecoder(nn.Module):
         return [m for m in self.children() if isinstance(m, nn.Linear)]
 
     @with_decoder(decode_grid)
-    def forward(self, planes: Tensor | Sequence[Tensor], size: Sequence[int], **options: Unpack[OfGrid]) -> Any:
-        """Decode a grid of ``size`` voxels, or its ``box``: :func:`tcam_ext.decode_grid` with this MLP. An option that is given
-        here takes the place of the decoder's own."""
-        all_options: OfGrid = {**self.options, **options}
+    def forward(self, planes: Tensor | Sequence[Tensor], size: Sequence[int], **options: Unpack[GridOptions]) -> Any:
+        """Decode a grid of ``size`` voxels, or its ``box``: :func:`tcam_ext.decode_grid` with this MLP. An option given here
+        replaces the decoder's."""
+        all_options: GridOptions = {**self.options, **options}
         return decode_grid(planes, *self._mlp(), size, **all_options)
 
     @with_decoder(decode_points)
-    def points(self, planes: Tensor | Sequence[Tensor], xyz: Tensor, **options: Unpack[OfPoints]) -> Any:
+    def points(self, planes: Tensor | Sequence[Tensor], xyz: Tensor, **options: Unpack[PointOptions]) -> Any:
         """Decode points: :func:`tcam_ext.decode_points` with this MLP."""
-        all_options: OfPoints = {**self.options, **options}
+        all_options: PointOptions = {**self.options, **options}
         return decode_points(planes, *self._mlp(), xyz, **all_options)
 
     @with_decoder(decode_grid_loss)
     def loss(
-        self, planes: Tensor | Sequence[Tensor], target: Tensor, size: Sequence[int] | None = None, **options: Unpack[OfLoss]
+        self,
+        planes: Tensor | Sequence[Tensor],
+        target: Tensor,
+        size: Sequence[int] | None = None,
+        **options: Unpack[LossOptions],
     ) -> Tensor:
-        """The loss of the decoded grid against ``target``, in one pass: :func:`tcam_ext.decode_grid_loss` with this MLP."""
-        all_options: OfLoss = {**self.options, **options}
+        """The loss of the decoded grid against ``target``: :func:`tcam_ext.decode_grid_loss` with this MLP."""
+        all_options: LossOptions = {**self.options, **options}
         return decode_grid_loss(planes, *self._mlp(), target, size, **all_options)
 
     def _mlp(self) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -86,7 +89,7 @@ class TriplaneDecoder(nn.Module):
         return [m.weight for m in layers], [m.bias for m in layers]
 
     def sequential(self) -> nn.Sequential:
-        """The same MLP, without its output activation, as an ``nn.Sequential`` over features, sharing the parameters."""
+        """The same MLP without its output activation as an ``nn.Sequential`` over features, with shared parameters."""
         *layers, last = self.layers()
         names = activations.hidden_layers(self.options.get("activation", "relu"), len(layers))
         modules: list[nn.Module] = []

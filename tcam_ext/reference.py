@@ -1,8 +1,8 @@
-"""What the ops compute, in plain PyTorch: the specification one can read. ``reference.decode_grid(...)`` is
+"""The ops in plain PyTorch: a readable specification. ``reference.decode_grid(...)`` is
 ``tcam_ext.decode_grid(..., impl="reference")``, and so for every op.
 
-They run on any device, in any floating dtype, and can be differentiated any number of times. They hold the features of the
-planes and every hidden layer of all points in memory, which is what the fused ops avoid.
+The reference runs on any device in any floating dtype, and can be differentiated any number of times. It keeps the features of
+the planes and every hidden layer of all points in memory, which the fused ops avoid.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ class Taps(NamedTuple):
 
 
 def taps(coordinates: Tensor, texels: int, align_corners: bool, padding_mode: str) -> Taps:
-    """Of coordinates in [-1, 1] on an axis of m texels, as in ``grid_sample``: x = ((c + 1) m - 1)/2 in texels or, with
-    ``align_corners``, (c + 1)/2 (m - 1).
+    """The taps of coordinates c in [-1, 1] on an axis of m texels, as in ``grid_sample``.
 
-    Padding "border" clamps x to [0, m - 1], "reflection" first reflects it about the outer edges of the axis (with
-    ``align_corners`` about the outer centres), "zeros" gives texels outside the plane weight zero. NaN counts as -1.
+    The position in texels is x = ((c + 1) m - 1)/2 or, with ``align_corners``, x = (c + 1)/2 (m - 1). Padding "border" clamps x
+    to [0, m - 1]; "reflection" first reflects x about the outer edges of the axis (with ``align_corners`` about the outer
+    centres); "zeros" gives texels outside the plane weight zero. NaN counts as -1.
     """
     m = texels
     c = coordinates.nan_to_num(-1.0, posinf=torch.inf, neginf=-torch.inf)
     x = ((c + 1) / 2 * (m - 1)).nan_to_num(0.0, torch.inf, -torch.inf) if align_corners else ((c + 1) * m - 1) / 2
     if padding_mode == "zeros":
-        x = x.clamp(-1, m)  # beyond a texel's reach all is zero
+        x = x.clamp(-1, m)  # farther out all weights are zero
     else:
         if padding_mode == "reflection":
             begin, span = (0.0, m - 1) if align_corners else (-0.5, m)
@@ -59,15 +59,15 @@ def taps(coordinates: Tensor, texels: int, align_corners: bool, padding_mode: st
 
 
 def voxel_coordinates(lo: int, hi: int, voxels: int, corners: bool = False, bounds: Tensor | None = None) -> Tensor:
-    """Of voxels lo..hi-1 of n, float64: (i + 1/2)/n * 2 - 1, their centres, or with corners i/(n - 1) * 2 - 1; stretched from
-    [-1, 1] to ``bounds`` (2,)."""
+    """The coordinates of voxels lo to hi - 1 of n on an axis, float64: the centres (i + 1/2)/n * 2 - 1 or, with ``corners``,
+    i/(n - 1) * 2 - 1, mapped from [-1, 1] to ``bounds`` (2,)."""
     i = torch.arange(lo, hi, dtype=torch.float64, device=None if bounds is None else bounds.device)
     s = i / max(voxels - 1, 1) if corners else (i + 0.5) / voxels
     return 2 * s - 1 if bounds is None else bounds[0] + (bounds[1] - bounds[0]) * s
 
 
 def linear_taps(lo: int, hi: int, voxels: int, texels: int, align_corners: bool, padding_mode: str) -> Taps:
-    """Of the centres of voxels lo..hi-1 of n."""
+    """The taps of the centres of voxels lo to hi - 1 of n."""
     return taps(voxel_coordinates(lo, hi, voxels), texels, align_corners, padding_mode)
 
 
@@ -83,7 +83,7 @@ def sample_plane(plane: Tensor, rows: Taps, columns: Taps) -> Tensor:
 
 
 def reduce_planes(samples: list[Tensor], reduce: str, dim: int) -> Tensor:
-    """Of the samples of the planes, their features along ``dim``."""
+    """The features along ``dim`` from the samples of all planes."""
     if reduce == "concat":
         return torch.cat(samples, dim)
     stacked = torch.stack(samples, dim + 1)  # channels, then planes
@@ -92,15 +92,15 @@ def reduce_planes(samples: list[Tensor], reduce: str, dim: int) -> Tensor:
     return stacked.prod(dim + 1) if reduce == "prod" else getattr(stacked, reduce)(dim + 1)
 
 
-def _grid_features(planes: checks.Sampled, voxels: checks.Grid, dtype: torch.dtype) -> Tensor:
-    """(B, features, *box)"""
+def _grid_features(planes: checks.Planes, grid: checks.Grid, dtype: torch.dtype) -> Tensor:
+    """The features of the planes on a grid, (B, features, *box)."""
 
-    def one(planes_of: list[Tensor], bounds: Tensor | None) -> Tensor:
+    def sampled(tensors: list[Tensor], bounds: Tensor | None) -> Tensor:
         samples = []
-        for plane, axes in zip(planes_of, planes.plane_axes, strict=True):
+        for plane, axes in zip(tensors, planes.plane_axes, strict=True):
             row, column = (
                 taps(
-                    voxel_coordinates(*voxels.box[a], voxels.size[a], voxels.corners, None if bounds is None else bounds[a]),
+                    voxel_coordinates(*grid.box[a], grid.size[a], grid.corners, None if bounds is None else bounds[a]),
                     texels,
                     planes.align_corners,
                     planes.padding_mode,
@@ -111,24 +111,24 @@ def _grid_features(planes: checks.Sampled, voxels: checks.Grid, dtype: torch.dty
             if axes[0] > axes[1]:
                 sample = sample.mT
             missing = ({0, 1, 2} - set(axes)).pop()
-            samples.append(sample.unsqueeze(2 + missing).expand(*plane.shape[:2], *voxels.shape))
+            samples.append(sample.unsqueeze(2 + missing).expand(*plane.shape[:2], *grid.shape))
         return reduce_planes(samples, planes.reduce, 1)
 
-    converted = [p.to(dtype) for p in planes.planes]
-    if voxels.bounds is None:
-        return one(converted, None)
-    objects = [one([p[b : b + 1] for p in converted], voxels.bounds[b]) for b in range(planes.batch)]
-    return torch.cat(objects) if objects else one(converted, None)
+    converted = [p.to(dtype) for p in planes.tensors]
+    if grid.bounds is None:
+        return sampled(converted, None)
+    objects = [sampled([p[b : b + 1] for p in converted], grid.bounds[b]) for b in range(planes.batch)]
+    return torch.cat(objects) if objects else sampled(converted, None)
 
 
-def _point_features(planes: checks.Sampled, points: checks.Points, dtype: torch.dtype) -> Tensor:
-    """(N, features)"""
+def _point_features(planes: checks.Planes, points: checks.Points, dtype: torch.dtype) -> Tensor:
+    """The features of the planes at points, (N, features)."""
     n = points.points.shape[0]
     objects = points.objects
     if objects is None:
         objects = torch.arange(n, device=points.points.device) // max(n // max(planes.batch, 1), 1)
     samples = []
-    for plane, axes in zip(planes.planes, planes.plane_axes, strict=True):
+    for plane, axes in zip(planes.tensors, planes.plane_axes, strict=True):
         rows, columns = plane.shape[2:]
         texels = plane.to(dtype).permute(0, 2, 3, 1).flatten(0, 2)
         r, c = (
@@ -144,23 +144,23 @@ def _point_features(planes: checks.Sampled, points: checks.Points, dtype: torch.
 
 
 def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
-    """Philox4x32-10 of four 32-bit words, as int64: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as
-    1, 2, 3", SC 2011."""
+    """Philox4x32-10 of four 32-bit words in int64 tensors (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as
+    1, 2, 3", SC 2011)."""
     mask = 0xFFFFFFFF
     a, b, c, d = counter
     k0, k1 = key
     for _ in range(10):
-        p, q = a * 0xD2511F53, c * 0xCD9E8D57  # of 64 bits: the sign counts as one
+        p, q = a * 0xD2511F53, c * 0xCD9E8D57  # 64-bit products; the sign is the top bit
         a, b, c, d = (q >> 32) & mask ^ b ^ k0, q & mask, (p >> 32) & mask ^ d ^ k1, p & mask
         k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
     return [a, b, c, d]
 
 
 def normals(seed: int, number: Tensor, objects: Tensor, stream: int, count: int) -> Tensor:
-    """Standard normals (n, count) of n keys, float64: what csrc/maths/noise.h computes, by log, cos and sin.
+    """Standard normals (n, count), float64, for n voxels or points: those of csrc/maths/noise.h, by log, cos and sin.
 
-    Box and Muller: a word x gives u = (floor(x/2) + 1/2)/2^31 and r = sqrt(-2 log u); of a word y the first two bits count
-    quarter turns and the rest, as a signed number, is what they are turned by. u is rounded to float32, as there.
+    Box-Muller: a word x gives u = (floor(x/2) + 1/2)/2^31, rounded to float32, and the radius r = sqrt(-2 log u). The first two
+    bits of a word y count quarter turns of the angle; the other bits, as a signed number, are the rest of it.
     """
     blocks = (count + 3) // 4
     block = torch.arange(blocks, device=number.device)
@@ -170,39 +170,39 @@ def normals(seed: int, number: Tensor, objects: Tensor, stream: int, count: int)
     out: list[Tensor] = []
     for x, y in (words[:2], words[2:]):
         u = ((x >> 1).float() + 0.5) * 2.0**-31
-        turned = (y & 0x3FFFFFFF) - ((y & 0x20000000) << 1)
-        angle = ((y >> 30).double() + turned.double() * 2.0**-30) * (torch.pi / 2)
+        rest = (y & 0x3FFFFFFF) - ((y & 0x20000000) << 1)
+        angle = ((y >> 30).double() + rest.double() * 2.0**-30) * (torch.pi / 2)
         r = (-2 * u.double().log()).sqrt()
         out += [r * angle.cos(), r * angle.sin()]
     return torch.cat(out, 1)[:, :count]
 
 
 def texel_normals(like: Tensor, stream: int, seed: int) -> Tensor:
-    """Of the shape of a plane, float32: the reference of ``library.normals``."""
+    """Normals in the shape of a plane, float32: the reference of ``library.normals``."""
     objects = torch.arange(like.shape[0], device=like.device)
     return normals(seed, torch.zeros_like(objects), objects, stream, like[:1].numel()).view(like.shape).float()
 
 
-def with_texel_noise(planes: checks.Sampled, noise: checks.Noise, normals: Any) -> checks.Sampled:
-    """Planes with the noise of their texels, if it is that which is asked for; ``normals``: :func:`texel_normals` or the op."""
+def with_texel_noise(planes: checks.Planes, noise: checks.Noise, normals: Any) -> checks.Planes:
+    """The planes, with noise added to their texels in mode "texel"; ``normals``: :func:`texel_normals` or the op."""
     if not noise.std or noise.mode != "texel":
         return planes
-    noisy = [p + (noise.std * normals(p.detach(), 1 + q, noise.seed)).to(p.dtype) for q, p in enumerate(planes.planes)]
-    return planes._replace(planes=noisy)
+    noisy = [p + (noise.std * normals(p.detach(), 1 + q, noise.seed)).to(p.dtype) for q, p in enumerate(planes.tensors)]
+    return planes._replace(tensors=noisy)
 
 
-def _with_point_noise(features: Tensor, planes: checks.Sampled, noise: checks.Noise, number: Tensor, objects: Tensor) -> Tensor:
-    """features (n, features of the planes)"""
+def _with_point_noise(features: Tensor, planes: checks.Planes, noise: checks.Noise, number: Tensor, objects: Tensor) -> Tensor:
+    """The features (n, features of the planes), with noise added in mode "point"."""
     if not noise.std or noise.mode != "point":
         return features
     eps = normals(noise.seed, number, objects, 0, planes.features)  # plane by plane
     if planes.reduce == "concat_channel_major":
-        eps = eps.unflatten(1, (len(planes.planes), -1)).mT.flatten(1)
+        eps = eps.unflatten(1, (len(planes.tensors), -1)).mT.flatten(1)
     return features + (noise.std * eps).to(features)
 
 
 def _features(request: checks.Request) -> Tensor:
-    """(n, features) that the first layer reads, of all voxels or points."""
+    """The features that the first layer reads, (n, features), for all voxels or points."""
     planes, mlp, where = request
     planes = with_texel_noise(planes, mlp.noise, texel_normals)
     if isinstance(where, checks.Grid):
@@ -215,15 +215,17 @@ def _features(request: checks.Request) -> Tensor:
     else:
         features = _point_features(planes, where, mlp.storage)
         number = torch.arange(features.shape[0], device=features.device)
-        if (found := where.objects) is None:
+        if where.objects is None:
             each = max(features.shape[0] // max(planes.batch, 1), 1)
-            number, found = number % each, number // each
-        objects = found
+            number, objects = number % each, number // each
+        else:
+            objects = where.objects
     features = _with_point_noise(features, planes, mlp.noise, number, objects)
     return features if where.extra is None else torch.cat((features, where.extra.to(features)), 1)
 
 
 def decode(request: checks.Request) -> Tensor:
+    """The volume (B, C_out, *box), or the outputs at points."""
     planes, mlp, where = request
     compute = mlp.storage if "tf32" in mlp.compute else getattr(torch, mlp.compute)
     h = _features(request).to(compute)
@@ -238,8 +240,8 @@ def decode(request: checks.Request) -> Tensor:
 
 
 def loss(request: checks.GridRequest, target: Tensor, objective: checks.Objective) -> Tensor:
-    """The volume, the loss of each voxel, their mean."""
-    dtype = torch.float64 if request.planes.planes[0].dtype == torch.float64 else torch.float32
+    """The loss of the decoded grid."""
+    dtype = torch.float64 if request.planes.tensors[0].dtype == torch.float64 else torch.float32
     volume = decode(request._replace(mlp=request.mlp._replace(out_dtype=dtype)))
     want = target.to(dtype) / 255 if target.dtype == torch.uint8 else target.to(dtype)
     each = LOSSES[objective.loss](volume, want, objective.beta)
@@ -255,7 +257,7 @@ def sample(request: checks.Request) -> Tensor:
 
 
 def __getattr__(name: str) -> Any:
-    """The ops themselves, which check their arguments and come here for the rest."""
+    """The public ops with impl="reference": they check their arguments and call this module."""
     if name in ("decode_grid", "decode_grid_loss", "decode_points", "sample_grid", "sample_points"):
         from tcam_ext import ops
 

@@ -1,4 +1,4 @@
-"""Random decode_grid problems, their float64 reference, and how errors are judged (docs/performance.md, "Accuracy").
+"""Random decode_grid problems, their float64 reference, and limits of the error (docs/performance.md, "Accuracy").
 
 For the tests of the ops and for ``python -m tcam_ext.selftest``.
 """
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tcam_ext import activations, checks, reference
+from tcam_ext import activations, reference
+from tcam_ext.options import PLANE_AXES
 
 FORWARD_LIMIT = {"float64": 1e-12, "float32": 1e-5, "tf32": 1e-3, "bfloat16": 1e-2}
 GRADIENT_LIMIT = {"float64": 1e-11, "float32": 1e-4, "tf32": 1e-3, "bfloat16": 1e-2}
@@ -20,6 +21,8 @@ PIECEWISE_LINEAR = ("relu", "leaky_relu")
 
 @dataclass
 class Problem:
+    """The arguments of a call of decode_grid."""
+
     planes: list[Tensor]
     weights: list[Tensor]
     biases: list[Tensor | None]
@@ -47,7 +50,7 @@ class Problem:
 
 @dataclass
 class AtVoxels(Problem):
-    """The same problem at some voxels alone, indices (n, 3); a call gives the reference there, (B, C_out, n)."""
+    """A problem at some voxels only, indices (n, 3); a call gives the reference at them, (B, C_out, n)."""
 
     voxels: Tensor = field(default_factory=lambda: torch.empty(0, 3))
 
@@ -71,10 +74,10 @@ def make(
     bias: bool = True,
     **options: Any,
 ) -> Problem:
-    """A random problem in float64 with activations of order one in every layer."""
-    axes = options.get("plane_axes", checks.PLANE_AXES)
+    """A random problem in float64, with activations of order one in every layer."""
+    axes = options.get("plane_axes", PLANE_AXES)
     planes = [torch.randn(batch, channels, *(texels[a] for a in pair), dtype=torch.float64) for pair in axes]
-    if options.get("reduce") == "prod":  # of five normals it reaches 50, and behind it an exp has no relative accuracy left
+    if options.get("reduce") == "prod":  # a product of five normals reaches 50, after which an exp has no relative accuracy
         planes = [p.sign() * (0.5 + 0.5 * p.abs().tanh()) for p in planes]
     n = (features(channels, options), *widths)
     weights = [torch.randn(n[i + 1], n[i], dtype=torch.float64) * (2 / n[i]) ** 0.5 for i in range(len(widths))]
@@ -83,21 +86,21 @@ def make(
 
 
 def features(channels: int, options: dict[str, Any]) -> int:
-    """What the first layer reads."""
-    planes = len(options.get("plane_axes", checks.PLANE_AXES))
+    """The number of features of the planes that the first layer reads."""
+    planes = len(options.get("plane_axes", PLANE_AXES))
     return channels * planes if options.get("reduce", "concat").startswith("concat") else channels
 
 
 def relative(got: Tensor, want: Tensor, terms: Tensor | None = None) -> float:
-    """The norm of the error over that of what is wanted. With ``terms`` (:func:`terms_of`), an output that cancels to less than
-    a tenth of them is held to that tenth: FORWARD_LIMIT of it is 16 roundings of float32."""
+    """The norm of the error relative to that of ``want``. With ``terms`` (:func:`terms_of`), it is relative to at least a
+    tenth of their norm, for outputs that cancel: FORWARD_LIMIT of a tenth is 16 roundings of float32."""
     floor = 1e-30 if terms is None else max(1e-30, 0.1 * float(terms.norm()))
     return float((got.detach().cpu().double() - want.detach()).norm() / want.detach().norm().clamp_min(floor))
 
 
 def terms_of(p: Problem, xyz: Tensor | None = None) -> Tensor:
-    """|W_L| |h_(L-1)| + |b_L| times the slope of the output activation, of a grid or of points: the sum of the magnitudes that
-    an output is a sum of. Rounding is relative to it, however far the sum cancels."""
+    """(|W_L| |h_(L-1)| + |b_L|) times the slope of the output activation, for a grid or points: the sum of the magnitudes of
+    the terms of an output. Rounding errors are relative to it, however far the terms cancel."""
     op, place, channels = ("grid", p.size, 1) if xyz is None else ("points", xyz, -1)
     options = {k: v for k, v in p.options.items() if k not in ("activation", "output_activation")}
     names = activations.hidden_layers(p.options.get("activation", "relu"), len(p.weights) - 1)
@@ -111,16 +114,16 @@ def terms_of(p: Problem, xyz: Tensor | None = None) -> Tensor:
         h = h.movedim(channels, -1)
         w, b = p.weights[-1], p.biases[-1]
         z = torch.nn.functional.linear(h, w, b)
-        found = torch.nn.functional.linear(h.abs(), w.abs(), None if b is None else b.abs())
+        magnitudes = torch.nn.functional.linear(h.abs(), w.abs(), None if b is None else b.abs())
     z.requires_grad_()
     output = activations.output("output_activation", p.options.get("output_activation", "none"))(z)
     (slope,) = torch.autograd.grad(output.sum(), z)
-    return found * slope.abs()
+    return magnitudes * slope.abs()
 
 
 def gradient_error(got: list[Tensor], want: list[Tensor]) -> float:
-    """The largest relative error of a gradient. A tensor whose gradient cancels to less than a hundredth of the largest
-    one is held to that hundredth, of which GRADIENT_LIMIT is 16 roundings: no sum of rounded terms can do better."""
+    """The largest relative error of a gradient. Errors are relative to at least a hundredth of the largest gradient, for
+    gradients that cancel: GRADIENT_LIMIT of a hundredth is 16 roundings, the best that a sum of rounded terms can do."""
     floor = 1e-2 * max(float(w.norm()) for w in want)
     return max(
         float((g.cpu().double() - w).norm()) / max(float(w.norm()), floor, 1e-30) for g, w in zip(got, want, strict=True)
@@ -132,19 +135,19 @@ def round_bfloat16(t: Tensor) -> Tensor:
 
 
 def round_tensor_float(t: Tensor) -> Tensor:
-    """To TensorFloat-32: 10 bits of mantissa, half away from zero."""
+    """Round to TensorFloat-32: 10 bits of mantissa, half away from zero."""
     return ((t.float().contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).to(t.dtype)
 
 
 def masked_reference(
     problem: Problem, rounding: Any = None, margin: float = 1e-5, preactivations: list[Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The float64 volume with the slopes of relu and leaky_relu fixed to those of a mirror, and where to trust them.
+    """The float64 volume with the slopes of relu and leaky_relu fixed to those of a mirror, and a mask of the voxels to trust.
 
-    The mirror rounds hidden activations and weights where the kernel rounds (``rounding``; None: nowhere), or is given by what
-    it has before the activation of every layer (``preactivations``, (B, H, W, D, width) each). The mask returned
-    is 0 at voxels where the mirror has a pre-activation within ``margin`` of zero: there an equally good kernel may sit on
-    the other side, and no limit applies. Multiply grad_output by it.
+    A mirror is a model of the kernel with its roundings. It rounds hidden activations and weights by ``rounding`` (None: not at
+    all), or is given by its ``preactivations``, (B, H, W, D, width) for each layer. The mask is 0 at voxels with a mirror
+    pre-activation within ``margin`` of zero, where an equally good kernel may lie on the other side of the kink and no limit
+    applies. Multiply grad_output by it.
     """
     act = problem.options.get("activation", "relu")
     names = [act] * (len(problem.weights) - 1) if isinstance(act, str) else act
@@ -183,7 +186,7 @@ def masked_reference(
 # ---- the fused CUDA kernels -----------------------------------------------------------------
 
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-#: Shapes that they serve.
+#: Shapes that the fused kernels serve.
 FUSED_FORWARD = [
     dict(channels=5, texels=(4, 5, 6), widths=(128, 128, 128, 128, 1), size=(3, 5, 37)),
     dict(channels=3, texels=(4, 5, 6), widths=(100, 70, 128, 2), size=(13, 4, 33), batch=2, bias=False),
@@ -201,8 +204,8 @@ FUSED_BACKWARD = [
 
 
 def fused_mirror(p: Problem, dtype: torch.dtype, voxels: Tensor | None = None) -> list[Tensor]:
-    """The fused kernel in plain PyTorch: float32 sums, rounded where the kernel rounds. Gives the layers before activation,
-    (B, H, W, D, width) each, or of ``voxels``, indices (n, 3), (B, n, width)."""
+    """The fused kernel in plain PyTorch: float32 sums, rounded where the kernel rounds. Returns the pre-activations of each
+    layer, (B, H, W, D, width), or (B, n, width) at ``voxels``, indices (n, 3)."""
 
     def r(t: Tensor) -> Tensor:
         return t.to(dtype).float()
@@ -227,8 +230,8 @@ def fused_mirror(p: Problem, dtype: torch.dtype, voxels: Tensor | None = None) -
 
 
 def fused_points_mirror(p: Problem, dtype: torch.dtype, projected: bool) -> list[Tensor]:
-    """The same of a grid that goes point by point, where the first layer is a product in TensorFloat-32 of all it reads or,
-    with planes projected before, of what the voxels bring themselves."""
+    """The same for a grid decoded voxel by voxel. The first layer is a product in TensorFloat-32 of all features or, with
+    ``projected`` planes, of the extra features."""
     options = {k: v for k, v in p.options.items() if k not in ("activation", "output_activation")}
     count = p.weights[0].shape[1]
     read = replace(p, weights=[torch.eye(count)], biases=[None], options=options).call(reference.decode_grid)
@@ -240,7 +243,7 @@ def fused_points_mirror(p: Problem, dtype: torch.dtype, projected: bool) -> list
 
 
 def plane_features(p: Problem) -> int:
-    """What the first layer reads of the planes."""
+    """The number of features of the planes that the first layer of a problem reads."""
     return features(p.planes[0].shape[1], p.options)
 
 
@@ -256,6 +259,6 @@ def _fused_layers(p: Problem, first: Tensor, dtype: torch.dtype) -> list[Tensor]
 
 
 def fused_reference(p: Problem, dtype: torch.dtype) -> tuple[Problem, Tensor, Tensor]:
-    """The problem in float64, its volume with the mirror's masks, and where to trust them."""
+    """The problem in float64, its volume with the mirror's masks, and a mask of the voxels to trust."""
     exact = p.to(torch.float64, requires_grad=True)
     return exact, *masked_reference(exact, margin=1e-4, preactivations=fused_mirror(p.to(torch.float32), dtype))

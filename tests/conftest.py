@@ -1,4 +1,4 @@
-"""What every test needs: the binary under test is the one these sources make; GPU tests say why they skip."""
+"""Shared by all tests: a check that the binary was built from these sources, and reasons for skipped GPU tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tcam_ext import _C
 
 ROOT = Path(__file__).resolve().parents[1]
 settings.register_profile("tcam", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=1000)
-#: For a GPU that is at hand for minutes: the same few examples every time, and none sought that fails more simply.
+#: For a GPU that is available for minutes: the same few examples every time, without shrinking.
 settings.register_profile(
     "card", settings.get_profile("tcam"), max_examples=25, derandomize=True, database=None,
     phases=[Phase.explicit, Phase.generate],
@@ -34,7 +34,7 @@ def source_hash() -> str:
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
-    if not pluginmanager.hasplugin("timeout"):  # pytest-timeout is not installed: its setting and its mark mean nothing then
+    if not pluginmanager.hasplugin("timeout"):  # without pytest-timeout its setting and mark have no effect
         parser.addini("timeout", "seconds a test may take")
 
 
@@ -50,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if os.environ.get("TCAM_TEST_EMULATED"):  # a library of simt.build: the GPU tests run on it
+    if os.environ.get("TCAM_TEST_EMULATED"):  # a library built by simt.build, on which the GPU tests run
         for item in items:
             if "card" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="the emulator does not show it"))
@@ -67,7 +67,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """A line of JSON for each test, at once, where TCAM_TEST_JSONL names a file: benchmarks/run_gpu.py asks for it."""
+    """Append a line of JSON for each test to the file TCAM_TEST_JSONL, which benchmarks/run_gpu.py sets."""
     path = os.environ.get("TCAM_TEST_JSONL")
     if path and "PYTEST_XDIST_WORKER" not in os.environ and (report.when == "call" or report.outcome != "passed"):
         why = "" if report.outcome == "passed" else str(report.longrepr)[-2000:]
@@ -96,7 +96,7 @@ def _emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def threads():
-    """Sets the number of torch threads; the old number comes back."""
+    """Set the number of torch threads; it is restored after the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

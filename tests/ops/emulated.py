@@ -1,4 +1,4 @@
-"""The ops of tcam_ext on the CUDA kernels, as the emulator of tests/simt runs them: stands in for tcam_ext._C."""
+"""A replacement of tcam_ext._C with which the ops run the CUDA kernels on the emulator of tests/simt."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHARED = 227 << 10
 
 
 def _at(tensors: Any) -> Any:
-    """An array of pointers, to be kept while it is used."""
+    """An array of pointers, which must live as long as it is used."""
     return (ctypes.c_void_p * max(len(tensors), 1))(*[None if t is None else t.data_ptr() for t in tensors])
 
 
@@ -26,7 +26,7 @@ def _address(t: Tensor | None) -> int | None:
 
 
 class Emulated:
-    """What library.py asks of _C, on a library that simt.build has made."""
+    """The functions of _C that library.py calls, on a library built by simt.build."""
 
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
@@ -57,7 +57,7 @@ class Emulated:
 
 
 class EmulatedCall:
-    """_C.Call, without its checks."""
+    """_C.Call without its checks."""
 
     def __init__(self, module: Emulated, planes: Any, weights: Any, biases: Any, bounds: Any, points: Any, objects: Any,
                  extra: Any, o: Any) -> None:  # fmt: skip
@@ -123,7 +123,7 @@ class EmulatedCall:
 
 
 class OnCpu(TorchFunctionMode):
-    """Tensors that a test puts on "cuda" stay on the CPU, where the emulated kernels find them."""
+    """Keeps tensors that a test moves to "cuda" on the CPU, where the emulated kernels read them."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is Tensor.cuda:
@@ -136,7 +136,7 @@ class OnCpu(TorchFunctionMode):
 
 
 def replace_kernels(monkeypatch: Any, path: Path) -> None:
-    """The ops run on the emulator from now on, with tensors of the CPU."""
+    """Make the ops run on the emulator, with CPU tensors."""
     from tcam_ext import library
 
     emulated = Emulated(path)

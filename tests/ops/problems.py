@@ -1,4 +1,4 @@
-"""Strategies for random problems of tcam_ext.testing, which the tests reach from here."""
+"""hypothesis strategies for the random problems of tcam_ext.testing, which tests import from here."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tcam_ext import checks
 from tcam_ext.activations import ACTIVATIONS, OUTPUT_ACTIVATIONS
+from tcam_ext.options import PLANE_AXES
 from tcam_ext.testing import (  # noqa: F401
     FORWARD_LIMIT,
     FUSED_BACKWARD,
@@ -33,20 +34,23 @@ from tcam_ext.testing import (  # noqa: F401
     terms_of,
 )
 
-#: Backends that the property tests run on: @pytest.mark.parametrize("device", problems.DEVICES).
+#: Devices of the property tests: @pytest.mark.parametrize("device", problems.DEVICES).
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
-#: Activations with parameters that are not the default.
+#: TCAM-Diff's decoder with small planes and a small volume.
+SMALL_OPERATING_POINT = dict(channels=42, texels=(16, 16, 16), widths=(128, 128, 128, 128, 1), size=(11, 13, 17))
+
+#: Activations with parameters other than the default.
 PARAMETERS = ["leaky_relu(0.2)", "softplus(3)", "sine(2)", "half_sine(1.5)"]
 OUTPUT_PARAMETERS = ["affine_sigmoid(0.1)", "softplus(-1)", "trunc_exp(-1)"]
-#: Which coordinates run over rows and columns of planes; repeats, swaps, one plane, pairs that no plane has.
+#: The coordinates over rows and columns of planes: also repeated and swapped pairs, a single plane, missing pairs.
 axes = st.lists(st.permutations(range(3)).map(lambda p: tuple(p[:2])), min_size=1, max_size=5).map(tuple)
 
 
 @st.composite
 def sampling(draw: Any) -> dict[str, Any]:
     return {
-        "plane_axes": draw(st.one_of(st.just(checks.PLANE_AXES), axes)),
+        "plane_axes": draw(st.one_of(st.just(PLANE_AXES), axes)),
         "reduce": draw(st.sampled_from(checks.REDUCTIONS_OF_PLANES)),
         "align_corners": draw(st.booleans()),
         "padding_mode": draw(st.sampled_from(checks.PADDING_MODES)),
@@ -61,7 +65,7 @@ bounds = st.one_of(
 
 @st.composite
 def problems(draw: Any, **fixed: Any) -> Problem:
-    """Shapes, widths and options at random; at least 200 voxels, so that the norm of a result means something."""
+    """Random shapes, widths and options, with at least 200 voxels, so that the norm of a result is meaningful."""
     axis = st.integers(1, 9)
     size = draw(
         st.tuples(st.integers(1, 14), st.integers(1, 14), st.integers(1, 14)).filter(lambda s: s[0] * s[1] * s[2] >= 200)
@@ -87,7 +91,7 @@ def problems(draw: Any, **fixed: Any) -> Problem:
 
 
 def flat_options(problem: Problem, compute: str = "float64") -> tuple[Any, ...]:
-    """The options and the grid of library.py, for three concatenated planes."""
+    """The arguments of options and grid for library.decode_grid, with three concatenated planes."""
     o = {
         "activation": "relu",
         "output_activation": "none",
@@ -104,5 +108,5 @@ def flat_options(problem: Problem, compute: str = "float64") -> tuple[Any, ...]:
 
 
 def examples(count: int) -> Any:
-    """hypothesis settings of so many examples, or of the profile's where it has fewer (`--hypothesis-profile=card`)."""
+    """hypothesis settings with ``count`` examples, or the profile's number if it is lower (`--hypothesis-profile=card`)."""
     return settings(max_examples=min(count, settings.default.max_examples))

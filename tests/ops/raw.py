@@ -1,6 +1,6 @@
-"""Calls the extern "C" layer of the kernels through ctypes, on CPU tensors: what any other host would do.
+"""Calls the extern "C" functions of the kernels through ctypes on CPU tensors, as another host language would.
 
-Outputs and workspaces start as NaN bytes, so that reading what was not written shows.
+Outputs and workspaces start as NaN bytes, so that a read of unwritten memory shows.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from problems import Problem
 from torch import Tensor
 
 from tcam_ext import _C, activations, checks
+from tcam_ext.options import PLANE_AXES
 
 DTYPES = {getattr(torch, name): code for code, name in enumerate(_C.dtypes) if hasattr(torch, name)}
 
@@ -88,7 +89,7 @@ def _nan(shape: Any, dtype: torch.dtype) -> Tensor:
 
 @dataclass
 class Kernels:
-    """One implementation: a loaded library, the suffix of its functions, and what they take after the workspace."""
+    """The kernels of one device: a loaded library, the suffix of its functions, and their arguments after the workspace."""
 
     library: ctypes.CDLL
     suffix: str  # "cpu" or "cuda"
@@ -101,7 +102,7 @@ class Kernels:
         return int(size_of(ctypes.byref(problem), int(backward)))
 
     def workspace(self, p: Problem, compute: int, backward: bool) -> int:
-        """Bytes that a float32 decode, or its backward, asks for."""
+        """The bytes of workspace for a float32 decode or its backward."""
         return self._workspace(self._problem(p, compute, None, (backward, backward), 2, 0, torch.float32), backward)
 
     def explain(self, p: Problem, compute: int, output: int, shared_limit: int) -> str:
@@ -121,7 +122,7 @@ class Kernels:
     def _problem(
         self, p: Problem, compute: int, box: Any, grads: tuple[bool, bool], threads: int, tile: int, out_dtype: torch.dtype
     ) -> Decode:
-        defaults = {"plane_axes": checks.PLANE_AXES, "reduce": "concat", "activation": "relu", "output_activation": "none"}
+        defaults = {"plane_axes": PLANE_AXES, "reduce": "concat", "activation": "relu", "output_activation": "none"}
         o = {**defaults, "align_corners": False, "padding_mode": "border", "grid": "cells", **p.options}
         lo, hi = zip(*(box or [(0, n) for n in p.size]), strict=True)
         problem = Decode(
@@ -151,7 +152,7 @@ class Kernels:
         return problem
 
     def _inputs(self, p: Problem) -> Any:
-        """To be kept while the call runs."""
+        """The struct of inputs, and the arrays that must live as long as it is used."""
         bounds = p.options.get("bounds")
         batch = p.planes[0].shape[0]
         kept = [_pointers(p.planes), _pointers(p.weights), _pointers(p.biases)]
@@ -180,43 +181,43 @@ class Kernels:
         biases = [None if t is None or not grads[1] else _nan((*leading, *t.shape), t.dtype) for t in p.biases]
         kept = [_pointers(group) for group in (planes, weights, biases)]
         to = Gradients(*(ctypes.addressof(k) for k in kept), None, None)
-        found = [t for t in (*planes, *weights, *biases) if t is not None]
+        results = [t for t in (*planes, *weights, *biases) if t is not None]
         extra = p.options.get("extra")
         if extra is not None:
             kept.append(_nan(extra.movedim(1, -1).shape, p.planes[0].dtype))
             to.extra = kept[-1].data_ptr()
-            found.append(kept[-1].movedim(-1, 1))
-        return to, kept, found
+            results.append(kept[-1].movedim(-1, 1))
+        return to, kept, results
 
     def backward(
         self, p: Problem, grad: Tensor, compute: int | None = None, box: Any = None, grads=(True, True), threads=2, tile=0
     ) -> list[Tensor]:
         compute = DTYPES[p.planes[0].dtype] if compute is None else compute
         problem = self._problem(p, compute, box, grads, threads, tile, grad.dtype)
-        to, _kept, found = self._gradients(p, grads)
+        to, _kept, results = self._gradients(p, grads)
         grad = grad.contiguous()
         inputs, _also_kept = self._inputs(p)
         out = ctypes.c_void_p(grad.data_ptr())
         self._call("decode_backward", problem, True, out, ctypes.byref(inputs), ctypes.byref(to))
-        return found
+        return results
 
     def loss(
         self, p: Problem, target: Tensor, loss: str, beta=0.3, per_object=False, compute: int | None = None, box: Any = None,
         grads=(True, True), threads=2, tile=0,
     ) -> list[Tensor]:  # fmt: skip
-        """The sums of the loss (B,), then the gradients."""
+        """The sums of the loss (B,), followed by the gradients."""
         compute = DTYPES[p.planes[0].dtype] if compute is None else compute
         problem = self._problem(p, compute, box, grads, threads, tile, torch.float32)
         target = target.contiguous()
         objective = Objective(target.data_ptr(), DTYPES[target.dtype], _C.losses.index(loss), beta, per_object)
-        to, _kept, found = self._gradients(p, grads, (problem.batch,) if per_object else ())
+        to, _kept, results = self._gradients(p, grads, (problem.batch,) if per_object else ())
         inputs, _also_kept = self._inputs(p)
         losses = _nan((problem.batch,), torch.float64)
         self._call(
             "decode_loss", problem, any(grads), ctypes.byref(objective), ctypes.byref(inputs),
             ctypes.c_void_p(losses.data_ptr()), ctypes.byref(to),
         )  # fmt: skip
-        return [losses, *found]
+        return [losses, *results]
 
     def resample(self, x: Tensor, texels: int, size: int, lo: int, hi: int, bounds: Any = None, **options: Any) -> Tensor:
         """tcam_resample_axis of x (outer, n, inner)."""
@@ -252,8 +253,8 @@ class Kernels:
         objects: Tensor | None = None, extra: Tensor | None = None,
         formulation: int = 0, compute: int | None = None, layers: bool = True, tile: int = 0,
     ) -> list[Tensor]:  # fmt: skip
-        """decode_points at (N, axes), or without layers sample_points; with ``grad`` the gradients: planes, weights, biases,
-        points, extra."""
+        """decode_points at points (N, axes), or sample_points without ``layers``; with ``grad`` the gradients of planes,
+        weights, biases, points and extra."""
         dtype = p.planes[0].dtype
         if not layers:
             p = replace(p, weights=[], biases=[], options={**p.options, "activation": "relu"})
@@ -270,9 +271,9 @@ class Kernels:
             out = _nan((xyz.shape[0], n_out), dtype)
             self._call("decode", problem, False, ctypes.byref(inputs), ctypes.c_void_p(out.data_ptr()))
             return [out]
-        to, _also_kept, found = self._gradients(p, (True, layers))
+        to, _also_kept, results = self._gradients(p, (True, layers))
         more = [_nan(t.shape, dtype) for t in (xyz, extra) if t is not None]
         to.points, to.extra = more[0].data_ptr(), more[1].data_ptr() if extra is not None else None
         grad = grad.contiguous()
         self._call("decode_backward", problem, True, ctypes.c_void_p(grad.data_ptr()), ctypes.byref(inputs), ctypes.byref(to))
-        return [*found, *more]
+        return [*results, *more]

@@ -1,4 +1,4 @@
-"""The binding: whatever Python passes, an exception and never a crash."""
+"""The binding raises an exception and never crashes, whatever Python passes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CALLS = int(os.environ.get("TCAM_FUZZ_CALLS", "20000"))
 
 
 def odd_objects(rng):
-    """Anything that is not the tensor a kernel wants."""
+    """Objects that are not the tensor that a kernel expects."""
     t = torch.randn(2, 3, 4, 5)
     return [
         None,
@@ -56,13 +56,13 @@ def odd_objects(rng):
 
 
 def valid(rng):
-    """Arguments that a kernel would run on, to be spoiled one by one, and the shape of the result."""
+    """Valid arguments of a kernel, to be spoiled one by one, and a tensor for the result."""
     c, *texels = (rng.randint(1, 4) for _ in range(4))
     widths = [rng.randint(1, 9) for _ in range(rng.randint(0, 2))] + [rng.randint(1, 3)]
     dtype = rng.choice([torch.float32, torch.float64])
     pairs = [rng.choice([(0, 1), (1, 2), (0, 2)]) for _ in range(rng.randint(1, 4))]
-    reduce, on_grid, extra = rng.randint(0, 2), rng.random() < 0.5, rng.randint(0, 2)
-    n = [(len(pairs) if reduce == 0 else 1) * c + (0 if on_grid else extra), *widths]
+    reduce, on_grid, extra_channels = rng.randint(0, 2), rng.random() < 0.5, rng.randint(0, 2)
+    n = [(len(pairs) if reduce == 0 else 1) * c + (0 if on_grid else extra_channels), *widths]
     batch = rng.randint(1, 2)
     planes = [torch.randn(batch, c, texels[a], texels[b], dtype=dtype) for a, b in pairs]
     weights = [torch.randn(n[i + 1], n[i], dtype=dtype) for i in range(len(widths))]
@@ -89,7 +89,7 @@ def valid(rng):
         out_dtype=code,
         formulation=rng.randint(0, 2) if reduce < 2 else 0,
     )
-    bounds = points = objects = own = None
+    bounds = points = objects = extra = None
     if on_grid:
         shape = (batch, widths[-1], box[1] - box[0], box[3] - box[2], box[5] - box[4])
         bounds = rng.choice([None, torch.randn(batch, 3, 2, dtype=torch.float64)])
@@ -98,12 +98,12 @@ def valid(rng):
         shape = (count, widths[-1])
         points = torch.randn(count, 3, dtype=dtype)
         objects = rng.choice([None, torch.randint(0, batch, (count,))])
-        own = torch.randn(count, extra, dtype=dtype) if extra else None
-    return [planes, weights, biases, bounds, points, objects, own], options, torch.empty(shape, dtype=dtype)
+        extra = torch.randn(count, extra_channels, dtype=dtype) if extra_channels else None
+    return [planes, weights, biases, bounds, points, objects, extra], options, torch.empty(shape, dtype=dtype)
 
 
 def spoil(rng, value, odd):
-    """One change at random: an element, a length, a number, or nothing."""
+    """Change an element, a length, a number, or nothing, at random."""
     if isinstance(value, list) and rng.random() < 0.7:
         value = list(value)
         where = rng.randrange(len(value) + 1)
@@ -124,7 +124,7 @@ def spoil(rng, value, odd):
 def test_random_calls_raise_and_never_crash():
     rng = random.Random(0)
     odd = odd_objects(rng)
-    memory = torch.empty(1 << 22, dtype=torch.uint8)  # enough for most of these problems; else the call must refuse it
+    memory = torch.empty(1 << 22, dtype=torch.uint8)  # enough for most of these problems; otherwise the call must raise
     outcomes = {"ok": 0, "refused": 0}
     for _ in range(CALLS):
         tensors, options, out = valid(rng)
@@ -151,7 +151,7 @@ def test_random_calls_raise_and_never_crash():
                 outcomes["ok"] += 1
                 continue
             call = _C.Call(*tensors, o)
-            # A small workspace of one's own, and now and then one that is too small or no tensor at all.
+            # A fresh small workspace, sometimes too small or not a tensor.
             workspace = memory if rng.random() < 0.95 else rng.choice([*odd, memory[:1000]])
             if rng.random() < 0.1:
                 out = rng.choice(odd)
@@ -166,10 +166,10 @@ def test_random_calls_raise_and_never_crash():
                 if rng.random() < 0.2:
                     gd = spoil(rng, gd, odd)
                 if which == 1:
-                    own = [None if t is None else torch.empty_like(t) for t in (tensors[4], tensors[6])]
+                    to = [None if t is None else torch.empty_like(t) for t in (tensors[4], tensors[6])]
                     if rng.random() < 0.2:
-                        own[rng.randrange(2)] = rng.choice(odd)
-                    call.backward(out, gp, gd, *own, workspace)
+                        to[rng.randrange(2)] = rng.choice(odd)
+                    call.backward(out, gp, gd, *to, workspace)
                 else:
                     target = rng.choice([out, torch.zeros_like(out, dtype=torch.uint8), rng.choice(odd)])
                     more = [rng.randint(0, 2), 0.3, rng.random() < 0.3, torch.empty(1, dtype=torch.float64)]
@@ -192,8 +192,8 @@ def test_a_fake_tensor_is_refused():
         _C.resample_axis(fake, torch.empty(3, 6, 2), 4, 6, 0, 6, False, 0, False, None, False, 1)
 
 
-def test_activations_beside_no_layers_are_refused():
-    """They are copied to an array of fixed length: too many once wrote past its end where there was no weight."""
+def test_activations_without_layers_are_refused():
+    """They are copied to an array of fixed length. Without weights, too many once wrote past its end."""
     o = _C.Options()
     o.plane_axes = [(0, 1)]
     o.activation = [(0, 1.0)] * 1000
@@ -211,7 +211,7 @@ class Header(ctypes.Structure):
 
 
 def with_tables(*majors: int, last: int | None):
-    """A type whose tables have these major versions, each the predecessor of the one before; ``last``: address of one more."""
+    """A type with a list of tables of these major versions, newest first; ``last``: the address of one more table."""
     headers = [Header(m, 0, last) for m in majors]
     for newer, older in itertools.pairwise(headers):
         newer.previous = ctypes.addressof(older)

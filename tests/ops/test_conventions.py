@@ -1,7 +1,7 @@
-"""Other projects' sampling and decoding, restated from their formulas in plain PyTorch, equals ours with their preset.
+"""The ops with the preset of another project equal that project's sampling and decoding, written in plain PyTorch.
 
-Each formula below is written for that project's own tensors and coordinates: which of them ``grid_sample`` gets in which order
-is the point. Planes are random and of unequal sizes, so that any swapped axis, plane or channel shows.
+Each formula below takes tensors and coordinates in the project's order, and passes them to ``grid_sample`` as the project does.
+Planes are random and of unequal sizes, so that any swapped axis, plane or channel shows.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def tcam(p, xyz):
 
 
 def nfd(p, xyz):
-    """Sum, then Gaussian Fourier features, then two layers of ReLU (the Fourier layer is the first of the weights)."""
+    """A sum, Gaussian Fourier features (the first of the weights), and two ReLU layers."""
     x, y, z = xyz.unbind(-1)
     f = sum(sample(q, u, v, align_corners=True) for q, (u, v) in zip(p.planes, ((x, y), (y, z), (x, z)), strict=True))
     half = p.weights[0].shape[0] // 2
@@ -54,14 +54,14 @@ def nfd(p, xyz):
 
 
 def eg3d(p, xyz):
-    """Axes (x, y), (x, z), (z, y), the mean, softplus."""
+    """Planes over (x, y), (x, z), (z, y); mean; softplus."""
     x, y, z = xyz.unbind(-1)
     f = torch.stack([sample(q, u, v) for q, (u, v) in zip(p.planes, ((x, y), (x, z), (z, y)), strict=True)]).mean(0)
     return layers(f, p.weights, p.biases, F.softplus)
 
 
 def eg3d_legacy(p, xyz):
-    """Its plane axes are matrices that project coordinates by their inverse; as released the third is (z, x)."""
+    """As released, with plane axes as matrices that project coordinates by their inverse; the third plane is over (z, x)."""
     x, y, z = xyz.unbind(-1)
     f = torch.stack([sample(q, u, v) for q, (u, v) in zip(p.planes, ((x, y), (x, z), (z, x)), strict=True)]).mean(0)
     return layers(f, p.weights, p.biases, F.softplus)
@@ -94,7 +94,7 @@ def semcity(p, xyz):
 
 
 def blaze3dm(p, zyx):
-    """Coordinates z, y, x are flipped first; (sin + 1)/2 after every layer, the last too."""
+    """Coordinates in the order z, y, x, flipped first; (sin + 1)/2 after every layer, also the last."""
     x, y, z = zyx.flip(-1).unbind(-1)
     f = torch.cat([sample(q, u, v) for q, (u, v) in zip(p.planes, ((x, y), (y, z), (x, z)), strict=True)], -1)
 
@@ -105,7 +105,7 @@ def blaze3dm(p, zyx):
 
 
 def kplanes(p, points):
-    """A plane for every pair of coordinates, (res[b], res[a]) for the pair (a, b); their product."""
+    """A product of planes for every pair of coordinates; the plane of (a, b) has the size (res[b], res[a])."""
     pairs = [(a, b) for a in range(points.shape[-1]) for b in range(a + 1, points.shape[-1])]
     f = torch.ones(())
     for q, (a, b) in zip(p.planes, pairs, strict=True):
@@ -123,7 +123,7 @@ def problem(name):
     c = CONVENTIONS[name]
     widths = {"nfd": (12, 10, 9, 1), "eg3d": (16, 33), "eg3d_legacy": (16, 33)}.get(name, (16, 12, 4))
     p = problems.make(channels=C, texels=(5, 6, 7, 3), widths=widths, batch=2, **c.options)
-    if name == "nfd":  # sines, and sines a quarter turn on
+    if name == "nfd":  # sines, and sines shifted by a quarter turn
         half = torch.randn(6, C, dtype=torch.float64)
         p.weights[0] = torch.cat((half, half))
         p.biases[0] = torch.cat((torch.zeros(6), torch.ones(6))).double() * (math.pi / 2)
@@ -147,13 +147,13 @@ def test_points(device, name, dtype):
     got = tcam_ext.decode_points(mine.planes, mine.weights, mine.biases, where, **CONVENTIONS[name].options)
     exact = dtype == torch.float64
     assert problems.relative(got, want) < (1e-12 if exact else 1e-5)
-    if not exact:  # masks flip where relu does
+    if not exact:  # relu masks may flip
         return
     grad = torch.randn_like(want)
     inputs = [*p.tensors, xyz]
-    wanted = torch.autograd.grad(want, inputs, grad, allow_unused=True)
-    found = [g.cpu() for g in torch.autograd.grad(got, [*mine.tensors, where], grad.to(device))]
-    for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
+    want_grads = torch.autograd.grad(want, inputs, grad, allow_unused=True)
+    grads = [g.cpu() for g in torch.autograd.grad(got, [*mine.tensors, where], grad.to(device))]
+    for i, (a, b) in enumerate(zip(grads, want_grads, strict=True)):
         if name == "nfd" and inputs[i] is p.weights[0]:  # its frequencies are one tensor in both halves
             a = a[:6] + a[6:]
             b = b[:6]
@@ -164,7 +164,7 @@ def test_points(device, name, dtype):
 @pytest.mark.parametrize("name", sorted(set(FORMULAS) - {"kplanes_4d"}))
 @pytest.mark.parametrize("impl", ["native", "reference"])
 def test_grids(name, impl):
-    """The dense volume is the formula at its voxels."""
+    """The dense volume equals the formula at its voxels."""
     p, c, size = problem(name), CONVENTIONS[name], (4, 6, 5)
     axes = [
         torch.linspace(-1, 1, n, dtype=torch.float64)
@@ -183,7 +183,7 @@ def test_grids(name, impl):
 
 @pytest.mark.parametrize("name", sorted(FORMULAS))
 def test_a_swapped_axis_fails(name):
-    """An asymmetric phantom: no other assignment of a plane's axes gives the same values."""
+    """An asymmetric phantom, for which no other assignment of plane axes gives the same values."""
     p, c = problem(name), CONVENTIONS[name]
     axes = 4 if name.endswith("4d") else 3
     xyz = torch.rand(2, N, axes, dtype=torch.float64) * 2 - 1

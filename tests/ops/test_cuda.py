@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, graphs, determinism, memory. The property tests run there too (problems.DEVICES)."""
+"""Tests that need a GPU: streams, graphs, determinism, memory. The property tests run on it too (problems.DEVICES)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import tcam_ext
 
 pytestmark = pytest.mark.gpu
-#: bfloat16 takes the fused kernels, float32 the general ones.
+#: bfloat16 runs the fused kernels, float32 the general ones.
 BOTH = pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 SIZE = 12 if os.environ.get("TCAM_TEST_EMULATED") else 64
 OPERATING_POINT = dict(channels=42, texels=(64, 64, 64), widths=(128, 128, 128, 128, 1), size=(SIZE,) * 3)
@@ -36,7 +36,7 @@ def test_two_runs_give_the_same_bits(p, compute):
 
 
 def test_agrees_with_the_cpu():
-    p = problems.make(**OPERATING_POINT, activation="silu").to(torch.float32, True, "cuda")  # relu's masks would flip
+    p = problems.make(**OPERATING_POINT, activation="silu").to(torch.float32, True, "cuda")  # relu masks would flip
     want = [t.double() for t in gradients(p.to(torch.float32, True))]
     got = gradients(p)
     assert problems.relative(got[0], want[0]) < 1e-5
@@ -46,7 +46,7 @@ def test_agrees_with_the_cpu():
 @pytest.mark.parametrize("shape", problems.FUSED_BACKWARD, ids=[str(s["widths"]) for s in problems.FUSED_BACKWARD])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fused_kernels_equal_their_mirror(shape, dtype):
-    """As test_simt.py has it: the volume, and its gradients with the mirror's masks."""
+    """The fused kernels equal their mirror, as in test_simt_fused.py."""
     p = problems.make(**shape, output_activation="sigmoid")
     mine = p.to(torch.float32, True, "cuda")
     volume = mine.call(tcam_ext.decode_grid, compute_dtype=dtype)
@@ -61,7 +61,7 @@ def test_fused_kernels_equal_their_mirror(shape, dtype):
 
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_tensor_floats(activation):
-    """The root mean square over seeds: a single draw of relu's masks has between 3e-4 and 1.2e-3."""
+    """The root mean square over seeds; with a single draw of relu masks the error is between 3e-4 and 1.2e-3."""
     errors = []
     for seed in range(2 if SIZE < 64 else 8):
         torch.manual_seed(seed)
@@ -81,7 +81,7 @@ def test_tensor_floats(activation):
 
 @pytest.mark.card
 def test_a_float16_mean_is_the_sum_over_n():
-    """1/N of 256^3 voxels is next to float16's smallest number: no gradient may pass through it."""
+    """1/N of 256^3 voxels is near the smallest float16 number, so no gradient may be rounded to float16 after the division."""
     p = problems.make(**{**OPERATING_POINT, "size": (256, 256, 256)}).to(torch.float32, True, "cuda")
     count = 256**3
     mean = torch.autograd.grad(p.call(tcam_ext.decode_grid, compute_dtype=torch.float16).mean(), p.tensors)
@@ -103,7 +103,7 @@ def test_runs_on_the_current_stream(p, compute):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)  # so that a kernel on another stream would be early
+        torch.cuda._sleep(100_000_000)  # so that a kernel on another stream would run too early
         late = p.to(torch.float32, True, "cuda")
         for t in late.tensors:
             t.data.mul_(1.0)
@@ -115,14 +115,14 @@ def test_runs_on_the_current_stream(p, compute):
 @pytest.mark.card
 @BOTH
 def test_never_synchronises(p, compute):
-    """The call returns while the GPU still sleeps, and torch sees no synchronisation either."""
+    """The call returns while the GPU still sleeps, and torch reports no synchronisation."""
     target = torch.rand(1, 1, 64, 64, 64, device="cuda")
 
     def everything():
         gradients(p, compute_dtype=compute)
         tcam_ext.decode_grid_loss(p.planes, p.weights, p.biases, target, compute_dtype=compute).backward()
 
-    for _ in range(2):  # the second adds to gradients that are there, as the one behind the sleep does
+    for _ in range(2):  # the second adds to existing gradients, as the call after the sleep does
         everything()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -147,12 +147,12 @@ def test_a_graph_replays_forward_and_backward(p, compute):
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = gradients(p, compute_dtype=compute)
-    for t in found:
+        got = gradients(p, compute_dtype=compute)
+    for t in got:
         t.zero_()
     graph.replay()
     torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 FIRST_CALLS = """
@@ -172,16 +172,16 @@ with torch.cuda.stream(side):
 torch.cuda.current_stream().wait_stream(side)
 graph = torch.cuda.CUDAGraph()
 with torch.cuda.graph(graph):
-    found = run()
+    got = run()
 graph.replay()
 torch.cuda.synchronize()
-assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 """
 
 
 @pytest.mark.card
 def test_one_call_is_enough_to_warm_up_for_a_graph():
-    """In a process of its own, where no kernel has been loaded by another test."""
+    """In a new process, in which no test has loaded a kernel."""
     done = subprocess.run([sys.executable, "-c", FIRST_CALLS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -189,7 +189,7 @@ def test_one_call_is_enough_to_warm_up_for_a_graph():
 @pytest.mark.card
 @BOTH
 def test_memory_stays_bounded(compute):
-    """Above inputs and outputs, whatever the volume: no voxels x width."""
+    """Memory beyond inputs and outputs does not grow as voxels x width."""
     big = problems.make(**{**OPERATING_POINT, "size": (256, 256, 256)}).to(torch.float32, True, "cuda")
     torch.cuda.synchronize()
     for backward, limit in ((False, 0.9e9), (True, 2e9)):

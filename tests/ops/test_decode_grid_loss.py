@@ -1,4 +1,4 @@
-"""decode_grid_loss: the same number and the same gradients as decode, compare, average, in one pass."""
+"""decode_grid_loss gives the loss and the gradients of decoding, comparing and averaging, in one pass."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def test_equals_the_float64_reference(device, p, loss, reduction, beta, target):
 @pytest.mark.parametrize("loss", sorted(LOSSES))
 @pytest.mark.parametrize("device", problems.DEVICES)
 def test_equals_decode_then_loss_then_backward(device, activation, compute, loss):
-    """Both run the same products: no mask can flip between them, whatever the activation and the precision. Of sums: where
-    bfloat16 rounds the gradients of a layer, those of a mean, divided by N first, would round to other numbers."""
+    """Both run the same products, so that no mask flips between them, whatever the activation and precision. The loss is a
+    sum: gradients of a mean, divided by N before bfloat16 rounds them, would round differently."""
     p = problems.make(channels=42, texels=(9, 8, 7), widths=(128, 96, 2), size=(9, 12, 11), activation=activation, batch=2)
     p = p.to(torch.float32, True, device)
     target = random_target(p, torch.float32).to(device)
@@ -160,7 +160,7 @@ def test_only_wanted_gradients_are_computed(monkeypatch):
 
 @pytest.mark.parametrize("device", problems.DEVICES)
 def test_a_mean_in_float16_does_not_underflow(device):
-    """The gradient of one voxel is below float16's smallest number once divided by N; the sum is not."""
+    """Divided by N, the gradient of one voxel is below the smallest float16 number; that of the sum is not."""
     p = problems.make(channels=4, texels=(3, 3, 3), widths=(16, 1), size=(96, 96, 96), output_activation="sigmoid")
     half = p.to(torch.float16, True, device)
     wide = half.to(torch.float32, True, device)
@@ -185,7 +185,7 @@ def test_gradcheck(loss, reduction):
 
     def f(*t):
         q = replace(p, planes=list(t[:3]), weights=list(t[3:6]), biases=list(t[6:]))
-        return one_pass(q, target, loss=loss, reduction=reduction, beta=10.0)  # no kink in reach
+        return one_pass(q, target, loss=loss, reduction=reduction, beta=10.0)  # no kink nearby
 
     assert torch.autograd.gradcheck(f, p.tensors)
 

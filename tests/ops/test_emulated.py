@@ -1,6 +1,6 @@
-"""The AVX512_BF16 text of the voxel loop, compiled for this machine: the same source and the same register tile of
-12 x 32 with the two bfloat16 instructions replaced by arithmetic (simd.h, TCAM_EMULATE_BF16). Called through the
-extern "C" layer, so it also tests that any host can fill the structs of problem.h."""
+"""The AVX512_BF16 voxel loop, compiled for this machine: the same source and register tile of 12 x 32, with the two bfloat16
+instructions replaced by arithmetic (simd.h, TCAM_EMULATE_BF16). The tests call its extern "C" functions, and so also show that
+another host can fill the structs of problem.h."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def kernels(tmp_path_factory):
     subprocess.run(builds[-1], cwd=folder, check=True)
     library = ctypes.CDLL(str(folder / "kernels.so"))
     library.tcam_cpu_isa.restype = ctypes.c_char_p
-    before = os.environ.pop("TCAM_CPU_ISA", None)  # the choice is made at the first call
+    before = os.environ.pop("TCAM_CPU_ISA", None)  # read at the first call
     assert library.tcam_cpu_isa() == b"emulated"
     if before:
         os.environ["TCAM_CPU_ISA"] = before
@@ -69,7 +69,7 @@ def kernels(tmp_path_factory):
 
 SHAPES = [
     dict(channels=42, texels=(9, 8, 7), widths=(128, 128, 128, 128, 1), size=(7, 9, 11)),
-    dict(channels=5, texels=(4, 5, 6), widths=(37, 21, 3), size=(8, 9, 5), bias=False),  # odd widths: half-filled pairs
+    dict(channels=5, texels=(4, 5, 6), widths=(37, 21, 3), size=(8, 9, 5), bias=False),  # odd widths: a half-empty pair
     dict(channels=11, texels=(5, 5, 5), widths=(256, 160, 16), size=(6, 7, 8), batch=2, padding_mode="zeros"),
     dict(channels=3, texels=(3, 4, 5), widths=(9, 2), size=(5, 7, 9), align_corners=True),
     dict(channels=4, texels=(4, 5, 6), widths=(5,), size=(8, 7, 5)),
@@ -92,8 +92,8 @@ def test_values_and_gradients(kernels, shape, activation, name, compute):
 
 
 def test_bfloat16_gradients_are_as_good_as_torchs_own(kernels, capsys):
-    """Rounding flips some relu masks, and no care removes that: the unmasked error is compared with that of torch's own
-    decode in bfloat16 (docs/performance.md, "Accuracy")."""
+    """Rounding inevitably flips some relu masks, so the unmasked error is compared with that of a decode by torch in bfloat16
+    (docs/performance.md, "Accuracy")."""
     p = problems.make(channels=42, texels=(16, 16, 16), widths=(128, 128, 128, 1), size=(16, 16, 16))
     exact = p.to(torch.float64, requires_grad=True)
     out = exact.call(reference.decode_grid)
@@ -120,7 +120,7 @@ def test_bits_do_not_depend_on_threads_or_tiles(kernels):
 
 
 def test_a_wheel_kernel_agrees(kernels):
-    """float32 in the 512-bit register tile and in the installed module differ by rounding alone."""
+    """float32 in the 512-bit register tile and in the installed module differ only by rounding."""
     import tcam_ext
 
     p = problems.make(**SHAPES[0]).to(torch.float32)

@@ -1,4 +1,4 @@
-"""Bad input raises ValueError or TypeError with the argument's name, before any kernel runs."""
+"""Bad input raises ValueError, TypeError or IndexError with the argument's name, before any kernel runs."""
 
 from __future__ import annotations
 
@@ -128,3 +128,40 @@ def test_a_build_without_cuda_refuses_cuda_tensors_with_advice(monkeypatch):
         q.call(tcam_ext.decode_grid)
     got = q.call(tcam_ext.decode_grid, impl="reference")
     torch.testing.assert_close(got.cpu(), P.call(tcam_ext.decode_grid), rtol=1e-4, atol=1e-4)
+
+
+# ---- points --------------------------------------------------------------------------------------
+
+PAIR = problems.make(batch=2).to(torch.float32)
+XYZ = torch.zeros(2, 5, 3)
+POINT_CASES = [
+    (dict(xyz=3), ValueError, "xyz.*int"),
+    (dict(xyz=XYZ.int()), ValueError, "xyz.*floating.*int32"),
+    (dict(xyz=XYZ[..., :1]), ValueError, "xyz.*coordinates"),
+    (dict(xyz=XYZ[..., :2]), ValueError, r"plane_axes\[1\].*0 to 1"),
+    (dict(xyz=XYZ[:1]), ValueError, r"xyz.*B = 2.*\(1, 5, 3\)"),
+    (dict(xyz=XYZ[0]), ValueError, "xyz.*B = 2"),
+    (dict(xyz=XYZ.to("meta")), ValueError, "xyz.*cpu.*meta"),
+    (dict(batch_index=torch.zeros(5, dtype=torch.int64)), ValueError, "batch_index.*xyz"),
+    (dict(xyz=XYZ[0], batch_index=torch.zeros(4, dtype=torch.int64)), ValueError, "batch_index"),
+    (dict(xyz=XYZ[0], batch_index=torch.zeros(5)), TypeError, "batch_index.*int64"),
+    (dict(extra=torch.zeros(2, 4, 3)), ValueError, "extra|weights"),
+    (dict(extra=torch.zeros(2, 5, 3)), ValueError, r"weights\[0\].*18"),
+    (dict(bounds=torch.zeros(3, 3, 2)), ValueError, "bounds"),
+    (dict(impl="cuda"), ValueError, "impl"),
+]
+
+
+@pytest.mark.parametrize("impl", ["native", "reference"])
+@pytest.mark.parametrize(("change", "error", "message"), POINT_CASES, ids=[str(i) for i in range(len(POINT_CASES))])
+def test_bad_input_of_points(change, error, message, impl):
+    arguments = {"xyz": XYZ, "impl": impl, **change}
+    with pytest.raises(error, match=message):
+        tcam_ext.decode_points(PAIR.planes, PAIR.weights, PAIR.biases, **arguments)
+
+
+def test_an_object_that_is_not_there():
+    index = torch.tensor([0, 1, 2, 0, -1])
+    for more in ({}, {"bounds": [(0.0, 1.0)] * 3}, {"impl": "reference"}):
+        with pytest.raises(IndexError, match=r"batch_index\[2\].*0 to 1.*2"):
+            tcam_ext.decode_points(PAIR.planes, PAIR.weights, PAIR.biases, XYZ[0], batch_index=index, **more)

@@ -1,4 +1,4 @@
-"""explain: what a call would take. test_simt.py compares it with what the CUDA kernels do."""
+"""explain: the kernels that a call would use. test_simt_fused.py compares it with the CUDA kernels that run."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ needs_cuda_build = pytest.mark.skipif(not _C.has_cuda, reason="tcam_ext was buil
 
 
 def test_nothing_is_computed():
-    found = tcam_ext.explain(DECODER, PLANES, (100_000, 100_000, 1))  # 40 GB
-    assert _C.cpu_isa() in found["values"]
-    assert set(found) == {"values", "gradients"}
+    explained = tcam_ext.explain(DECODER, PLANES, (100_000, 100_000, 1))  # 40 GB
+    assert _C.cpu_isa() in explained["values"]
+    assert set(explained) == {"values", "gradients"}
 
 
 def test_products_on_a_cpu():
@@ -58,9 +58,9 @@ def test_cards(widths, outputs, activation, compute, card, values, gradients):
     else:
         planes = PLANES
     for place in (dict(size=(8, 8, 8)), dict(size=(8, 8, 8), noise_std=0.1, noise_seed=1)):
-        found = tcam_ext.explain(decoder, planes, **place, compute_dtype=compute, device=card)
-        assert values in found["values"]
-        assert gradients in found["gradients"]
+        explained = tcam_ext.explain(decoder, planes, **place, compute_dtype=compute, device=card)
+        assert values in explained["values"]
+        assert gradients in explained["gradients"]
     target = torch.rand(1, outputs, 8, 8, 8)
     loss = tcam_ext.explain(decoder.loss, planes, target, compute_dtype=compute, device=card)
     assert gradients in loss["gradients"]
@@ -69,9 +69,9 @@ def test_cards(widths, outputs, activation, compute, card, values, gradients):
 @pytest.mark.gpu
 def test_the_device_of_the_planes_is_meant():
     decoder = tcam_ext.TriplaneDecoder(4, (64, 64), device="cuda")
-    found = tcam_ext.explain(decoder, PLANES.cuda(), (8, 8, 8), compute_dtype=torch.bfloat16)
-    assert "fused" in found["values"]
-    assert found == tcam_ext.explain(decoder, PLANES.cuda(), (8, 8, 8), compute_dtype=torch.bfloat16, device="cuda:0")
+    explained = tcam_ext.explain(decoder, PLANES.cuda(), (8, 8, 8), compute_dtype=torch.bfloat16)
+    assert "fused" in explained["values"]
+    assert explained == tcam_ext.explain(decoder, PLANES.cuda(), (8, 8, 8), compute_dtype=torch.bfloat16, device="cuda:0")
 
 
 @pytest.mark.parametrize("device", ["sm_75", "gpu", "cuda:99", 3.5, "mps"])

@@ -1,4 +1,4 @@
-"""TriplaneDecoder, info, and the binary itself."""
+"""TriplaneDecoder, info, and the binary."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _nm(*arguments: str) -> str:
 
 @pytest.mark.skipif(subprocess.run(["which", "nm"], capture_output=True).returncode != 0, reason="no nm")
 def test_the_module_needs_no_torch_library_and_no_recent_openmp():
-    """No libtorch or libcudart to link; OpenMP symbols that torch's own copy of libgomp has (GOMP_5.0)."""
+    """No libtorch or libcudart is linked, and torch's copy of libgomp (GOMP_5.0) has all OpenMP symbols."""
     symbols = _nm("-D", "--undefined-only", _C.__file__)
     assert "c10" not in symbols
     assert "cuda" not in symbols
@@ -84,7 +84,7 @@ def test_the_module_needs_no_torch_library_and_no_recent_openmp():
 
 
 def test_instruction_set_objects_leak_no_shared_code():
-    """An inline function compiled for AVX-512 must not become the copy that older machines run."""
+    """An inline function compiled for AVX-512 must not be the copy that older machines run."""
     objects = list((ROOT / "build").glob("ninja-*/voxel_core.*.o"))
     if not objects:
         pytest.skip("no build folder here")
@@ -124,14 +124,14 @@ def test_every_option_stands_in_the_signature_and_in_the_docstring():
 def test_a_calls_options_take_the_place_of_the_decoders():
     decoder = tcam_ext.TriplaneDecoder(3, (8,), padding_mode="zeros", activation="silu", compute_dtype=torch.float64)
     planes = torch.randn(1, 3, 3, 4, 4)
-    own = decoder(planes, (5, 6, 7))
+    volume = decoder(planes, (5, 6, 7))
     weights, biases = [m.weight for m in decoder.layers()], [m.bias for m in decoder.layers()]
     mine = dict(output_activation="sigmoid", padding_mode="zeros", activation="silu", compute_dtype=torch.float64)
-    assert torch.equal(own, tcam_ext.decode_grid(planes, weights, biases, (5, 6, 7), **mine))
+    assert torch.equal(volume, tcam_ext.decode_grid(planes, weights, biases, (5, 6, 7), **mine))
     other = decoder(planes, (5, 6, 7), output_activation="none", activation="tanh")
     mine |= dict(output_activation="none", activation="tanh")
     assert torch.equal(other, tcam_ext.decode_grid(planes, weights, biases, (5, 6, 7), **mine))
-    assert torch.equal(decoder(planes, (5, 6, 7)), own)
+    assert torch.equal(decoder(planes, (5, 6, 7)), volume)
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])

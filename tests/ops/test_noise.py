@@ -1,4 +1,4 @@
-"""Noise of the features (equation 7 of the paper), and features that voxels bring themselves."""
+"""Noise of the features (equation 7 of the paper), and extra features of voxels."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_philox_has_its_published_values(counter, key, want):
 def test_normals_are_the_transform_of_philox(device, objects, shape, stream, seed):
     like = torch.empty(objects, *shape, device=device)
     got, want = library.normals(like, stream, seed).cpu().double(), reference.texel_normals(like.cpu(), stream, seed).double()
-    # The radius of u near 1 is the root of a difference: its absolute error counts.
+    # For u near 1 the radius is the root of a difference, so the error is absolute.
     torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6)
 
 
@@ -54,9 +54,9 @@ def test_normals_are_normal():
     n = x.numel()
     for power, moment, spread in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170)):
         assert abs(float((x**power).mean()) - moment) < 5 * (spread / n) ** 0.5, power
-    below = torch.special.ndtr(x).sort().values.flatten()  # Kolmogorov and Smirnov
+    below = torch.special.ndtr(x).sort().values.flatten()  # Kolmogorov-Smirnov
     assert float((below - torch.arange(n) / n).abs().max()) < 2.2 / n**0.5
-    pairs = x.view(4, -1)  # the words of a block, neighbours, and other keys
+    pairs = x.view(4, -1)  # words of a block, neighbours, and other keys
     others = [library.normals(torch.empty(1, n), *key).double().view(4, -1) for key in ((0, 2), (1, 1))]
     rows = torch.cat((pairs, pairs.roll(1, 1), *others))
     correlation = torch.corrcoef(rows) - torch.eye(16)
@@ -99,7 +99,7 @@ def convert(p, dtype, device="cpu"):
 
 @st.composite
 def noisy_problems(draw):
-    """Smooth ones: where there are kinks, the last bits of the noise put some voxels on their other side."""
+    """Problems with smooth activations: with kinks, the last bits of the noise put some voxels on the other side."""
     p = draw(problems.problems(activation="silu", output_activation="sigmoid"))
     std = draw(st.sampled_from([0.0, 0.32, 2.0]))
     p.options |= {
@@ -119,14 +119,14 @@ def noisy_problems(draw):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("device", problems.DEVICES)
 def test_equals_the_float64_reference(device, p, dtype):
-    """Also in float64 the noise itself is of float32."""
+    """The noise is float32 also in float64."""
     exact, mine = convert(p, torch.float64), convert(p, dtype, device)
     want, got = exact.call(reference.decode_grid), mine.call(tcam_ext.decode_grid)
     assert problems.relative(got, want) < problems.FORWARD_LIMIT["float32"]
-    grad = torch.rand_like(want)  # of one sign: where a plane has one texel, all gradients are sums that could cancel
-    wanted = torch.autograd.grad(want, tensors(exact), grad)
-    found = torch.autograd.grad(got, tensors(mine), grad.to(device, dtype))
-    assert problems.gradient_error(list(found), list(wanted)) < problems.GRADIENT_LIMIT["float32"]
+    grad = torch.rand_like(want)  # positive: if a plane has one texel, all gradients are sums, which could cancel
+    want_grads = torch.autograd.grad(want, tensors(exact), grad)
+    grads = torch.autograd.grad(got, tensors(mine), grad.to(device, dtype))
+    assert problems.gradient_error(list(grads), list(want_grads)) < problems.GRADIENT_LIMIT["float32"]
 
 
 @problems.examples(40)
@@ -134,7 +134,7 @@ def test_equals_the_float64_reference(device, p, dtype):
 @pytest.mark.parametrize("device", problems.DEVICES)
 def test_the_loss_equals_the_float64_reference(device, p, reduction):
     exact, mine = convert(p, torch.float64), convert(p, torch.float32, device)
-    target = -torch.rand(p.planes[0].shape[0], p.weights[-1].shape[0], *p.size)  # below a sigmoid: see above
+    target = -torch.rand(p.planes[0].shape[0], p.weights[-1].shape[0], *p.size)  # all slopes of one sign
 
     def loss(op, q, t):
         return op(q.planes, q.weights, q.biases, t, loss="mse", reduction=reduction, **q.options)
@@ -143,9 +143,9 @@ def test_the_loss_equals_the_float64_reference(device, p, reduction):
     got = loss(tcam_ext.decode_grid_loss, mine, target.to(device))
     assert problems.relative(got, want) < 1e-5
     weight = torch.rand_like(want)
-    wanted = torch.autograd.grad(want, tensors(exact), weight)
-    found = torch.autograd.grad(got, tensors(mine), weight.to(device, torch.float32))
-    assert problems.gradient_error(list(found), list(wanted)) < problems.GRADIENT_LIMIT["float32"]
+    want_grads = torch.autograd.grad(want, tensors(exact), weight)
+    grads = torch.autograd.grad(got, tensors(mine), weight.to(device, torch.float32))
+    assert problems.gradient_error(list(grads), list(want_grads)) < problems.GRADIENT_LIMIT["float32"]
 
 
 POINT = {"noise_std": 0.32, "noise_seed": 5}
@@ -189,7 +189,7 @@ def test_objects_have_noise_of_their_own_and_points_that_of_voxels(device):
 
 
 def test_noise_is_std_times_a_normal_added_to_the_features():
-    """An identity for a decoder shows them."""
+    """With an identity as decoder the extra features appear in the output."""
     p = problems.make(channels=6, size=(9, 10, 11), widths=(18,), bias=False).to(torch.float32)
     p.weights[0] = torch.eye(18)
     eps = (p.call(tcam_ext.decode_grid, noise_std=0.5, noise_seed=3) - p.call(tcam_ext.decode_grid)).movedim(1, -1) / 0.5
@@ -242,7 +242,7 @@ def test_a_compiled_step_takes_any_seed():
 
     for seed in range(6):
         torch.testing.assert_close(step(seed), decoder.loss(planes, target, noise_std=0.3, noise_seed=seed))
-    assert counter.frame_count <= 3  # 0, 1, then any
+    assert counter.frame_count <= 3  # sizes 0, 1, and any other
 
 
 def test_only_what_extra_needs_is_computed():
@@ -252,8 +252,8 @@ def test_only_what_extra_needs_is_computed():
     volume = p.call(tcam_ext.decode_grid, extra=extra)
     want = p.call(reference.decode_grid, extra=extra)
     grad = torch.randn_like(volume)
-    found, wanted = torch.autograd.grad(volume, extra, grad), torch.autograd.grad(want, extra, grad)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    grads, want_grads = torch.autograd.grad(volume, extra, grad), torch.autograd.grad(want, extra, grad)
+    torch.testing.assert_close(grads, want_grads, rtol=1e-4, atol=1e-5)
     target = torch.rand_like(volume)
     loss = tcam_ext.decode_grid_loss(p.planes, p.weights, p.biases, target, extra=extra)
     again = reference.decode_grid_loss(p.planes, p.weights, p.biases, target, extra=extra)

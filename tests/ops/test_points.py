@@ -14,6 +14,7 @@ from torch.nn.functional import grid_sample
 
 import tcam_ext
 from tcam_ext import checks, library, reference
+from tcam_ext.options import PLANE_AXES
 
 AUTO, PROJECTED, FEATURES = range(3)  # tcam_formulation
 
@@ -45,7 +46,7 @@ def point_problems(draw):
 @pytest.mark.parametrize("padding_mode", checks.PADDING_MODES)
 @pytest.mark.parametrize("what", ["sample_points", "sample_grid"])
 def test_the_reference_samples_as_grid_sample_does(align_corners, padding_mode, what):
-    """Values and gradients, beyond the planes too."""
+    """Values and gradients, also outside the planes."""
     planes = [torch.randn(2, 3, *s, dtype=torch.float64, requires_grad=True) for s in ((4, 7), (7, 5), (4, 5))]
     options = {"align_corners": align_corners, "padding_mode": padding_mode}
     if what == "sample_points":
@@ -64,7 +65,7 @@ def test_the_reference_samples_as_grid_sample_does(align_corners, padding_mode, 
     want = torch.cat(
         [
             grid_sample(q, xyz[..., [column, row]].unsqueeze(1), **options)[:, :, 0]
-            for q, (row, column) in zip(planes, checks.PLANE_AXES, strict=True)
+            for q, (row, column) in zip(planes, PLANE_AXES, strict=True)
         ],
         1,
     ).mT
@@ -80,14 +81,14 @@ def test_the_reference_samples_as_grid_sample_does(align_corners, padding_mode, 
 @pytest.mark.parametrize("device", problems.DEVICES)
 def test_values_and_gradients_equal_the_float64_reference(device, case, formulation, dtype):
     p, xyz = case
-    if dtype == torch.float32:  # where there are kinks, rounding puts some points on their other side
+    if dtype == torch.float32:  # with kinks, rounding would put some points on the other side
         if p.options["activation"].split("(")[0] in problems.PIECEWISE_LINEAR:
             p.options["activation"] = "silu"
         if p.options["output_activation"] == "clamp":
             p.options["output_activation"] = "sigmoid"
     name = str(dtype).removeprefix("torch.")
     reduce = p.options["reduce"]
-    # A coordinate's rounding moves it across the kink at a texel's centre: none that is exact in float32 does.
+    # A rounded coordinate may cross the kink at a texel's centre; coordinates that are exact in float32 do not.
     xyz = xyz.float().double()
     exact, mine = p.to(torch.float64, requires_grad=True), p.to(dtype, requires_grad=True, device=device)
     where, there = (xyz.to(d, t, copy=True).requires_grad_() for d, t in (("cpu", torch.float64), (device, dtype)))
@@ -101,20 +102,20 @@ def test_values_and_gradients_equal_the_float64_reference(device, case, formulat
         assert got.shape == want.shape
         assert problems.relative(got, want, problems.terms_of(exact, where)) < problems.FORWARD_LIMIT[name]
         grad = torch.randn_like(want)
-        found = torch.autograd.grad(got, [*mine.tensors, there], grad.to(device, dtype))
+        grads = torch.autograd.grad(got, [*mine.tensors, there], grad.to(device, dtype))
     finally:
         library.decode_points, library.decode_points_backward = real, direct
-    *wanted, want_xyz = torch.autograd.grad(want, [*exact.tensors, where], grad)
-    *found, xyz_grad = found
-    assert problems.gradient_error(found, wanted) < problems.GRADIENT_LIMIT[name]
-    if dtype == torch.float64 or p.options["padding_mode"] != "reflection":  # far reflections lose a float32's last bits
+    *want_grads, want_xyz = torch.autograd.grad(want, [*exact.tensors, where], grad)
+    *grads, xyz_grad = grads
+    assert problems.gradient_error(grads, want_grads) < problems.GRADIENT_LIMIT[name]
+    if dtype == torch.float64 or p.options["padding_mode"] != "reflection":  # far reflections lose the last bits of a float32
         close = _smooth(xyz, p) if dtype == torch.float32 else torch.ones_like(xyz, dtype=torch.bool)
-        scale = want_xyz.norm().clamp_min(max(1e-3 * max(float(w.norm()) for w in wanted), 1e-30))
+        scale = want_xyz.norm().clamp_min(max(1e-3 * max(float(w.norm()) for w in want_grads), 1e-30))
         assert float(((xyz_grad.cpu().double() - want_xyz) * close).norm() / scale) < problems.GRADIENT_LIMIT[name]
 
 
 def _smooth(xyz, p):
-    """Where no axis of a plane has a kink within rounding: at texel centres and at the planes' ends."""
+    """Coordinates without a kink within rounding distance (kinks are at texel centres and at the planes' edges)."""
     close = torch.ones_like(xyz, dtype=torch.bool)
     for plane, axes in zip(p.planes, p.options["plane_axes"], strict=True):
         for a, m in zip(axes, plane.shape[2:], strict=True):
@@ -137,14 +138,14 @@ def test_sample_grid_equals_the_reference(device, sampling, bounds, grid, seed, 
     assert got.shape == want.shape
     assert problems.relative(got, want) < problems.FORWARD_LIMIT[str(dtype)[6:]]
     grad = torch.randn_like(want)
-    found = torch.autograd.grad(got, p.planes, grad.to(device, dtype))
-    assert problems.gradient_error(found, torch.autograd.grad(want, exact.planes, grad)) < 1e-5
+    grads = torch.autograd.grad(got, p.planes, grad.to(device, dtype))
+    assert problems.gradient_error(grads, torch.autograd.grad(want, exact.planes, grad)) < 1e-5
 
 
 @problems.examples(40)
 @given(sampling=problems.sampling(), seed=st.integers(0, 2**31))
 def test_points_at_voxels_equal_the_grid(sampling, seed):
-    """decode_points and decode_grid, sample_points and sample_grid."""
+    """decode_points against decode_grid, and sample_points against sample_grid."""
     torch.manual_seed(seed)
     p = problems.make(batch=2, activation="silu", **sampling)
     axes = [reference.voxel_coordinates(0, n, n, True) for n in p.size]
@@ -175,7 +176,7 @@ def test_gradcheck(reduce):
 
 
 def test_linear_in_the_last_layer_and_adjoint():
-    """<A F, y> = <F, A^T y> for sampling, which is linear in the planes."""
+    """Sampling is linear in the planes: <A F, y> = <F, A^T y>."""
     p = problems.make(channels=4, batch=2).to(torch.float64, True)
     xyz = coordinates(2, 150)
     out = tcam_ext.sample_points(p.planes, xyz)
@@ -301,14 +302,15 @@ def test_bits_do_not_depend_on_threads(formulation, threads):
 
 
 def test_memory_does_not_grow_with_the_points():
-    from tcam_ext.library import Inputs, Points, Sampling, _Call
+    from tcam_ext.library import KernelOptions, KernelPoints, KernelTensors, _Call
 
     p = problems.make(channels=42, texels=(64, 64, 64), widths=(128, 128, 128, 128, 1)).to(torch.float32)
-    options = Sampling(*problems.flat_options(p, "float32")[:10])
+    options = KernelOptions(*problems.flat_options(p, "float32")[:10])
     sizes = []
     for n in (100_000, 3_000_000):
         xyz = torch.empty(n, 3)
-        call = _Call(Inputs(p.planes, p.weights, p.biases), options, Points(xyz, None, None), torch.float32, (True, True))
+        tensors, points = KernelTensors(p.planes, p.weights, p.biases), KernelPoints(xyz, None, None)
+        call = _Call(tensors, options, points, torch.float32, (True, True))
         sizes.append(call._call.workspace(True))
     assert sizes[0] == sizes[1] < 120e6
 
@@ -403,50 +405,14 @@ def test_half_planes_are_reduced_before_they_are_rounded():
         torch.testing.assert_close(got, want)
 
 
-# ---- bad input ----------------------------------------------------------------------------------
-
-P = problems.make(batch=2).to(torch.float32)
-XYZ = torch.zeros(2, 5, 3)
-BAD = [
-    (dict(xyz=3), ValueError, "xyz.*int"),
-    (dict(xyz=XYZ.int()), ValueError, "xyz.*floating.*int32"),
-    (dict(xyz=XYZ[..., :1]), ValueError, "xyz.*coordinates"),
-    (dict(xyz=XYZ[..., :2]), ValueError, r"plane_axes\[1\].*0 to 1"),
-    (dict(xyz=XYZ[:1]), ValueError, r"xyz.*B = 2.*\(1, 5, 3\)"),
-    (dict(xyz=XYZ[0]), ValueError, "xyz.*B = 2"),
-    (dict(xyz=XYZ.to("meta")), ValueError, "xyz.*cpu.*meta"),
-    (dict(batch_index=torch.zeros(5, dtype=torch.int64)), ValueError, "batch_index.*xyz"),
-    (dict(xyz=XYZ[0], batch_index=torch.zeros(4, dtype=torch.int64)), ValueError, "batch_index"),
-    (dict(xyz=XYZ[0], batch_index=torch.zeros(5)), TypeError, "batch_index.*int64"),
-    (dict(extra=torch.zeros(2, 4, 3)), ValueError, "extra|weights"),
-    (dict(extra=torch.zeros(2, 5, 3)), ValueError, r"weights\[0\].*18"),
-    (dict(bounds=torch.zeros(3, 3, 2)), ValueError, "bounds"),
-    (dict(impl="cuda"), ValueError, "impl"),
-]
-
-
-@pytest.mark.parametrize("impl", ["native", "reference"])
-@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[str(i) for i in range(len(BAD))])
-def test_bad_input(change, error, message, impl):
-    arguments = {"xyz": XYZ, "impl": impl, **change}
-    with pytest.raises(error, match=message):
-        tcam_ext.decode_points(P.planes, P.weights, P.biases, **arguments)
-
-
-def test_an_object_that_is_not_there():
-    index = torch.tensor([0, 1, 2, 0, -1])
-    for more in ({}, {"bounds": [(0.0, 1.0)] * 3}, {"impl": "reference"}):
-        with pytest.raises(IndexError, match=r"batch_index\[2\].*0 to 1.*2"):
-            tcam_ext.decode_points(P.planes, P.weights, P.biases, XYZ[0], batch_index=index, **more)
-
-
 def test_no_second_derivative():
-    p = P.to(torch.float32, True)
-    out = tcam_ext.decode_points(p.planes, p.weights, p.biases, XYZ)
+    p = problems.make(batch=2).to(torch.float32, True)
+    points = torch.zeros(2, 5, 3)
+    out = tcam_ext.decode_points(p.planes, p.weights, p.biases, points)
     with pytest.raises(RuntimeError, match=r'decode_points.*impl="reference"'):
         torch.autograd.grad(out.sum(), p.planes, create_graph=True)
     q = replace(p, options={"activation": "silu"})
-    xyz = XYZ.clone().requires_grad_()
+    xyz = points.clone().requires_grad_()
     out = tcam_ext.decode_points(q.planes, q.weights, q.biases, xyz, impl="reference", **q.options)
     (first,) = torch.autograd.grad(out.sum(), xyz, create_graph=True)
-    assert torch.autograd.grad(first.square().sum(), xyz)[0].isfinite().all()  # an eikonal loss
+    assert torch.autograd.grad(first.square().sum(), xyz)[0].isfinite().all()  # as an eikonal loss needs

@@ -1,7 +1,7 @@
-"""What the CUDA compiler says of every kernel: no warnings, spills within a budget, and the steady-state loops as planned.
+"""The CUDA compiler's report on every kernel: no warnings, spills within a budget, and the expected steady-state loops.
 
-A spill in a steady-state loop costs shared-memory bandwidth that the tensor cores need; a number that grows here is the first
-sign of a slower kernel, long before a GPU is at hand.
+A spill in a steady-state loop costs shared-memory bandwidth that the tensor cores need. A number that grows here is the first
+sign of a slower kernel, before a GPU is available.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ NVCC = next(
     ),
     None,
 )
-#: Bytes of spill stores a kernel may have, by a pattern of its name; the first that matches. Everything else: none.
+#: Bytes of spill stores allowed to a kernel, by the first pattern that matches its name; to all others none.
 SPILLS = [
     (r"fused_forward_kernel<.*, 128, 2, 12, 1, [23]>", 64),  # the operating point has 3 products
-    # Addresses and loop counters leave the registers once a step. To be looked at with a profile.
+    # Addresses and loop counters spill once a step; to be examined with a profiler.
     (r"fused_forward_kernel<.*, 128, 2, 12, 1, 1>", 128),
     (r"fused_forward_kernel<.*, 128, 2, 3, 2, \d>", 160),  # 6 warps; only where a block has less than 218 KiB of shared memory
     (r"fused_forward_kernel<.*, 64, 2, 12, 1, \d>", 16),
     (r"fused_backward_kernel<.*, 128>", 64),
-    (r"delta_sums_kernel<.*, 128>", 192),  # the compiler has all sixteen loads on their way, and waits for memory anyway
+    (r"delta_sums_kernel<.*, 128>", 192),  # the compiler issues all sixteen loads first; the kernel waits for memory anyway
     (r"gemm_kernel<", 16),
-    (r"last_layer_kernel<double, .*2>", 64),  # float64 with a loss: around the call of a rare output activation
+    (r"last_layer_kernel<double, .*2>", 64),  # float64 with a loss, around the call of a rare output activation
 ]
-#: Looked at first where a block has less shared memory than the wide backward kernel asks for: it never runs there.
+#: Read first for architectures with less shared memory a block than the wide backward kernel needs: it never runs there.
 SPILLS_SMALL = [(r"fused_backward_kernel<.*, 128>", 320)]
-#: Looked at before those above on these architectures. ptxas spills more there at the same cap of 168 registers, and why is not
-#: known yet; on sm_120 a block has 99 KiB of shared memory, so that the kernels of width 128 with 3 products never run.
+#: Read before SPILLS on these architectures, on which ptxas spills more at the same cap of 168 registers, for a reason not yet
+#: known. On sm_120 a block has 99 KiB of shared memory, so that the kernels of width 128 with 3 products never run.
 SPILLS_BLACKWELL = [
     (r"fused_forward_kernel<.*, 128, 2, 12, 1, [23]>", 336),
     (r"last_layer_kernel<", 32),
     (r"delta_sums_kernel<.*, 128>", 288),
-    (r"resample_adjoint_kernel<", 32),  # a texel's bounds, kept over the sums of its voxels
+    (r"resample_adjoint_kernel<", 32),  # a texel's bounds, live during the sums over its voxels
 ]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="no nvcc")]
 
 
 def report(source: str, architecture: str, folder: Path) -> dict[str, tuple[int, int]]:
-    """For each kernel its spill stores in bytes and its registers. Warnings are errors."""
+    """The bytes of spill stores and the registers of each kernel. Warnings are errors."""
     assert NVCC is not None
     command = [
         NVCC, "-std=c++17", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v", "-cubin",
@@ -71,12 +71,12 @@ def report(source: str, architecture: str, folder: Path) -> dict[str, tuple[int,
 )
 @pytest.mark.parametrize("source", SOURCES)
 def test_resources(source, architecture, tmp_path):
-    found = report(source, architecture, tmp_path)
-    assert found
+    kernels = report(source, architecture, tmp_path)
+    assert kernels
     small = SPILLS_SMALL if architecture in ("80", "86", "89", "120") else []
     table = [*small, *(SPILLS_BLACKWELL if architecture in ("100", "120") else []), *SPILLS]
     too_much = {}
-    for kernel, (spills, _) in found.items():
+    for kernel, (spills, _) in kernels.items():
         allowed = next((limit for pattern, limit in table if re.search(pattern, kernel)), 0)
         if spills > allowed:
             too_much[kernel] = (spills, allowed)
@@ -84,7 +84,7 @@ def test_resources(source, architecture, tmp_path):
 
 
 def disassembler() -> str | None:
-    """nvdisasm of the toolkit, or the one that Triton carries."""
+    """nvdisasm of the toolkit, or Triton's copy."""
     candidates = [shutil.which("nvdisasm"), str(Path(NVCC or "").parent / "nvdisasm")]
     triton = importlib.util.find_spec("triton")
     if triton and triton.origin:
@@ -93,7 +93,7 @@ def disassembler() -> str | None:
 
 
 def loops(cubin: Path, kernel: str) -> list[Counter[str]]:
-    """For each loop of a kernel that multiplies on tensor cores, how often each instruction stands in it."""
+    """The number of each instruction in each loop of a kernel that has tensor-core products."""
     command = [str(disassembler()), "-c", str(cubin)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     sections = [t for t in re.split(r"^\.text\.", text, flags=re.M)[1:] if re.search(kernel, t.split(":", 1)[0])]
@@ -102,20 +102,20 @@ def loops(cubin: Path, kernel: str) -> list[Counter[str]]:
     for line in sections[0].splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(instructions)
-        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)(.*)", line):
-            instructions.append(found[1])
-            if found[1] == "BRA" and (target := re.search(r"`\((\.L_x_\d+)\)", found[2])):
+        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)(.*)", line):
+            instructions.append(instruction[1])
+            if instruction[1] == "BRA" and (target := re.search(r"`\((\.L_x_\d+)\)", instruction[2])):
                 branches.append((len(instructions), target[1]))
     bodies = [Counter(instructions[labels[t] : end]) for end, t in branches if labels.get(t, end) < end]
     return [b for b in bodies if b["HMMA"]]
 
 
-#: Of the steady-state loop, by source and mangled name, at the operating point: tensor-core products, matrix loads, the
-#: rounding of pairs of float32, and loads and stores of local memory. forward: a step of 32 voxels a warp. backward: the same,
-#: of all stages together (a layer forward, one back, and the one from delta_2 to delta_1 stand in it once each); then a layer
-#: forward (or back, of the same counts), and the outer product of a tile of 32 voxels.
-#: Local memory holds what is read once a step: loop counters, addresses, the sums of the loss, what the call of a rare output
-#: activation may overwrite.
+#: The steady-state loops at the operating point, by source and mangled name: tensor-core products, matrix loads, roundings of
+#: pairs of float32, and loads and stores of local memory. Forward: a step of 32 voxels a warp. Backward: the same for all
+#: stages (one copy each of a layer forward, a layer back, and the step from delta_2 to delta_1); then a layer forward (a layer
+#: back has equal counts), and the outer product of a tile of 32 voxels.
+#: Local memory has values that are read once a step: loop counters, addresses, the sums of the loss, and registers that the
+#: call of a rare output activation may overwrite.
 STEADY = [
     ("fused_forward_bfloat16.cu", "Li128ELi2ELi12ELi1ELi3E", 784, 232, 192, 9),
     ("fused_backward_bfloat16.cu", "Li128E", 784, 268, 264, 12),

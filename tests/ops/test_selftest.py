@@ -1,4 +1,4 @@
-"""``python -m tcam_ext.selftest``: its cases hold on the emulated CUDA kernels too, and it tells what is wrong."""
+"""``python -m tcam_ext.selftest``: its cases pass on the emulated CUDA kernels, and it reports wrong kernels."""
 
 from __future__ import annotations
 
@@ -12,20 +12,16 @@ import pytest
 import simt
 import torch
 
-from tcam_ext import selftest, testing
+from tcam_ext import testing
+from tcam_ext.selftest import cases, volumes
 
 ROOT = simt.ROOT
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return os.environ.get("TCAM_SIMT_LIBRARY") or simt.build(tmp_path_factory.mktemp("simt"))
-
-
 @pytest.fixture
-def on_emulated_cuda(monkeypatch, library):
-    emulated.replace_kernels(monkeypatch, library)
-    monkeypatch.setattr(selftest, "on_cuda", lambda device: True)
+def on_emulated_cuda(monkeypatch, simt_library):
+    emulated.replace_kernels(monkeypatch, simt_library)
+    monkeypatch.setattr(cases, "on_cuda", lambda device: True)
 
 
 needs_emulator = [*simt.skip_where_it_cannot_run, pytest.mark.slow]
@@ -39,9 +35,9 @@ def marked(function):
 
 @marked
 def test_every_case_on_the_emulated_kernels(on_emulated_cuda):
-    """What a card will be asked: no limit is one that right kernels miss."""
+    """The cases that run on a GPU: correct kernels stay within every limit."""
     kinds = set()
-    for name, case in selftest.cases("cpu", tiny=True).items():
+    for name, case in cases.all_cases("cpu", tiny=True).items():
         torch.manual_seed(0)
         for part, error, limit in case():
             assert error < limit, (name, part)
@@ -53,16 +49,16 @@ def test_every_case_on_the_emulated_kernels(on_emulated_cuda):
 @marked
 def test_the_checks_of_a_large_volume_on_the_emulated_kernels(on_emulated_cuda):
     torch.manual_seed(0)
-    p = testing.make(**selftest.OPERATING_POINT, size=(20, 20, 20))
-    for part, error, limit in selftest.Large(p, "cpu", torch.bfloat16).all():
+    p = testing.make(**volumes.OPERATING_POINT, size=(20, 20, 20))
+    for part, error, limit in volumes.LargeVolume(p, "cpu", torch.bfloat16).all():
         assert error < limit, part
 
 
 @pytest.mark.parametrize("fault", ["a slab is skipped", "a slab is counted twice"])
 def test_the_sums_of_gradients_show_a_part_that_is_missing(monkeypatch, fault):
-    """On the CPU's kernels, whose gradients are spoiled at voxels that are not among the random ones."""
+    """On the CPU kernels, with gradients spoiled at voxels other than the random ones."""
     torch.manual_seed(0)
-    p = testing.make(**{**selftest.OPERATING_POINT, "channels": 4}, size=(24, 24, 24))
+    p = testing.make(**{**volumes.OPERATING_POINT, "channels": 4}, size=(24, 24, 24))
     real = torch.autograd.grad
 
     def spoiled(outputs, inputs, grad_outputs=None, **options):
@@ -72,12 +68,12 @@ def test_the_sums_of_gradients_show_a_part_that_is_missing(monkeypatch, fault):
         return real(outputs, inputs, grad_outputs, **options)
 
     monkeypatch.setattr(torch.autograd, "grad", spoiled)
-    found = {part: error < limit for part, error, limit in selftest.Large(p, "cpu", torch.float32).all()}
-    assert not found["sums of all gradients"]
+    passed = {part: error < limit for part, error, limit in volumes.LargeVolume(p, "cpu", torch.float32).all()}
+    assert not passed["sums of all gradients"]
 
 
 def run(tmp_path, *arguments, fault="", status=0):
-    """The command, with a fault planted into its processes."""
+    """Run the command with a fault planted in its processes."""
     (tmp_path / "sitecustomize.py").write_text(fault)
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     command = [sys.executable, "-m", "tcam_ext.selftest", "--device", "cpu", *arguments, "--jsonl", str(tmp_path / "out.jsonl")]
@@ -102,7 +98,7 @@ CRASH = "import sys\nif '--worker' in sys.argv:\n    from tcam_ext import librar
     ("fault", "why"),
     [
         ("__import__('os').kill(__import__('os').getpid(), 11)", "exit status -11"),
-        ("__import__('time').sleep(100)", "nothing was heard of it for 3 s"),
+        ("__import__('time').sleep(100)", "no output for 3 s"),
         ("1 / 0", "ZeroDivisionError"),
         ("a[0].new_full(a[0].shape, 0.5, dtype=__import__('torch').float32)", None),
     ],
@@ -136,8 +132,8 @@ def test_what_fails_at_a_large_volume_does_not_stop_the_rest(monkeypatch):
         raise RuntimeError("out of memory, say")
         yield
 
-    monkeypatch.setattr(selftest.Large, "loss", broken)
-    rows = list(selftest.speed("cpu", 12, budget=0.1))
+    monkeypatch.setattr(volumes.LargeVolume, "loss", broken)
+    rows = list(volumes.speed("cpu", 12, budget=0.1))
     assert [r["why"] for r in rows if r.get("part") == "raised"] == ["RuntimeError: out of memory, say"]
     timed = {r["what"] for r in rows if r.get("rival", "").startswith("tcam_ext")}
     assert timed == {"forward", "forward+backward"}

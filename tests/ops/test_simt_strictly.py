@@ -1,4 +1,4 @@
-"""The emulator's own proof: sanitizers find nothing in the kernels, and planted faults are found."""
+"""A test of the emulator: sanitizers report nothing in the kernels, and the tests find planted faults."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ pytestmark = [*simt.skip_where_it_cannot_run, pytest.mark.exhaustive, pytest.mar
 
 
 def run_tests(library: Path, selected: str, preload: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """tests/ops/test_simt.py against a library, in a process of its own."""
+    """Run the selected tests of the kernels on the emulator against a library, in a new process."""
     env = {**os.environ, "TCAM_SIMT_LIBRARY": str(library), "LD_PRELOAD": preload, **environment}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", selected, "tests/ops/test_simt.py"]
+    files = [f"tests/ops/{name}.py" for name in ("test_simt", "test_simt_fused", "test_simt_points")]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", selected, *files]
     return subprocess.run(command, env=env, cwd=simt.ROOT, capture_output=True, text=True)
 
 
 def runtime(name: str) -> str:
     assert simt.CXX is not None
-    found = subprocess.run([*simt.CXX.split(), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
-    if not os.path.isabs(found):
+    path = subprocess.run([*simt.CXX.split(), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(path):
         pytest.skip(f"no {name}")
-    return found
+    return path
 
 
 def test_address_and_undefined_behaviour(tmp_path):
@@ -77,7 +78,7 @@ PARTS = ("general", "forward", "backward", "points")
 def races(
     tmp_path: Path, csrc: Path = simt.ROOT / "csrc", parts: tuple[str, ...] = PARTS, first: bool = False
 ) -> tuple[int, str]:
-    """Data races between the barriers that ThreadSanitizer sees in small calls; ``first``: stop at the first one."""
+    """The number of data races between barriers in small calls, by ThreadSanitizer, and its log; ``first``: stop at one."""
     library = simt.build(tmp_path, "-O1", "-g", "-fsanitize=thread", csrc=csrc)
     script = DRIVER.format(tests=str(simt.ROOT / "tests" / "ops"), library=str(library), parts=parts)
     env = {
@@ -91,9 +92,9 @@ def races(
 
 
 def test_no_races_between_barriers(tmp_path):
-    found, log = races(tmp_path)
+    count, log = races(tmp_path)
     assert "finished" in log
-    assert found == 0, log
+    assert count == 0, log
 
 
 def mutated(tmp_path: Path, file: str, old: str, new: str) -> Path:
@@ -107,7 +108,7 @@ def mutated(tmp_path: Path, file: str, old: str, new: str) -> Path:
     return csrc
 
 
-#: Barriers whose loss shows as a race or as a deadlock, and in which part of the driver.
+#: Barriers without which a race or a deadlock shows, and the part of the driver in which it does.
 BARRIERS = {
     "general": ("general", "gemm.cuh", "    __syncthreads();\n", ""),
     "forward step": ("forward", "fused_forward.cuh", "__syncthreads();  // step jb + 1", "// "),
@@ -122,8 +123,8 @@ BARRIERS = {
 @pytest.mark.parametrize("barrier", sorted(BARRIERS))
 def test_a_missing_barrier_is_a_race(barrier, tmp_path):
     part, *fault = BARRIERS[barrier]
-    found, log = races(tmp_path, mutated(tmp_path, *fault), (part,), first=True)
-    assert found > 0 or "finished" not in log
+    count, log = races(tmp_path, mutated(tmp_path, *fault), (part,), first=True)
+    assert count > 0 or "finished" not in log
 
 
 BARRIER = "__syncthreads();\n"
@@ -211,7 +212,7 @@ FAULTS = {
 }
 
 
-#: The tests that must find a fault, by its file.
+#: The tests that must find a fault, by the file of the fault.
 FINDERS = {
     "gemm.cuh": "(values and relu and float64) or losses",
     "sums.cuh": "(values and relu and float64) or losses",

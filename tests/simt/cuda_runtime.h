@@ -1,4 +1,4 @@
-// CUDA's names for the machine of simt.h: what lets the .cu files of csrc/cuda compile with a host compiler.
+// CUDA's names for the emulator of simt.h, with which a host compiler compiles the .cu files of csrc/cuda.
 #pragma once
 #include <cstddef>
 

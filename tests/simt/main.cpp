@@ -1,4 +1,4 @@
-// The one source that holds the emulator's fiber switch, and its switchboard for tests.
+// The emulator's fiber switch, and the functions by which tests control the emulator.
 #define SIMT_MAIN
 #include "cuda_runtime.h"
 

@@ -1,4 +1,4 @@
-// csrc/cuda/ptx.cuh for the machine of simt.h: included by it, inside no namespace.
+// The emulator's versions of the functions of csrc/cuda/ptx.cuh, which includes this file outside any namespace.
 #pragma once
 
 namespace tcam {
@@ -8,8 +8,8 @@ inline void aligned(const void* p, const char* what) {
   if (reinterpret_cast<uintptr_t>(p) & 15) simt::die(what);
 }
 
-// The copy lands when it is waited for and not earlier, so that a read before the wait sees old bytes; under a schedule with
-// early copies it lands at once, and may overwrite what others still read.
+// The copy completes at the wait and not earlier, so that a read before the wait sees old bytes. Under a schedule with early
+// copies it completes at once, and may overwrite bytes that other threads still read.
 inline void copy16(void* to, const void* from) {
   aligned(to, "cp.async: the shared address is not divisible by 16");
   aligned(from, "cp.async: the global address is not divisible by 16");
@@ -34,13 +34,14 @@ void load_matrices_as(uint32_t (&r)[4], const void* row) {
   aligned(row, "ldmatrix: the address is not divisible by 16");
   me.address = row;
 #if defined(__SANITIZE_THREAD__)
-  for (int i = 0; i < 4; ++i) (void)static_cast<const volatile uint32_t*>(row)[i];  // the read, seen as this thread's
+  for (int i = 0; i < 4; ++i)
+    (void)static_cast<const volatile uint32_t*>(row)[i];  // a read that the sanitizer sees as this thread's
 #endif
   simt::machine->warp_function(transposed ? 7 : 5, ~0u, [](int warp) {
     for (int l = 0; l < 32; ++l)
       for (int m = 0; m < 4; ++m)
         for (int h = 0; h < 2; ++h) {
-          const int i = l / 4, j = l % 4 * 2 + h;  // of the matrix as the lanes get it
+          const int i = l / 4, j = l % 4 * 2 + h;  // row and column of the matrix as the lanes receive it
           const void* address = simt::machine->fiber(warp + m * 8 + (transposed ? j : i)).address;
           memcpy(reinterpret_cast<char*>(&simt::machine->fiber(warp + l).out[m]) + 2 * h,
                  static_cast<const char*>(address) + 2 * (transposed ? i : j), 2);
@@ -62,7 +63,7 @@ inline void store_matrices(void* row, const uint32_t (&r)[4]) {
       for (int t = 0; t < 4; ++t) memcpy(&of.out[t], &simt::machine->fiber(warp + row % 8 * 4 + t).in[row / 8], 4);
     }
   });
-  memcpy(row, me.out, 16);  // the write, seen as this thread's
+  memcpy(row, me.out, 16);  // a write that the sanitizer sees as this thread's
 }
 
 inline void barrier_wait(int id, int threads) { simt::machine->named_barrier(id, threads, true); }
@@ -76,7 +77,7 @@ inline void load_pair(float* r, const float* p) {
   r[1] = p[1];
 }
 
-// The lanes of a warp get their accumulators, of m16n8.
+// Gives the lanes of a warp their accumulators of an m16n8 tile.
 inline void give(const float (&C)[16][8], int warp) {
   for (int l = 0; l < 32; ++l)
     for (int r = 0; r < 4; ++r)
@@ -110,7 +111,7 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b, const fl
   for (int r = 0; r < 4; ++r) d[r] = product[r] + c[r];
 }
 
-// Half away from zero, as cvt.rna does.
+// Rounds to nearest, half away from zero, as cvt.rna does.
 inline uint32_t to_tensor_float(float x) {
   const uint32_t u = Bits::of(x);
   return (u & 0x7f800000u) == 0x7f800000u ? u : (u + 0x1000u) & ~0x1fffu;

@@ -1,16 +1,13 @@
 // A small SIMT machine on the CPU: every CUDA thread is a fiber, a block runs on one OS thread.
 //
-// It exists to find wrong kernels, so it is strict where a GPU is silent: shared memory starts as
-// NaNs and each array has its own heap block (AddressSanitizer sees its ends), a barrier or warp
-// function that some threads miss ends the program with the place named, and the order in which
-// threads run is a parameter (schedule()). Under ThreadSanitizer fibers are separate threads whose
-// only ordering is that of the barriers, which makes it a race detector between barriers.
+// It exists to find wrong kernels, so it stops with a message where a GPU continues silently. Shared
+// memory starts as NaNs, and each array has its own heap block, so that AddressSanitizer sees its
+// ends. A barrier or warp function that some threads miss ends the program. The order in which
+// threads run is a parameter (Schedule). Under ThreadSanitizer each fiber counts as a thread, and
+// barriers are the only order between threads, so that races between barriers show.
 //
-// cuda_runtime.h beside this file gives it CUDA's names.
+// cuda_runtime.h in this folder gives it CUDA's names.
 #pragma once
-#include <pthread.h>
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -23,122 +20,16 @@
 #include <thread>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
-#if defined(__SANITIZE_THREAD__)
-extern "C" {
-void* __tsan_get_current_fiber(void);
-void* __tsan_create_fiber(unsigned);
-void __tsan_destroy_fiber(void*);
-void __tsan_switch_to_fiber(void*, unsigned);
-void __tsan_acquire(void*);
-void __tsan_release(void*);
-void AnnotateIgnoreReadsBegin(const char*, int);
-void AnnotateIgnoreReadsEnd(const char*, int);
-void AnnotateIgnoreWritesBegin(const char*, int);
-void AnnotateIgnoreWritesEnd(const char*, int);
-}
-#endif
+#include "fiber.h"
 
 namespace simt {
 
-// ---- what the sanitizers must know -------------------------------------------------------
-
-#if defined(__SANITIZE_THREAD__)
-struct Unwatched {  // the machine's own bookkeeping is not the kernel's memory traffic
-  Unwatched() {
-    AnnotateIgnoreReadsBegin("", 0);
-    AnnotateIgnoreWritesBegin("", 0);
-  }
-  ~Unwatched() {
-    AnnotateIgnoreWritesEnd("", 0);
-    AnnotateIgnoreReadsEnd("", 0);
-  }
-};
-inline void release(void* p) { __tsan_release(p); }
-inline void acquire(void* p) { __tsan_acquire(p); }
-#else
-struct Unwatched {
-  ~Unwatched() {}
-};
-inline void release(void*) {}
-inline void acquire(void*) {}
-#endif
-
-// ---- fibers ------------------------------------------------------------------------------
-
-struct Index {
-  unsigned x, y, z;
-};
-
-enum class State : uint8_t { running, in_warp_function, at_barrier, at_named_barrier, done };
-
-struct Fiber {
-  Index index{};
-  int linear = 0, lane = 0;
-  State state = State::done;
-  int function = 0;   // which warp function it waits in
-  uint32_t mask = 0;  // and with which lanes
-  int barriers = 0;
-  uint32_t in[8], out[8];  // operands and results of warp functions
-  const void* address = nullptr;
-  struct Copy {
-    void* to;
-    const void* from;
-  };
-  std::vector<Copy> copies;  // asynchronous, on their way
-  void* stack_pointer = nullptr;
-  char* stack = nullptr;
-  size_t stack_bytes = 0;
-#if defined(__SANITIZE_ADDRESS__)
-  void* fake_stack = nullptr;
-#endif
-#if defined(__SANITIZE_THREAD__)
-  void* tsan = nullptr;
-#endif
-};
-
-// Saves the callee's registers on its stack, and continues where `to` was saved.
-extern "C" void simt_switch(void** save, void* to);
-#if defined(SIMT_MAIN)
-#if defined(__x86_64__)
-asm(R"(.text
-.globl simt_switch
-.type simt_switch,@function
-simt_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp,(%rdi)
-  movq %rsi,%rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size simt_switch,.-simt_switch
-)");
-constexpr int saved_registers = 6;
-#else
-#error "simt.h: the fiber switch is written for x86-64"
-#endif
-#endif
-
-// ---- one block -----------------------------------------------------------------------------
-
-enum class Order { forward, reverse, shuffled };  // of the threads of a block, and of the blocks
+enum class Order { forward, reverse, shuffled };  // of threads in a block, and of blocks
 
 struct Schedule {
   Order order = Order::forward;
-  bool greedy = false;        // a warp runs as far ahead of the others as it can
-  bool early_copies = false;  // asynchronous copies land at once instead of when they are waited for
+  bool greedy = false;        // each warp runs as far ahead of the others as it can
+  bool early_copies = false;  // asynchronous copies complete at once, not at the wait
   unsigned seed = 1;
   int os_threads = 1;
 };
@@ -147,12 +38,11 @@ inline Schedule schedule;
 struct Device {
   int shared_limit = 227 << 10, processors = 2;
 };
-inline Device device;    // what the launchers may ask
-inline int failure = 0;  // status of the next cudaFuncSetAttribute, which stands before every launch of a fused kernel
+inline Device device;    // the properties that launchers query
+inline int failure = 0;  // status of the next cudaFuncSetAttribute, which precedes every launch of a fused kernel
 
 class Machine;
 inline thread_local Machine* machine = nullptr;
-[[noreturn]] inline void die(const char* what);
 
 class Machine {
  public:
@@ -176,8 +66,8 @@ class Machine {
         die("__syncthreads reached by some threads of the block only");
       }
     for (const Named& b : named_)
-      if (!alive_ && b.arrived) die("threads arrived at a named barrier that nobody waited for");
-    if (alive_) die("deadlock: threads wait for others that cannot come (divergent barrier or warp function)");
+      if (!alive_ && b.arrived) die("threads arrived at a named barrier at which no thread waited");
+    if (alive_) die("deadlock: threads wait for others that never arrive (divergent barrier or warp function)");
     acquire(this);
   }
 
@@ -198,8 +88,8 @@ class Machine {
   // bar.sync (wait) and bar.arrive of the PTX ISA.
   void named_barrier(int id, int threads, bool wait) {
     Unwatched u;
-    if (id < 1 || id > 15) die("a named barrier beyond 1..15 (0 is __syncthreads)");
-    if (threads % 32 || threads <= 0) die("a named barrier of a number of threads that is no multiple of 32");
+    if (id < 1 || id > 15) die("a named barrier outside 1..15 (0 is __syncthreads)");
+    if (threads % 32 || threads <= 0) die("a named barrier for a number of threads that is not a multiple of 32");
     Named& b = named_[id];
     if (b.arrived && b.threads != threads) die("threads disagree on how many a named barrier waits for");
     b.threads = threads;
@@ -218,13 +108,13 @@ class Machine {
     if (wait) acquire(generation);
   }
 
-  // The last lane of `mask` to arrive runs finish(first thread of the warp) for all of them.
+  // The last lane of `mask` to arrive runs finish(first thread of the warp) for all lanes.
   template <class F>
   void warp_function(int function, uint32_t mask, F&& finish) {
     Unwatched u;
     Fiber& me = *current;
     const int warp = me.linear & ~31;
-    if (!(mask >> me.lane & 1)) die("a lane calls a warp function with a mask that leaves it out");
+    if (!(mask >> me.lane & 1)) die("a lane calls a warp function with a mask that excludes it");
     me.function = function;
     me.mask = mask;
     me.state = State::in_warp_function;
@@ -241,7 +131,7 @@ class Machine {
 
   Fiber& fiber(int linear) { return *fibers_[linear]; }
 
-  // The next array of shared memory. Every thread takes the same arrays in the same order.
+  // The next array of shared memory. All threads take the same arrays in the same order.
   void* take_shared(size_t bytes) {
     Unwatched u;
     const size_t k = taken_[current->linear]++;
@@ -287,7 +177,7 @@ class Machine {
   int count_ = 0, alive_ = 0, waiting_ = 0, position_ = 0;
   struct Named {
     int threads = 0, arrived = 0, generation = 0;
-    char generations[2];  // what ThreadSanitizer orders by
+    char generations[2];  // addresses by which ThreadSanitizer orders the threads
     std::vector<Fiber*> waiting;
   } named_[16];
   Fiber host_;
@@ -332,39 +222,11 @@ class Machine {
       f.lane = i & 31;
       f.state = State::running;
       f.barriers = 0;
-      make(f);
+      prepare(f, &Machine::entry);
 #if defined(__SANITIZE_THREAD__)
       __tsan_release(&f);
 #endif
     }
-  }
-
-  void make(Fiber& f) {
-    if (!f.stack) {
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-      f.stack_bytes = 256 << 10;
-#else
-      f.stack_bytes = 64 << 10;
-#endif
-      constexpr size_t guard = 4096;
-      void* p =
-          mmap(nullptr, f.stack_bytes + guard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-      if (p == MAP_FAILED) die("no memory for a stack");
-      mprotect(p, guard, PROT_NONE);
-      f.stack = static_cast<char*>(p) + guard;
-    }
-#if defined(__SANITIZE_ADDRESS__)
-    __asan_unpoison_memory_region(f.stack, f.stack_bytes);
-#endif
-    auto* top = reinterpret_cast<uint64_t*>(f.stack + f.stack_bytes);
-    *--top = 0;
-    *--top = reinterpret_cast<uint64_t>(&Machine::entry);
-    for (int i = 0; i < 6; ++i) *--top = 0;  // the registers that simt_switch restores
-    f.stack_pointer = top;
-#if defined(__SANITIZE_THREAD__)
-    if (f.tsan) __tsan_destroy_fiber(f.tsan);
-    f.tsan = __tsan_create_fiber(0);
-#endif
   }
 
   void switch_to(Fiber& from, Fiber& to, bool leaving) {
@@ -382,7 +244,7 @@ class Machine {
 #endif
   }
 
-  __attribute__((noinline, no_sanitize("thread"))) void leave() {  // a thread that has ended
+  __attribute__((noinline, no_sanitize("thread"))) void leave() {  // ends a thread
     Fiber& me = *current;
     current = &host_;
 #if defined(__SANITIZE_ADDRESS__)
@@ -402,7 +264,7 @@ class Machine {
     return -1;
   }
 
-  // Continue with another thread that can run, or with the host when none can.
+  // Switches to another thread that can run, or to the host if none can.
   void yield() {
     Fiber& me = *current;
     if (schedule.greedy) {
@@ -453,25 +315,25 @@ inline void die(const char* what) {
   _Exit(86);
 }
 
-// Runs `body` once for every thread of the grid.
+// Runs `body` once for each thread of the grid.
 inline void launch(Index grid, Index block, size_t shared_bytes, const std::function<void()>& body) {
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   std::atomic<uint64_t> next{0};
-  static std::vector<std::unique_ptr<Machine>> machines;  // kept: their fibers' stacks are costly to make
+  static std::vector<std::unique_ptr<Machine>> machines;  // kept, as the fibers' stacks are costly to allocate
   const int workers = std::max(schedule.os_threads, 1);
   while (static_cast<int>(machines.size()) < workers) machines.emplace_back(new Machine);
   auto work = [&](int worker) {
     Unwatched u;
-    Machine& own = *machines[worker];
-    machine = &own;
-    own.grid = grid;
-    own.block = block;
-    own.shared_limit = shared_bytes;
-    own.body = &body;
+    Machine& m = *machines[worker];
+    machine = &m;
+    m.grid = grid;
+    m.block = block;
+    m.shared_limit = shared_bytes;
+    m.body = &body;
     for (uint64_t n; (n = next++) < blocks;) {
       const uint64_t b = schedule.order == Order::forward ? n : blocks - 1 - n;
-      own.block_index = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / (uint64_t(grid.x) * grid.y))};
-      own.run_block();
+      m.block_index = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / (uint64_t(grid.x) * grid.y))};
+      m.run_block();
     }
     machine = nullptr;
   };

@@ -1,0 +1,1 @@
+"""The self-test: ``python -m tcam_ext.selftest``."""
