@@ -15,8 +15,8 @@ from tcam_diff import demo
 from tcam_diff.autodecoder.config import load_config
 from tcam_diff.autodecoder.fit import Fitter
 from tcam_diff.autodecoder.planes import texel_noise
-from tcam_diff.data.intensity import intensity_range, to_unit
 from tcam_diff.data.nifti import read_volume
+from tcam_diff.data.volume import intensity_range, to_unit
 from tcam_diff.evaluation import metrics
 
 VARIANTS = {

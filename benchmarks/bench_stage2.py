@@ -151,7 +151,7 @@ def run(a: argparse.Namespace, work: Path) -> None:
         if a.json:
             harness.write_json(a.json, rows, **about)
         if a.picture and seed == 0:
-            picture(a.picture, {"held out": truth, "training": trained, **volumes}, np.asarray(model.geometry.affine))
+            picture(a.picture, {"held out": truth, "training": trained, **volumes}, model.geometry.info.affine)
 
 
 @torch.no_grad()
@@ -159,7 +159,7 @@ def reconstructed(latents: Path, count: int) -> torch.Tensor:
     """(N, 1, 64, 64, 64): training volumes decoded from their planes: the best that samples of these planes can be."""
     held = LatentSet(latents)
     fitted = [held.fitted(e.name) for e in held.entries[:count]]
-    return torch.cat([f.decoder(f.planes, f.meta.shape).float().clamp(0, 1) for f in fitted])
+    return torch.cat([f.decoder(f.planes, f.info.shape).float().clamp(0, 1) for f in fitted])
 
 
 def controls(truth: torch.Tensor, decoded: torch.Tensor, config: CriticConfig) -> dict[str, float]:

@@ -63,14 +63,14 @@ def looks_like(path, shape, mean, std, corner=CORNER, codes=(0, 2)):
 
 def test_a_store(data):
     store = Store(data / "store")
-    assert [(r.name, r.split, r.shape, r.dtype) for r in store.records] == [
+    assert [(r.name, r.split, r.info.array_shape, r.dtype) for r in store.records] == [
         ("v0", "train", (2, 8, 8, 8), "uint8"), ("v1", "train", (2, 8, 8, 8), "uint8"),
     ]  # fmt: skip
     for record, mean in zip(store.records, (46.390625, 43.1171875), strict=True):
         store.verify(record)
         np.testing.assert_allclose(store.volume(record).mean((1, 2, 3)), (mean, 127.5))
-        np.testing.assert_allclose(np.asarray(record.affine)[:3, 3], CORNER, rtol=1e-6)
-    np.testing.assert_allclose(store.records[1].intensity, [(0.0452967, 91.4524307), (37.3512115, 62.6487885)], rtol=1e-6)
+        np.testing.assert_allclose(record.info.affine[:3, 3], CORNER, rtol=1e-6)
+    np.testing.assert_allclose(store.records[1].info.intensity, [(0.0452967, 91.4524307), (37.3512115, 62.6487885)], rtol=1e-6)
 
 
 def test_a_store_is_gone_on_with(data):
@@ -101,7 +101,7 @@ def test_a_training_run(data):
 
 def test_a_latent_set(data):
     latents = LatentSet(data / "latents")
-    assert [(e.name, e.split, e.shape, e.steps, round(e.psnr, 3)) for e in latents.entries] == [
+    assert [(e.name, e.split, e.info.array_shape, e.steps, round(e.psnr, 3)) for e in latents.entries] == [
         ("v0", "train", (2, 8, 8, 8), 8, 9.633), ("v1", "train", (2, 8, 8, 8), 8, 9.26),
     ]  # fmt: skip
     for entry in latents.entries:
@@ -118,13 +118,13 @@ def test_a_latent_set_is_gone_on_with(data):
     for entry, record in zip(latents.entries, records, strict=True):
         found = writer.find(record)
         assert found is not None
-        assert (found.name, found.psnr, found.affine) == (entry.name, entry.psnr, entry.affine)
+        assert (found.name, found.psnr, found.info) == (entry.name, entry.psnr, entry.info)
 
 
 def test_a_model_with_a_sample_and_an_interpolation(data):
     """The model is the one that both were made with, so neither is made again or refused."""
     model = TriplaneDiffusion.load(data / "model")
-    assert (model.geometry.texels, model.geometry.shape, model.geometry.outputs) == ((8, 8, 8), (8, 8, 8), 2)
+    assert (model.geometry.texels, model.geometry.info.array_shape) == ((8, 8, 8), (2, 8, 8, 8))
     sidecar = data / "samples" / "sample-0000_seed0_heun2.json"
     before = sidecar.read_bytes()
     assert json.loads(before)["model"] == model.identity

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,32 +23,18 @@ from tcam_diff.autodecoder.config import FitConfig, ObjectiveConfig
 from tcam_diff.autodecoder.fit import FitResult
 from tcam_diff.autodecoder.objective import make_decoder
 from tcam_diff.autodecoder.planes import PLANE_NAMES
+from tcam_diff.data.volume import VolumeInfo
 from tcam_diff.errors import UserError
 from tcam_diff.files import sha256, writable_folder
 
 FORMAT = 1
+AXIS_ORDER = "volume (channels, x, y, z) = file axes (i, j, k); planes xy, yz, xz; first axis first"
 _PLANES, _DECODER, _CONFIG, _MANIFEST = (
     "planes.safetensors",
     "decoder.safetensors",
     "config.yaml",
     "manifest.json",
 )
-
-
-@dataclass
-class Metadata:
-    """Everything needed to turn planes back into a file in physical units."""
-
-    shape: tuple[int, int, int]  # (H, W, D) of the volume fitted
-    channels: int
-    affine: list[list[float]]
-    codes: tuple[int, int]  # NIfTI qform and sform codes
-    units: tuple[str, str]
-    intensity: list[tuple[float, float]]  # per channel: physical values at 0 and at 1
-    source: str
-    axis_order: str = "volume (channels, x, y, z) = file axes (i, j, k); planes xy, yz, xz; first axis first"
-    format: int = FORMAT
-    tcam_ext: str = tcam_ext.__version__
 
 
 def decoding_dtype(config: ObjectiveConfig, device: torch.device) -> torch.dtype | None:
@@ -61,27 +47,26 @@ class FittedVolume:
     planes: list[Tensor]  # (1, C, rows, columns), normalised
     decoder: tcam_ext.TriplaneDecoder
     config: ObjectiveConfig
-    meta: Metadata
+    info: VolumeInfo  # of the volume that the planes were fitted to
 
     @torch.no_grad()
     def decode(self, size: tuple[int, int, int], slab: int | None = None) -> Iterator[np.ndarray]:
         """Physical intensities (channels, H, W, d) of consecutive slabs of the last axis."""
         if slab is None:  # about 16 million voxels at a time
-            slab = max(1, min(size[2], (1 << 24) // (size[0] * size[1] * self.meta.channels) or 1))
-        lo = torch.tensor([a for a, _ in self.meta.intensity]).view(-1, 1, 1, 1)
-        hi = torch.tensor([b for _, b in self.meta.intensity]).view(-1, 1, 1, 1)
+            slab = max(1, min(size[2], (1 << 24) // (size[0] * size[1] * self.info.channels) or 1))
         compute = decoding_dtype(self.config, self.planes[0].device)
         for z in range(0, size[2], slab):
             box = ((0, size[0]), (0, size[1]), (z, min(z + slab, size[2])))
             values = self.decoder(self.planes, size, box=box, compute_dtype=compute)[0].clamp(0, 1).float().cpu()
-            yield (lo + (hi - lo) * values).numpy()
+            yield self.info.to_physical(values).numpy()
 
 
-def save(folder: str | os.PathLike[str], result: FitResult, meta: Metadata) -> None:
+def save(folder: str | os.PathLike[str], result: FitResult, info: VolumeInfo) -> None:
     """Write the artefact into ``folder``. Each file appears complete; the manifest with their checksums comes last."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    header = {"tcam": json.dumps(asdict(meta))}
+    about = info.model_dump(mode="json") | {"axis_order": AXIS_ORDER, "format": FORMAT, "tcam_ext": tcam_ext.__version__}
+    header = {"tcam": json.dumps(about)}
     planes = {name: p.detach().contiguous() for name, p in zip(PLANE_NAMES, result.planes, strict=True)}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as staging:
         stage = Path(staging)
@@ -90,7 +75,7 @@ def save(folder: str | os.PathLike[str], result: FitResult, meta: Metadata) -> N
         (stage / _CONFIG).write_text(yaml.safe_dump(result.config.model_dump(mode="json"), sort_keys=False))
         manifest = {
             "format": FORMAT,
-            "tcam": asdict(meta),
+            "tcam": about,
             "fit": {
                 "steps": result.steps_done,
                 "seconds": round(result.seconds, 3),
@@ -119,16 +104,16 @@ def load(folder: str | os.PathLike[str]) -> FittedVolume:
         if sha256(path) != want:
             raise UserError(f"{path}: its content does not match the checksum in {_MANIFEST}: the file was changed or damaged")
     try:
-        meta = Metadata(**manifest["tcam"])
+        info = VolumeInfo.model_validate(manifest["tcam"])
         config = FitConfig.model_validate(yaml.safe_load((folder / _CONFIG).read_text()))
         planes = read_tensors(folder / _PLANES)
         state = read_tensors(folder / _DECODER)
-        decoder = make_decoder(config, meta.channels)
+        decoder = make_decoder(config, info.channels)
         decoder.load_state_dict(state)
         ordered = [planes[name] for name in PLANE_NAMES]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder}: not a volume that this version of tcam fitted: {error}") from error
-    return FittedVolume(ordered, decoder.requires_grad_(False), config, meta)
+    return FittedVolume(ordered, decoder.requires_grad_(False), config, info)
 
 
 def prepare(folder: str | os.PathLike[str], overwrite: bool) -> None:

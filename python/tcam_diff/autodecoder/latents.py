@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.objective import make_decoder
 from tcam_diff.autodecoder.planes import PLANE_NAMES
 from tcam_diff.data.store import Record
+from tcam_diff.data.volume import VolumeRecord
 from tcam_diff.errors import UserError
 from tcam_diff.files import replacing, sha256, writable_folder, write_text
 
@@ -35,16 +35,11 @@ FORMAT = 1
 INDEX, DECODER = "latents.json", "decoder.safetensors"
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(VolumeRecord):
     """A volume of the set."""
 
     name: str
     split: str
-    shape: tuple[int, ...]  # (channels, H, W, D)
-    affine: list[list[float]]
-    intensity: list[tuple[float, float]]  # per channel: physical values at 0 and 1
-    source: str
     psnr: float  # dB, of the whole volume, without noise
     steps: int
     sha256: str = ""
@@ -82,21 +77,13 @@ class LatentWriter:
             return None
         if meta.get("digest") != self.digest or meta.get("volume") != record.sha256:
             return None
-        return _entry(json.loads(meta["tcam"]))
+        return Entry.model_validate(json.loads(meta["tcam"]))
 
     def write(self, record: Record, planes: Sequence[Tensor], psnr: float, steps: int) -> Entry:
-        entry = Entry(
-            record.name,
-            record.split,
-            record.shape,
-            record.affine,
-            record.intensity,
-            record.sources[0]["path"] if record.sources else "",
-            psnr,
-            steps,
-        )
+        info = record.info.replaced(source=record.sources[0]["path"] if record.sources else "")
+        entry = Entry(info=info, name=record.name, split=record.split, psnr=psnr, steps=steps)
         tensors = {n: p[0].detach().float().cpu().contiguous() for n, p in zip(PLANE_NAMES, planes, strict=True)}
-        meta = {"tcam": json.dumps(asdict(entry)), "digest": self.digest, "volume": record.sha256}
+        meta = {"tcam": json.dumps(entry.model_dump(mode="json")), "digest": self.digest, "volume": record.sha256}
         with replacing(self.path(record.name)) as file:
             file.write(save(tensors, metadata=meta))
         return entry
@@ -111,7 +98,7 @@ class LatentWriter:
             "provenance": self.provenance | {"tcam_ext": tcam_ext.__version__},
             "statistics": statistics,
             "decoder_sha256": sha256(self.folder / DECODER),
-            "volumes": [asdict(e) | {"sha256": sha256(self.path(e.name))} for e in entries],
+            "volumes": [e.model_dump(mode="json") | {"sha256": sha256(self.path(e.name))} for e in entries],
         }
         write_text(self.folder / INDEX, json.dumps(index, indent=1))
         return statistics
@@ -151,7 +138,7 @@ class LatentSet:
             self.index: dict[str, Any] = json.loads(path.read_text())
             if self.index["format"] != FORMAT:
                 raise UserError(f"{path}: format {self.index['format']}, this version reads {FORMAT}")
-            self.entries = [_entry(e) for e in self.index["volumes"]]
+            self.entries = [Entry.model_validate(e) for e in self.index["volumes"]]
             self.config = configs.validate(TrainConfig, self.index["config"], str(path))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: damaged: {error}") from error
@@ -177,7 +164,7 @@ class LatentSet:
         path = self.folder / DECODER
         if not path.is_file() or sha256(path) != self.index["decoder_sha256"]:
             raise UserError(f"{path}: missing, changed or damaged; make the set again")
-        made = make_decoder(self.config, self.entries[0].shape[0]).float()
+        made = make_decoder(self.config, self.entries[0].info.channels).float()
         made.load_state_dict(read_tensors(path))
         return made.requires_grad_(False)
 
@@ -196,17 +183,5 @@ class LatentSet:
         """A volume, ready to be decoded."""
         entry = self.entry(name)
         self.verify(entry)
-        meta = artefact.Metadata(
-            shape=(entry.shape[1], entry.shape[2], entry.shape[3]),
-            channels=entry.shape[0],
-            affine=entry.affine,
-            codes=(0, 2),
-            units=("mm", "sec"),
-            intensity=entry.intensity,
-            source=entry.source,
-        )
-        return artefact.FittedVolume([p.unsqueeze(0) for p in self.planes(entry)], self.decoder(), self.config, meta)
-
-
-def _entry(found: dict[str, Any]) -> Entry:
-    return Entry(**found | {"shape": tuple(found["shape"]), "intensity": [(float(a), float(b)) for a, b in found["intensity"]]})
+        planes = [p.unsqueeze(0) for p in self.planes(entry)]
+        return artefact.FittedVolume(planes, self.decoder(), self.config, entry.info)

@@ -11,12 +11,13 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
+from tcam_diff.data.volume import VolumeInfo, VolumeRecord
 from tcam_diff.errors import UserError
 from tcam_diff.files import replacing, sha256, writable_folder, write_text
 
@@ -24,19 +25,24 @@ FORMAT = 1
 INDEX = "store.json"
 
 
-@dataclass(frozen=True)
-class Record:
-    """A case of the store. ``problem``: why it could not be prepared; the rest is then empty."""
+class Record(VolumeRecord):
+    """A case of the store."""
 
     name: str
     split: str
-    shape: tuple[int, ...] = ()  # (channels, H, W, D)
-    dtype: str = ""
-    affine: list[list[float]] = field(default_factory=list)
-    intensity: list[tuple[float, float]] = field(default_factory=list)  # per channel: physical values at 0 and 1
-    sources: list[dict[str, Any]] = field(default_factory=list)  # path, bytes, mtime_ns
-    sha256: str = ""
-    problem: str = ""
+    dtype: str
+    sources: list[dict[str, Any]]  # path, bytes, mtime_ns
+    sha256: str
+    problem: ClassVar[str] = ""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A case that could not be prepared, and why."""
+
+    name: str
+    split: str
+    problem: str
 
 
 class StoreWriter:
@@ -81,8 +87,7 @@ class StoreWriter:
         name: str,
         split: str,
         array: np.ndarray,
-        affine: np.ndarray,
-        intensity: list[tuple[float, float]],
+        info: VolumeInfo,
         sources: list[dict[str, Any]],
     ) -> Record:
         entry, path = self._paths(name)
@@ -92,26 +97,17 @@ class StoreWriter:
                 np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error.strerror}") from error
-        record = Record(
-            name,
-            split,
-            tuple(int(n) for n in array.shape),
-            array.dtype.name,
-            [[float(x) for x in row] for row in affine],
-            [(float(lo), float(hi)) for lo, hi in intensity],
-            sources,
-            sha256(path),
-        )
-        write_text(entry, json.dumps(asdict(record) | {"digest": self.digest}))
+        record = Record(info=info, name=name, split=split, dtype=array.dtype.name, sources=sources, sha256=sha256(path))
+        write_text(entry, json.dumps(record.model_dump(mode="json") | {"digest": self.digest}))
         return record
 
-    def finish(self, records: Sequence[Record]) -> None:
+    def finish(self, records: Sequence[Record | Failure]) -> None:
         index = {
             "format": FORMAT,
             "digest": self.digest,
             "config": self.config,
-            "cases": [asdict(r) for r in records if not r.problem],
-            "failed": [{"name": r.name, "split": r.split, "problem": r.problem} for r in records if r.problem],
+            "cases": [r.model_dump(mode="json") for r in records if isinstance(r, Record)],
+            "failed": [asdict(r) for r in records if isinstance(r, Failure)],
         }
         write_text(self.folder / INDEX, json.dumps(index, indent=1))
 
@@ -158,9 +154,10 @@ class Store:
                 held = np.load(path, mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError, EOFError) as error:
                 raise UserError(f"{path}: cannot be read: {error}; run `tcam prepare` again") from error
-            if held.shape != record.shape or held.dtype.name != record.dtype:
+            shape = record.info.array_shape
+            if held.shape != shape or held.dtype.name != record.dtype:
                 raise UserError(
-                    f"{path}: expected {record.dtype} {record.shape}, got {held.dtype.name} {held.shape}; "
+                    f"{path}: expected {record.dtype} {shape}, got {held.dtype.name} {held.shape}; "
                     "delete it and run `tcam prepare` again"
                 )
             self._arrays[record.name] = held
@@ -180,21 +177,19 @@ def quantise(array: np.ndarray, dtype: str) -> np.ndarray:
 
 def one_shape(folder: Path, records: Sequence[Record]) -> tuple[int, int, int, int]:
     """The shape that all cases share. Raises UserError where they differ."""
+    shape = records[0].info.array_shape
     for r in records[1:]:
-        if r.shape != records[0].shape:
+        if r.info.array_shape != shape:
             raise UserError(
-                f"{folder}: {r.name} has shape {r.shape}, {records[0].name} {records[0].shape}; "
+                f"{folder}: {r.name} has shape {r.info.array_shape}, {records[0].name} {shape}; "
                 "prepare them with crop or resize"
             )
-    c, h, w, d = records[0].shape
-    return c, h, w, d
+    return shape
 
 
 def _record(entry: dict[str, Any], path: Path) -> Record:
     try:
-        return Record(
-            **entry | {"shape": tuple(entry["shape"]), "intensity": [(float(a), float(b)) for a, b in entry["intensity"]]}
-        )
+        return Record.model_validate(entry)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged: {error}; delete it and run `tcam prepare` again") from error
 

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,11 @@ from torch import Tensor, nn
 
 import tcam_ext
 from tcam_diff import config as configs
-from tcam_diff.autodecoder.artefact import FittedVolume, Metadata, decoding_dtype, read_tensors
+from tcam_diff.autodecoder.artefact import FittedVolume, decoding_dtype, read_tensors
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.objective import make_decoder
 from tcam_diff.autodecoder.planes import PLANE_NAMES, normalise, plane_sizes
+from tcam_diff.data.volume import VolumeRecord
 from tcam_diff.diffusion.config import DiffusionConfig
 from tcam_diff.diffusion.data import Centre, LatentData, typical
 from tcam_diff.diffusion.network import TriplaneUNet
@@ -38,16 +38,11 @@ INDEX, NETWORK, DECODER = "model.json", "network.safetensors", "decoder.safetens
 FOLDERS = ("latents", "validation", "labels")  # of a configuration
 
 
-@dataclass
-class Geometry:
-    """What the volumes are like."""
+class Geometry(VolumeRecord):
+    """Of the volumes that stage 1 was trained on, and of their planes."""
 
     texels: tuple[int, int, int]  # along x, y, z
-    shape: tuple[int, int, int]  # voxels of the volumes that stage 1 was trained on
-    outputs: int  # channels of a volume
-    affine: list[list[float]]
-    intensity: list[tuple[float, float]]  # per channel: physical values at 0 and 1
-    classes: list[str] = field(default_factory=list)
+    classes: list[str]
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -105,7 +100,13 @@ class TriplaneDiffusion(nn.Module):
     @property
     def identity(self) -> str:
         """A digest of network, centre, decoder and geometry: what samples are a function of, beside their settings."""
-        digest = hashlib.sha256(repr(self.geometry).encode())
+        g, info = self.geometry, self.geometry.info
+        text = (  # as version 0.1.0 wrote it, so that its samples are known again
+            f"Geometry(texels={g.texels}, shape={info.shape}, outputs={info.channels}, affine={info.affine.tolist()}, "
+            f"intensity={info.intensity}, classes={g.classes})"
+        )
+        other = info.model_dump(include={"codes", "units"}, exclude_defaults=True)
+        digest = hashlib.sha256(f"{text}{other or ''}".encode())
         means = [] if self.centre is None else [*self.centre.mean, torch.tensor(self.centre.scale)]
         for t in (*self.network.state_dict().values(), *means, *self.decoder.state_dict().values()):
             digest.update(t.detach().cpu().contiguous().numpy().tobytes())
@@ -146,14 +147,12 @@ class TriplaneDiffusion(nn.Module):
 
     def decode(self, planes: Sequence[Tensor], size: Sequence[int] | None = None) -> Tensor:
         """(B, channels, H, W, D) in [0, 1], at once; see ``volume`` for large ones."""
-        values: Tensor = self.decoder(list(planes), tuple(size or self.geometry.shape), compute_dtype=self.decoding)
+        values: Tensor = self.decoder(list(planes), tuple(size or self.geometry.info.shape), compute_dtype=self.decoding)
         return values.float().clamp(0, 1)
 
     def volume(self, planes: Sequence[Tensor]) -> FittedVolume:
         """One volume's planes (1, C, rows, columns), to be decoded to any size slab by slab, in physical units."""
-        g = self.geometry
-        meta = Metadata(g.shape, g.outputs, g.affine, (0, 2), ("mm", "sec"), g.intensity, "sample")
-        return FittedVolume(list(planes), self.decoder, self.stage1, meta)
+        return FittedVolume(list(planes), self.decoder, self.stage1, self.geometry.info)
 
     # ---- files --------------------------------------------------------------------------
 
@@ -170,7 +169,7 @@ class TriplaneDiffusion(nn.Module):
             "format": FORMAT,
             "axis_order": "planes xy, yz, xz of volumes (channels, x, y, z) = file axes (i, j, k); first axis first",
             "channels": self.channels,
-            "geometry": asdict(self.geometry),
+            "geometry": self.geometry.model_dump(mode="json"),
             "centre_scale": None if self.centre is None else self.centre.scale,
             "config": self.config.model_dump(mode="json"),
             "stage1": self.stage1.model_dump(mode="json"),
@@ -202,11 +201,7 @@ class TriplaneDiffusion(nn.Module):
             for name, want in index["sha256"].items():
                 if not (folder / name).is_file() or sha256(folder / name) != want:
                     raise UserError(f"{folder / name}: missing, changed or damaged")
-            held = index["geometry"]
-            geometry = Geometry(
-                tuple(held["texels"]), tuple(held["shape"]), held["outputs"], held["affine"],
-                [(float(lo), float(hi)) for lo, hi in held["intensity"]], list(held["classes"]),
-            )  # fmt: skip
+            geometry = Geometry.model_validate(index["geometry"])
             config = configs.validate(DiffusionConfig, index["config"], str(path))
             stage1 = configs.validate(TrainConfig, index["stage1"], str(path))
             if compute is not None:
@@ -218,7 +213,7 @@ class TriplaneDiffusion(nn.Module):
                 centre = Centre([tensors.pop(f"centre.{n}") for n in PLANE_NAMES], index["centre_scale"])
             network = TriplaneUNet(index["channels"], config.network, len(geometry.classes))
             network.load_state_dict(tensors)
-            decoder = make_decoder(stage1, geometry.outputs).float()
+            decoder = make_decoder(stage1, geometry.info.channels).float()
             decoder.load_state_dict(read_tensors(folder / DECODER))
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise UserError(f"{path}: damaged: {error}") from error
@@ -254,11 +249,8 @@ def of_data(
     network: TriplaneUNet, data: LatentData, config: DiffusionConfig, centre: Centre | None, step: int
 ) -> TriplaneDiffusion:
     """The model of a network that was trained on ``data``."""
-    entries = data.set.entries
-    affine, intensity = typical(entries)
     (x, y), (_, z) = data.planes[0].shape[2:], data.planes[1].shape[2:]
-    outputs, h, w, d = entries[0].shape
-    geometry = Geometry((x, y, z), (h, w, d), outputs, affine, intensity, data.classes)
+    geometry = Geometry(info=typical(data.set.entries), texels=(x, y, z), classes=data.classes)
     # no folders of this machine go with the model
     config = config.model_copy(update={k: Path(v).name for k in FOLDERS if (v := getattr(config, k)) is not None})
     stage1 = {k: v for k, v in data.set.index["provenance"].items() if k not in ("run", "store")}

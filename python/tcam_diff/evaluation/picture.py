@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
-from tcam_diff.data.nifti import spacing_of
+from tcam_diff.data.volume import spacing_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
