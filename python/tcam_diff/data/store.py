@@ -20,8 +20,8 @@ import numpy as np
 from tcam_diff.data.volume import VolumeInfo, VolumeRecord
 from tcam_diff.errors import UserError
 from tcam_diff.files import replacing, sha256, writable_folder, write_text
+from tcam_diff.folder import Folder
 
-FORMAT = 1
 INDEX = "store.json"
 
 
@@ -54,8 +54,9 @@ class StoreWriter:
             json.dumps({k: v for k, v in config.items() if not k.startswith(("split", "val_"))}, sort_keys=True).encode()
         ).hexdigest()
         writable_folder(folder / "cases")
+        self.files = _folder(folder)
         index = folder / INDEX
-        if index.exists() and (held := _read_json(index).get("digest")) != self.digest:
+        if index.exists() and (held := self.files.read_json(INDEX).get("digest")) != self.digest:
             raise UserError(
                 f"{folder}: holds volumes that were prepared otherwise"
                 + ("" if held is None else f" (their preprocessing: config in {index})")
@@ -77,10 +78,11 @@ class StoreWriter:
         path, array = self._paths(name)
         if not path.exists() or not array.exists():
             return None
-        entry = _read_json(path)
-        if entry.pop("digest", None) != self.digest or entry.get("sources") != sources:
+        entry = self.files.read_json(f"cases/{path.name}")
+        if entry.get("digest") != self.digest or entry.get("sources") != sources:
             return None
-        return _record(entry, path)
+        with self.files.reading(f"cases/{path.name}"):
+            return Record.model_validate(entry)
 
     def write(
         self,
@@ -102,14 +104,14 @@ class StoreWriter:
         return record
 
     def finish(self, records: Sequence[Record | Failure]) -> None:
-        index = {
-            "format": FORMAT,
-            "digest": self.digest,
-            "config": self.config,
-            "cases": [r.model_dump(mode="json") for r in records if isinstance(r, Record)],
-            "failed": [asdict(r) for r in records if isinstance(r, Failure)],
-        }
-        write_text(self.folder / INDEX, json.dumps(index, indent=1))
+        self.files.write(
+            {
+                "digest": self.digest,
+                "config": self.config,
+                "cases": [r.model_dump(mode="json") for r in records if isinstance(r, Record)],
+                "failed": [asdict(r) for r in records if isinstance(r, Failure)],
+            }
+        )
 
     def _paths(self, name: str) -> tuple[Path, Path]:
         if name in ("", ".", "..") or "/" in name or name.startswith("."):
@@ -122,15 +124,12 @@ class Store:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        index = self.folder / INDEX
-        if not index.is_file():
-            raise UserError(f"{self.folder}: not a folder that `tcam prepare` finished ({INDEX} is missing)")
-        found = _read_json(index)
-        if found.get("format") != FORMAT:
-            raise UserError(f"{index}: format {found.get('format')}, this version reads {FORMAT}")
-        self.config: dict[str, Any] = found["config"]
-        self.digest: str = found["digest"]
-        self.records = [_record(entry, index) for entry in found["cases"]]
+        self.files = _folder(self.folder)
+        index = self.files.read()
+        with self.files.reading():
+            self.config: dict[str, Any] = index["config"]
+            self.digest: str = index["digest"]
+            self.records = [Record.model_validate(entry) for entry in index["cases"]]
         self._arrays: dict[str, np.ndarray] = {}
 
     def of(self, split: str) -> list[Record]:
@@ -166,8 +165,7 @@ class Store:
     def verify(self, record: Record) -> None:
         """Compare a case with its checksum. Raises UserError naming the file."""
         self.volume(record)
-        if sha256(self.path(record)) != record.sha256:
-            raise UserError(f"{self.path(record)}: changed or damaged: delete it and run `tcam prepare` again")
+        self.files.verify(f"cases/{record.name}.npy", record.sha256)
 
 
 def quantise(array: np.ndarray, dtype: str) -> np.ndarray:
@@ -187,18 +185,5 @@ def one_shape(folder: Path, records: Sequence[Record]) -> tuple[int, int, int, i
     return shape
 
 
-def _record(entry: dict[str, Any], path: Path) -> Record:
-    try:
-        return Record.model_validate(entry)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: damaged: {error}; delete it and run `tcam prepare` again") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged: {error}; delete it and run `tcam prepare` again") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: damaged: expected an object; delete it and run `tcam prepare` again")
-    return found
+def _folder(path: Path) -> Folder:
+    return Folder(path, INDEX, "`tcam prepare`", "delete it and run `tcam prepare` again", formats=(1, 2))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import shutil
 from pathlib import Path
@@ -17,9 +16,9 @@ import torch
 
 from tcam_diff.errors import UserError
 from tcam_diff.files import sha256
+from tcam_diff.folder import Folder
 from tcam_diff.training.ranks import Ranks
 
-FORMAT = 1
 _NAME = re.compile(r"step-(\d{8})")
 MANIFEST = "manifest.json"
 
@@ -57,7 +56,7 @@ def save(
         ) from error
     if ranks.first:
         manifest = {
-            "format": FORMAT,
+            "format": 1,
             "step": step,
             "world": ranks.world,
             "score": score,
@@ -75,7 +74,7 @@ def save(
 
 def prune(folder: Path, keep: int) -> None:
     found = steps(folder)
-    scores = {s: _manifest(folder / f"step-{s:08d}").get("score") for s in found}
+    scores = {s: _files(folder / f"step-{s:08d}").read().get("score") for s in found}
     best = max((s for s in found if scores[s] is not None), key=lambda s: (scores[s], s), default=None)
     for s in found[:-keep]:
         if s != best:
@@ -92,20 +91,16 @@ def steps(folder: Path) -> list[int]:
 
 def load(path: Path) -> tuple[int, dict[str, Any], list[dict[str, Any]]]:
     """(step, shared, every rank's shard). Each file is compared with its checksum. Raises UserError saying what to do."""
-    manifest = _manifest(path)
+    files = _files(path)
+    manifest = files.read()
     parts: dict[str, Any] = {}
-    for name, want in manifest["sha256"].items():
-        file = path / name
-        try:
-            if sha256(file) != want:
-                raise ValueError("its content does not match its checksum")
-            parts[name] = torch.load(file, map_location="cpu", weights_only=True)
-        except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            before = [s for s in steps(path.parent) if s < manifest["step"]]
-            hint = f"delete {path}: --resume auto then goes on from step {before[-1]}" if before else "there is none before it"
-            raise UserError(f"{file}: damaged: {error}; {hint}") from error
-    world = manifest["world"]
-    return manifest["step"], parts["shared.pt"], [parts[f"shard-{r}-of-{world}.pt"] for r in range(world)]
+    with files.reading():
+        for name, want in manifest["sha256"].items():
+            files.verify(name, want)
+            with files.reading(name):
+                parts[name] = torch.load(path / name, map_location="cpu", weights_only=True)
+        step, world = int(manifest["step"]), int(manifest["world"])
+        return step, parts["shared.pt"], [parts[f"shard-{r}-of-{world}.pt"] for r in range(world)]
 
 
 def latest(folder: Path) -> Path | None:
@@ -119,16 +114,11 @@ def clear_unfinished(folder: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _manifest(path: Path) -> dict[str, Any]:
-    file = path / MANIFEST
-    try:
-        found: dict[str, Any] = json.loads(file.read_text())
-        if found["format"] != FORMAT:
-            raise UserError(f"{file}: format {found['format']}, this version reads {FORMAT}")
-        found["sha256"]["shared.pt"], found["step"], found["world"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: damaged: {error}; delete {path} to go on from the checkpoint before it") from error
-    return found
+def _files(path: Path) -> Folder:
+    named = _NAME.fullmatch(path.name)
+    before = [s for s in steps(path.parent) if named and s < int(named.group(1))]
+    remedy = f"delete {path}: --resume auto then goes on from step {before[-1]}" if before else "there is none before it"
+    return Folder(path, MANIFEST, "training", remedy)
 
 
 def _write(path: Path, what: dict[str, Any]) -> None:
