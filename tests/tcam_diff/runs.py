@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,12 +47,22 @@ def blobs(number: int, size: tuple[int, int, int]) -> np.ndarray:
     return total.clip(0, 1).astype(np.float32)[None]
 
 
+#: NIfTI's codes and units of the volumes: others than the defaults.
+SPACE: Any = {"codes": (1, 3), "units": ("micron", "msec")}
+
+
+def has_space(image: Any) -> bool:
+    """Whether an image of nibabel has these codes and units."""
+    codes = int(image.header["qform_code"]), int(image.header["sform_code"])
+    return (codes, image.header.get_xyzt_units()) == (SPACE["codes"], SPACE["units"])
+
+
 def make_store(folder: Path, count: int = 7, held_out: int = 2, size: tuple[int, int, int] = (12, 10, 14)) -> Store:
     writer = StoreWriter(folder, {"percentiles": [0.0, 100.0]})
     records = []
     for i in range(count + held_out):
         split = "train" if i < count else "test"
-        info = VolumeInfo(channels=1, shape=size, affine=np.diag([1.0, 1.5, 2.0, 1.0]), intensity=[(10.0, 20.0)])
+        info = VolumeInfo(channels=1, shape=size, affine=np.diag([1.0, 1.5, 2.0, 1.0]), **SPACE, intensity=[(10.0, 20.0)])
         records.append(writer.write(f"blob{i}", split, quantise(blobs(i, size), "uint8"), info, []))
     writer.finish(records)
     return Store(folder)
@@ -117,7 +128,7 @@ def make_latents(
         shape = tuple(2 * n for n in texels)
         affine = np.diag([1.0, 1.5, 2.0, 1.0])
         affine[:3, 3] = i, 2.0, 3.0
-        info = VolumeInfo(channels=1, shape=shape, affine=affine, intensity=[(-10.0 - i, 90.0 + i)])
+        info = VolumeInfo(channels=1, shape=shape, affine=affine, **SPACE, intensity=[(-10.0 - i, 90.0 + i)])
         record = Record(info=info, name=f"v{seed}-{i}", split=split, dtype="uint8", sources=[], sha256=f"{i}")
         entries.append(writer.write(record, normalise([p[None] for p in planes]), 30.0, 100))
     writer.finish(entries)

@@ -37,7 +37,10 @@ def volume(shape=(20, 24, 16), channels=1, spacing=(1.0, 1.0, 1.0), flip=False, 
 def write(path, v):
     path.parent.mkdir(parents=True, exist_ok=True)
     data = np.moveaxis(v.data, 0, -1)
-    nib.save(nib.Nifti1Image(data[..., 0] if data.shape[-1] == 1 else data, v.info.affine), path)
+    image = nib.Nifti1Image(data[..., 0] if data.shape[-1] == 1 else data, v.info.affine)
+    image.set_qform(v.info.affine, code=1)
+    image.header.set_xyzt_units("micron", "msec")
+    nib.save(image, path)
 
 
 def test_brats_is_the_authors_chain_of_monai_transforms():
@@ -148,6 +151,7 @@ def test_a_store_serves_what_was_prepared(folder, tmp_path, dtype):
         np.testing.assert_allclose(part, want[:, 3:7, :, 5], atol=0.5 / 255 + 1e-6 if dtype == "uint8" else 5e-4)
         np.testing.assert_allclose(record.info.affine, info.affine)
         np.testing.assert_allclose(record.info.intensity, info.intensity)
+        assert (record.info.codes, record.info.units) == ((1, 2), ("micron", "msec"))  # of the file
     assert one_shape(store.folder, store.records) == (1, 20, 24, 16)
 
 

@@ -142,6 +142,7 @@ def test_what_a_sample_leaves(trained, model, tmp_path):
     stem = "sample-0001_seed3_heun4"
     image = nib.load(out / f"{stem}.nii.gz")
     assert image.shape == (20, 16, 12)
+    assert runs.has_space(image)  # as the training volumes
     # the field of view is that of the training volumes
     spacing = np.asarray(image.header.get_zooms()) * image.shape
     np.testing.assert_allclose(spacing, np.array([1.0, 1.5, 2.0]) * SIZE, rtol=1e-5)
@@ -152,6 +153,7 @@ def test_what_a_sample_leaves(trained, model, tmp_path):
     assert held["index"] == 1
     assert held["sampling"]["seed"] == 3
     assert held["intensity"] == [[lo, hi]]
+    assert (held["shape"], held["codes"]) == ([20, 16, 12], [1, 3])
     assert (out / f"{stem}.png").is_file()
     assert (out / "contact-sheet.png").is_file()
 

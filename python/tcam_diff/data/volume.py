@@ -30,7 +30,7 @@ class VolumeInfo(BaseModel):
 
     channels: Annotated[int, Field(ge=1)]
     shape: tuple[int, int, int]
-    affine: Annotated[np.ndarray, BeforeValidator(_matrix), PlainSerializer(np.ndarray.tolist)]  # voxel index to millimetres
+    affine: Annotated[np.ndarray, BeforeValidator(_matrix), PlainSerializer(np.ndarray.tolist)]  # voxel index to units[0]
     codes: tuple[int, int] = (0, 2)  # NIfTI's qform and sform codes; (0, 2): aligned to another volume
     units: tuple[str, str] = ("mm", "sec")
     intensity: list[tuple[float, float]] = []  # per channel: physical values at 0 and at 1; empty where not known
@@ -64,7 +64,7 @@ class VolumeInfo(BaseModel):
 
     @property
     def spacing(self) -> tuple[float, float, float]:
-        """In millimetres, along the array's axes."""
+        """Of voxels along the array's axes, in units[0]."""
         return spacing_of(self.affine)
 
     @property
