@@ -1,6 +1,6 @@
 """The prepared data set on disk: one memory-mapped array a case, which serves boxes and slices without reading the rest.
 
-store.json            the preprocessing, the splits, every case with its shape, affine, intensities, source and sha256
+store.json            the preprocessing, the splits, every case with its volume (data/volume.py), source and sha256
 cases/NAME.npy        (channels, H, W, D), uint8 (255 v) or float16, v in [0, 1]
 cases/NAME.json       the case's entry, written once its array is whole: what a run that was stopped goes on from
 """

@@ -5,7 +5,6 @@ checkpoints/step-00001200/   shared.pt (the same on every rank), shard-R-of-W.pt
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from tcam_diff.errors import UserError
-from tcam_diff.files import sha256
+from tcam_diff.files import replacing, sha256
 from tcam_diff.folder import Folder
 from tcam_diff.training.ranks import Ranks
 
@@ -55,14 +54,8 @@ def save(
             f"{_last(folder)}make room, then --resume auto goes on from there"
         ) from error
     if ranks.first:
-        manifest = {
-            "format": 1,
-            "step": step,
-            "world": ranks.world,
-            "score": score,
-            "sha256": {p.name: sha256(p) for p in sorted(staging.glob("*.pt"))},
-        }
-        _write(staging / MANIFEST, manifest)
+        sums = {p.name: sha256(p) for p in sorted(staging.glob("*.pt"))}
+        _files(staging).write({"step": step, "world": ranks.world, "score": score, "sha256": sums})
         if final.exists():
             shutil.rmtree(final)
         os.replace(staging, final)
@@ -122,13 +115,8 @@ def _files(path: Path) -> Folder:
 
 
 def _write(path: Path, what: dict[str, Any]) -> None:
-    with open(path, "wb") as file:
-        if path.suffix == ".pt":
-            torch.save(what, file)
-        else:
-            file.write(json.dumps(what, indent=1).encode())
-        file.flush()
-        os.fsync(file.fileno())
+    with replacing(path) as file:
+        torch.save(what, file)
 
 
 def _sync_folder(folder: Path) -> None:
