@@ -62,7 +62,7 @@ class LatentWriter:
                 file.write(weights)
 
     def path(self, name: str) -> Path:
-        return self.folder / "planes" / f"{name}.safetensors"
+        return self.files / _planes(name)
 
     def find(self, record: Record) -> Entry | None:
         """What an earlier run made of the same stored volume."""
@@ -108,7 +108,7 @@ class LatentWriter:
         total: dict[str, Tensor] = {}
         squares: dict[str, Tensor] = {}
         for entry in entries:
-            for name, plane in self.files.read_tensors(f"planes/{entry.name}.safetensors").items():
+            for name, plane in self.files.read_tensors(_planes(entry.name)).items():
                 plane = plane.double()
                 total[name] = total.get(name, 0) + plane
                 squares[name] = squares.get(name, 0) + plane.square().mean((1, 2))
@@ -143,11 +143,11 @@ class LatentSet:
 
     def planes(self, entry: Entry) -> list[Tensor]:
         """xy, yz, xz: (C, rows, columns)."""
-        held = self.files.read_tensors(f"planes/{entry.name}.safetensors")
+        held = self.files.read_tensors(_planes(entry.name))
         return [held[name] for name in PLANE_NAMES]
 
     def verify(self, entry: Entry) -> None:
-        self.files.verify(f"planes/{entry.name}.safetensors", entry.sha256)
+        self.files.verify(_planes(entry.name), entry.sha256)
 
     def decoder(self) -> tcam_ext.TriplaneDecoder:
         made = make_decoder(self.config, self.entries[0].info.channels).float()
@@ -172,6 +172,10 @@ class LatentSet:
         self.verify(entry)
         planes = [p.unsqueeze(0) for p in self.planes(entry)]
         return artefact.FittedVolume(planes, self.decoder(), self.config, entry.info)
+
+
+def _planes(name: str) -> str:
+    return f"planes/{name}.safetensors"
 
 
 def _folder(path: Path) -> Folder:

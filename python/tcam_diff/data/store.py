@@ -55,7 +55,7 @@ class StoreWriter:
         ).hexdigest()
         writable_folder(folder / "cases")
         self.files = _folder(folder)
-        index = folder / INDEX
+        index = self.files / INDEX
         if index.exists() and (held := self.files.read_json(INDEX).get("digest")) != self.digest:
             raise UserError(
                 f"{folder}: holds volumes that were prepared otherwise"
@@ -84,14 +84,7 @@ class StoreWriter:
         with self.files.reading(f"cases/{path.name}"):
             return Record.model_validate(entry)
 
-    def write(
-        self,
-        name: str,
-        split: str,
-        array: np.ndarray,
-        info: VolumeInfo,
-        sources: list[dict[str, Any]],
-    ) -> Record:
+    def write(self, name: str, split: str, array: np.ndarray, info: VolumeInfo, sources: list[dict[str, Any]]) -> Record:
         entry, path = self._paths(name)
         entry.unlink(missing_ok=True)
         try:

@@ -65,7 +65,8 @@ class VolumeInfo(BaseModel):
     @property
     def spacing(self) -> tuple[float, float, float]:
         """Of voxels along the array's axes, in units[0]."""
-        return spacing_of(self.affine)
+        x, y, z = nib.affines.voxel_sizes(self.affine).tolist()
+        return x, y, z
 
     @property
     def orientation(self) -> str:
@@ -89,7 +90,10 @@ class VolumeInfo(BaseModel):
 
     def to_unit(self, data: np.ndarray) -> np.ndarray:
         """Physical intensities (channels, H, W, D) to [0, 1], clipped."""
-        return to_unit(data, self.intensity)
+        unit = np.empty(data.shape, np.float32)
+        for c, (lo, hi) in enumerate(self.intensity):
+            np.clip((data[c] - lo) / (hi - lo), 0, 1, out=unit[c])
+        return unit
 
     def to_physical(self, values: Tensor) -> Tensor:
         """Values (..., channels, H, W, D) in [0, 1] to physical intensities."""
@@ -124,11 +128,6 @@ class Volume:
     info: VolumeInfo
 
 
-def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
-    x, y, z = np.sqrt((affine[:3, :3] ** 2).sum(0))
-    return float(x), float(y), float(z)
-
-
 def oriented(volume: Volume, affine: np.ndarray) -> Volume:
     """With axes swapped and turned so that they point as those of ``affine`` do: voxels are moved, none is resampled."""
     info = volume.info
@@ -136,9 +135,6 @@ def oriented(volume: Volume, affine: np.ndarray) -> Volume:
     data = np.stack([nib.apply_orientation(channel, turn) for channel in volume.data])
     moved = info.affine @ nib.orientations.inv_ornt_aff(turn, info.shape)
     return Volume(data, info.replaced(shape=data.shape[1:], affine=moved))
-
-
-# ---- intensities -----------------------------------------------------------------------
 
 
 def intensity_range(data: np.ndarray, low: float = 0.0, high: float = 100.0) -> list[tuple[float, float]]:
@@ -154,11 +150,3 @@ def intensity_range(data: np.ndarray, low: float = 0.0, high: float = 100.0) -> 
             raise UserError(f"intensities from {lo:g} to {hi:g} overflow float32")
         ranges.append((lo, hi if hi > lo else lo + 1.0))
     return ranges
-
-
-def to_unit(data: np.ndarray, ranges: list[tuple[float, float]]) -> np.ndarray:
-    """(channels, H, W, D) to [0, 1], clipped."""
-    unit = np.empty(data.shape, np.float32)
-    for c, (lo, hi) in enumerate(ranges):
-        np.clip((data[c] - lo) / (hi - lo), 0, 1, out=unit[c])
-    return unit
