@@ -85,9 +85,9 @@ def physical(model: TriplaneDiffusion, volumes: Tensor, numbers: Sequence[int], 
     """Volumes in [0, 1] as MetaTensors in physical units, with the data set's affine: for MONAI's SaveImage."""
     h, w, d = volumes.shape[2:]
     info, found = model.geometry.info.resized((h, w, d)), []
-    for i, volume in zip(numbers, info.to_physical(volumes).cpu(), strict=True):
+    for i, volume in zip(numbers, volumes, strict=True):
         meta = {"filename_or_obj": f"sample-{i:04d}_seed{seed}"}
-        found.append(MetaTensor(volume, affine=torch.tensor(info.affine), meta=meta))
+        found.append(MetaTensor(info.to_physical(volume).cpu(), affine=torch.tensor(info.affine), meta=meta))
     return found
 
 
