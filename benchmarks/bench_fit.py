@@ -15,8 +15,8 @@ from tcam_diff import demo
 from tcam_diff.autodecoder.config import load_config
 from tcam_diff.autodecoder.fit import Fitter
 from tcam_diff.autodecoder.planes import texel_noise
-from tcam_diff.data.intensity import intensity_range, to_unit
 from tcam_diff.data.nifti import read_volume
+from tcam_diff.data.volume import intensity_range
 from tcam_diff.evaluation import metrics
 
 VARIANTS = {
@@ -38,8 +38,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "template.nii.gz"
         demo.template(path)
-        data = read_volume(path).data
-    target = to_unit(data, intensity_range(data))
+        volume = read_volume(path)
+    target = volume.info.replaced(intensity=intensity_range(volume.data)).to_unit(volume.data)
     want = torch.from_numpy(target)
     size = tuple(want.shape[1:])
     rows = []

@@ -152,7 +152,7 @@ def run(a: argparse.Namespace, work: Path) -> None:
         if a.json:
             harness.write_json(a.json, rows, **about)
         if a.picture and seed == 0:
-            picture(a.picture, {"held out": truth, "training": trained, **volumes}, np.asarray(model.geometry.affine))
+            picture(a.picture, {"held out": truth, "training": trained, **volumes}, model.geometry.info.affine)
 
 
 @torch.no_grad()
@@ -160,7 +160,7 @@ def reconstructed(latents: Path, count: int) -> torch.Tensor:
     """Training volumes decoded from their planes, (N, 1, 64, 64, 64): the closest that samples of such planes can come."""
     latent_set = LatentSet(latents)
     fitted = [latent_set.fitted(e.name) for e in latent_set.entries[:count]]
-    return torch.cat([f.decoder(f.planes, f.meta.shape).float().clamp(0, 1) for f in fitted])
+    return torch.cat([f.decoder(f.planes, f.info.shape).float().clamp(0, 1) for f in fitted])
 
 
 def controls(truth: torch.Tensor, decoded: torch.Tensor, config: CriticConfig) -> dict[str, float]:

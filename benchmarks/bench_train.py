@@ -21,6 +21,7 @@ from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.objective import Lattice
 from tcam_diff.autodecoder.train import Autodecoder
 from tcam_diff.data.store import StoreWriter, quantise
+from tcam_diff.data.volume import VolumeInfo
 from tcam_diff.training.ranks import Ranks, device_of
 
 
@@ -45,9 +46,9 @@ CASES = {
 def make_store(folder: Path, size: int, objects: int) -> None:
     writer = StoreWriter(folder, {})
     rng = np.random.default_rng(0)
+    info = VolumeInfo(channels=1, shape=(size, size, size), affine=np.eye(4), intensity=[(0.0, 1.0)])
     records = [
-        writer.write(f"v{i}", "train", quantise(rng.random((1, size, size, size)), "uint8"), np.eye(4), [(0.0, 1.0)], [])
-        for i in range(objects)
+        writer.write(f"v{i}", "train", quantise(rng.random((1, size, size, size)), "uint8"), info, []) for i in range(objects)
     ]
     writer.finish(records)
 

@@ -102,7 +102,10 @@ class Points {
                     m.stride);
     } else {
       sample_planes(t);
-      if (!p.layers) return write_features(wave, t, volume);
+      if (!p.layers) {
+        if (!m.backward) write_features(wave, t, volume);  // on the way back `volume` is their gradient
+        return;
+      }
       if (p.noise_std != 0) add_noise(wave, t);
       for (long x = t.lo; x < t.hi; ++x) std::memcpy(z_ + x * m.stride, weights.bias(), m.row_bytes(1));
       for (long b = 0; b < plane_blocks(); ++b)

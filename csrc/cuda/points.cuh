@@ -101,7 +101,10 @@ class Points {
       if (product_)
         c.run_elements(product_kernel<Real>, count * channels, sampled_, samples_, most_ * channels, count * channels,
                        product_);
-      if (!p.layers) return copy_features(wave, product_ ? product_ : sampled_, false);
+      if (!p.layers) {
+        if (!c.backward) copy_features(wave, product_ ? product_ : sampled_, false);  // volume_ is their gradient on the way back
+        return;
+      }
       if (p.noise_std != 0) add_noise(wave);
       for (int b = 0; b < plane_blocks(); ++b) {
         const Rows<Real> features = {product_ ? product_ : sample(sampled_, b), channels};

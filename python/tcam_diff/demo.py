@@ -25,7 +25,6 @@ from tcam_diff.cli.common import INTERRUPTED, say
 from tcam_diff.cli.compare import compare_volumes
 from tcam_diff.cli.decode import decode_to_file
 from tcam_diff.cli.fit import console, fit_volume
-from tcam_diff.data.intensity import to_unit
 from tcam_diff.data.nifti import read_volume
 from tcam_diff.data.store import Store
 from tcam_diff.errors import UserError
@@ -77,8 +76,8 @@ def fit_one(out: Path, overrides: list[str], start: float) -> None:
     original, fitted_folder = out / "mni152_128.nii.gz", out / "fitted"
     template(original)
     source = read_volume(original)
-    result, meta = fit_volume(source, load_config("fast", overrides))
-    artefact.save(fitted_folder, result, meta)
+    result, info = fit_volume(source, load_config("fast", overrides))
+    artefact.save(fitted_folder, result, info)
 
     fitted = artefact.load(fitted_folder)
     same, double = out / "recon_128.nii.gz", out / "recon_256.nii.gz"
@@ -138,7 +137,7 @@ def generate(out: Path, start: float) -> None:
 def _page(out: Path, store: Path, stage1: Path, stage2: Path, samples: Path, commands: str, seconds: float) -> str:
     held = Store(store)
     chosen = held.records[:4]
-    real = [(r.name, strip(unit(torch.tensor(held.volume(r)))[0].numpy(), np.asarray(r.affine))) for r in chosen]
+    real = [(r.name, strip(unit(torch.tensor(held.volume(r)))[0].numpy(), r.info.affine)) for r in chosen]
     curves = [
         run_records.curves(run_records.read(stage1), [["loss", "data"], ["psnr"]]),
         run_records.curves(run_records.read(stage2), [["loss", "validation_loss"], ["residual"]]),
@@ -160,11 +159,11 @@ def noisy_psnr(fitted: artefact.FittedVolume, data: np.ndarray) -> float:
     """PSNR with the noise of training on the planes."""
     from tcam_diff.autodecoder.planes import texel_noise
 
-    size = fitted.meta.shape
+    size = fitted.info.shape
     planes = texel_noise(fitted.planes, fitted.config.noise_std, size, 0)
     with torch.no_grad():
         noisy: torch.Tensor = fitted.decoder(planes, size)[0].clamp(0, 1)
-    return metrics.psnr(torch.from_numpy(to_unit(data, fitted.meta.intensity)), noisy)
+    return metrics.psnr(torch.from_numpy(fitted.info.to_unit(data)), noisy)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from tcam_diff.cli.sample import Output, draw
 from tcam_diff.cli.train_autodecoder import FREE, train
 from tcam_diff.cli.training import prepare_folder
 from tcam_diff.data.store import Record, Store, StoreWriter, quantise
+from tcam_diff.data.volume import VolumeInfo
 from tcam_diff.diffusion.config import DiffusionConfig, SampleConfig
 from tcam_diff.diffusion.train import Diffusion
 from tcam_diff.training.ranks import ranks
@@ -45,13 +47,23 @@ def blobs(number: int, size: tuple[int, int, int]) -> np.ndarray:
     return total.clip(0, 1).astype(np.float32)[None]
 
 
+#: NIfTI's codes and units of the volumes: others than the defaults.
+SPACE: Any = {"codes": (1, 3), "units": ("micron", "msec")}
+
+
+def has_space(image: Any) -> bool:
+    """Whether an image of nibabel has these codes and units."""
+    codes = int(image.header["qform_code"]), int(image.header["sform_code"])
+    return (codes, image.header.get_xyzt_units()) == (SPACE["codes"], SPACE["units"])
+
+
 def make_store(folder: Path, count: int = 7, held_out: int = 2, size: tuple[int, int, int] = (12, 10, 14)) -> Store:
     writer = StoreWriter(folder, {"percentiles": [0.0, 100.0]})
     records = []
     for i in range(count + held_out):
         split = "train" if i < count else "test"
-        affine = np.diag([1.0, 1.5, 2.0, 1.0])
-        records.append(writer.write(f"blob{i}", split, quantise(blobs(i, size), "uint8"), affine, [(10.0, 20.0)], []))
+        info = VolumeInfo(channels=1, shape=size, affine=np.diag([1.0, 1.5, 2.0, 1.0]), **SPACE, intensity=[(10.0, 20.0)])
+        records.append(writer.write(f"blob{i}", split, quantise(blobs(i, size), "uint8"), info, []))
     writer.finish(records)
     return Store(folder)
 
@@ -113,10 +125,11 @@ def make_latents(
     for i in range(count):
         weights = torch.cat([torch.ones(1), torch.randn(3, generator=own)])
         planes = [sum(w * part[p] for w, part in zip(weights, common, strict=True)) for p in range(3)]
-        shape = (1, *(2 * n for n in texels))
+        shape = tuple(2 * n for n in texels)
         affine = np.diag([1.0, 1.5, 2.0, 1.0])
         affine[:3, 3] = i, 2.0, 3.0
-        record = Record(f"v{seed}-{i}", split, shape, "uint8", affine.tolist(), [(-10.0 - i, 90.0 + i)], [], f"{i}")
+        info = VolumeInfo(channels=1, shape=shape, affine=affine, **SPACE, intensity=[(-10.0 - i, 90.0 + i)])
+        record = Record(info=info, name=f"v{seed}-{i}", split=split, dtype="uint8", sources=[], sha256=f"{i}")
         entries.append(writer.write(record, normalise([p[None] for p in planes]), 30.0, 100))
     writer.finish(entries)
     return folder

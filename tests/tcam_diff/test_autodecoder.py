@@ -15,7 +15,7 @@ from tcam_diff.autodecoder.fit import Fitter
 from tcam_diff.autodecoder.objective import Objective, make_decoder
 from tcam_diff.autodecoder.perceptual import Perceptual, ssim2d
 from tcam_diff.autodecoder.planes import init_planes
-from tcam_diff.data.intensity import intensity_range, to_unit
+from tcam_diff.data.volume import VolumeInfo, intensity_range
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation.metrics import psnr_of_mse
 
@@ -292,7 +292,7 @@ def test_stopping_early_keeps_the_best_state():
 def test_intensity_maps_both_ways():
     data = np.stack([np.linspace(-1000, 500, 27), np.full(27, 7.0)]).reshape(2, 3, 3, 3).astype(np.float32)
     ranges = intensity_range(data)
-    unit = to_unit(data, ranges)
+    unit = VolumeInfo(channels=2, shape=data.shape[1:], affine=np.eye(4), intensity=ranges).to_unit(data)
     assert unit.min() == 0
     assert unit.max() == 1
     for c, (lo, hi) in enumerate(ranges):
@@ -305,11 +305,8 @@ def test_intensity_maps_both_ways():
 @pytest.fixture
 def fitted(tmp_path):
     result = Fitter(ellipsoids(12), load_config("fast", [*SMALL, "steps=3"])).run()
-    meta = artefact.Metadata(
-        shape=(12, 12, 12), channels=1, affine=np.eye(4).tolist(), codes=(0, 2), units=("mm", "sec"),
-        intensity=[(-5.0, 11.0)], source="x.nii",
-    )  # fmt: skip
-    artefact.save(tmp_path / "run", result, meta)
+    info = VolumeInfo(channels=1, shape=(12, 12, 12), affine=np.eye(4), intensity=[(-5.0, 11.0)], source="x.nii")
+    artefact.save(tmp_path / "run", result, info)
     return tmp_path / "run", result
 
 

@@ -147,6 +147,7 @@ def test_a_latent_decodes_to_a_file_in_physical_units(encoded, store, tmp_path):
     tcam("decode", encoded, "--volume", name, "--out", tmp_path / "x.nii.gz", "--size", 24, 20, 28, "-q")
     image = nib.load(tmp_path / "x.nii.gz")
     assert image.shape == (24, 20, 28)
+    assert runs.has_space(image)  # as the store has them
     np.testing.assert_allclose(image.header.get_zooms(), (0.5, 0.75, 1.0))
     values = image.get_fdata()
     assert values.min() >= 10

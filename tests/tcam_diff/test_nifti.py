@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from tcam_diff.data import nifti
+from tcam_diff.data.volume import VolumeInfo
 from tcam_diff.errors import UserError
 
 OBLIQUE = np.array([[0.9, 0.1, 0.3, -20.0], [-0.1, 1.8, 0.2, 7.0], [-0.2, 0.3, 2.9, 3.0], [0, 0, 0, 1]])
@@ -52,7 +53,7 @@ def test_reads_voxels_and_geometry(good):
     assert v.data.shape == (1, 6, 5, 4)
     assert v.data[0, 5, 4, 3] == 119
     assert v.data[0, 1, 0, 0] == 20
-    np.testing.assert_allclose(v.affine, OBLIQUE, atol=1e-5)
+    np.testing.assert_allclose(v.info.affine, OBLIQUE, atol=1e-5)
 
 
 def test_reads_channels_and_scaling(tmp_path):
@@ -159,6 +160,10 @@ def test_refuses_voxels_that_are_not_numbers(tmp_path):
 # ---- writing ---------------------------------------------------------------------------
 
 
+def unit(shape):
+    return VolumeInfo(channels=1, shape=shape, affine=np.eye(4))
+
+
 def slabs(data, thickness):
     for z in range(0, data.shape[3], thickness):
         yield data[..., z : z + thickness]
@@ -169,17 +174,11 @@ def slabs(data, thickness):
 @pytest.mark.parametrize("thickness", [1, 3, 50])
 def test_what_is_written_in_slabs_reads_back_whole(tmp_path, name, channels, thickness):
     data = np.random.default_rng(0).standard_normal((channels, 5, 6, 7)).astype(np.float32)
-    nifti.write_volume(
-        tmp_path / name,
-        slabs(data, thickness),
-        (5, 6, 7),
-        channels,
-        OBLIQUE,
-        nifti.Quantiser("float32", 0, 1),
-    )
+    info = VolumeInfo(channels=channels, shape=(5, 6, 7), affine=OBLIQUE)
+    nifti.write_volume(tmp_path / name, slabs(data, thickness), info, nifti.Quantiser("float32", 0, 1))
     back = nifti.read_volume(tmp_path / name)
     np.testing.assert_array_equal(back.data, data)
-    np.testing.assert_allclose(back.affine, OBLIQUE, atol=1e-5)
+    np.testing.assert_allclose(back.info.affine, OBLIQUE, atol=1e-5)
     assert [p.name for p in tmp_path.iterdir()] == [name]  # nothing temporary stays
 
 
@@ -188,7 +187,7 @@ def test_what_is_written_in_slabs_reads_back_whole(tmp_path, name, channels, thi
 def test_integers_keep_half_a_step_and_do_not_wrap(tmp_path, dtype, steps, lo, hi):
     data = np.linspace(lo, hi, 4 * 5 * 6, dtype=np.float32).reshape(1, 4, 5, 6)
     data[0, 0, 0, 0], data[0, 3, 4, 5] = lo - 1000, hi + 1000  # beyond the range: clamped
-    nifti.write_volume(tmp_path / "i.nii.gz", slabs(data, 2), (4, 5, 6), 1, np.eye(4), nifti.Quantiser(dtype, lo, hi))
+    nifti.write_volume(tmp_path / "i.nii.gz", slabs(data, 2), unit((4, 5, 6)), nifti.Quantiser(dtype, lo, hi))
     assert nib.load(tmp_path / "i.nii.gz").get_data_dtype() == np.dtype(dtype)
     back = nifti.read_volume(tmp_path / "i.nii.gz").data
     step = (hi - lo) / steps
@@ -205,7 +204,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
-        nifti.write_volume(tmp_path / "old.nii.gz", broken(), (4, 4, 4), 1, np.eye(4), nifti.Quantiser("float32", 0, 1))
+        nifti.write_volume(tmp_path / "old.nii.gz", broken(), unit((4, 4, 4)), nifti.Quantiser("float32", 0, 1))
     assert (tmp_path / "old.nii.gz").read_bytes() == b"precious"
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -219,7 +218,7 @@ def test_float16_is_refused():
 def test_a_resized_affine_keeps_the_field_of_view(new):
     """Corners of the outermost voxels stay where they are in space."""
     old = (6, 5, 4)
-    affine = nifti.resized_affine(OBLIQUE, old, new)
+    affine = VolumeInfo(channels=1, shape=old, affine=OBLIQUE).resized(new).affine
     for corner in np.ndindex(2, 2, 2):
         before = OBLIQUE @ [*(np.array(corner) * old - 0.5), 1]
         after = affine @ [*(np.array(corner) * new - 0.5), 1]
@@ -229,4 +228,4 @@ def test_a_resized_affine_keeps_the_field_of_view(new):
 def test_paths_are_checked(tmp_path):
     for bad in (tmp_path / "a.img", tmp_path / "absent" / "a.nii"):
         with pytest.raises(UserError):
-            nifti.write_volume(Path(bad), iter(()), (1, 1, 1), 1, np.eye(4), nifti.Quantiser("float32", 0, 1))
+            nifti.write_volume(Path(bad), iter(()), unit((1, 1, 1)), nifti.Quantiser("float32", 0, 1))

@@ -13,10 +13,10 @@ from monai.data import MetaTensor
 from monai.transforms import CenterSpatialCrop, Compose, Orientation, ScaleIntensityRangePercentiles, Spacing
 from tcam_diff import config as configs
 from tcam_diff.cli.app import app
-from tcam_diff.data.nifti import Volume
 from tcam_diff.data.prepare import PrepareConfig, prepare_cases, prepare_volume, split_cases
 from tcam_diff.data.sources import Case, download_decathlon, find_cases
 from tcam_diff.data.store import Store, one_shape
+from tcam_diff.data.volume import Volume, VolumeInfo
 from tcam_diff.errors import UserError
 from typer.testing import CliRunner
 
@@ -31,54 +31,57 @@ def volume(shape=(20, 24, 16), channels=1, spacing=(1.0, 1.0, 1.0), flip=False, 
     data = (100 * x + rng.normal(size=(channels, *shape))).astype(np.float32)
     affine = np.diag([*(-s if flip else s for s in spacing), 1.0])
     affine[:3, 3] = (5, -7, 11)
-    return Volume(data, affine, (1, 1), ("mm", "sec"), "memory")
+    return Volume(data, VolumeInfo(channels=channels, shape=shape, affine=affine, codes=(1, 1), source="memory"))
 
 
 def write(path, v):
     path.parent.mkdir(parents=True, exist_ok=True)
     data = np.moveaxis(v.data, 0, -1)
-    nib.save(nib.Nifti1Image(data[..., 0] if data.shape[-1] == 1 else data, v.affine), path)
+    image = nib.Nifti1Image(data[..., 0] if data.shape[-1] == 1 else data, v.info.affine)
+    image.set_qform(v.info.affine, code=1)
+    image.header.set_xyzt_units("micron", "msec")
+    nib.save(image, path)
 
 
 def test_brats_is_the_authors_chain_of_monai_transforms():
     """algorithm.md section 8, written with MONAI alone."""
     v = volume((60, 56, 40), 4, (1.2, 1.0, 1.5), flip=True)
-    got, affine, ranges = prepare_volume(v, load("brats-flair-128", "crop=[32, 40, 24]"))
+    got, info = prepare_volume(v, load("brats-flair-128", "crop=[32, 40, 24]"))
     theirs = Compose([
         Orientation(axcodes="RAS", labels=(("L", "R"), ("P", "A"), ("I", "S"))), Spacing(pixdim=(1, 1, 1), mode="bilinear"),
         CenterSpatialCrop((32, 40, 24)), ScaleIntensityRangePercentiles(0, 99.5, 0, 1, clip=True),
-    ])(MetaTensor(torch.from_numpy(v.data[:1]), affine=torch.from_numpy(v.affine)))  # fmt: skip
+    ])(MetaTensor(torch.from_numpy(v.data[:1]), affine=torch.tensor(v.info.affine)))  # fmt: skip
     assert got.shape == (1, 32, 40, 24)
     np.testing.assert_allclose(got, theirs.numpy(), atol=1e-5)
-    np.testing.assert_allclose(affine, theirs.affine.numpy())
-    (lo, hi) = ranges[0]
+    np.testing.assert_allclose(info.affine, theirs.affine.numpy())
+    (lo, hi) = info.intensity[0]
     assert lo < hi < v.data.max()
 
 
 def test_every_channel_has_percentiles_of_its_own():
     v = volume(channels=2)
     v.data[1] *= 50
-    got, _, ranges = prepare_volume(v, load("brats-4ch-128", "crop=[8, 8, 8]"))
+    got, info = prepare_volume(v, load("brats-4ch-128", "crop=[8, 8, 8]"))
     assert got.shape[0] == 2
     assert got[0].max() == got[1].max() == 1
-    assert ranges[1][1] > 20 * ranges[0][1]
+    assert info.intensity[1][1] > 20 * info.intensity[0][1]
 
 
 def test_ct_is_windowed_and_resized_and_goes_back_to_hu():
     v = volume((20, 24, 16))
     v.data -= 150
-    got, affine, ranges = prepare_volume(v, load("colon-512", "resize=[40, 24, 16]"))
-    assert ranges == [(-30.0, 165.82)]
+    got, info = prepare_volume(v, load("colon-512", "resize=[40, 24, 16]"))
+    assert info.intensity == [(-30.0, 165.82)]
     assert got.shape == (1, 40, 24, 16)
     assert got.min() == 0
     assert got.max() == 1
-    assert np.linalg.norm(affine[:3, 0]) == pytest.approx(0.5)  # twice the voxels, half the spacing
-    lo, hi = ranges[0]
+    assert np.linalg.norm(info.affine[:3, 0]) == pytest.approx(0.5)  # twice the voxels, half the spacing
+    lo, hi = info.intensity[0]
     np.testing.assert_allclose(lo + (hi - lo) * got[0, 0, 12, 8], np.clip(v.data[0, 0, 12, 8], lo, hi), atol=3)
 
 
 def test_a_crop_that_is_too_large_is_filled_with_zeros():
-    got, _, _ = prepare_volume(volume((20, 24, 16)), load("cohort", "crop=[32, 24, 20]"))
+    got, _ = prepare_volume(volume((20, 24, 16)), load("cohort", "crop=[32, 24, 20]"))
     assert got.shape == (1, 32, 24, 20)
     assert (got[:, 0] == 0).all()
 
@@ -140,14 +143,15 @@ def test_a_store_serves_what_was_prepared(folder, tmp_path, dtype):
     store = Store(tmp_path / "store")
     for i, record in enumerate(store.of("train")):
         store.verify(record)
-        want, affine, ranges = prepare_volume(volume(seed=i), config)
+        want, info = prepare_volume(volume(seed=i), config)
         held = store.volume(record)
         assert isinstance(held, np.memmap)
         assert held.dtype == dtype
         part = held[:, 3:7, :, 5].astype(np.float32) / (255 if dtype == "uint8" else 1)
         np.testing.assert_allclose(part, want[:, 3:7, :, 5], atol=0.5 / 255 + 1e-6 if dtype == "uint8" else 5e-4)
-        np.testing.assert_allclose(record.affine, affine)
-        np.testing.assert_allclose(record.intensity, ranges)
+        np.testing.assert_allclose(record.info.affine, info.affine)
+        np.testing.assert_allclose(record.info.intensity, info.intensity)
+        assert (record.info.codes, record.info.units) == ((1, 2), ("micron", "msec"))  # of the file
     assert one_shape(store.folder, store.records) == (1, 20, 24, 16)
 
 
@@ -266,17 +270,17 @@ def test_a_dicom_series_is_the_volume_that_its_slices_are(tmp_path):
     assert (first.problem, first.shape, first.orientation, second.low) == ("", (6, 5, 4), "LPS", float(data.min()) + 1)
     volume = dicom.read_volume(tmp_path / "ct" / "patient1")
     header = dicom.read_header(tmp_path / "ct" / "patient1")
-    for v, affine in ((volume, volume.affine), (header, header.affine)):
-        np.testing.assert_allclose(v.spacing, (1.5, 2.0, 3.0))
+    for v in (volume, header):
+        np.testing.assert_allclose(v.info.spacing, (1.5, 2.0, 3.0))
         for i, j, k in ((0, 0, 0), (5, 1, 2)):
             x, y, z = 10 + 1.5 * i, -20 + 2 * j, 30 + 3 * k
             want = data[i, j, k]
-            at = np.linalg.inv(affine) @ [-x, -y, z, 1]  # NIfTI's world is right, anterior, superior
+            at = np.linalg.inv(v.info.affine) @ [-x, -y, z, 1]  # NIfTI's world is right, anterior, superior
             got = volume.data[(0, *np.rint(at[:3]).astype(int))] if v is volume else want
             assert got == want
     records = list(prepare_cases(found.cases, tmp_path / "store", load("colon-512", "resize=[8, 8, 8]")))
     assert [r.problem for r in records] == ["", ""]
-    assert Store(tmp_path / "store").records[0].shape == (1, 8, 8, 8)
+    assert Store(tmp_path / "store").records[0].info.array_shape == (1, 8, 8, 8)
 
 
 def test_faults_of_a_dicom_series(tmp_path):

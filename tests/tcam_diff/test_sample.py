@@ -142,16 +142,18 @@ def test_what_a_sample_leaves(trained, model, tmp_path):
     stem = "sample-0001_seed3_heun4"
     image = nib.load(out / f"{stem}.nii.gz")
     assert image.shape == (20, 16, 12)
+    assert runs.has_space(image)  # as the training volumes
     # the field of view is that of the training volumes
     spacing = np.asarray(image.header.get_zooms()) * image.shape
     np.testing.assert_allclose(spacing, np.array([1.0, 1.5, 2.0]) * SIZE, rtol=1e-5)
-    lo, hi = model.geometry.intensity[0]
+    lo, hi = model.geometry.info.intensity[0]
     data = image.get_fdata()
     assert lo - 1e-3 <= data.min() < data.max() <= hi + 1e-3
     held = json.loads((out / f"{stem}.json").read_text())
     assert held["index"] == 1
     assert held["sampling"]["seed"] == 3
     assert held["intensity"] == [[lo, hi]]
+    assert (held["shape"], held["codes"]) == ([20, 16, 12], [1, 3])
     assert (out / f"{stem}.png").is_file()
     assert (out / "contact-sheet.png").is_file()
 
@@ -298,7 +300,7 @@ def test_guidance_approaches_the_minimum_and_moves_what_is_known(model, truth):
 def test_guided_samples_depend_on_their_numbers_alone(trained, model, truth, tmp_path):
     """The command draws them one by one."""
     path = tmp_path / "known.nii.gz"
-    lo, hi = model.geometry.intensity[0]
+    lo, hi = model.geometry.info.intensity[0]
     nib.save(nib.Nifti1Image(lo + (hi - lo) * torch.nn.functional.avg_pool3d(truth, 4)[0].numpy(), np.eye(4)), path)
     command = ("sample", trained, "--steps", 3, "--known", path, "-q")
     tcam(*command, "--out", tmp_path / "all", "--n", 3, "--batch-size", 3)
@@ -321,7 +323,7 @@ def test_unknown_voxels_do_not_matter(model, truth):
 
 
 def test_known_files(model, trained, truth, tmp_path):
-    lo, hi = model.geometry.intensity[0]
+    lo, hi = model.geometry.info.intensity[0]
     path, mask = tmp_path / "known.nii.gz", tmp_path / "mask.nii.gz"
     nib.save(nib.Nifti1Image(lo + (hi - lo) * truth[0].numpy(), np.eye(4)), path)
     marked = np.zeros(SIZE, np.uint8)
@@ -344,7 +346,7 @@ def test_known_files(model, trained, truth, tmp_path):
 
 def test_known_files_are_turned_to_the_models_axes(model, truth, tmp_path):
     """A file that holds the same anatomy along other axes is known to be the same."""
-    lo, hi = model.geometry.intensity[0]
+    lo, hi = model.geometry.info.intensity[0]
     path, mask = tmp_path / "known.nii.gz", tmp_path / "mask.nii.gz"
     marked = np.zeros(SIZE, np.uint8)
     marked[:5, :, 2:] = 1
@@ -452,10 +454,10 @@ def test_a_bundle_is_verified_and_runs_alone(trained, model, tmp_path):
     names = sorted(p.name for p in (bundle / "eval").iterdir())
     assert names == ["sample-0000_seed3.nii.gz", "sample-0001_seed3.nii.gz"]
     image = nib.load(bundle / "eval" / names[1])
-    lo, hi = model.geometry.intensity[0]
+    lo, hi = model.geometry.info.intensity[0]
     want = lo + (hi - lo) * model.decode(sampler(model, steps=4, seed=3).sample([0, 1]))[1, 0]
     np.testing.assert_allclose(image.get_fdata(), want.numpy(), atol=0.1)
-    np.testing.assert_allclose(image.affine, model.geometry.affine, atol=1e-5)
+    np.testing.assert_allclose(image.affine, model.geometry.info.affine, atol=1e-5)
     tcam("export-bundle", trained, "--out", bundle)  # over a bundle, whole or not
     (tmp_path / "file").write_text("")
     (tmp_path / "project" / "docs").mkdir(parents=True)

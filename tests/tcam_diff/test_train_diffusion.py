@@ -311,9 +311,9 @@ def test_a_model_is_read_back_as_it_was(latents, tmp_path, overrides):
 
 def test_a_models_geometry_is_that_of_the_middle_volume(latents):
     model = Diffusion(runs.diffusion_config(latents), Ranks(), latents).model(0)
-    assert model.geometry.affine[0][3] in (2.0, 3.0)  # volumes 0 to 5 begin at their number
-    assert model.geometry.intensity == [(-12.5, 92.5)]
-    assert model.geometry.shape == (16, 16, 16)
+    assert model.geometry.info.affine[0][3] in (2.0, 3.0)  # volumes 0 to 5 begin at their number
+    assert model.geometry.info.intensity == [(-12.5, 92.5)]
+    assert model.geometry.info.shape == (16, 16, 16)
 
 
 def test_a_damaged_model_is_refused(uninterrupted, tmp_path):

@@ -26,8 +26,8 @@ def judge(folder: Path) -> dict[str, Any]:
     run = load_run(folder)
     store = Store(run.config.data)
     by_name = {r.name: r for r in store.records}
-    first = by_name[run.objects[0]]
-    size = (first.shape[1], first.shape[2], first.shape[3])
+    first = by_name[run.objects[0]].info
+    size = first.shape
     objective = Objective(run.config, size)
     found: dict[str, list[float]] = {"mse": [], "psnr": [], "ssim": []}
     count = 0
@@ -41,7 +41,7 @@ def judge(folder: Path) -> dict[str, Any]:
             found["ssim"].append(metrics.ssim3d(got, want))
         count = sum(p.numel() for p in planes)
     means = {k: sum(v) / len(v) if v else None for k, v in found.items()}
-    return {**means, "ratio": count / int(np.prod(first.shape)), "volumes": len(found["mse"])}
+    return {**means, "ratio": count / int(np.prod(first.array_shape)), "volumes": len(found["mse"])}
 
 
 def plot(key: str, rows: list[dict[str, Any]]) -> bytes:

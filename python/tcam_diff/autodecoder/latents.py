@@ -11,40 +11,33 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 import tcam_ext
 from tcam_diff import config as configs
 from tcam_diff.autodecoder import artefact
-from tcam_diff.autodecoder.artefact import read_tensors
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.objective import make_decoder
 from tcam_diff.autodecoder.planes import PLANE_NAMES
 from tcam_diff.data.store import Record
+from tcam_diff.data.volume import VolumeRecord
 from tcam_diff.errors import UserError
-from tcam_diff.files import replacing, sha256, writable_folder, write_text
+from tcam_diff.files import replacing, sha256, writable_folder
+from tcam_diff.folder import Folder, tensor_bytes
 
-FORMAT = 1
 INDEX, DECODER = "latents.json", "decoder.safetensors"
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(VolumeRecord):
     """A volume of the set."""
 
     name: str
     split: str
-    shape: tuple[int, ...]  # (channels, H, W, D)
-    affine: list[list[float]]
-    intensity: list[tuple[float, float]]  # per channel: physical values at 0 and 1
-    source: str
     psnr: float  # dB, of the whole volume, without noise
     steps: int
     sha256: str = ""
@@ -57,8 +50,9 @@ class LatentWriter:
         self, folder: Path, config: TrainConfig, decoder: tcam_ext.TriplaneDecoder, provenance: dict[str, Any]
     ) -> None:
         self.folder, self.config, self.provenance = folder, config, provenance
+        self.files = _folder(folder)
         writable_folder(folder / "planes")
-        weights = save({k: v.detach().float().cpu().contiguous() for k, v in decoder.state_dict().items()})
+        weights = tensor_bytes(decoder.state_dict(), dtype=torch.float32)
         self.digest = hashlib.sha256(weights + json.dumps(provenance.get("encode"), sort_keys=True).encode()).hexdigest()
         held = folder / DECODER
         if held.exists() and hashlib.sha256(held.read_bytes()).hexdigest() != hashlib.sha256(weights).hexdigest():
@@ -68,7 +62,7 @@ class LatentWriter:
                 file.write(weights)
 
     def path(self, name: str) -> Path:
-        return self.folder / "planes" / f"{name}.safetensors"
+        return self.files / _planes(name)
 
     def find(self, record: Record) -> Entry | None:
         """What an earlier run made of the same stored volume."""
@@ -82,38 +76,30 @@ class LatentWriter:
             return None
         if meta.get("digest") != self.digest or meta.get("volume") != record.sha256:
             return None
-        return _entry(json.loads(meta["tcam"]))
+        return Entry.model_validate(json.loads(meta["tcam"]))
 
     def write(self, record: Record, planes: Sequence[Tensor], psnr: float, steps: int) -> Entry:
-        entry = Entry(
-            record.name,
-            record.split,
-            record.shape,
-            record.affine,
-            record.intensity,
-            record.sources[0]["path"] if record.sources else "",
-            psnr,
-            steps,
-        )
-        tensors = {n: p[0].detach().float().cpu().contiguous() for n, p in zip(PLANE_NAMES, planes, strict=True)}
-        meta = {"tcam": json.dumps(asdict(entry)), "digest": self.digest, "volume": record.sha256}
+        info = record.info.replaced(source=record.sources[0]["path"] if record.sources else "")
+        entry = Entry(info=info, name=record.name, split=record.split, psnr=psnr, steps=steps)
+        tensors = {n: p[0] for n, p in zip(PLANE_NAMES, planes, strict=True)}
+        meta = {"tcam": json.dumps(entry.model_dump(mode="json")), "digest": self.digest, "volume": record.sha256}
         with replacing(self.path(record.name)) as file:
-            file.write(save(tensors, metadata=meta))
+            file.write(tensor_bytes(tensors, meta, torch.float32))
         return entry
 
     def finish(self, entries: Sequence[Entry]) -> dict[str, Any]:
         """Write the index, with the statistics of the planes; returns those."""
         statistics = self.statistics(entries)
-        index = {
-            "format": FORMAT,
-            "planes": "xy, yz, xz of volumes (channels, x, y, z) = file axes (i, j, k); first axis first",
-            "config": self.config.model_dump(mode="json"),
-            "provenance": self.provenance | {"tcam_ext": tcam_ext.__version__},
-            "statistics": statistics,
-            "decoder_sha256": sha256(self.folder / DECODER),
-            "volumes": [asdict(e) | {"sha256": sha256(self.path(e.name))} for e in entries],
-        }
-        write_text(self.folder / INDEX, json.dumps(index, indent=1))
+        self.files.write(
+            {
+                "planes": "xy, yz, xz of volumes (channels, x, y, z) = file axes (i, j, k); first axis first",
+                "config": self.config.model_dump(mode="json"),
+                "provenance": self.provenance | {"tcam_ext": tcam_ext.__version__},
+                "statistics": statistics,
+                "decoder_sha256": sha256(self.folder / DECODER),
+                "volumes": [e.model_dump(mode="json") | {"sha256": sha256(self.path(e.name))} for e in entries],
+            }
+        )
         return statistics
 
     def statistics(self, entries: Sequence[Entry]) -> dict[str, Any]:
@@ -122,7 +108,7 @@ class LatentWriter:
         total: dict[str, Tensor] = {}
         squares: dict[str, Tensor] = {}
         for entry in entries:
-            for name, plane in read_tensors(self.path(entry.name)).items():
+            for name, plane in self.files.read_tensors(_planes(entry.name)).items():
                 plane = plane.double()
                 total[name] = total.get(name, 0) + plane
                 squares[name] = squares.get(name, 0) + plane.square().mean((1, 2))
@@ -142,19 +128,11 @@ class LatentSet:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        path = self.folder / INDEX
-        if not path.is_file():
-            raise UserError(
-                f"{self.folder}: not a folder that `tcam encode` or `tcam export-latents` finished ({INDEX} is missing)"
-            )
-        try:
-            self.index: dict[str, Any] = json.loads(path.read_text())
-            if self.index["format"] != FORMAT:
-                raise UserError(f"{path}: format {self.index['format']}, this version reads {FORMAT}")
-            self.entries = [_entry(e) for e in self.index["volumes"]]
-            self.config = configs.validate(TrainConfig, self.index["config"], str(path))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: damaged: {error}") from error
+        self.files = _folder(self.folder)
+        self.index = self.files.read()
+        with self.files.reading():
+            self.entries = [Entry.model_validate(e) for e in self.index["volumes"]]
+            self.config = configs.validate(TrainConfig, self.index["config"], str(self.files / INDEX))
 
     def entry(self, name: str) -> Entry:
         for e in self.entries:
@@ -165,20 +143,16 @@ class LatentSet:
 
     def planes(self, entry: Entry) -> list[Tensor]:
         """xy, yz, xz: (C, rows, columns)."""
-        held = read_tensors(self.folder / "planes" / f"{entry.name}.safetensors")
+        held = self.files.read_tensors(_planes(entry.name))
         return [held[name] for name in PLANE_NAMES]
 
     def verify(self, entry: Entry) -> None:
-        path = self.folder / "planes" / f"{entry.name}.safetensors"
-        if not path.is_file() or sha256(path) != entry.sha256:
-            raise UserError(f"{path}: missing, changed or damaged; make the set again")
+        self.files.verify(_planes(entry.name), entry.sha256)
 
     def decoder(self) -> tcam_ext.TriplaneDecoder:
-        path = self.folder / DECODER
-        if not path.is_file() or sha256(path) != self.index["decoder_sha256"]:
-            raise UserError(f"{path}: missing, changed or damaged; make the set again")
-        made = make_decoder(self.config, self.entries[0].shape[0]).float()
-        made.load_state_dict(read_tensors(path))
+        made = make_decoder(self.config, self.entries[0].info.channels).float()
+        with self.files.reading():
+            made.load_state_dict(self.files.read_tensors(DECODER, self.index["decoder_sha256"]))
         return made.requires_grad_(False)
 
     def check_decoder(self, other: tcam_ext.TriplaneDecoder, whose: object) -> None:
@@ -196,17 +170,13 @@ class LatentSet:
         """A volume, ready to be decoded."""
         entry = self.entry(name)
         self.verify(entry)
-        meta = artefact.Metadata(
-            shape=(entry.shape[1], entry.shape[2], entry.shape[3]),
-            channels=entry.shape[0],
-            affine=entry.affine,
-            codes=(0, 2),
-            units=("mm", "sec"),
-            intensity=entry.intensity,
-            source=entry.source,
-        )
-        return artefact.FittedVolume([p.unsqueeze(0) for p in self.planes(entry)], self.decoder(), self.config, meta)
+        planes = [p.unsqueeze(0) for p in self.planes(entry)]
+        return artefact.FittedVolume(planes, self.decoder(), self.config, entry.info)
 
 
-def _entry(found: dict[str, Any]) -> Entry:
-    return Entry(**found | {"shape": tuple(found["shape"]), "intensity": [(float(a), float(b)) for a, b in found["intensity"]]})
+def _planes(name: str) -> str:
+    return f"planes/{name}.safetensors"
+
+
+def _folder(path: Path) -> Folder:
+    return Folder(path, INDEX, "`tcam encode` or `tcam export-latents`", "make the set again", formats=(1, 2))

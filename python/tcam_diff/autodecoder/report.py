@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def slices_picture(truth: np.ndarray, got: np.ndarray, record: Record, caption: str) -> bytes:
     """A PNG: three orthogonal slices of the truth, the reconstruction and their difference, of the first channel."""
-    figure = comparison(truth[0], got[0], np.asarray(record.affine), ("truth", "reconstruction"), f"{record.name}, {caption}")
+    figure = comparison(truth[0], got[0], record.info.affine, ("truth", "reconstruction"), f"{record.name}, {caption}")
     return run_records.png(figure)
 
 

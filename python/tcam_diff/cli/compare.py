@@ -9,8 +9,8 @@ import torch
 import typer
 from rich.console import Console
 
-from tcam_diff.data.intensity import intensity_range, to_unit
-from tcam_diff.data.nifti import VOXEL_BUDGET, Volume, read_volume
+from tcam_diff.data.nifti import VOXEL_BUDGET, read_volume
+from tcam_diff.data.volume import Volume, intensity_range
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation import metrics
 from tcam_diff.evaluation.picture import compare_picture
@@ -33,24 +33,25 @@ def compare(
 
 
 def compare_volumes(first: Volume, second: Volume, picture: Path, channel: int = 0) -> dict[str, float]:
-    if first.data.shape != second.data.shape:
+    a, b = first.info, second.info
+    if a.array_shape != b.array_shape:
         raise UserError(
-            f"{second.source}: shape {second.data.shape[1:]} with {second.data.shape[0]} channel(s), but {first.source} has "
-            f"{first.data.shape[1:]} with {first.data.shape[0]}; `tcam decode --size` gives any size"
+            f"{b.source}: shape {b.shape} with {b.channels} channel(s), but {a.source} has {a.shape} with {a.channels}; "
+            "`tcam decode --size` gives any size"
         )
-    if not 0 <= channel < first.data.shape[0]:
-        raise UserError(f"--channel: expected 0 to {first.data.shape[0] - 1}, got {channel}")
-    ranges = intensity_range(first.data)
-    unit_a, unit_b = to_unit(first.data, ranges), to_unit(second.data, ranges)
+    if not 0 <= channel < a.channels:
+        raise UserError(f"--channel: expected 0 to {a.channels - 1}, got {channel}")
+    scale = a.replaced(intensity=intensity_range(first.data))
+    unit_a, unit_b = scale.to_unit(first.data), scale.to_unit(second.data)
     ta, tb = torch.from_numpy(unit_a), torch.from_numpy(unit_b)
     found = {"mse": metrics.mse(ta, tb), "psnr": metrics.psnr(ta, tb)}
     text = f"MSE {found['mse']:.6f}  PSNR {found['psnr']:.2f} dB"
-    if min(first.shape) >= metrics.WINDOW:
+    if min(a.shape) >= metrics.WINDOW:
         found["ssim"] = metrics.ssim3d(ta, tb)
         text += f"  SSIM {found['ssim']:.4f}"
     else:
         text += f"  SSIM not defined (an axis is shorter than {metrics.WINDOW} voxels)"
     console.print(text, highlight=False)
-    names = (Path(first.source).name, Path(second.source).name)
-    compare_picture(picture, unit_a[channel], unit_b[channel], first.affine, names, text)
+    names = (Path(a.source).name, Path(b.source).name)
+    compare_picture(picture, unit_a[channel], unit_b[channel], a.affine, names, text)
     return found

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from tcam_diff.autodecoder import artefact, latents
-from tcam_diff.data.nifti import Quantiser, resized_affine, write_volume
+from tcam_diff.data.nifti import Quantiser, write_volume
 from tcam_diff.errors import UserError
 
 console = Console()
@@ -33,8 +33,8 @@ def decode(
 ) -> None:
     """Decode FOLDER to a NIfTI file with the field of view of the original, a slab at a time."""
     fitted = _load(folder, volume)
-    decode_to_file(fitted, out, size or fitted.meta.shape, dtype, quiet)
-    console.print(f"{out}: {' x '.join(map(str, size or fitted.meta.shape))}, {dtype}", highlight=False)
+    decode_to_file(fitted, out, size or fitted.info.shape, dtype, quiet)
+    console.print(f"{out}: {' x '.join(map(str, size or fitted.info.shape))}, {dtype}", highlight=False)
 
 
 def _load(folder: Path, volume: str | None) -> artefact.FittedVolume:
@@ -64,9 +64,8 @@ def decode_to_file(
     quiet: bool = False,
 ) -> None:
     check_output(size, dtype)
-    meta = fitted.meta
-    quantiser = Quantiser(dtype, min(lo for lo, _ in meta.intensity), max(hi for _, hi in meta.intensity))
-    affine = resized_affine(np.asarray(meta.affine), meta.shape, size)
+    info = fitted.info.resized(size)
+    quantiser = Quantiser(dtype, min(lo for lo, _ in info.intensity), max(hi for _, hi in info.intensity))
     with Progress(console=console, disable=quiet or not console.is_terminal) as progress:
         task = progress.add_task("decoding", total=size[2])
 
@@ -75,5 +74,4 @@ def decode_to_file(
                 yield slab
                 progress.advance(task, slab.shape[3])
 
-        codes, units = (meta.codes[0], meta.codes[1]), (meta.units[0], meta.units[1])
-        write_volume(out, slabs(), size, meta.channels, affine, quantiser, codes, units)
+        write_volume(out, slabs(), info, quantiser)

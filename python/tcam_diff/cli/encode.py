@@ -61,12 +61,12 @@ def encode_records(
 ) -> list[Entry]:
     """Encode what is missing, group by group of ``config.batch`` volumes of one size, and write the set."""
     done: dict[str, Entry] = {r.name: e for r in records if (e := writer.find(r)) is not None}
-    todo = sorted((r for r in records if r.name not in done), key=lambda r: r.shape)
+    todo = sorted((r for r in records if r.name not in done), key=lambda r: r.info.array_shape)
     if done:
         say(f"{writer.folder}: {len(done)} of {len(records)} volumes are there already")
     groups: list[list[Record]] = []
     for record in todo:
-        if not groups or groups[-1][0].shape != record.shape or len(groups[-1]) == config.batch:
+        if not groups or groups[-1][0].info.array_shape != record.info.array_shape or len(groups[-1]) == config.batch:
             groups.append([])
         groups[-1].append(record)
     began = time.monotonic()
@@ -84,7 +84,7 @@ def encode_records(
         task = bar.add_task("encode", total=len(groups) * config.steps, what="")
         encoder: Encoder | None = None
         for g, group in enumerate(groups):
-            size = (group[0].shape[1], group[0].shape[2], group[0].shape[3])
+            size = group[0].info.shape
             if encoder is None or encoder.size != size:
                 encoder = Encoder(trained, config, size, device_of(device))
 
@@ -124,8 +124,7 @@ def export_latents(
     writer = LatentWriter(out, trained.config, trained.decoder, _provenance(trained, data, None))
     entries = []
     raw = trained.raw_planes()
-    first = by_name[trained.objects[0]]
-    objective = Objective(trained.config, (first.shape[1], first.shape[2], first.shape[3]))
+    objective = Objective(trained.config, by_name[trained.objects[0]].info.shape)
     for name in tracked(trained.objects, len(trained.objects), "exporting", quiet):
         record = by_name[name]
         planes = normalise(raw[name], trained.config.norm)

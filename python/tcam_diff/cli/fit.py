@@ -26,8 +26,8 @@ from tcam_diff.autodecoder.fit import FitResult, Fitter
 from tcam_diff.autodecoder.fit import Progress as FitProgress
 from tcam_diff.autodecoder.objective import compute_dtype, plane_texels
 from tcam_diff.cli.common import stop_on_interrupt
-from tcam_diff.data.intensity import intensity_range, to_unit
-from tcam_diff.data.nifti import VOXEL_BUDGET, Volume, read_volume
+from tcam_diff.data.nifti import VOXEL_BUDGET, read_volume
+from tcam_diff.data.volume import Volume, VolumeInfo, intensity_range
 from tcam_diff.errors import UserError
 
 console = Console()
@@ -51,11 +51,11 @@ def fit(
     """
     config = load_config(preset, overrides or [])
     source = read_volume(volume, max_voxels)
-    if source.data.shape[0] > 16:
-        raise UserError(f"{volume}: {source.data.shape[0]} channels; the decoder has at most 16 outputs")
+    if source.info.channels > 16:
+        raise UserError(f"{volume}: {source.info.channels} channels; the decoder has at most 16 outputs")
     artefact.prepare(out, overwrite)
-    result, meta = fit_volume(source, config, quiet)
-    artefact.save(out, result, meta)
+    result, info = fit_volume(source, config, quiet)
+    artefact.save(out, result, info)
     rate = f"{result.seconds:.0f} s" if result.seconds < 600 else f"{result.seconds / 60:.0f} min"
     state = f"stopped after {result.steps_done} steps" if result.stopped else f"{result.steps_done} steps"
     console.print(
@@ -63,13 +63,14 @@ def fit(
     )
 
 
-def fit_volume(source: Volume, config: FitConfig, quiet: bool = False) -> tuple[FitResult, artefact.Metadata]:
+def fit_volume(source: Volume, config: FitConfig, quiet: bool = False) -> tuple[FitResult, VolumeInfo]:
     """Scale, fit with a progress bar, and describe."""
     ranges = intensity_range(source.data, 0, 100 if config.intensity == "minmax" else 99.5)
-    fitter = Fitter(to_unit(source.data, ranges), config)
-    texels = plane_texels(config, source.shape)
+    info = source.info.replaced(intensity=ranges, source=Path(source.info.source).name)
+    fitter = Fitter(info.to_unit(source.data), config)
+    texels = plane_texels(config, info.shape)
     console.print(
-        f"{source.source}: {' x '.join(map(str, source.shape))}, {source.data.shape[0]} channel(s); planes "
+        f"{source.info.source}: {' x '.join(map(str, info.shape))}, {info.channels} channel(s); planes "
         f"C = {config.channels}, {' x '.join(map(str, texels))} texels; products in "
         f"{str(compute_dtype(config)).removeprefix('torch.')}",
         highlight=False,
@@ -80,16 +81,7 @@ def fit_volume(source: Volume, config: FitConfig, quiet: bool = False) -> tuple[
         stop_on_interrupt("the best result is kept (again: stop at once, keep nothing)") as stop,
     ):
         result = fitter.run(show, stop)
-    meta = artefact.Metadata(
-        shape=source.shape,
-        channels=source.data.shape[0],
-        affine=[[float(x) for x in row] for row in source.affine],
-        codes=source.codes,
-        units=source.units,
-        intensity=ranges,
-        source=Path(source.source).name,
-    )
-    return result, meta
+    return result, info
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def interpolate(
         found = [tuple(p.shape) for p in end]
         if found != want:
             raise UserError(f"{latents}: its planes are {found} for {name}, those of {model} {want}")
-    shape = size or loaded.geometry.shape
+    shape = size or loaded.geometry.info.shape
     settings = {
         "model": loaded.identity, "a": a, "b": b, "planes": [held.entry(name).sha256 for name in (a, b)], "n": n,
         "size": list(shape), "label": label, "solver": solver, "steps": steps, "dtype": dtype,

@@ -14,6 +14,7 @@ from tcam_diff.cli.common import bytes_text, cores, folder_size, say, size_text,
 from tcam_diff.data.nifti import VOXEL_BUDGET
 from tcam_diff.data.prepare import PrepareConfig, prepare_cases
 from tcam_diff.data.sources import LAYOUTS, download_decathlon, find_cases
+from tcam_diff.data.store import Record
 
 KEYS = configs.describe(PrepareConfig)
 
@@ -53,9 +54,9 @@ def prepare(
         records.append(record)
         if record.problem:
             say(f"[red]FAILS[/red] {escape(record.name)} [{record.split}]: {escape(record.problem)}")
-    good = [r for r in records if not r.problem]
+    good = [r for r in records if isinstance(r, Record)]
     splits = ", ".join(f"{n} {s}" for s, n in Counter(r.split for r in good).items())
-    shapes = Counter(r.shape for r in good).most_common()
+    shapes = Counter(r.info.array_shape for r in good).most_common()
     say(
         f"{out}: {len(good)} of {len(records)} cases ({splits}), {size_text(shapes[0][0][1:])}"
         f"{' and other sizes' if len(shapes) > 1 else ''}, {shapes[0][0][0]} channel(s), {config.dtype}, "

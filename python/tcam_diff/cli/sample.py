@@ -119,34 +119,35 @@ def read_known(
     import numpy as np
     import torch
 
-    from tcam_diff.data.intensity import to_unit
-    from tcam_diff.data.nifti import oriented, read_volume
+    from tcam_diff.data.nifti import read_volume
+    from tcam_diff.data.volume import oriented
     from tcam_diff.diffusion.guidance import ImageGuidance
 
-    g = model.geometry
-    volume = oriented(read_volume(known), np.asarray(g.affine))
-    fits = all(n % m == 0 for n, m in zip(g.shape, volume.shape, strict=True))
-    if not fits or volume.data.shape[0] != g.outputs:
+    info = model.geometry.info
+    volume = oriented(read_volume(known), info.affine)
+    shape = volume.info.shape
+    fits = all(n % m == 0 for n, m in zip(info.shape, shape, strict=True))
+    if not fits or volume.info.channels != info.channels:
         raise UserError(
-            f"{known}: expected {g.outputs} channel(s) of {size_text(g.shape)} voxels, or whole fractions of these, got "
-            f"{volume.data.shape[0]} of {size_text(volume.shape)}; tcam prepare makes volumes of a data set alike"
+            f"{known}: expected {info.channels} channel(s) of {size_text(info.shape)} voxels, or whole fractions of these, got "
+            f"{volume.info.channels} of {size_text(shape)}; tcam prepare makes volumes of a data set alike"
         )
-    factor = tuple(n // m for n, m in zip(g.shape, volume.shape, strict=True))
+    factor = tuple(n // m for n, m in zip(info.shape, shape, strict=True))
     held = np.ones_like(volume.data)
     if channels is not None:
         try:
             chosen = {int(c) for c in channels.split(",")}
         except ValueError:
             chosen = {-1}
-        if not chosen <= set(range(g.outputs)):
-            raise UserError(f"--known-channels: expected numbers from 0 to {g.outputs - 1} with commas, got {channels}")
-        held[[c for c in range(g.outputs) if c not in chosen]] = 0
+        if not chosen <= set(range(info.channels)):
+            raise UserError(f"--known-channels: expected numbers from 0 to {info.channels - 1} with commas, got {channels}")
+        held[[c for c in range(info.channels) if c not in chosen]] = 0
     if mask is not None:
-        marked = oriented(read_volume(mask), np.asarray(g.affine))
-        if not np.allclose(marked.affine, volume.affine, atol=0.01 * max(volume.spacing)):
+        marked = oriented(read_volume(mask), info.affine)
+        if not np.allclose(marked.info.affine, volume.info.affine, atol=0.01 * max(volume.info.spacing)):
             raise UserError(f"{mask}: its affine is not that of {known}: save the mask on the grid of that volume")
-        if marked.shape != volume.shape or marked.data.shape[0] not in (1, g.outputs):
-            raise UserError(f"{mask}: expected the {size_text(volume.shape)} voxels of {known}, got {size_text(marked.shape)}")
+        if marked.info.shape != shape or marked.info.channels not in (1, info.channels):
+            raise UserError(f"{mask}: expected the {size_text(shape)} voxels of {known}, got {size_text(marked.info.shape)}")
         held = held * (marked.data != 0)
     if not held.any():
         raise UserError(f"{mask or known}: nothing is known: the mask is 0 everywhere")
@@ -157,7 +158,8 @@ def read_known(
         "noise": noise,
         "range": intensity,
     }
-    unit = torch.from_numpy(to_unit(volume.data, g.intensity if intensity is None else [intensity] * g.outputs))
+    scale = info if intensity is None else info.replaced(intensity=[intensity] * info.channels)
+    unit = torch.from_numpy(scale.to_unit(volume.data))
     return ImageGuidance(unit, torch.from_numpy(held), factor, noise, provenance=provenance)  # type: ignore[arg-type]
 
 
@@ -189,7 +191,7 @@ def draw(
         name = f"seed{config.seed}_{config.solver}{config.steps}"
         if label is not None:
             name += "_" + re.sub(r"[^\w.+-]+", "-", label)
-        shape = output.size or model.geometry.shape
+        shape = output.size or model.geometry.info.shape
         settings: dict[str, Any] = {
             "model": model.identity,
             "sampling": config.model_dump(mode="json"),
@@ -297,8 +299,8 @@ class Files:
         found = (
             settings
             | about
+            | model.geometry.info.resized(tuple(settings["size"])).model_dump(mode="json", exclude={"source"})
             | {
-                "intensity": model.geometry.intensity,
                 "device": model.device.type,
                 "sha256": sha256(self.volume),
                 "tcam_ext": tcam_ext.__version__,

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tcam_diff.data.nifti import VOXEL_BUDGET, Header, Scan
+from tcam_diff.data.readers import read_header, same_grid, scan
 from tcam_diff.data.sources import Case
-from tcam_diff.data.volumes import read_header, same_grid, scan
 from tcam_diff.errors import UserError
 
 
@@ -43,15 +43,15 @@ def check_case(case: Case, max_voxels: int = VOXEL_BUDGET) -> Report:
     try:
         headers = [read_header(p, max_voxels) for p in case.images]
         first = headers[0]
-        report.shape, report.spacing, report.orientation = first.shape, first.spacing, first.orientation
-        report.channels = sum(h.channels for h in headers)
+        report.shape, report.spacing, report.orientation = first.info.shape, first.info.spacing, first.info.orientation
+        report.channels = sum(h.info.channels for h in headers)
         for other in headers[1:]:
             same_grid(first, other)
         label = None if case.label is None else read_header(case.label, max_voxels)
         if label is not None:
             same_grid(first, label)
-            if label.channels != 1:
-                raise UserError(f"{label.path}: expected one label a voxel, got {label.channels} channels")
+            if label.info.channels != 1:
+                raise UserError(f"{label.path}: expected one label a voxel, got {label.info.channels} channels")
         scans = [scan(h, max_voxels) for h in headers]
         report.low, report.high = min(s.low for s in scans), max(s.high for s in scans)
         report.not_finite = sum(s.not_finite for s in scans)

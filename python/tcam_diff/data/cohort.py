@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from tcam_diff.data.nifti import Quantiser, write_volume
+from tcam_diff.data.volume import VolumeInfo
 from tcam_diff.errors import UserError
 from tcam_diff.files import write_text
 
@@ -245,10 +246,11 @@ def _write(folder: Path, cohort: Cohort, index: int) -> int:
         return index
     case = make_case(cohort, index)
     shape, where = (cohort.size,) * 3, affine(cohort.size)
+    labels = VolumeInfo(channels=1, shape=shape, affine=where)
     as_is = Quantiser("uint8", 0, 255), Quantiser("int16", -32768, 32767)  # slope 1: the numbers themselves
-    write_volume(label_path, iter([case.labels[None].astype(np.float32)]), shape, 1, where, as_is[0])
+    write_volume(label_path, iter([case.labels[None].astype(np.float32)]), labels, as_is[0])
     scaled = np.rint(UNIT * case.image)
-    write_volume(image_path, iter([scaled]), shape, len(MODALITIES), where, as_is[1])
+    write_volume(image_path, iter([scaled]), labels.replaced(channels=len(MODALITIES)), as_is[1])
     return index
 
 

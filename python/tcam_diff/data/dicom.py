@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from tcam_diff.data.nifti import VOXEL_BUDGET, Header, Scan, Volume
+from tcam_diff.data.nifti import VOXEL_BUDGET, Header, Scan
+from tcam_diff.data.volume import Volume, VolumeInfo
 from tcam_diff.errors import UserError
 
 
@@ -55,7 +56,8 @@ def read_header(folder: Path, max_voxels: int = VOXEL_BUDGET) -> Header:
     shape = (int(first.Columns), int(first.Rows), len(slices))
     if min(shape) < 1 or math.prod(shape) > max_voxels:
         raise UserError(f"{folder}: {math.prod(shape)} voxels, expected 1 to {max_voxels} (--max-voxels)")
-    return Header(folder, shape, 1, np.dtype(np.float32), 1.0, 0.0, affine, (1, 1), ("mm", "sec"), 0)
+    info = VolumeInfo(channels=1, shape=shape, affine=affine, codes=(1, 1), source=str(folder))
+    return Header(folder, info, np.dtype(np.float32))
 
 
 def read_volume(folder: Path, max_voxels: int = VOXEL_BUDGET) -> Volume:
@@ -73,11 +75,11 @@ def read_volume(folder: Path, max_voxels: int = VOXEL_BUDGET) -> Volume:
             f"{folder}: the voxels cannot be read: {str(error).splitlines()[0] if str(error) else error!r}"
         ) from error
     data = np.ascontiguousarray(data, dtype=np.float32)
-    if data.shape != header.shape:
-        raise UserError(f"{folder}: expected {header.shape} voxels from the slices' headers, got {data.shape}")
+    if data.shape != header.info.shape:
+        raise UserError(f"{folder}: expected {header.info.shape} voxels from the slices' headers, got {data.shape}")
     if not np.isfinite(data).all():
         raise UserError(f"{folder}: {int((~np.isfinite(data)).sum())} voxels are NaN or infinite")
-    return Volume(data[None], np.asarray(meta["affine"], float), header.codes, header.units, str(folder))
+    return Volume(data[None], header.info.replaced(affine=meta["affine"]))
 
 
 def scan(folder: Path, max_voxels: int = VOXEL_BUDGET) -> Scan:

@@ -9,13 +9,14 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import nibabel as nib
 import numpy as np
 
+from tcam_diff.data.volume import Volume, VolumeInfo
 from tcam_diff.errors import UserError
 from tcam_diff.files import replacing
 
@@ -28,49 +29,6 @@ WRITE_DTYPES = ("float32", "int16", "uint16", "uint8")
 _CHUNK = 1 << 20
 
 
-@dataclass
-class Volume:
-    """Intensities (channels, H, W, D) in float32, in physical units, with the file's geometry."""
-
-    data: np.ndarray
-    affine: np.ndarray  # (4, 4): voxel index to millimetres
-    codes: tuple[int, int]  # qform, sform
-    units: tuple[str, str]
-    source: str = ""
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.data.shape[1], self.data.shape[2], self.data.shape[3]
-
-    @property
-    def spacing(self) -> tuple[float, float, float]:
-        return spacing_of(self.affine)
-
-
-def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
-    x, y, z = np.sqrt((affine[:3, :3] ** 2).sum(0))
-    return float(x), float(y), float(z)
-
-
-def oriented(volume: Volume, affine: np.ndarray) -> Volume:
-    """With axes swapped and turned so that they point as those of ``affine`` do: voxels are moved, none is resampled."""
-    turn = nib.orientations.ornt_transform(nib.io_orientation(volume.affine), nib.io_orientation(affine))
-    data = np.stack([nib.apply_orientation(channel, turn) for channel in volume.data])
-    return replace(volume, data=data, affine=volume.affine @ nib.orientations.inv_ornt_aff(turn, volume.shape))
-
-
-def resized_affine(affine: np.ndarray, old: tuple[int, ...], new: tuple[int, ...]) -> np.ndarray:
-    """The affine of the same field of view with ``new`` instead of ``old`` voxels.
-
-    Voxels are cells, so (i_old + 1/2)/n_old = (i_new + 1/2)/n_new, i_old = s i_new + (s - 1)/2 with s = n_old/n_new.
-    """
-    s = np.asarray(old, float) / np.asarray(new, float)
-    step = np.eye(4)
-    step[:3, :3] = np.diag(s)
-    step[:3, 3] = (s - 1) / 2
-    return affine @ step
-
-
 # ---- reading ---------------------------------------------------------------------------
 
 
@@ -79,27 +37,15 @@ class Header:
     """What a file promises, checked, before any voxel is read."""
 
     path: Path
-    shape: tuple[int, int, int]
-    channels: int
+    info: VolumeInfo
     dtype: np.dtype[Any]  # as stored
-    slope: float
-    inter: float
-    affine: np.ndarray
-    codes: tuple[int, int]
-    units: tuple[str, str]
-    offset: int  # of the first voxel, in bytes of the unpacked file
-
-    @property
-    def spacing(self) -> tuple[float, float, float]:
-        return spacing_of(self.affine)
-
-    @property
-    def orientation(self) -> str:
-        return "".join(str(c) for c in nib.aff2axcodes(self.affine))
+    slope: float = 1.0
+    inter: float = 0.0
+    offset: int = 0  # of the first voxel, in bytes of the unpacked file
 
     @property
     def end(self) -> int:
-        return self.offset + math.prod(self.shape) * self.channels * self.dtype.itemsize
+        return self.offset + math.prod(self.info.array_shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -142,18 +88,16 @@ def read_header(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) ->
         if np.isinf(float(stored[field])):
             raise UserError(f"{path}: {field} is infinite")
     units = header.get_xyzt_units()
-    return Header(
-        path=path,
-        shape=(shape[0], shape[1], shape[2]),
+    info = VolumeInfo(
         channels=math.prod(shape[3:]),
-        dtype=dtype,
-        slope=float(image.dataobj.slope),
-        inter=float(image.dataobj.inter),
+        shape=(shape[0], shape[1], shape[2]),
         affine=affine,
         codes=(int(header["qform_code"]), int(header["sform_code"])),
         units=(str(units[0]), str(units[1])),
-        offset=int(image.dataobj.offset),
+        source=str(path),
     )
+    packed = image.dataobj
+    return Header(path, info, dtype, float(packed.slope), float(packed.inter), int(packed.offset))
 
 
 def read_volume(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) -> Volume:
@@ -172,12 +116,12 @@ def read_volume(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) ->
         data = np.asarray(_open(header.path).dataobj, dtype=np.float32)
     except (OSError, EOFError, ValueError, zlib.error, MemoryError) as error:
         raise UserError(f"{path}: the voxels cannot be read: {error}") from error
-    data = data.reshape(*header.shape, header.channels)
+    data = data.reshape(*header.info.shape, header.info.channels)
     data = np.ascontiguousarray(np.moveaxis(data, -1, 0))
     bad = int(data.size - np.isfinite(data).sum())
     if bad:
         raise UserError(f"{path}: {bad} of {data.size} voxels are NaN or infinite; replace them first")
-    return Volume(data, header.affine, header.codes, header.units, str(path))
+    return Volume(data, header.info)
 
 
 def scan_voxels(header: Header) -> Scan:
@@ -304,16 +248,7 @@ class Quantiser:
         return np.clip(raw, self.low, self.high).astype(self.dtype)
 
 
-def write_volume(
-    path: str | os.PathLike[str],
-    slabs: Iterator[np.ndarray],
-    shape: tuple[int, int, int],
-    channels: int,
-    affine: np.ndarray,
-    quantiser: Quantiser,
-    codes: tuple[int, int] = (0, 2),
-    units: tuple[str, str] = ("mm", "sec"),
-) -> None:
+def write_volume(path: str | os.PathLike[str], slabs: Iterator[np.ndarray], info: VolumeInfo, quantiser: Quantiser) -> None:
     """Write slabs (channels, H, W, d) of the last axis, in order, as they come: memory holds one slab.
 
     The file appears under its name only when it is complete. Several channels (slowest in a NIfTI file) go through an
@@ -324,19 +259,20 @@ def write_volume(
         raise UserError(f"{path}: expected a name ending in .nii or .nii.gz")
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such folder")
-    header = _header(path, shape, channels, affine, quantiser, codes, units)
+    header = _header(path, info, quantiser)
     with replacing(path) as target, _stream(path, target) as out:
         out.write(header)
-        if channels == 1:
+        if info.channels == 1:
             for slab in slabs:
                 out.write(quantiser(slab[0]).tobytes(order="F"))
             return
         with tempfile.TemporaryFile(dir=path.parent) as spill:
-            plane = shape[0] * shape[1] * quantiser.dtype.itemsize
+            h, w, d = info.shape
+            plane = h * w * quantiser.dtype.itemsize
             at = 0
             for slab in slabs:
-                for c in range(channels):
-                    spill.seek((c * shape[2] + at) * plane)
+                for c in range(info.channels):
+                    spill.seek((c * d + at) * plane)
                     spill.write(quantiser(slab[c]).tobytes(order="F"))
                 at += slab.shape[3]
             spill.seek(0)
@@ -344,24 +280,16 @@ def write_volume(
                 out.write(piece)
 
 
-def _header(
-    path: Path,
-    shape: tuple[int, int, int],
-    channels: int,
-    affine: np.ndarray,
-    quantiser: Quantiser,
-    codes: tuple[int, int],
-    units: tuple[str, str],
-) -> bytes:
-    if max(*shape, channels) > 32767:
-        raise UserError(f"{path}: NIfTI-1 axes end at 32767 voxels, got {shape}")
-    header = nib.Nifti1Header()
+def _header(path: Path, info: VolumeInfo, quantiser: Quantiser) -> bytes:
+    if max(info.array_shape) > 32767:
+        raise UserError(f"{path}: NIfTI-1 axes end at 32767 voxels, got {info.shape}")
+    header, (qform, sform), (space, time) = nib.Nifti1Header(), info.codes, info.units
     header.set_data_dtype(quantiser.dtype)
-    header.set_data_shape(shape if channels == 1 else (*shape, channels))
-    header.set_zooms(spacing_of(affine) if channels == 1 else (*spacing_of(affine), 1.0))
-    header.set_qform(affine, code=codes[0] or (0 if codes[1] else 1), strip_shears=True)
-    header.set_sform(affine, code=codes[1] or 2)  # always: a quaternion cannot hold shears
-    header.set_xyzt_units(units[0] if units[0] != "unknown" else "mm", units[1] if units[1] != "unknown" else "sec")
+    header.set_data_shape(info.shape if info.channels == 1 else (*info.shape, info.channels))
+    header.set_zooms(info.spacing if info.channels == 1 else (*info.spacing, 1.0))
+    header.set_qform(info.affine, code=qform or (0 if sform else 1), strip_shears=True)
+    header.set_sform(info.affine, code=sform or 2)  # always: a quaternion cannot hold shears
+    header.set_xyzt_units(space if space != "unknown" else "mm", time if time != "unknown" else "sec")
     header.set_slope_inter(quantiser.slope, quantiser.inter)
     header["descrip"] = b"tcam"
     header["vox_offset"] = 352

@@ -18,11 +18,11 @@ import torch
 from pydantic import Field, model_validator
 
 from tcam_diff.config import Config
-from tcam_diff.data.intensity import intensity_range
-from tcam_diff.data.nifti import VOXEL_BUDGET, Volume
+from tcam_diff.data.nifti import VOXEL_BUDGET
+from tcam_diff.data.readers import read_case
 from tcam_diff.data.sources import Case
-from tcam_diff.data.store import Record, StoreWriter, quantise
-from tcam_diff.data.volumes import read_case
+from tcam_diff.data.store import Failure, Record, StoreWriter, quantise
+from tcam_diff.data.volume import Volume, VolumeInfo, intensity_range
 from tcam_diff.errors import UserError
 
 Positive = Annotated[float, Field(gt=0)]
@@ -78,17 +78,17 @@ def split_cases(cases: Sequence[Case], config: PrepareConfig) -> list[Case]:
     return [replace(c, split="validation") if i in held_out else c for i, c in enumerate(cases)]
 
 
-def prepare_volume(volume: Volume, config: PrepareConfig) -> tuple[np.ndarray, np.ndarray, list[tuple[float, float]]]:
-    """(channels, H, W, D) in [0, 1], its affine, and per channel the physical values at 0 and 1."""
+def prepare_volume(volume: Volume, config: PrepareConfig) -> tuple[np.ndarray, VolumeInfo]:
+    """(channels, H, W, D) in [0, 1], and where it is and what its intensities stand for."""
     from monai.data import MetaTensor
     from monai.transforms import ScaleIntensityRange
 
     data = volume.data
     if config.channels is not None:
         if max(config.channels) >= data.shape[0]:
-            raise UserError(f"{volume.source}: channels {config.channels} of {data.shape[0]} (the first is 0)")
+            raise UserError(f"{volume.info.source}: channels {config.channels} of {data.shape[0]} (the first is 0)")
         data = data[config.channels]
-    image: Any = MetaTensor(torch.from_numpy(data), affine=torch.from_numpy(volume.affine))
+    image: Any = MetaTensor(torch.from_numpy(data), affine=torch.tensor(volume.info.affine))
     ranges = [config.window] * data.shape[0] if config.window else []
     if config.window:
         image = ScaleIntensityRange(*config.window, b_min=0.0, b_max=1.0, clip=True)(image)
@@ -101,7 +101,8 @@ def prepare_volume(volume: Volume, config: PrepareConfig) -> tuple[np.ndarray, n
         array = np.stack(
             [ScaleIntensityRange(lo, hi, b_min=0.0, b_max=1.0, clip=True)(c) for c, (lo, hi) in zip(array, ranges, strict=True)]
         )
-    return array.clip(0, 1), np.asarray(image.affine, float), ranges
+    info = volume.info.replaced(channels=len(array), shape=array.shape[1:], affine=np.asarray(image.affine), intensity=ranges)
+    return array.clip(0, 1), info
 
 
 def _geometry(config: PrepareConfig) -> list[Any]:
@@ -127,13 +128,13 @@ def _geometry(config: PrepareConfig) -> list[Any]:
 
 def prepare_cases(
     cases: Sequence[Case], folder: Path, config: PrepareConfig, jobs: int = 1, max_voxels: int = VOXEL_BUDGET
-) -> Iterator[Record]:
+) -> Iterator[Record | Failure]:
     """Write the store case by case, in order; those that are there already, from equal files, are only looked at. A bad case is
-    a record with a ``problem``, and stops no other. The store opens once the last is done."""
+    a Failure, and stops no other. The store opens once the last is done."""
     writer = StoreWriter(folder, config.model_dump(mode="json"))
     listed = split_cases(cases, config)
     work = functools.partial(_prepare_one, writer, config, max_voxels)
-    records = []
+    records: list[Record | Failure] = []
     if jobs > 1:
         with ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for record in pool.map(work, listed):
@@ -148,16 +149,16 @@ def prepare_cases(
     writer.finish(records)
 
 
-def _prepare_one(writer: StoreWriter, config: PrepareConfig, max_voxels: int, case: Case) -> Record:
+def _prepare_one(writer: StoreWriter, config: PrepareConfig, max_voxels: int, case: Case) -> Record | Failure:
     try:
         sources = writer.sources(case.images)
         done = writer.find(case.name, sources)
         if done is not None:
-            return replace(done, split=case.split)
-        array, affine, ranges = prepare_volume(read_case(case, max_voxels), config)
-        return writer.write(case.name, case.split, quantise(array, config.dtype), affine, ranges, sources)
+            return done.model_copy(update={"split": case.split})
+        array, info = prepare_volume(read_case(case, max_voxels), config)
+        return writer.write(case.name, case.split, quantise(array, config.dtype), info, sources)
     except UserError as error:
-        return Record(case.name, case.split, problem=str(error))
+        return Failure(case.name, case.split, str(error))
     except (MemoryError, RuntimeError) as error:  # of a transform
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return Record(case.name, case.split, problem=f"{case.images[0]}: {text}")
+        return Failure(case.name, case.split, f"{case.images[0]}: {text}")

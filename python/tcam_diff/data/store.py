@@ -1,6 +1,6 @@
 """The prepared data set on disk: one memory-mapped array a case, which serves boxes and slices without reading the rest.
 
-store.json            the preprocessing, the splits, every case with its shape, affine, intensities, source and sha256
+store.json            the preprocessing, the splits, every case with its volume (data/volume.py), source and sha256
 cases/NAME.npy        (channels, H, W, D), uint8 (255 v) or float16, v in [0, 1]
 cases/NAME.json       the case's entry, written once its array is whole: what a run that was stopped goes on from
 """
@@ -11,32 +11,38 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
+from tcam_diff.data.volume import VolumeInfo, VolumeRecord
 from tcam_diff.errors import UserError
 from tcam_diff.files import replacing, sha256, writable_folder, write_text
+from tcam_diff.folder import Folder
 
-FORMAT = 1
 INDEX = "store.json"
 
 
-@dataclass(frozen=True)
-class Record:
-    """A case of the store. ``problem``: why it could not be prepared; the rest is then empty."""
+class Record(VolumeRecord):
+    """A case of the store."""
 
     name: str
     split: str
-    shape: tuple[int, ...] = ()  # (channels, H, W, D)
-    dtype: str = ""
-    affine: list[list[float]] = field(default_factory=list)
-    intensity: list[tuple[float, float]] = field(default_factory=list)  # per channel: physical values at 0 and 1
-    sources: list[dict[str, Any]] = field(default_factory=list)  # path, bytes, mtime_ns
-    sha256: str = ""
-    problem: str = ""
+    dtype: str
+    sources: list[dict[str, Any]]  # path, bytes, mtime_ns
+    sha256: str
+    problem: ClassVar[str] = ""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A case that could not be prepared, and why."""
+
+    name: str
+    split: str
+    problem: str
 
 
 class StoreWriter:
@@ -48,8 +54,9 @@ class StoreWriter:
             json.dumps({k: v for k, v in config.items() if not k.startswith(("split", "val_"))}, sort_keys=True).encode()
         ).hexdigest()
         writable_folder(folder / "cases")
-        index = folder / INDEX
-        if index.exists() and (held := _read_json(index).get("digest")) != self.digest:
+        self.files = _folder(folder)
+        index = self.files / INDEX
+        if index.exists() and (held := self.files.read_json(INDEX).get("digest")) != self.digest:
             raise UserError(
                 f"{folder}: holds volumes that were prepared otherwise"
                 + ("" if held is None else f" (their preprocessing: config in {index})")
@@ -71,20 +78,13 @@ class StoreWriter:
         path, array = self._paths(name)
         if not path.exists() or not array.exists():
             return None
-        entry = _read_json(path)
-        if entry.pop("digest", None) != self.digest or entry.get("sources") != sources:
+        entry = self.files.read_json(f"cases/{path.name}")
+        if entry.get("digest") != self.digest or entry.get("sources") != sources:
             return None
-        return _record(entry, path)
+        with self.files.reading(f"cases/{path.name}"):
+            return Record.model_validate(entry)
 
-    def write(
-        self,
-        name: str,
-        split: str,
-        array: np.ndarray,
-        affine: np.ndarray,
-        intensity: list[tuple[float, float]],
-        sources: list[dict[str, Any]],
-    ) -> Record:
+    def write(self, name: str, split: str, array: np.ndarray, info: VolumeInfo, sources: list[dict[str, Any]]) -> Record:
         entry, path = self._paths(name)
         entry.unlink(missing_ok=True)
         try:
@@ -92,28 +92,19 @@ class StoreWriter:
                 np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error.strerror}") from error
-        record = Record(
-            name,
-            split,
-            tuple(int(n) for n in array.shape),
-            array.dtype.name,
-            [[float(x) for x in row] for row in affine],
-            [(float(lo), float(hi)) for lo, hi in intensity],
-            sources,
-            sha256(path),
-        )
-        write_text(entry, json.dumps(asdict(record) | {"digest": self.digest}))
+        record = Record(info=info, name=name, split=split, dtype=array.dtype.name, sources=sources, sha256=sha256(path))
+        write_text(entry, json.dumps(record.model_dump(mode="json") | {"digest": self.digest}))
         return record
 
-    def finish(self, records: Sequence[Record]) -> None:
-        index = {
-            "format": FORMAT,
-            "digest": self.digest,
-            "config": self.config,
-            "cases": [asdict(r) for r in records if not r.problem],
-            "failed": [{"name": r.name, "split": r.split, "problem": r.problem} for r in records if r.problem],
-        }
-        write_text(self.folder / INDEX, json.dumps(index, indent=1))
+    def finish(self, records: Sequence[Record | Failure]) -> None:
+        self.files.write(
+            {
+                "digest": self.digest,
+                "config": self.config,
+                "cases": [r.model_dump(mode="json") for r in records if isinstance(r, Record)],
+                "failed": [asdict(r) for r in records if isinstance(r, Failure)],
+            }
+        )
 
     def _paths(self, name: str) -> tuple[Path, Path]:
         if name in ("", ".", "..") or "/" in name or name.startswith("."):
@@ -126,15 +117,12 @@ class Store:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        index = self.folder / INDEX
-        if not index.is_file():
-            raise UserError(f"{self.folder}: not a folder that `tcam prepare` finished ({INDEX} is missing)")
-        found = _read_json(index)
-        if found.get("format") != FORMAT:
-            raise UserError(f"{index}: format {found.get('format')}, this version reads {FORMAT}")
-        self.config: dict[str, Any] = found["config"]
-        self.digest: str = found["digest"]
-        self.records = [_record(entry, index) for entry in found["cases"]]
+        self.files = _folder(self.folder)
+        index = self.files.read()
+        with self.files.reading():
+            self.config: dict[str, Any] = index["config"]
+            self.digest: str = index["digest"]
+            self.records = [Record.model_validate(entry) for entry in index["cases"]]
         self._arrays: dict[str, np.ndarray] = {}
 
     def of(self, split: str) -> list[Record]:
@@ -158,9 +146,10 @@ class Store:
                 held = np.load(path, mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError, EOFError) as error:
                 raise UserError(f"{path}: cannot be read: {error}; run `tcam prepare` again") from error
-            if held.shape != record.shape or held.dtype.name != record.dtype:
+            shape = record.info.array_shape
+            if held.shape != shape or held.dtype.name != record.dtype:
                 raise UserError(
-                    f"{path}: expected {record.dtype} {record.shape}, got {held.dtype.name} {held.shape}; "
+                    f"{path}: expected {record.dtype} {shape}, got {held.dtype.name} {held.shape}; "
                     "delete it and run `tcam prepare` again"
                 )
             self._arrays[record.name] = held
@@ -169,8 +158,7 @@ class Store:
     def verify(self, record: Record) -> None:
         """Compare a case with its checksum. Raises UserError naming the file."""
         self.volume(record)
-        if sha256(self.path(record)) != record.sha256:
-            raise UserError(f"{self.path(record)}: changed or damaged: delete it and run `tcam prepare` again")
+        self.files.verify(f"cases/{record.name}.npy", record.sha256)
 
 
 def quantise(array: np.ndarray, dtype: str) -> np.ndarray:
@@ -180,30 +168,15 @@ def quantise(array: np.ndarray, dtype: str) -> np.ndarray:
 
 def one_shape(folder: Path, records: Sequence[Record]) -> tuple[int, int, int, int]:
     """The shape that all cases share. Raises UserError where they differ."""
+    shape = records[0].info.array_shape
     for r in records[1:]:
-        if r.shape != records[0].shape:
+        if r.info.array_shape != shape:
             raise UserError(
-                f"{folder}: {r.name} has shape {r.shape}, {records[0].name} {records[0].shape}; "
+                f"{folder}: {r.name} has shape {r.info.array_shape}, {records[0].name} {shape}; "
                 "prepare them with crop or resize"
             )
-    c, h, w, d = records[0].shape
-    return c, h, w, d
+    return shape
 
 
-def _record(entry: dict[str, Any], path: Path) -> Record:
-    try:
-        return Record(
-            **entry | {"shape": tuple(entry["shape"]), "intensity": [(float(a), float(b)) for a, b in entry["intensity"]]}
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: damaged: {error}; delete it and run `tcam prepare` again") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged: {error}; delete it and run `tcam prepare` again") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: damaged: expected an object; delete it and run `tcam prepare` again")
-    return found
+def _folder(path: Path) -> Folder:
+    return Folder(path, INDEX, "`tcam prepare`", "delete it and run `tcam prepare` again", formats=(1, 2))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tcam_diff.autodecoder.latents import Entry, LatentSet
 from tcam_diff.autodecoder.planes import PLANE_NAMES
+from tcam_diff.data.volume import VolumeInfo
 from tcam_diff.diffusion.process import flip
 from tcam_diff.errors import UserError
 
@@ -101,13 +102,13 @@ class LatentData:
         return [p[which].float() for p in self.planes]
 
 
-def typical(entries: Sequence[Entry]) -> tuple[list[list[float]], list[tuple[float, float]]]:
-    """(affine, intensities) for volumes that resemble the set's: the affine of the volume nearest to the median one, and the
-    median of what 0 and 1 stand for."""
-    affines = np.array([e.affine for e in entries])
+def typical(entries: Sequence[Entry]) -> VolumeInfo:
+    """For volumes that resemble the set's: the volume with the affine nearest to the median one, and the median of what 0 and 1
+    stand for."""
+    affines = np.array([e.info.affine for e in entries])
     distance = np.abs(affines - np.median(affines, 0)).sum((1, 2))
-    ranges = np.median(np.array([e.intensity for e in entries]), 0)
-    return entries[int(distance.argmin())].affine, [(float(lo), float(hi)) for lo, hi in ranges]
+    ranges = np.median(np.array([e.info.intensity for e in entries]), 0)
+    return entries[int(distance.argmin())].info.replaced(intensity=ranges.tolist(), source="")
 
 
 def _labels(path: str, names: Sequence[str], among: Sequence[str] | None) -> tuple[list[str], Tensor]:

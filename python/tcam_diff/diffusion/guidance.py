@@ -48,9 +48,9 @@ class ImageGuidance:
 
     def bind(self, model: TriplaneDiffusion) -> Guided:
         """Raises ValueError where the sizes are not the model's."""
-        g = model.geometry
-        want = (g.outputs, *(n // f for n, f in zip(g.shape, self.factor, strict=True)))
-        if tuple(self.known.shape) != want or any(n % f for n, f in zip(g.shape, self.factor, strict=True)):
+        info = model.geometry.info
+        want = (info.channels, *(n // f for n, f in zip(info.shape, self.factor, strict=True)))
+        if tuple(self.known.shape) != want or any(n % f for n, f in zip(info.shape, self.factor, strict=True)):
             raise ValueError(f"known: expected {want}, the model's volumes over {self.factor}, got {tuple(self.known.shape)}")
         if self.mask is not None and self.mask.shape != self.known.shape:
             raise ValueError(f"mask: expected {tuple(self.known.shape)}, as known, got {tuple(self.mask.shape)}")
@@ -86,7 +86,7 @@ class Guided:
         """(B, n): of every voxel of the box that holds all known ones; 0 where it is not known."""
         f = self.guidance.factor
         m = self.model
-        volume = m.decoder(list(planes), m.geometry.shape, box=self.box, compute_dtype=m.decoding).float()
+        volume = m.decoder(list(planes), m.geometry.info.shape, box=self.box, compute_dtype=m.decoding).float()
         if f != (1, 1, 1):
             volume = F.avg_pool3d(volume, f)
         part = (slice(None), *(slice(lo // n, hi // n) for (lo, hi), n in zip(self.box, f, strict=True)))

@@ -83,16 +83,11 @@ class Autoencoder(nn.Module):
 
 def physical(model: TriplaneDiffusion, volumes: Tensor, numbers: Sequence[int], seed: int) -> list[MetaTensor]:
     """Volumes in [0, 1] as MetaTensors in physical units, with the data set's affine: for MONAI's SaveImage."""
-    from tcam_diff.data.nifti import resized_affine
-
-    g, found = model.geometry, []
     h, w, d = volumes.shape[2:]
-    affine = torch.from_numpy(resized_affine(np.asarray(g.affine), g.shape, (h, w, d)))
-    lo = volumes.new_tensor([a for a, _ in g.intensity]).view(-1, 1, 1, 1)
-    hi = volumes.new_tensor([b for _, b in g.intensity]).view(-1, 1, 1, 1)
+    info, found = model.geometry.info.resized((h, w, d)), []
     for i, volume in zip(numbers, volumes, strict=True):
         meta = {"filename_or_obj": f"sample-{i:04d}_seed{seed}"}
-        found.append(MetaTensor((lo + (hi - lo) * volume).cpu(), affine=affine, meta=meta))
+        found.append(MetaTensor(info.to_physical(volume).cpu(), affine=torch.tensor(info.affine), meta=meta))
     return found
 
 
@@ -155,7 +150,7 @@ def export_bundle(model: TriplaneDiffusion, folder: Path, name: str, version: st
 
 
 def _metadata(model: TriplaneDiffusion, name: str, version: str) -> dict[str, Any]:
-    g, shape = model.geometry, latent_shape(model)
+    info, shape = model.geometry.info, latent_shape(model)
     latent = {
         "type": "feature", "format": "latent", "modality": "n/a", "num_channels": shape[0], "spatial_shape": list(shape[1:]),
         "dtype": "float32", "value_range": [], "is_patch_data": False, "channel_def": {"0": "xy, yz, xz: C channels each"},
@@ -177,7 +172,7 @@ def _metadata(model: TriplaneDiffusion, name: str, version: str) -> dict[str, An
         "copyright": "see the model's owner",
         "data_source": "see the model's owner",
         "data_type": "nibabel",
-        "image_classes": f"{g.outputs} channel(s), {g.shape} voxels",
+        "image_classes": f"{info.channels} channel(s), {info.shape} voxels",
         "intended_use": "Research only; not for clinical use",
         "references": ["Zhang, Ehinger, Drummond. TCAM-Diff: Triplane-Aware Cross-Attention Medical Diffusion Model. AAAI 25"],
         "network_data_format": {
@@ -194,12 +189,12 @@ def _metadata(model: TriplaneDiffusion, name: str, version: str) -> dict[str, An
 
 
 def _readme(model: TriplaneDiffusion, name: str) -> str:
-    g, provenance = model.geometry, model.provenance
+    info, provenance = model.geometry.info, model.provenance
     millions = sum(p.numel() for p in model.network.parameters()) / 1e6
-    size = " x ".join(map(str, g.shape))
+    size = " x ".join(map(str, info.shape))
     return f"""# {name}
 
-A diffusion model of triplanes (TCAM-Diff, AAAI 2025) with its decoder: {g.outputs} channel(s), {size} voxels,
+A diffusion model of triplanes (TCAM-Diff, AAAI 2025) with its decoder: {info.channels} channel(s), {size} voxels,
 {millions:.2f} M parameters, trained on {provenance.get("volumes", "?")} volumes for {provenance.get("step", "?")} steps.
 Needs the package tcam-ext with its extras `train` and `bundle`.
 

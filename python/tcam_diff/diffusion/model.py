@@ -9,45 +9,38 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 import tcam_ext
 from tcam_diff import config as configs
-from tcam_diff.autodecoder.artefact import FittedVolume, Metadata, decoding_dtype, read_tensors
+from tcam_diff.autodecoder.artefact import FittedVolume, decoding_dtype
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.objective import make_decoder
 from tcam_diff.autodecoder.planes import PLANE_NAMES, normalise, plane_sizes
+from tcam_diff.data.volume import VolumeRecord
 from tcam_diff.diffusion.config import DiffusionConfig
 from tcam_diff.diffusion.data import Centre, LatentData, typical
 from tcam_diff.diffusion.network import TriplaneUNet
 from tcam_diff.diffusion.process import pack, unpack
 from tcam_diff.errors import UserError
-from tcam_diff.files import replacing, sha256, writable_folder
+from tcam_diff.files import writable_folder
+from tcam_diff.folder import Folder, tensor_bytes
 
-FORMAT = 1
 INDEX, NETWORK, DECODER = "model.json", "network.safetensors", "decoder.safetensors"
 FOLDERS = ("latents", "validation", "labels")  # of a configuration
 
 
-@dataclass
-class Geometry:
-    """What the volumes are like."""
+class Geometry(VolumeRecord):
+    """Of the volumes that stage 1 was trained on, and of their planes."""
 
     texels: tuple[int, int, int]  # along x, y, z
-    shape: tuple[int, int, int]  # voxels of the volumes that stage 1 was trained on
-    outputs: int  # channels of a volume
-    affine: list[list[float]]
-    intensity: list[tuple[float, float]]  # per channel: physical values at 0 and 1
-    classes: list[str] = field(default_factory=list)
+    classes: list[str]
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -105,7 +98,13 @@ class TriplaneDiffusion(nn.Module):
     @property
     def identity(self) -> str:
         """A digest of network, centre, decoder and geometry: what samples are a function of, beside their settings."""
-        digest = hashlib.sha256(repr(self.geometry).encode())
+        g, info = self.geometry, self.geometry.info
+        text = (  # as version 0.1.0 wrote it, so that its samples are known again
+            f"Geometry(texels={g.texels}, shape={info.shape}, outputs={info.channels}, affine={info.affine.tolist()}, "
+            f"intensity={info.intensity}, classes={g.classes})"
+        )
+        other = info.model_dump(include={"codes", "units"}, exclude_defaults=True)
+        digest = hashlib.sha256(f"{text}{other or ''}".encode())
         means = [] if self.centre is None else [*self.centre.mean, torch.tensor(self.centre.scale)]
         for t in (*self.network.state_dict().values(), *means, *self.decoder.state_dict().values()):
             digest.update(t.detach().cpu().contiguous().numpy().tobytes())
@@ -146,43 +145,33 @@ class TriplaneDiffusion(nn.Module):
 
     def decode(self, planes: Sequence[Tensor], size: Sequence[int] | None = None) -> Tensor:
         """(B, channels, H, W, D) in [0, 1], at once; see ``volume`` for large ones."""
-        values: Tensor = self.decoder(list(planes), tuple(size or self.geometry.shape), compute_dtype=self.decoding)
+        values: Tensor = self.decoder(list(planes), tuple(size or self.geometry.info.shape), compute_dtype=self.decoding)
         return values.float().clamp(0, 1)
 
     def volume(self, planes: Sequence[Tensor]) -> FittedVolume:
         """One volume's planes (1, C, rows, columns), to be decoded to any size slab by slab, in physical units."""
-        g = self.geometry
-        meta = Metadata(g.shape, g.outputs, g.affine, (0, 2), ("mm", "sec"), g.intensity, "sample")
-        return FittedVolume(list(planes), self.decoder, self.stage1, meta)
+        return FittedVolume(list(planes), self.decoder, self.stage1, self.geometry.info)
 
     # ---- files --------------------------------------------------------------------------
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the model. Its files take their names together, the index with the checksums last, when all are on the disk."""
-        folder = Path(folder)
-        writable_folder(folder)
+        files = _folder(Path(folder))
+        writable_folder(files.path)
         tensors = dict(self.network.state_dict())
         if self.centre is not None:
             tensors |= {f"centre.{n}": m for n, m in zip(PLANE_NAMES, self.centre.mean, strict=True)}
-        held = {NETWORK: tensors, DECODER: self.decoder.state_dict()}
-        files = {n: save({k: v.detach().float().cpu().contiguous() for k, v in t.items()}) for n, t in held.items()}
         index = {
-            "format": FORMAT,
             "axis_order": "planes xy, yz, xz of volumes (channels, x, y, z) = file axes (i, j, k); first axis first",
             "channels": self.channels,
-            "geometry": asdict(self.geometry),
+            "geometry": self.geometry.model_dump(mode="json"),
             "centre_scale": None if self.centre is None else self.centre.scale,
             "config": self.config.model_dump(mode="json"),
             "stage1": self.stage1.model_dump(mode="json"),
             "provenance": self.provenance | {"tcam_ext": tcam_ext.__version__},
-            "sha256": {n: hashlib.sha256(content).hexdigest() for n, content in files.items()},
         }
-        files = {INDEX: json.dumps(index, indent=1).encode()} | files
-        with contextlib.ExitStack() as stack:  # leaves them in reverse order: the index is replaced last
-            for name, content in files.items():
-                file = stack.enter_context(replacing(folder / name))
-                file.write(content)
-                file.flush()
+        held = {NETWORK: tensors, DECODER: self.decoder.state_dict()}
+        files.write(index, {name: tensor_bytes(t, dtype=torch.float32) for name, t in held.items()})
 
     @staticmethod
     def load(
@@ -193,35 +182,25 @@ class TriplaneDiffusion(nn.Module):
         ``compute``: the type of the products of network and decoder: auto, float32 or bfloat16; None: as in training. In
         float32 convolutions on GPUs take no TF32; other products follow torch's own switch, which is off by default.
         """
-        folder = find(Path(folder))
-        path = folder / INDEX
-        try:
-            index: dict[str, Any] = json.loads(path.read_text())
-            if index["format"] != FORMAT:
-                raise UserError(f"{path}: format {index['format']}, this version reads {FORMAT}")
-            for name, want in index["sha256"].items():
-                if not (folder / name).is_file() or sha256(folder / name) != want:
-                    raise UserError(f"{folder / name}: missing, changed or damaged")
-            held = index["geometry"]
-            geometry = Geometry(
-                tuple(held["texels"]), tuple(held["shape"]), held["outputs"], held["affine"],
-                [(float(lo), float(hi)) for lo, hi in held["intensity"]], list(held["classes"]),
-            )  # fmt: skip
-            config = configs.validate(DiffusionConfig, index["config"], str(path))
-            stage1 = configs.validate(TrainConfig, index["stage1"], str(path))
+        files = _folder(find(Path(folder)))
+        path = str(files / INDEX)
+        index = files.read()
+        with files.reading():
+            sums = index["sha256"]
+            geometry = Geometry.model_validate(index["geometry"])
+            config = configs.validate(DiffusionConfig, index["config"], path)
+            stage1 = configs.validate(TrainConfig, index["stage1"], path)
             if compute is not None:
                 config = config.model_copy(update={"compute_dtype": compute})
                 stage1 = stage1.model_copy(update={"compute_dtype": compute})
-            tensors = read_tensors(folder / NETWORK)
+            tensors = files.read_tensors(NETWORK, sums[NETWORK])
             centre = None
             if index["centre_scale"] is not None:
                 centre = Centre([tensors.pop(f"centre.{n}") for n in PLANE_NAMES], index["centre_scale"])
             network = TriplaneUNet(index["channels"], config.network, len(geometry.classes))
             network.load_state_dict(tensors)
-            decoder = make_decoder(stage1, geometry.outputs).float()
-            decoder.load_state_dict(read_tensors(folder / DECODER))
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise UserError(f"{path}: damaged: {error}") from error
+            decoder = make_decoder(stage1, geometry.info.channels).float()
+            decoder.load_state_dict(files.read_tensors(DECODER, sums[DECODER]))
         model = TriplaneDiffusion(network, decoder, config, stage1, geometry, centre, index["provenance"])
         model.network.placed(torch.device(device))
         return model.to(device)
@@ -250,15 +229,17 @@ def find(folder: Path) -> Path:
     raise UserError(f"{folder}: no model: expected a run of `tcam train-diffusion` or a model's folder")
 
 
+def _folder(path: Path) -> Folder:
+    remedy = "copy the model again, or `tcam train-diffusion --resume auto` writes it again"
+    return Folder(path, INDEX, "`tcam train-diffusion`", remedy, formats=(1, 2))
+
+
 def of_data(
     network: TriplaneUNet, data: LatentData, config: DiffusionConfig, centre: Centre | None, step: int
 ) -> TriplaneDiffusion:
     """The model of a network that was trained on ``data``."""
-    entries = data.set.entries
-    affine, intensity = typical(entries)
     (x, y), (_, z) = data.planes[0].shape[2:], data.planes[1].shape[2:]
-    outputs, h, w, d = entries[0].shape
-    geometry = Geometry((x, y, z), (h, w, d), outputs, affine, intensity, data.classes)
+    geometry = Geometry(info=typical(data.set.entries), texels=(x, y, z), classes=data.classes)
     # no folders of this machine go with the model
     config = config.model_copy(update={k: Path(v).name for k in FOLDERS if (v := getattr(config, k)) is not None})
     stage1 = {k: v for k, v in data.set.index["provenance"].items() if k not in ("run", "store")}

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import tcam_ext
-from tcam_diff.data.nifti import resized_affine
 from tcam_diff.diffusion.config import DiffusionConfig, SampleConfig
 from tcam_diff.diffusion.model import TriplaneDiffusion
 from tcam_diff.evaluation.picture import sheet, strip
@@ -26,11 +25,11 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def plane_strip(model: TriplaneDiffusion, planes: list[Tensor], longest: int = 128) -> np.ndarray:
     """Three slices of the first channel of one volume, planes (1, C, rows, columns), decoded to ``longest`` voxels at most."""
-    shape = model.geometry.shape
-    scale = min(1.0, longest / max(shape))
-    size = (max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale)), max(1, round(shape[2] * scale)))
-    values = model.decode(planes, size)[0, 0].float().cpu().numpy()
-    return strip(values, resized_affine(np.asarray(model.geometry.affine), shape, size))
+    info = model.geometry.info
+    scale = min(1.0, longest / max(info.shape))
+    h, w, d = (max(1, round(n * scale)) for n in info.shape)
+    values = model.decode(planes, (h, w, d))[0, 0].float().cpu().numpy()
+    return strip(values, info.resized((h, w, d)).affine)
 
 
 def samples_picture(model: TriplaneDiffusion, steps: int, count: int = 4) -> bytes:

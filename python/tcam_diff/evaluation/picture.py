@@ -11,8 +11,6 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
-from tcam_diff.data.nifti import spacing_of
-
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
@@ -21,9 +19,7 @@ from matplotlib.figure import Figure
 def canonical(volume: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, tuple[float, float, float]]:
     """(H, W, D) with axes reordered and flipped to right, anterior, superior; and the spacings along them."""
     orientation = nib.io_orientation(affine)
-    spacing = np.asarray(spacing_of(affine))
-    order = np.argsort(orientation[:, 0])
-    x, y, z = spacing[order]
+    x, y, z = nib.affines.voxel_sizes(affine)[np.argsort(orientation[:, 0])]
     return nib.apply_orientation(volume, orientation), (float(x), float(y), float(z))
 
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from tcam_diff.data import store as stores
-from tcam_diff.data.intensity import to_unit
-from tcam_diff.data.sources import find_cases
-from tcam_diff.data.volumes import read_case
+from tcam_diff.data.readers import read_case
+from tcam_diff.data.sources import Case, find_cases
 from tcam_diff.errors import UserError
 
 
@@ -42,7 +41,7 @@ def read_set(
     readers: list[Callable[[], np.ndarray]] = []
     if (path / stores.INDEX).is_file():
         store = stores.Store(path)
-        splits = [split] if split else sorted({r.split for r in store.records if not r.problem})
+        splits = [split] if split else sorted({r.split for r in store.records})
         for s in splits:
             readers += [lambda r=r: _stored(store.volume(r)) for r in store.of(s)]  # type: ignore[misc]
     else:
@@ -51,8 +50,7 @@ def read_set(
         if not chosen:
             raise UserError(f"{path}: no volume of the split {split}")
         for case in chosen:
-            beside = Path(str(case.images[0]).removesuffix(".gz").removesuffix(".nii") + ".json")
-            readers.append(lambda c=case, j=beside: _unit(read_case(c).data, c.images[0], j, intensity))  # type: ignore[misc]
+            readers.append(lambda c=case: _unit(c, intensity))  # type: ignore[misc]
     readers = readers[:most]
     found: list[Tensor] = []
     for i in tracked(range(len(readers)), len(readers)):
@@ -67,27 +65,22 @@ def _stored(volume: np.ndarray) -> np.ndarray:
     return volume.astype(np.float32) / (255 if volume.dtype == np.uint8 else 1)
 
 
-def _told(sidecar: Path) -> list[tuple[float, float]] | None:
-    """What 0 and 1 stand for, where the JSON file beside a volume is that of a sample; BIDS has others there."""
+def _unit(case: Case, intensity: tuple[float, float] | None) -> np.ndarray:
+    """In [0, 1]. A sample's JSON file says what 0 and 1 stand for; BIDS has other files in that place."""
+    volume, path = read_case(case), case.images[0]
+    sidecar = Path(str(path).removesuffix(".gz").removesuffix(".nii") + ".json")
+    ranges = [] if intensity is None else [intensity] * volume.info.channels
     try:
-        held = json.loads(sidecar.read_text())
-        return [(float(lo), float(hi)) for lo, hi in held["intensity"]] if "intensity" in held else None
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError) as error:
+        if sidecar.exists():
+            ranges = json.loads(sidecar.read_text()).get("intensity", ranges)
+        info = volume.info.replaced(intensity=ranges)
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{sidecar}: damaged: expected JSON, and of a sample its intensity: {error}") from error
-
-
-def _unit(data: np.ndarray, path: Path, sidecar: Path, intensity: tuple[float, float] | None) -> np.ndarray:
-    """In [0, 1]."""
-    told = _told(sidecar)
-    if told is not None:
-        return to_unit(data, told)
-    if intensity is not None:
-        return to_unit(data, [intensity] * data.shape[0])
-    if data.min() < -1e-3 or data.max() > 1 + 1e-3:
+    if info.intensity:
+        return info.to_unit(volume.data)
+    low, high = volume.data.min(), volume.data.max()
+    if low < -1e-3 or high > 1 + 1e-3:
         raise UserError(
-            f"{path}: values from {data.min():.4g} to {data.max():.4g}; expected [0, 1], or say with --intensity what 0 and 1 "
-            "stand for"
+            f"{path}: values from {low:.4g} to {high:.4g}; expected [0, 1], or say with --intensity what 0 and 1 stand for"
         )
-    return data.astype(np.float32)
+    return volume.data

@@ -5,9 +5,7 @@ checkpoints/step-00001200/   shared.pt (the same on every rank), shard-R-of-W.pt
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
 import re
 import shutil
 from pathlib import Path
@@ -16,10 +14,10 @@ from typing import Any
 import torch
 
 from tcam_diff.errors import UserError
-from tcam_diff.files import sha256
+from tcam_diff.files import replacing, sha256
+from tcam_diff.folder import Folder
 from tcam_diff.training.ranks import Ranks
 
-FORMAT = 1
 _NAME = re.compile(r"step-(\d{8})")
 MANIFEST = "manifest.json"
 
@@ -56,14 +54,8 @@ def save(
             f"{_last(folder)}make room, then --resume auto goes on from there"
         ) from error
     if ranks.first:
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "world": ranks.world,
-            "score": score,
-            "sha256": {p.name: sha256(p) for p in sorted(staging.glob("*.pt"))},
-        }
-        _write(staging / MANIFEST, manifest)
+        sums = {p.name: sha256(p) for p in sorted(staging.glob("*.pt"))}
+        _files(staging).write({"step": step, "world": ranks.world, "score": score, "sha256": sums})
         if final.exists():
             shutil.rmtree(final)
         os.replace(staging, final)
@@ -75,7 +67,7 @@ def save(
 
 def prune(folder: Path, keep: int) -> None:
     found = steps(folder)
-    scores = {s: _manifest(folder / f"step-{s:08d}").get("score") for s in found}
+    scores = {s: _files(folder / f"step-{s:08d}").read().get("score") for s in found}
     best = max((s for s in found if scores[s] is not None), key=lambda s: (scores[s], s), default=None)
     for s in found[:-keep]:
         if s != best:
@@ -92,20 +84,16 @@ def steps(folder: Path) -> list[int]:
 
 def load(path: Path) -> tuple[int, dict[str, Any], list[dict[str, Any]]]:
     """(step, shared, every rank's shard). Each file is compared with its checksum. Raises UserError saying what to do."""
-    manifest = _manifest(path)
+    files = _files(path)
+    manifest = files.read()
     parts: dict[str, Any] = {}
-    for name, want in manifest["sha256"].items():
-        file = path / name
-        try:
-            if sha256(file) != want:
-                raise ValueError("its content does not match its checksum")
-            parts[name] = torch.load(file, map_location="cpu", weights_only=True)
-        except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            before = [s for s in steps(path.parent) if s < manifest["step"]]
-            hint = f"delete {path}: --resume auto then goes on from step {before[-1]}" if before else "there is none before it"
-            raise UserError(f"{file}: damaged: {error}; {hint}") from error
-    world = manifest["world"]
-    return manifest["step"], parts["shared.pt"], [parts[f"shard-{r}-of-{world}.pt"] for r in range(world)]
+    with files.reading():
+        for name, want in manifest["sha256"].items():
+            files.verify(name, want)
+            with files.reading(name):
+                parts[name] = torch.load(path / name, map_location="cpu", weights_only=True)
+        step, world = int(manifest["step"]), int(manifest["world"])
+        return step, parts["shared.pt"], [parts[f"shard-{r}-of-{world}.pt"] for r in range(world)]
 
 
 def latest(folder: Path) -> Path | None:
@@ -119,26 +107,16 @@ def clear_unfinished(folder: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _manifest(path: Path) -> dict[str, Any]:
-    file = path / MANIFEST
-    try:
-        found: dict[str, Any] = json.loads(file.read_text())
-        if found["format"] != FORMAT:
-            raise UserError(f"{file}: format {found['format']}, this version reads {FORMAT}")
-        found["sha256"]["shared.pt"], found["step"], found["world"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: damaged: {error}; delete {path} to go on from the checkpoint before it") from error
-    return found
+def _files(path: Path) -> Folder:
+    named = _NAME.fullmatch(path.name)
+    before = [s for s in steps(path.parent) if named and s < int(named.group(1))]
+    remedy = f"delete {path}: --resume auto then goes on from step {before[-1]}" if before else "there is none before it"
+    return Folder(path, MANIFEST, "training", remedy)
 
 
 def _write(path: Path, what: dict[str, Any]) -> None:
-    with open(path, "wb") as file:
-        if path.suffix == ".pt":
-            torch.save(what, file)
-        else:
-            file.write(json.dumps(what, indent=1).encode())
-        file.flush()
-        os.fsync(file.fileno())
+    with replacing(path) as file:
+        torch.save(what, file)
 
 
 def _sync_folder(folder: Path) -> None:

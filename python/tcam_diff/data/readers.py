@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from tcam_diff.data import dicom, nifti
-from tcam_diff.data.nifti import VOXEL_BUDGET, Header, Scan, Volume
+from tcam_diff.data.nifti import VOXEL_BUDGET, Header, Scan
 from tcam_diff.data.sources import Case
+from tcam_diff.data.volume import Volume
 from tcam_diff.errors import UserError
 
 
@@ -30,9 +30,9 @@ def read_volume(path: Path, max_voxels: int = VOXEL_BUDGET) -> Volume:
 
 def same_grid(first: Header, other: Header) -> None:
     """Raises UserError where two files of a case differ in size or place."""
-    if other.shape != first.shape:
-        raise UserError(f"{other.path}: expected the {first.shape} voxels of {first.path.name}, got {other.shape}")
-    if not np.allclose(other.affine, first.affine, atol=1e-2):
+    if other.info.shape != first.info.shape:
+        raise UserError(f"{other.path}: expected the {first.info.shape} voxels of {first.path.name}, got {other.info.shape}")
+    if not np.allclose(other.info.affine, first.info.affine, atol=1e-2):
         raise UserError(f"{other.path}: its affine is not that of {first.path.name}; resample one to the other first")
 
 
@@ -42,4 +42,5 @@ def read_case(case: Case, max_voxels: int = VOXEL_BUDGET) -> Volume:
     for other in others:
         same_grid(first, other)
     volumes = [read_volume(p, max_voxels) for p in case.images]
-    return replace(volumes[0], data=np.concatenate([v.data for v in volumes])) if others else volumes[0]
+    data = np.concatenate([v.data for v in volumes]) if others else volumes[0].data
+    return Volume(data, volumes[0].info.replaced(channels=len(data)))

@@ -1,0 +1,152 @@
+"""Volumes, and what is known of them beside their voxels: one record, in memory and in JSON files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import nibabel as nib
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_serializer, model_validator
+
+from tcam_diff.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _matrix(affine: Any) -> np.ndarray:
+    matrix = np.array(affine, float)
+    if matrix.shape != (4, 4):
+        raise ValueError(f"expected 4 x 4 numbers, got {matrix.shape}")
+    matrix.flags.writeable = False
+    return matrix
+
+
+class VolumeInfo(BaseModel):
+    """Grid, place in space and intensities of a volume (channels, H, W, D). Other keys of a JSON file are ignored."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    channels: Annotated[int, Field(ge=1)]
+    shape: tuple[int, int, int]
+    affine: Annotated[np.ndarray, BeforeValidator(_matrix), PlainSerializer(np.ndarray.tolist)]  # voxel index to units[0]
+    codes: tuple[int, int] = (0, 2)  # NIfTI's qform and sform codes; (0, 2): aligned to another volume
+    units: tuple[str, str] = ("mm", "sec")
+    intensity: list[tuple[float, float]] = []  # per channel: physical values at 0 and at 1; empty where not known
+    source: str = ""  # the file or folder it was read from
+
+    @model_validator(mode="before")
+    @classmethod
+    def _format_1(cls, values: Any) -> Any:
+        """Stores and latent sets of format 1 have shape (channels, H, W, D), models call the channels outputs."""
+        if isinstance(values, dict) and "channels" not in values:
+            shape = values.get("shape", ())
+            if len(shape) == 4:
+                return values | {"channels": shape[0], "shape": shape[1:]}
+            if "outputs" in values:
+                return values | {"channels": values["outputs"]}
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> VolumeInfo:
+        if self.intensity and len(self.intensity) != self.channels:
+            raise ValueError(f"intensity: expected a pair for each of {self.channels} channels, got {len(self.intensity)}")
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, VolumeInfo) and self.model_dump() == other.model_dump()
+
+    @property
+    def array_shape(self) -> tuple[int, int, int, int]:
+        """(channels, H, W, D)."""
+        return self.channels, *self.shape
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Of voxels along the array's axes, in units[0]."""
+        x, y, z = nib.affines.voxel_sizes(self.affine).tolist()
+        return x, y, z
+
+    @property
+    def orientation(self) -> str:
+        """Where the array's axes point, e.g. RAS."""
+        return "".join(str(c) for c in nib.aff2axcodes(self.affine))
+
+    def replaced(self, **changes: Any) -> VolumeInfo:
+        """With other values of some fields, checked."""
+        return VolumeInfo(**dict(self) | changes)
+
+    def resized(self, shape: tuple[int, int, int]) -> VolumeInfo:
+        """The same field of view with another number of voxels.
+
+        Voxels are cells, so (i_old + 1/2)/n_old = (i_new + 1/2)/n_new, i_old = s i_new + (s - 1)/2 with s = n_old/n_new.
+        """
+        s = np.asarray(self.shape, float) / np.asarray(shape, float)
+        step = np.eye(4)
+        step[:3, :3] = np.diag(s)
+        step[:3, 3] = (s - 1) / 2
+        return self.replaced(shape=shape, affine=self.affine @ step)
+
+    def to_unit(self, data: np.ndarray) -> np.ndarray:
+        """Physical intensities (channels, H, W, D) to [0, 1], clipped."""
+        unit = np.empty(data.shape, np.float32)
+        for c, (lo, hi) in enumerate(self.intensity):
+            np.clip((data[c] - lo) / (hi - lo), 0, 1, out=unit[c])
+        return unit
+
+    def to_physical(self, values: Tensor) -> Tensor:
+        """Values (..., channels, H, W, D) in [0, 1] to physical intensities."""
+        low, high = values.new_tensor(self.intensity).view(-1, 2, 1, 1, 1).unbind(1)
+        return low + (high - low) * values
+
+
+class VolumeRecord(BaseModel):
+    """A record about one volume. In JSON the keys of ``info`` stand beside the record's own."""
+
+    model_config = ConfigDict(frozen=True)
+
+    info: VolumeInfo
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nested(cls, values: Any) -> Any:
+        return values | {"info": values} if isinstance(values, dict) and "info" not in values else values
+
+    @model_serializer(mode="wrap")
+    def _flat(self, handler: Any) -> dict[str, Any]:
+        values = handler(self)
+        info = values.pop("info")
+        return {**values, **info}
+
+
+@dataclass
+class Volume:
+    """Intensities (channels, H, W, D) in float32, in physical units, with the file's geometry."""
+
+    data: np.ndarray
+    info: VolumeInfo
+
+
+def oriented(volume: Volume, affine: np.ndarray) -> Volume:
+    """With axes swapped and turned so that they point as those of ``affine`` do: voxels are moved, none is resampled."""
+    info = volume.info
+    turn = nib.orientations.ornt_transform(nib.io_orientation(info.affine), nib.io_orientation(affine))
+    data = np.stack([nib.apply_orientation(channel, turn) for channel in volume.data])
+    moved = info.affine @ nib.orientations.inv_ornt_aff(turn, info.shape)
+    return Volume(data, info.replaced(shape=data.shape[1:], affine=moved))
+
+
+def intensity_range(data: np.ndarray, low: float = 0.0, high: float = 100.0) -> list[tuple[float, float]]:
+    """Per channel of (channels, H, W, D), the values that map to 0 and to 1: two percentiles, by default min and max.
+
+    A constant channel gets a range of width one, so that it maps to 0 and back to itself.
+    """
+    ranges = []
+    for channel in data:
+        lo = float(channel.min() if low == 0 else np.percentile(channel, low))
+        hi = float(channel.max() if high == 100 else np.percentile(channel, high))
+        if not np.isfinite(hi - lo):
+            raise UserError(f"intensities from {lo:g} to {hi:g} overflow float32")
+        ranges.append((lo, hi if hi > lo else lo + 1.0))
+    return ranges

@@ -1,0 +1,115 @@
+"""Folders of results: an index in JSON, with the format's number and checksums, is written last and read first."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from tcam_diff.errors import UserError
+from tcam_diff.files import replacing, sha256
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of one kind, empty, unfinished (without its index) or finished. Errors name the file and what to do."""
+
+    path: Path
+    index: str  # name of the index
+    made_by: str  # the command
+    remedy: str  # against damage
+    formats: tuple[int, ...] = (1,)  # that are read; the last is written
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def read(self) -> dict[str, Any]:
+        """The index. Raises UserError where it is missing, damaged or has another format."""
+        path = self / self.index
+        if not path.is_file():
+            raise UserError(f"{self.path}: not a folder that {self.made_by} finished ({self.index} is missing)")
+        index = self.read_json(self.index)
+        with self.reading():
+            if index["format"] not in self.formats:
+                known = " and ".join(map(str, self.formats))
+                raise UserError(f"{path}: format {index['format']}, this version reads {known}")
+        return index
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The object in a JSON file. Raises UserError."""
+        with self.reading(name):
+            content = json.loads((self / name).read_text())
+            if not isinstance(content, dict):
+                raise ValueError("expected an object")
+            return content
+
+    def read_tensors(self, name: str, checksum: str | None = None) -> dict[str, Tensor]:
+        """All tensors of a safetensors file, once it has its checksum. Raises UserError."""
+        if checksum is not None:
+            self.verify(name, checksum)
+        with self.reading(name), safe_open(self / name, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+    def verify(self, name: str, checksum: str) -> None:
+        """Raises UserError where a file is missing, or its SHA-256 is another."""
+        path = self / name
+        if not path.is_file():
+            raise UserError(f"{path}: missing; {self.remedy}")
+        if sha256(path) != checksum:
+            raise UserError(f"{path}: changed or damaged: its content does not match its checksum; {self.remedy}")
+
+    @contextlib.contextmanager
+    def reading(self, name: str | None = None) -> Iterator[None]:
+        """Errors about the content of a file, by default the index, become a UserError."""
+        try:
+            yield
+        except (
+            OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError,
+        ) as error:  # fmt: skip
+            raise UserError(f"{self / (name or self.index)}: damaged: {reason(error)}; {self.remedy}") from error
+
+    def write(self, content: Mapping[str, Any], files: Mapping[str, bytes] | None = None) -> None:
+        """Write an index of ``content``, and beside it ``files`` with their checksums in the index.
+
+        Nothing is replaced until everything is written. The old index goes first and the new one comes last, so that there are
+        never old checksums beside new files.
+        """
+        index: dict[str, Any] = {"format": self.formats[-1], **content}
+        if files:
+            index["sha256"] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        everything = {self.index: json.dumps(index, indent=1).encode(), **(files or {})}
+        with contextlib.ExitStack() as stack:  # leaves in reverse order
+            for name, data in everything.items():
+                file = stack.enter_context(replacing(self / name))
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if files:
+                stack.callback((self / self.index).unlink, missing_ok=True)
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor], about: dict[str, str] | None = None, dtype: torch.dtype | None = None) -> bytes:
+    """A safetensors file of ``tensors``, converted to ``dtype`` where that is given, with ``about`` in its header."""
+    return save({name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in tensors.items()}, metadata=about)
+
+
+def reason(error: Exception) -> str:
+    """One line about an error in a file's content."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    return str(error)
