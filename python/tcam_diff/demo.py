@@ -19,11 +19,11 @@ import torch
 import tcam_ext
 from tcam_diff.autodecoder import artefact
 from tcam_diff.autodecoder.config import load_config
+from tcam_diff.autodecoder.decode import decode_to_file
 from tcam_diff.autodecoder.objective import unit
 from tcam_diff.cli.app import app
 from tcam_diff.cli.common import INTERRUPTED, say
 from tcam_diff.cli.compare import compare_volumes
-from tcam_diff.cli.decode import decode_to_file
 from tcam_diff.cli.fit import console, fit_volume
 from tcam_diff.data.intensity import to_unit
 from tcam_diff.data.nifti import read_volume

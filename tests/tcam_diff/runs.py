@@ -16,11 +16,11 @@ from tcam_diff.autodecoder.objective import make_decoder
 from tcam_diff.autodecoder.planes import normalise, plane_sizes
 from tcam_diff.autodecoder.train import Autodecoder
 from tcam_diff.cli import train_diffusion
-from tcam_diff.cli.sample import Output, draw
 from tcam_diff.cli.train_autodecoder import FREE, train
 from tcam_diff.cli.training import prepare_folder
 from tcam_diff.data.store import Record, Store, StoreWriter, quantise
 from tcam_diff.diffusion.config import DiffusionConfig, SampleConfig
+from tcam_diff.diffusion.draw import Output, draw
 from tcam_diff.diffusion.train import Diffusion
 from tcam_diff.training.ranks import ranks
 

@@ -13,9 +13,8 @@ import pytest
 import runs
 import torch
 from tcam_diff.cli.app import app
-from tcam_diff.cli.sample import read_known
 from tcam_diff.diffusion.config import SampleConfig
-from tcam_diff.diffusion.guidance import ImageGuidance
+from tcam_diff.diffusion.guidance import ImageGuidance, read_known
 from tcam_diff.diffusion.model import TriplaneDiffusion
 from tcam_diff.diffusion.sampling import Sampler
 from tcam_diff.errors import UserError

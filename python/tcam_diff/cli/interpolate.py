@@ -40,8 +40,8 @@ def interpolate(
 
     OUT gets NIfTI files, a contact sheet, and interpolation.json, which says how they were made.
     """
+    from tcam_diff.autodecoder.decode import check_output, decode_to_file
     from tcam_diff.autodecoder.latents import LatentSet
-    from tcam_diff.cli.decode import check_output, decode_to_file
     from tcam_diff.diffusion.model import TriplaneDiffusion
     from tcam_diff.diffusion.report import plane_strip
     from tcam_diff.diffusion.sampling import Sampler

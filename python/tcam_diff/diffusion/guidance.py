@@ -16,14 +16,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tcam_diff.cli.common import size_text
+from tcam_diff.data.intensity import to_unit
+from tcam_diff.data.nifti import oriented, read_volume
 from tcam_diff.diffusion.model import TriplaneDiffusion
 from tcam_diff.diffusion.process import Estimate
+from tcam_diff.errors import UserError
+from tcam_diff.files import sha256
 
 
 @dataclass
@@ -55,6 +62,54 @@ class ImageGuidance:
         if self.mask is not None and self.mask.shape != self.known.shape:
             raise ValueError(f"mask: expected {tuple(self.known.shape)}, as known, got {tuple(self.mask.shape)}")
         return Guided(self, model)
+
+
+def read_known(
+    model: TriplaneDiffusion,
+    known: Path,
+    mask: Path | None = None,
+    channels: str | None = None,
+    noise: float = 0.02,
+    intensity: tuple[float, float] | None = None,
+) -> ImageGuidance:
+    """Guidance by a file: on the model's grid, or coarser by whole factors; its axes are turned to the model's by its affine.
+    Raises UserError naming the file."""
+    g = model.geometry
+    volume = oriented(read_volume(known), np.asarray(g.affine))
+    fits = all(n % m == 0 for n, m in zip(g.shape, volume.shape, strict=True))
+    if not fits or volume.data.shape[0] != g.outputs:
+        raise UserError(
+            f"{known}: expected {g.outputs} channel(s) of {size_text(g.shape)} voxels, or whole fractions of these, got "
+            f"{volume.data.shape[0]} of {size_text(volume.shape)}; tcam prepare makes volumes of a data set alike"
+        )
+    factor = tuple(n // m for n, m in zip(g.shape, volume.shape, strict=True))
+    held = np.ones_like(volume.data)
+    if channels is not None:
+        try:
+            chosen = {int(c) for c in channels.split(",")}
+        except ValueError:
+            chosen = {-1}
+        if not chosen <= set(range(g.outputs)):
+            raise UserError(f"--known-channels: expected numbers from 0 to {g.outputs - 1} with commas, got {channels}")
+        held[[c for c in range(g.outputs) if c not in chosen]] = 0
+    if mask is not None:
+        marked = oriented(read_volume(mask), np.asarray(g.affine))
+        if not np.allclose(marked.affine, volume.affine, atol=0.01 * max(volume.spacing)):
+            raise UserError(f"{mask}: its affine is not that of {known}: save the mask on the grid of that volume")
+        if marked.shape != volume.shape or marked.data.shape[0] not in (1, g.outputs):
+            raise UserError(f"{mask}: expected the {size_text(volume.shape)} voxels of {known}, got {size_text(marked.shape)}")
+        held = held * (marked.data != 0)
+    if not held.any():
+        raise UserError(f"{mask or known}: nothing is known: the mask is 0 everywhere")
+    provenance = {
+        "known": sha256(known),
+        "mask": None if mask is None else sha256(mask),
+        "channels": channels,
+        "noise": noise,
+        "range": intensity,
+    }
+    unit = torch.from_numpy(to_unit(volume.data, g.intensity if intensity is None else [intensity] * g.outputs))
+    return ImageGuidance(unit, torch.from_numpy(held), factor, noise, provenance=provenance)  # type: ignore[arg-type]
 
 
 class Guided:
