@@ -18,7 +18,7 @@ from pathlib import Path
 
 import harness
 from tcam_diff.autodecoder.latents import LatentSet
-from tcam_diff.training import records
+from tcam_diff.training.logger import read_metrics
 
 
 def tcam(*arguments: object) -> tuple[str, float]:
@@ -53,7 +53,7 @@ def main() -> None:
         print(shown)
         shown, encoding = tcam("encode", run, store, "--out", latents, f"steps={a.encode_steps}")
         print(shown)
-        metrics = records.read(run)
+        metrics = read_metrics(run)
         log = [m for m in metrics if "loss" in m]
         held_out = [e.psnr for e in LatentSet(latents).entries]
         report = (run / "report.html").read_text()

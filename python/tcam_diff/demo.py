@@ -32,7 +32,8 @@ from tcam_diff.errors import UserError
 from tcam_diff.evaluation import metrics
 from tcam_diff.evaluation.picture import sheet, strip
 from tcam_diff.files import write_text
-from tcam_diff.training import records as run_records
+from tcam_diff.training.logger import read_metrics
+from tcam_diff.training.report import curves, page, png
 
 SIZE = 128
 
@@ -139,18 +140,18 @@ def _page(out: Path, store: Path, stage1: Path, stage2: Path, samples: Path, com
     held = Store(store)
     chosen = held.records[:4]
     real = [(r.name, strip(unit(torch.tensor(held.volume(r)))[0].numpy(), np.asarray(r.affine))) for r in chosen]
-    curves = [
-        run_records.curves(run_records.read(stage1), [["loss", "data"], ["psnr"]]),
-        run_records.curves(run_records.read(stage2), [["loss", "validation_loss"], ["residual"]]),
+    shown = [
+        curves(read_metrics(stage1), [["loss", "data"], ["psnr"]]),
+        curves(read_metrics(stage2), [["loss", "validation_loss"], ["residual"]]),
     ]
-    return run_records.page(
+    return page(
         "tcam: from a volume to planes, and from noise to volumes",
         [
             ("One MRI: original, decoded from its planes, difference", (out / "compare.png").read_bytes()),
-            ("Four volumes of the cohort that the model is trained on", run_records.png(sheet(real))),
+            ("Four volumes of the cohort that the model is trained on", png(sheet(real))),
             ("Four new volumes", (samples / "contact-sheet.png").read_bytes()),
-            ("Stage 1: one decoder, planes for every volume", curves[0]),
-            ("Stage 2: the diffusion model of the planes", curves[1]),
+            ("Stage 1: one decoder, planes for every volume", shown[0]),
+            ("Stage 2: the diffusion model of the planes", shown[1]),
             ("What was run", f"{commands}\n\n{seconds:.0f} s on {torch.get_num_threads()} threads"),
         ],
     )

@@ -14,15 +14,15 @@ from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.latents import LatentWriter
 from tcam_diff.autodecoder.objective import make_decoder
 from tcam_diff.autodecoder.planes import normalise, plane_sizes
-from tcam_diff.autodecoder.train import Autodecoder
+from tcam_diff.autodecoder.train import AutodecoderTraining
 from tcam_diff.cli import train_diffusion
 from tcam_diff.cli.train_autodecoder import FREE, train
 from tcam_diff.cli.training import prepare_folder
 from tcam_diff.data.store import Record, Store, StoreWriter, quantise
 from tcam_diff.diffusion.config import DiffusionConfig, SampleConfig
 from tcam_diff.diffusion.draw import Output, draw
-from tcam_diff.diffusion.train import Diffusion
-from tcam_diff.training.ranks import ranks
+from tcam_diff.diffusion.train import DiffusionTraining
+from tcam_diff.training.distributed import distributed
 
 SMALL = (
     "channels=6", "widths=[24, 24]", "steps=24", "batch=4", "stride=2", "log_every=4", "checkpoint_every=3", "evaluate_every=8",
@@ -64,7 +64,7 @@ def run(store: Path, out: Path, overrides: tuple[str, ...] = (), resume: str | N
     """As ``tcam train-autodecoder`` does, on one thread."""
     torch.set_num_threads(1)
     wanted = config(store, *overrides)
-    with ranks("cpu") as group:
+    with distributed("cpu") as group:
         at = prepare_folder(out, wanted, resume, group, FREE)
         train(wanted, out, group, at, quiet=True)
 
@@ -72,8 +72,8 @@ def run(store: Path, out: Path, overrides: tuple[str, ...] = (), resume: str | N
 def steps(store: Path, out: Path, count: int, overrides: tuple[str, ...] = ()) -> None:
     """``count`` steps; every rank writes the decoder's gradients of the last one, and the decoder."""
     torch.set_num_threads(1)
-    with ranks("cpu") as group:
-        task = Autodecoder(config(store, *overrides), group, out)
+    with distributed("cpu") as group:
+        task = AutodecoderTraining(config(store, *overrides), group, out)
         for i in range(count):
             task.step(i)
         found = {
@@ -130,7 +130,7 @@ def diffuse(latents: Path, out: Path, overrides: tuple[str, ...] = (), resume: s
     """As ``tcam train-diffusion`` does, on one thread."""
     torch.set_num_threads(1)
     wanted = diffusion_config(latents, *overrides)
-    with ranks("cpu") as group:
+    with distributed("cpu") as group:
         at = prepare_folder(out, wanted, resume, group, train_diffusion.FREE)
         train_diffusion.train(wanted, out, group, at, quiet=True)
 
@@ -138,8 +138,8 @@ def diffuse(latents: Path, out: Path, overrides: tuple[str, ...] = (), resume: s
 def diffusion_steps(latents: Path, out: Path, count: int, overrides: tuple[str, ...] = ()) -> None:
     """``count`` steps; every rank writes the gradients of the last one, and the network."""
     torch.set_num_threads(1)
-    with ranks("cpu") as group:
-        task = Diffusion(diffusion_config(latents, *overrides), group, out)
+    with distributed("cpu") as group:
+        task = DiffusionTraining(diffusion_config(latents, *overrides), group, out)
         for i in range(count):
             task.step(i)
         found = {

@@ -14,7 +14,7 @@ from tcam_diff.autodecoder.objective import Objective, unit
 from tcam_diff.autodecoder.planes import normalise
 from tcam_diff.data.store import Store
 from tcam_diff.evaluation import metrics
-from tcam_diff.training.records import png
+from tcam_diff.training.report import png
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

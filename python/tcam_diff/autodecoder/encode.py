@@ -20,8 +20,8 @@ from tcam_diff.autodecoder.planes import PLANE_NAMES, init_planes, normalise, pl
 from tcam_diff.autodecoder.tables import PlaneTable
 from tcam_diff.errors import UserError
 from tcam_diff.training import checkpoint
-from tcam_diff.training.rate import rate
-from tcam_diff.training.streams import stream
+from tcam_diff.training.lr import lr_scale
+from tcam_diff.training.rng import rng
 
 
 @dataclass
@@ -105,7 +105,7 @@ class Encoder:
                 ]
         else:
             c = run.config
-            self.start = init_planes(c.channels, self.objective.texels, 1.0, stream(c.seed, "planes"))
+            self.start = init_planes(c.channels, self.objective.texels, 1.0, rng(c.seed, "planes"))
 
     def encode(
         self,
@@ -133,7 +133,7 @@ class Encoder:
             rows = table.fetch(active)
             noise = index < c.steps * (1 - c.noise_free_fraction)
             self.objective.losses(rows.leaves, self.decoder, visits, noise)[0].sum().backward()
-            table.update(rows, lr=c.lr_planes * rate(c, index), beta2=c.beta2, eps=c.adam_eps, clip=c.grad_clip)
+            table.update(rows, lr=c.lr_planes * lr_scale(c, index), beta2=c.beta2, eps=c.adam_eps, clip=c.grad_clip)
             if (index + 1) % self.config.check_every == 0 or index + 1 == c.steps:
                 scores = []
                 for n in list(active):

@@ -15,8 +15,8 @@ import tcam_ext
 from tcam_diff.autodecoder.config import FitConfig
 from tcam_diff.autodecoder.objective import Objective, make_decoder, parameter_dtype
 from tcam_diff.autodecoder.planes import init_planes, normalise
-from tcam_diff.training.rate import rate
-from tcam_diff.training.streams import stream
+from tcam_diff.training.lr import lr_scale
+from tcam_diff.training.rng import rng
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Fitter:
         h, w, d = self.target.shape[1:]
         self.size = (h, w, d)
         self.objective = Objective(config, self.size)
-        start = init_planes(config.channels, self.objective.texels, config.plane_init_std, stream(config.seed, "planes"))
+        start = init_planes(config.channels, self.objective.texels, config.plane_init_std, rng(config.seed, "planes"))
         self.planes = [p.to(parameter_dtype(config)).requires_grad_() for p in start]
         self.decoder = make_decoder(config, self.target.shape[0])
         self.optimiser = torch.optim.Adam(
@@ -70,7 +70,7 @@ class Fitter:
         """One update; returns the loss."""
         c = self.config
         for group, lr in zip(self.optimiser.param_groups, self.base_lr, strict=True):
-            group["lr"] = lr * rate(c, index)
+            group["lr"] = lr * lr_scale(c, index)
         visit = self.objective.read(self.objective.visit(0, index), self.target)
         noise = index < c.steps * (1 - c.noise_free_fraction)
         loss = self.objective.losses(self.planes, self.decoder, [visit], noise)[0].sum()

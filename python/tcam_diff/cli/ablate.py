@@ -17,7 +17,7 @@ from tcam_diff.cli.train_autodecoder import FREE, train
 from tcam_diff.cli.training import prepare_folder
 from tcam_diff.errors import UserError
 from tcam_diff.files import writable_folder, write_text
-from tcam_diff.training.ranks import ranks
+from tcam_diff.training.distributed import distributed
 
 
 def ablate(
@@ -42,7 +42,7 @@ def ablate(
         folder = out / f"{key}-{str(value).replace(' ', '')}"
         result = folder / "result.json"
         if not result.exists():
-            with ranks(wanted.device) as group:
+            with distributed(wanted.device) as group:
                 outcome = train(wanted, folder, group, prepare_folder(folder, wanted, "auto", group, FREE), quiet)
             if outcome.stopped:
                 raise typer.Exit(INTERRUPTED)

@@ -48,7 +48,7 @@ def critic(
 
     from tcam_diff.evaluation.critic import CriticConfig, Score, blurred, halves, prepare, score
     from tcam_diff.evaluation.sets import read_set
-    from tcam_diff.training.ranks import device_of
+    from tcam_diff.training.distributed import device_of
 
     others = [m for m in more or [] if "=" not in m]
     if len(others) > 1:

@@ -18,7 +18,7 @@ from tcam_diff.autodecoder.planes import normalise
 from tcam_diff.cli.common import console, duration, say, stop_on_interrupt, tracked
 from tcam_diff.data.store import Record, Store
 from tcam_diff.errors import UserError
-from tcam_diff.training.ranks import device_of
+from tcam_diff.training.distributed import device_of
 
 
 def encode(

@@ -46,8 +46,8 @@ def interpolate(
     from tcam_diff.diffusion.report import plane_strip
     from tcam_diff.diffusion.sampling import Sampler
     from tcam_diff.evaluation.picture import sheet
-    from tcam_diff.training.ranks import device_of
-    from tcam_diff.training.records import png
+    from tcam_diff.training.distributed import device_of
+    from tcam_diff.training.report import png
 
     check_output(size or (1, 1, 1), dtype)
     if solver == "hot":

@@ -10,12 +10,12 @@ import typer
 from tcam_diff import config as configs
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.report import channels_picture, rgb, slices_picture, write_report
-from tcam_diff.autodecoder.train import Autodecoder
+from tcam_diff.autodecoder.train import AutodecoderTraining
 from tcam_diff.cli.common import INTERRUPTED, duration, say, size_text
 from tcam_diff.cli.training import prepare_folder, training
+from tcam_diff.training.distributed import Distributed, distributed
+from tcam_diff.training.logger import Logger
 from tcam_diff.training.loop import Cadence, Outcome, run
-from tcam_diff.training.ranks import Ranks, ranks
-from tcam_diff.training.records import Records
 
 #: Keys that a run may be gone on with differently: they change when things happen, or where, not what is computed.
 FREE = {"data", "device", "tables", "prefetch", "log_every", "evaluate_every", "evaluate_objects", "checkpoint_every", "keep"}
@@ -41,15 +41,15 @@ def train_autodecoder(
     files, samples (pictures) and report.html.
     """
     wanted = configs.load(TrainConfig, "train", config, overrides or [])
-    with ranks(wanted.device) as group:
+    with distributed(wanted.device) as group:
         at = prepare_folder(out, wanted, resume, group, FREE)
         if train(wanted, out, group, at, quiet or not group.first).stopped:
             raise typer.Exit(INTERRUPTED)
 
 
-def train(config: TrainConfig, out: Path, group: Ranks, resume: Path | None = None, quiet: bool = False) -> Outcome:
+def train(config: TrainConfig, out: Path, group: Distributed, resume: Path | None = None, quiet: bool = False) -> Outcome:
     """Train, record, and write the report."""
-    task = Autodecoder(config, group, out)
+    task = AutodecoderTraining(config, group, out)
     if not quiet:
         products = str(task.objective.compute).removeprefix("torch.")
         say(
@@ -60,16 +60,16 @@ def train(config: TrainConfig, out: Path, group: Ranks, resume: Path | None = No
     cadence = Cadence(config.log_every, config.evaluation_steps(), config.checkpoint_steps(), config.keep)
     samples = out / "samples"
 
-    def look(step: int, records: Records | None) -> None:
+    def look(step: int, logger: Logger | None) -> None:
         found = task.slices()
-        if records is None or found is None:
+        if logger is None or found is None:
             return
         truth, got, record = found
         samples.mkdir(exist_ok=True)
         picture = slices_picture(truth, got, record, f"step {step}")
         (samples / f"step-{step:08d}.png").write_bytes(picture)
-        records.picture(step, "slices", rgb(picture))
-        records.picture(step, "planes", rgb(channels_picture(next(task.fitted())[1])))
+        logger.picture(step, "slices", rgb(picture))
+        logger.picture(step, "planes", rgb(channels_picture(next(task.fitted())[1])))
 
     try:
         with training(task.steps, quiet, SHOWN) as (show, stop):

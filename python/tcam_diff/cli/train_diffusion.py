@@ -12,9 +12,9 @@ from tcam_diff.autodecoder.report import rgb
 from tcam_diff.cli.common import INTERRUPTED, duration, say, size_text
 from tcam_diff.cli.training import prepare_folder, training
 from tcam_diff.diffusion.config import DiffusionConfig
+from tcam_diff.training.distributed import Distributed, distributed
+from tcam_diff.training.logger import Logger
 from tcam_diff.training.loop import Cadence, Outcome, run
-from tcam_diff.training.ranks import Ranks, ranks
-from tcam_diff.training.records import Records
 
 #: Keys that a run may be gone on with differently: they change when things happen, or where, not what is computed.
 FREE = {
@@ -44,18 +44,18 @@ def train_diffusion(
     metrics.jsonl, TensorBoard files, samples (pictures) and report.html.
     """
     wanted = configs.load(DiffusionConfig, "diffusion", config, overrides or [])
-    with ranks(wanted.device) as group:
+    with distributed(wanted.device) as group:
         at = prepare_folder(out, wanted, resume, group, FREE)
         if train(wanted, out, group, at, quiet or not group.first).stopped:
             raise typer.Exit(INTERRUPTED)
 
 
-def train(config: DiffusionConfig, out: Path, group: Ranks, resume: Path | None = None, quiet: bool = False) -> Outcome:
+def train(config: DiffusionConfig, out: Path, group: Distributed, resume: Path | None = None, quiet: bool = False) -> Outcome:
     """Train, record, write the model and the report."""
     from tcam_diff.diffusion.report import samples_picture, write_report
-    from tcam_diff.diffusion.train import Diffusion
+    from tcam_diff.diffusion.train import DiffusionTraining
 
-    task = Diffusion(config, group, out)
+    task = DiffusionTraining(config, group, out)
     if not quiet:
         sizes = ", ".join(size_text(p.shape[2:]) for p in task.data.planes)
         say(
@@ -66,8 +66,8 @@ def train(config: DiffusionConfig, out: Path, group: Ranks, resume: Path | None 
     cadence = Cadence(config.log_every, config.evaluation_steps(), config.checkpoint_steps(), config.keep)
     samples = out / "samples"
 
-    def look(step: int, records: Records | None) -> None:
-        if records is None:
+    def look(step: int, logger: Logger | None) -> None:
+        if logger is None:
             return
         model = task.model(step)
         model.save(out / "model")
@@ -75,7 +75,7 @@ def train(config: DiffusionConfig, out: Path, group: Ranks, resume: Path | None 
             samples.mkdir(exist_ok=True)
             picture = samples_picture(model, config.preview_steps)
             (samples / f"step-{step:08d}.png").write_bytes(picture)
-            records.picture(step, "samples", rgb(picture))
+            logger.picture(step, "samples", rgb(picture))
 
     with training(task.steps, quiet, SHOWN) as (show, stop):
         score = "-validation_loss"

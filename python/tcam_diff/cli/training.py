@@ -17,11 +17,11 @@ from tcam_diff.config import Config
 from tcam_diff.errors import UserError
 from tcam_diff.files import writable_folder, write_text
 from tcam_diff.training import checkpoint
+from tcam_diff.training.distributed import Distributed
 from tcam_diff.training.loop import Progress
-from tcam_diff.training.ranks import Ranks
 
 
-def prepare_folder(out: Path, config: Config, resume: str | None, group: Ranks, free: Collection[str]) -> Path | None:
+def prepare_folder(out: Path, config: Config, resume: str | None, group: Distributed, free: Collection[str]) -> Path | None:
     """The checkpoint to go on from; ``free`` are the keys that may then have other values. Raises UserError where the folder
     holds a run that this command would spoil."""
     held = out / "config.yaml"

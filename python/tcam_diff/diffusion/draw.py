@@ -26,8 +26,8 @@ from tcam_diff.diffusion.sampling import Sampler
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation.picture import sheet
 from tcam_diff.files import replacing, sha256, writable_folder, write_text
-from tcam_diff.training.ranks import ranks
-from tcam_diff.training.records import png
+from tcam_diff.training.distributed import distributed
+from tcam_diff.training.report import png
 
 SHEET = "contact-sheet.png"
 
@@ -57,7 +57,7 @@ def draw(
     quiet: bool = False,
 ) -> None:
     """Draw the samples that the folder lacks, and the sheet of all."""
-    with ranks(device, patience=timedelta(days=7)) as group:  # shares differ: the last one may take long
+    with distributed(device, patience=timedelta(days=7)) as group:  # shares differ: the last one may take long
         quiet = quiet or not group.first
         out = output.folder
         model = TriplaneDiffusion.load(folder, group.device, compute)

@@ -16,11 +16,12 @@ from tcam_diff.diffusion.config import DiffusionConfig, SampleConfig
 from tcam_diff.diffusion.model import TriplaneDiffusion
 from tcam_diff.evaluation.picture import sheet, strip
 from tcam_diff.files import write_text
-from tcam_diff.training import records as run_records
+from tcam_diff.training.logger import read_metrics
 from tcam_diff.training.loop import Outcome
+from tcam_diff.training.report import curves, page, png
 
 if TYPE_CHECKING:
-    from tcam_diff.diffusion.train import Diffusion
+    from tcam_diff.diffusion.train import DiffusionTraining
 
 
 @torch.no_grad()
@@ -46,13 +47,13 @@ def samples_picture(model: TriplaneDiffusion, steps: int, count: int = 4) -> byt
         numbers = [i % len(classes) for i in range(count)]
         each = [(f"sample {i}, {classes[k]}", sampler.sample([i], k)) for i, k in enumerate(numbers)]
     strips = [(title, plane_strip(model, planes)) for title, planes in each]
-    return run_records.png(sheet(strips))
+    return png(sheet(strips))
 
 
-def write_report(folder: Path, config: DiffusionConfig, task: Diffusion, outcome: Outcome) -> None:
+def write_report(folder: Path, config: DiffusionConfig, task: DiffusionTraining, outcome: Outcome) -> None:
     """report.html: the result, the curves, samples, the settings."""
-    metrics = run_records.read(folder)
-    m, ranks = outcome.metrics, task.ranks
+    metrics = read_metrics(folder)
+    m, group = outcome.metrics, task.group
     result = {
         "volumes": f"{len(task.data)} of {config.latents}",
         "validation loss (average; 2 at the start)": f"{m.get('validation_loss', float('nan')):.4f}",
@@ -62,13 +63,13 @@ def write_report(folder: Path, config: DiffusionConfig, task: Diffusion, outcome
         "rate": f"{m.get('steps_per_second', 0):.2f} steps/s at the end, batch {config.batch}",
         "peak memory": f"{m.get('memory_gb', 0):.2f} GB",
         "parameters": f"{task.parameters / 1e6:.2f} M",
-        "machine": f"{platform.machine()}, {ranks.world} process(es) on {ranks.device.type}, products in "
+        "machine": f"{platform.machine()}, {group.world} process(es) on {group.device.type}, products in "
         f"{str(task.compute).removeprefix('torch.')}, torch {torch.__version__}, tcam_ext {tcam_ext.__version__}",
     }
     sections: list[tuple[str, str | bytes | dict[str, object]]] = [("Result", result)]
-    sections.append(("Curves", run_records.curves(metrics, [["loss", "validation_loss"], ["noise", "image"], ["residual"]])))
+    sections.append(("Curves", curves(metrics, [["loss", "validation_loss"], ["noise", "image"], ["residual"]])))
     if config.preview_steps:
         picture = samples_picture(task.model(outcome.step), config.preview_steps)
         sections.append((f"Samples (ab2, {config.preview_steps} steps)", picture))
     sections.append(("Configuration", config.yaml()))
-    write_text(folder / "report.html", run_records.page("Triplane diffusion", sections))
+    write_text(folder / "report.html", page("Triplane diffusion", sections))

@@ -12,7 +12,7 @@ from tcam_diff.diffusion.config import SampleConfig
 from tcam_diff.diffusion.model import TriplaneDiffusion
 from tcam_diff.diffusion.process import Estimate
 from tcam_diff.diffusion.schedulers import ArcScheduler
-from tcam_diff.training.streams import stream
+from tcam_diff.training.rng import rng
 
 #: Corrects an estimate: guidance by an image (guidance.py).
 Correct = Callable[[Estimate], Estimate]
@@ -30,7 +30,7 @@ class Sampler:
         return self._normals(indices, "sample").to(self.model.device)
 
     def _normals(self, indices: Sequence[int], *purpose: str | int) -> Tensor:
-        draws = [stream(self.config.seed, *purpose, i) for i in indices]
+        draws = [rng(self.config.seed, *purpose, i) for i in indices]
         return torch.stack([torch.randn(self.model.length, generator=g) for g in draws])
 
     def sample(

@@ -22,7 +22,7 @@ from tcam_diff.autodecoder.config import Count, Rate
 from tcam_diff.config import Config
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation.metrics import gaussian
-from tcam_diff.training.streams import seed_of, stream
+from tcam_diff.training.rng import rng, seed_of
 
 
 class CriticConfig(Config):
@@ -140,7 +140,7 @@ def score(
         raise ValueError("fakes: expected one or more sets, got none")
 
     def split(name: str, held: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        order = torch.randperm(len(held), generator=stream(seed, "critic split", number))
+        order = torch.randperm(len(held), generator=rng(seed, "critic split", number))
         cut = round(config.train_share * len(held))
         if cut < 1 or cut == len(held):
             raise UserError(f"{name}: {len(held)} volumes are too few to train on {config.train_share:.0%} and score the rest")
@@ -196,7 +196,7 @@ def _epoch(
     device: torch.device,
 ) -> tuple[float, float, float]:
     """One pass over the real volumes, with as many fakes, drawn equally from every set. (W, gradient norm, penalty), means."""
-    chosen = stream(seed, "critic epoch", epoch)
+    chosen = rng(seed, "critic epoch", epoch)
     order = torch.randperm(len(real), generator=chosen)
     turns = [torch.randperm(len(f), generator=chosen) for f in fakes]
     which = torch.arange(len(real)) % len(fakes)  # set of the i-th fake
@@ -250,5 +250,5 @@ def _mean(critic: Critic, volumes: Tensor, batch: int, device: torch.device) -> 
 
 def halves(real: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """For the controls: two halves of the real volumes, at random."""
-    order = torch.randperm(len(real), generator=stream(seed, "critic halves"))
+    order = torch.randperm(len(real), generator=rng(seed, "critic halves"))
     return real[order[: len(real) // 2]], real[order[len(real) // 2 :]]

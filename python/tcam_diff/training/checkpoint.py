@@ -17,7 +17,7 @@ import torch
 
 from tcam_diff.errors import UserError
 from tcam_diff.files import sha256
-from tcam_diff.training.ranks import Ranks
+from tcam_diff.training.distributed import Distributed
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8})")
@@ -29,7 +29,7 @@ def save(
     step: int,
     shared: dict[str, Any],
     shard: dict[str, Any],
-    ranks: Ranks,
+    group: Distributed,
     *,
     score: float | None = None,
     keep: int = 2,
@@ -43,23 +43,23 @@ def save(
     error: OSError | RuntimeError | None = None
     try:
         staging.mkdir(parents=True, exist_ok=True)
-        if ranks.first:
+        if group.first:
             _write(staging / "shared.pt", shared)
-        _write(staging / f"shard-{ranks.rank}-of-{ranks.world}.pt", shard)
+        _write(staging / f"shard-{group.rank}-of-{group.world}.pt", shard)
     except (OSError, RuntimeError) as caught:  # torch's writer raises RuntimeError on a full disk
         error = caught
-    if ranks.any(error is not None):
-        if ranks.first:
+    if group.any(error is not None):
+        if group.first:
             shutil.rmtree(staging, ignore_errors=True)
         raise UserError(
             f"{final}: could not be written: {error or 'see the message of the rank that failed'}; "
             f"{_last(folder)}make room, then --resume auto goes on from there"
         ) from error
-    if ranks.first:
+    if group.first:
         manifest = {
             "format": FORMAT,
             "step": step,
-            "world": ranks.world,
+            "world": group.world,
             "score": score,
             "sha256": {p.name: sha256(p) for p in sorted(staging.glob("*.pt"))},
         }
@@ -69,7 +69,7 @@ def save(
         os.replace(staging, final)
         _sync_folder(folder)
         prune(folder, keep)
-    ranks.barrier()
+    group.barrier()
     return final
 
 

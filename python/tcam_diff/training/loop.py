@@ -1,4 +1,4 @@
-"""The loop of both stages: steps, records, evaluations, checkpoints, a way to stop and to go on."""
+"""The loop of both stages: steps, log, evaluations, checkpoints, a way to stop and to go on."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from tcam_diff.errors import UserError
 from tcam_diff.training import checkpoint
-from tcam_diff.training.ranks import Ranks
-from tcam_diff.training.records import Records, read
+from tcam_diff.training.distributed import Distributed
+from tcam_diff.training.logger import Logger, read_metrics
 
 
 class Task(Protocol):
-    """What is trained. Randomness comes from named streams (training/streams.py), so that the states below are all there is."""
+    """What is trained. Randomness comes from named streams (training/rng.py), so that the states below are all there is."""
 
     steps: int
 
@@ -70,12 +70,12 @@ def run(
     task: Task,
     folder: Path,
     cadence: Cadence,
-    ranks: Ranks,
+    group: Distributed,
     *,
     resume: Path | None = None,
     score: str = "psnr",
     on_progress: Callable[[Progress], None] | None = None,
-    on_evaluate: Callable[[int, Records | None], None] | None = None,
+    on_evaluate: Callable[[int, Logger | None], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Outcome:
     """Train from the start, or from the checkpoint ``resume``, to the last step, or until ``should_stop``.
@@ -85,19 +85,19 @@ def run(
     is no number, or a checkpoint cannot be written or read; the checkpoints before are then intact.
     """
     checkpoints = folder / "checkpoints"
-    if ranks.first:
+    if group.first:
         checkpoint.clear_unfinished(checkpoints)
-    ranks.barrier()
+    group.barrier()
     step, before, saved = 0, 0.0, -1
     if resume is not None:
         step, shared, shards = checkpoint.load(resume)
         before, saved = float(shared["seconds"]), step
         task.load_state(shared["task"], shards)
-    records = Records(folder, step) if ranks.first else None
+    logger = Logger(folder, step) if group.first else None
     began = time.monotonic()
-    metrics = _last_records(folder, step)  # those of a run that is gone on with
+    metrics = _last_metrics(folder, step)  # those of a run that is gone on with
     measured: dict[int, float] = {}  # the score at the last step that was evaluated
-    finite = torch.ones((), dtype=torch.bool, device=ranks.device)
+    finite = torch.ones((), dtype=torch.bool, device=group.device)
     mark, mark_time, stopped = step, began, False
 
     def seconds() -> float:
@@ -105,15 +105,15 @@ def run(
 
     def save() -> None:
         nonlocal saved
-        if ranks.any(not (bool(finite) and task.finite())):
+        if group.any(not (bool(finite) and task.finite())):
             raise _not_a_number(step, metrics, checkpoints)
         shared = {"task": task.shared_state(), "seconds": seconds()}
-        checkpoint.save(checkpoints, step, shared, task.shard_state(), ranks, score=measured.get(step), keep=cadence.keep)
+        checkpoint.save(checkpoints, step, shared, task.shard_state(), group, score=measured.get(step), keep=cadence.keep)
         saved = step
 
     try:
         while step < task.steps:
-            if should_stop is not None and (ranks.world == 1 or step % 10 == 0) and ranks.any(should_stop()):
+            if should_stop is not None and (group.world == 1 or step % 10 == 0) and group.any(should_stop()):
                 stopped = True
                 break
             found = task.step(step)
@@ -122,25 +122,25 @@ def run(
             last = step == task.steps
             if step % cadence.log == 0 or last:
                 now = time.monotonic()
-                logged = {name: float(ranks.sum(v.clone().to(ranks.device)) / ranks.world) for name, v in found.items()}
+                logged = {name: float(group.sum(v.clone().to(group.device)) / group.world) for name, v in found.items()}
                 logged["steps_per_second"] = (step - mark) / max(now - mark_time, 1e-9)
                 logged["seconds"] = seconds()
-                logged["memory_gb"] = peak_memory(ranks.device) / 1e9
+                logged["memory_gb"] = peak_memory(group.device) / 1e9
                 metrics |= logged
-                if ranks.any(not bool(finite)):
+                if group.any(not bool(finite)):
                     raise _not_a_number(step, metrics, checkpoints)
                 mark, mark_time = step, now
-                if records is not None:
-                    records.scalars(step, logged)
+                if logger is not None:
+                    logger.scalars(step, logged)
             if step % cadence.evaluate == 0 or last:
                 checked = task.evaluate()
                 metrics |= checked
                 value = checked.get(score.lstrip("-"))
                 measured = {} if value is None else {step: -value if score.startswith("-") else value}
-                if records is not None:
-                    records.scalars(step, checked)
+                if logger is not None:
+                    logger.scalars(step, checked)
                 if on_evaluate is not None:
-                    on_evaluate(step, records)
+                    on_evaluate(step, logger)
                 mark, mark_time = step, time.monotonic()
             if on_progress is not None:
                 on_progress(Progress(step, task.steps, metrics, seconds()))
@@ -150,14 +150,14 @@ def run(
         if saved != step:
             save()
     finally:
-        if records is not None:
-            records.close()
+        if logger is not None:
+            logger.close()
     return Outcome(step, seconds(), stopped, metrics)
 
 
-def _last_records(folder: Path, step: int) -> dict[str, float]:
+def _last_metrics(folder: Path, step: int) -> dict[str, float]:
     found: dict[str, float] = {}
-    for record in read(folder):
+    for record in read_metrics(folder):
         if record["step"] <= step:
             found |= {k: math.nan if v is None else v for k, v in record.items() if k != "step"}
     return found
