@@ -368,8 +368,7 @@ def test_known_files_are_turned_to_the_models_axes(model, truth, tmp_path):
 
 def test_monais_inferer_draws_our_samples(model):
     from monai.inferers import LatentDiffusionInferer
-    from tcam_diff.diffusion.interop import Autoencoder, Network, latent_shape
-    from tcam_diff.diffusion.schedulers import ArcScheduler
+    from tcam_diff.diffusion.interop import ArcScheduler, Autoencoder, Network, latent_shape
 
     s = sampler(model, steps=5)
     scheduler = ArcScheduler("heun")
@@ -388,8 +387,7 @@ def test_monais_inferer_draws_our_samples(model):
 def test_monais_inferer_trains_on_our_latents(model, truth):
     from monai.inferers import LatentDiffusionInferer
     from tcam_diff.autodecoder.config import EncodeConfig
-    from tcam_diff.diffusion.interop import Autoencoder, Network, latent_shape
-    from tcam_diff.diffusion.schedulers import ArcScheduler
+    from tcam_diff.diffusion.interop import ArcScheduler, Autoencoder, Network, latent_shape
 
     encoding = EncodeConfig(steps=300, init="start", check_every=100, region="volume")
     autoencoder = Autoencoder(model, encoding=encoding)

@@ -10,7 +10,7 @@ import typer
 
 from tcam_diff import config as configs
 from tcam_diff.cli.common import say, tracked
-from tcam_diff.diffusion.config import SampleConfig, Solver
+from tcam_diff.diffusion.config import Method, SampleConfig
 from tcam_diff.errors import UserError
 from tcam_diff.files import replacing, writable_folder, write_text
 
@@ -30,7 +30,7 @@ def interpolate(
         typer.Option(help="Voxels along the axes. [default: as the training volumes]", show_default=False),
     ] = None,
     label: Annotated[str | None, typer.Option(help="A class, of a model trained with labels: of both volumes.")] = None,
-    solver: Annotated[Solver, typer.Option(help="Of the ODE, both ways.")] = "heun",
+    solver: Annotated[Method, typer.Option(help="Of the ODE, both ways.")] = "heun",
     steps: Annotated[int, typer.Option(min=1, help="Intervals.")] = 50,
     dtype: Annotated[str, typer.Option(help="float32, int16, uint16 or uint8 (integers with a scale).")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from tcam_diff import config as configs
-from tcam_diff.diffusion.config import SampleConfig, Solver
+from tcam_diff.diffusion.config import Method, SampleConfig
 from tcam_diff.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def sample(
         tuple[int, int, int] | None,
         typer.Option(help="Voxels along the axes. [default: as the training volumes]", show_default=False),
     ] = None,
-    solver: Annotated[Solver, typer.Option(help="Of the ODE; hot is stochastic.")] = "heun",
+    solver: Annotated[Method, typer.Option(help="Of the ODE; hot is stochastic.")] = "heun",
     steps: Annotated[int, typer.Option(min=1, help="Intervals; heun and midpoint take two evaluations, rk4 four.")] = 50,
     final: Annotated[str, typer.Option(help="x0: the last estimate of the planes; x: the integrated state.")] = "x0",
     label: Annotated[str | None, typer.Option(help="A class, of a model trained with labels.")] = None,

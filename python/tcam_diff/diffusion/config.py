@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from tcam_diff.autodecoder.config import Count, Rate
 from tcam_diff.config import Config
 
-Solver = Literal["euler", "frozen", "ddim", "midpoint", "heun", "rk4", "ab2", "hot"]
+Method = Literal["euler", "frozen", "ddim", "midpoint", "heun", "rk4", "ab2", "hot"]
 
 
 class NetworkConfig(Config):
@@ -134,7 +134,7 @@ class DiffusionConfig(Config):
 class SampleConfig(Config):
     """The integration from noise to planes (algorithm.md 2.2)."""
 
-    solver: Solver = "heun"
+    solver: Method = "heun"
     steps: Annotated[Count, Field(description="intervals from pi/2 to 0; the default: 100 evaluations of the network")] = 50
     hot_k: Annotated[int, Field(ge=1, description="intervals that hot jumps ahead before noise is added")] = 2
     final: Annotated[
