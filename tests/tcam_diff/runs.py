@@ -16,7 +16,7 @@ from tcam_diff.autodecoder.objective import make_decoder
 from tcam_diff.autodecoder.planes import normalise, plane_sizes
 from tcam_diff.autodecoder.train import AutodecoderTraining
 from tcam_diff.cli import train_diffusion
-from tcam_diff.cli.train_autodecoder import FREE, train
+from tcam_diff.cli.train_autodecoder import train
 from tcam_diff.cli.training import prepare_folder
 from tcam_diff.data.store import Record, Store, StoreWriter, quantise
 from tcam_diff.diffusion.config import DiffusionConfig, SampleConfig
@@ -65,7 +65,7 @@ def run(store: Path, out: Path, overrides: tuple[str, ...] = (), resume: str | N
     torch.set_num_threads(1)
     wanted = config(store, *overrides)
     with distributed("cpu") as group:
-        at = prepare_folder(out, wanted, resume, group, FREE)
+        at = prepare_folder(out, wanted, resume, group)
         train(wanted, out, group, at, quiet=True)
 
 
@@ -131,7 +131,7 @@ def diffuse(latents: Path, out: Path, overrides: tuple[str, ...] = (), resume: s
     torch.set_num_threads(1)
     wanted = diffusion_config(latents, *overrides)
     with distributed("cpu") as group:
-        at = prepare_folder(out, wanted, resume, group, train_diffusion.FREE)
+        at = prepare_folder(out, wanted, resume, group)
         train_diffusion.train(wanted, out, group, at, quiet=True)
 
 

@@ -9,13 +9,12 @@ from pydantic import Field
 
 from tcam_diff import config as configs
 from tcam_diff.config import Config
+from tcam_diff.training.config import Count, OptimiserConfig, Rate, RunConfig
 
-Count = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
 
 
-class ObjectiveConfig(Config):
+class ObjectiveConfig(OptimiserConfig):
     """Model, loss and optimisation. Defaults are those of algorithm.md section 0, the paper's where it says one."""
 
     channels: Annotated[int, Field(ge=1, le=256, description="C of the planes")] = 42
@@ -34,7 +33,6 @@ class ObjectiveConfig(Config):
         Field(description="what RMSNorm has unit energy of (equation 6 leaves it open)"),
     ] = "plane"
 
-    steps: Count = 20000
     region: Annotated[
         Literal["volume", "box", "slices", "lattice"],
         Field(description="voxels of a visit: all, a random box, random slices, every stride-th along each axis"),
@@ -45,10 +43,6 @@ class ObjectiveConfig(Config):
 
     lr_planes: Rate = 3e-5
     lr_decoder: Rate = 3e-5
-    beta2: Annotated[float, Field(ge=0, lt=1, description="Adam's second decay")] = 0.999
-    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
     plane_init_std: Annotated[float, Field(gt=0)] = 1e-3
     grad_clip: Annotated[float, Field(gt=0, description="norm; each object's planes and the decoder separately")] = 1.0
 
@@ -72,7 +66,6 @@ class ObjectiveConfig(Config):
         Field(description="of every voxel's features, as the paper has it, or of the planes' texels, which costs nothing"),
     ] = "texel"
     noise_free_fraction: Annotated[float, Field(ge=0, le=1, description="of the last steps")] = 0.0
-    seed: Annotated[int, Field(ge=0)] = 0
 
 
 class FitConfig(ObjectiveConfig):
@@ -83,8 +76,10 @@ class FitConfig(ObjectiveConfig):
     ] = "minmax"
 
 
-class TrainConfig(ObjectiveConfig):
+class TrainConfig(ObjectiveConfig, RunConfig):
     """One decoder, and planes for every volume of a store."""
+
+    changeable = RunConfig.changeable | {"data", "tables", "prefetch", "evaluate_objects"}
 
     data: Annotated[str, Field(description="a folder that `tcam prepare` wrote")]
     split: str = "train"
@@ -100,23 +95,8 @@ class TrainConfig(ObjectiveConfig):
         Field(description="where planes and their Adam moments live; auto: the fastest that they fit in"),
     ] = "auto"
     ema_decay: Annotated[float, Field(ge=0, lt=1, description="of the decoder's average, with warm-up")] = 0.999
-    device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, ...")] = "auto"
     prefetch: Annotated[int, Field(ge=0, description="steps whose voxels are read ahead; 0: none")] = 2
-    log_every: Annotated[Count, Field(description="steps")] = 50
-    evaluate_every: Annotated[int | None, Field(ge=1, description="steps; null: a tenth of all")] = None
     evaluate_objects: Annotated[Count, Field(description="of an evaluation on the way")] = 8
-    checkpoint_every: Annotated[
-        int | None, Field(ge=1, description="steps, beside every evaluation; null: a twentieth of all")
-    ] = None
-    keep: Annotated[Count, Field(description="checkpoints, beside the best")] = 2
-
-    def evaluation_steps(self) -> int:
-        """Between evaluations."""
-        return self.evaluate_every or max(1, self.steps // 10)
-
-    def checkpoint_steps(self) -> int:
-        """Between checkpoints."""
-        return self.checkpoint_every or max(1, self.steps // 20)
 
 
 class EncodeConfig(Config):

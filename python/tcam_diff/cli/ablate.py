@@ -13,7 +13,7 @@ from tcam_diff import config as configs
 from tcam_diff.autodecoder.ablation import judge, plot
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.cli.common import INTERRUPTED, duration, say
-from tcam_diff.cli.train_autodecoder import FREE, train
+from tcam_diff.cli.train_autodecoder import train
 from tcam_diff.cli.training import prepare_folder
 from tcam_diff.errors import UserError
 from tcam_diff.files import writable_folder, write_text
@@ -43,7 +43,7 @@ def ablate(
         result = folder / "result.json"
         if not result.exists():
             with distributed(wanted.device) as group:
-                outcome = train(wanted, folder, group, prepare_folder(folder, wanted, "auto", group, FREE), quiet)
+                outcome = train(wanted, folder, group, prepare_folder(folder, wanted, "auto", group), quiet)
             if outcome.stopped:
                 raise typer.Exit(INTERRUPTED)
             write_text(result, json.dumps({key: value, "seconds": outcome.seconds, **judge(folder)}, indent=1))

@@ -17,8 +17,6 @@ from tcam_diff.training.distributed import Distributed, distributed
 from tcam_diff.training.logger import Logger
 from tcam_diff.training.loop import Cadence, Outcome, run
 
-#: Keys that a run may be gone on with differently: they change when things happen, or where, not what is computed.
-FREE = {"data", "device", "tables", "prefetch", "log_every", "evaluate_every", "evaluate_objects", "checkpoint_every", "keep"}
 SHOWN = [("loss", "loss", 5, ""), ("PSNR", "psnr", 2, " dB")]
 
 
@@ -42,7 +40,7 @@ def train_autodecoder(
     """
     wanted = configs.load(TrainConfig, "train", config, overrides or [])
     with distributed(wanted.device) as group:
-        at = prepare_folder(out, wanted, resume, group, FREE)
+        at = prepare_folder(out, wanted, resume, group)
         if train(wanted, out, group, at, quiet or not group.first).stopped:
             raise typer.Exit(INTERRUPTED)
 

@@ -16,11 +16,6 @@ from tcam_diff.training.distributed import Distributed, distributed
 from tcam_diff.training.logger import Logger
 from tcam_diff.training.loop import Cadence, Outcome, run
 
-#: Keys that a run may be gone on with differently: they change when things happen, or where, not what is computed.
-FREE = {
-    "latents", "validation", "device", "compile", "log_every", "evaluate_every", "evaluate_volumes", "preview_steps",
-    "checkpoint_every", "keep",
-}  # fmt: skip
 SHOWN = [("loss", "loss", 4, ""), ("validation", "validation_loss", 4, "")]
 
 
@@ -45,7 +40,7 @@ def train_diffusion(
     """
     wanted = configs.load(DiffusionConfig, "diffusion", config, overrides or [])
     with distributed(wanted.device) as group:
-        at = prepare_folder(out, wanted, resume, group, FREE)
+        at = prepare_folder(out, wanted, resume, group)
         if train(wanted, out, group, at, quiet or not group.first).stopped:
             raise typer.Exit(INTERRUPTED)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,17 +13,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from tcam_diff.cli.common import console, duration, say, stop_on_interrupt
-from tcam_diff.config import Config
 from tcam_diff.errors import UserError
 from tcam_diff.files import writable_folder, write_text
 from tcam_diff.training import checkpoint
+from tcam_diff.training.config import RunConfig
 from tcam_diff.training.distributed import Distributed
 from tcam_diff.training.loop import Progress
 
 
-def prepare_folder(out: Path, config: Config, resume: str | None, group: Distributed, free: Collection[str]) -> Path | None:
-    """The checkpoint to go on from; ``free`` are the keys that may then have other values. Raises UserError where the folder
-    holds a run that this command would spoil."""
+def prepare_folder(out: Path, config: RunConfig, resume: str | None, group: Distributed) -> Path | None:
+    """The checkpoint to go on from. Raises UserError where the folder holds a run that this command would spoil."""
     held = out / "config.yaml"
     found = checkpoint.latest(out / "checkpoints")
     at: Path | None = None
@@ -38,7 +37,7 @@ def prepare_folder(out: Path, config: Config, resume: str | None, group: Distrib
     if at is not None and held.is_file():
         before, now = yaml.safe_load(held.read_text()), config.model_dump(mode="json")
         for key in now:
-            if key not in free and before.get(key) != now[key]:
+            if key not in config.changeable and before.get(key) != now[key]:
                 raise UserError(f"{key}: the run in {out} was begun with {before.get(key)}, --resume was given {now[key]}")
     if group.first:
         writable_folder(out)

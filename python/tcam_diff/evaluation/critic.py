@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from tcam_diff.autodecoder.config import Count, Rate
 from tcam_diff.config import Config
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation.metrics import gaussian
+from tcam_diff.training.config import Count, Rate
 from tcam_diff.training.rng import rng, seed_of
 
 

@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+
+from tcam_diff.training.config import OptimiserConfig
 
 
-class Scheduled(Protocol):
-    @property
-    def steps(self) -> int: ...
-
-    @property
-    def schedule(self) -> str: ...
-
-    @property
-    def warmup_steps(self) -> int: ...
-
-
-def lr_scale(config: Scheduled, index: int) -> float:
+def lr_scale(config: OptimiserConfig, index: int) -> float:
     """What the learning rates of step ``index`` are multiplied by: warm-up, then constant or half a cosine."""
     scale = min(1.0, (index + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     if config.schedule == "cosine":
