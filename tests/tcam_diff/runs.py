@@ -14,14 +14,11 @@ from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.latents import LatentWriter
 from tcam_diff.autodecoder.objective import make_decoder
 from tcam_diff.autodecoder.planes import normalise, plane_sizes
-from tcam_diff.autodecoder.train import AutodecoderTraining
-from tcam_diff.cli import train_diffusion
-from tcam_diff.cli.train_autodecoder import train
-from tcam_diff.cli.training import prepare_folder
+from tcam_diff.autodecoder.train import AutodecoderTraining, train_autodecoder
 from tcam_diff.data.store import Record, Store, StoreWriter, quantise
 from tcam_diff.diffusion.config import DiffusionConfig, SampleConfig
-from tcam_diff.diffusion.draw import Output, draw
-from tcam_diff.diffusion.train import DiffusionTraining
+from tcam_diff.diffusion.draw import Output, draw_samples
+from tcam_diff.diffusion.train import DiffusionTraining, train_diffusion
 from tcam_diff.training.distributed import distributed
 
 SMALL = (
@@ -31,7 +28,7 @@ SMALL = (
 
 #: Forks of a server that has imported everything and has never started a thread: each process costs milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tcam_diff.cli.train_autodecoder", "tcam_diff.diffusion.train", "tcam_diff.diffusion.sampling"])
+CONTEXT.set_forkserver_preload(["tcam_diff.autodecoder.train", "tcam_diff.diffusion.train", "tcam_diff.diffusion.draw"])
 
 
 def blobs(number: int, size: tuple[int, int, int]) -> np.ndarray:
@@ -63,10 +60,7 @@ def config(store: Path, *overrides: str) -> TrainConfig:
 def run(store: Path, out: Path, overrides: tuple[str, ...] = (), resume: str | None = None) -> None:
     """As ``tcam train-autodecoder`` does, on one thread."""
     torch.set_num_threads(1)
-    wanted = config(store, *overrides)
-    with distributed("cpu") as group:
-        at = prepare_folder(out, wanted, resume, group)
-        train(wanted, out, group, at, quiet=True)
+    train_autodecoder(config(store, "device=cpu", *overrides), out, resume)
 
 
 def steps(store: Path, out: Path, count: int, overrides: tuple[str, ...] = ()) -> None:
@@ -129,10 +123,7 @@ def diffusion_config(latents: Path, *overrides: str) -> DiffusionConfig:
 def diffuse(latents: Path, out: Path, overrides: tuple[str, ...] = (), resume: str | None = None) -> None:
     """As ``tcam train-diffusion`` does, on one thread."""
     torch.set_num_threads(1)
-    wanted = diffusion_config(latents, *overrides)
-    with distributed("cpu") as group:
-        at = prepare_folder(out, wanted, resume, group)
-        train_diffusion.train(wanted, out, group, at, quiet=True)
+    train_diffusion(diffusion_config(latents, "device=cpu", *overrides), out, resume)
 
 
 def diffusion_steps(latents: Path, out: Path, count: int, overrides: tuple[str, ...] = ()) -> None:
@@ -153,7 +144,7 @@ def diffusion_steps(latents: Path, out: Path, count: int, overrides: tuple[str, 
 def sample(folder: Path, out: Path) -> None:
     """As ``tcam sample`` does, five volumes one by one, on one thread."""
     torch.set_num_threads(1)
-    draw(folder, Output(out), range(5), SampleConfig(steps=3), batch_size=1, device="cpu", quiet=True)
+    draw_samples(folder, Output(out), range(5), SampleConfig(steps=3), batch_size=1, device="cpu")
 
 
 # ---- processes -----------------------------------------------------------------------------

@@ -155,13 +155,26 @@ def test_ctrl_c_ends_the_demo(monkeypatch, tmp_path, capsys):
     from tcam_diff import demo
 
     asked = []
+
+    def work(name, stops=False):
+        def run(*arguments, **options):
+            asked.append(name)
+            if stops:
+                raise KeyboardInterrupt
+            return []
+
+        monkeypatch.setattr(demo, name, run)
+
     monkeypatch.setattr(demo, "fit_one", lambda *a: None)
-    monkeypatch.setattr(demo, "app", lambda arguments, **_: asked.append(arguments[0]) or (130 if len(asked) == 3 else 0))
+    monkeypatch.setattr(demo, "find_cases", lambda path: mock.Mock(cases=[]))
+    for name in ("make_cohort", "prepare_cases", "export_latents", "train_diffusion", "draw_samples"):
+        work(name)
+    work("train_autodecoder", stops=True)
     monkeypatch.setattr(sys, "argv", ["demo", "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
         demo.main()
     assert ended.value.code == 130
-    assert asked == ["make-cohort", "prepare", "train-autodecoder"]
+    assert asked == ["make_cohort", "prepare_cases", "train_autodecoder"]
     assert "the same command goes on" in capsys.readouterr().out
 
 

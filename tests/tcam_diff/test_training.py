@@ -269,7 +269,7 @@ def test_stopping_and_going_on_is_the_same_run(store, uninterrupted, tmp_path):
         last = checkpoint.latest(tmp_path / "checkpoints")
         left = iter(range(stop_at - (checkpoint.steps(tmp_path / "checkpoints") or [0])[-1]))
         stop = functools.partial(_exhausted, left)
-        outcome = loop(task, tmp_path, Cadence(4, 8, 3), Distributed(), resume=last, should_stop=stop)
+        outcome = loop(task, tmp_path, Cadence(4, 8, 3), Distributed(), resume=last, stop=stop)
         assert outcome.step == min(stop_at, 24)
         task.close()
     assert equal(states(tmp_path), states(uninterrupted))

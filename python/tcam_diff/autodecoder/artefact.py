@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,11 +20,13 @@ from torch import Tensor
 
 import tcam_ext
 from tcam_diff.autodecoder.config import FitConfig, ObjectiveConfig
-from tcam_diff.autodecoder.fit import FitResult
 from tcam_diff.autodecoder.objective import make_decoder
 from tcam_diff.autodecoder.planes import PLANE_NAMES
 from tcam_diff.errors import UserError
 from tcam_diff.files import sha256, writable_folder
+
+if TYPE_CHECKING:
+    from tcam_diff.autodecoder.fit import FitResult
 
 FORMAT = 1
 _PLANES, _DECODER, _CONFIG, _MANIFEST = (

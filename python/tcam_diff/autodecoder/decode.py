@@ -6,12 +6,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from rich.progress import Progress
 
-from tcam_diff.autodecoder import artefact
-from tcam_diff.cli.common import console
+from tcam_diff.autodecoder import artefact, latents
 from tcam_diff.data.nifti import Quantiser, resized_affine, write_volume
 from tcam_diff.errors import UserError
+from tcam_diff.progress import Progress, ProgressCallback
+
+
+def load_fitted(folder: Path, volume: str | None = None) -> artefact.FittedVolume:
+    """What `tcam fit` wrote into a folder, or a volume of a latent set. Raises UserError where it is neither."""
+    if not (folder / latents.INDEX).is_file():
+        if volume is not None:
+            raise UserError(f"--volume: {folder} is no latent set")
+        return artefact.load(folder)
+    latent_set = latents.LatentSet(folder)
+    if volume is None and len(latent_set.entries) > 1:
+        names = ", ".join(e.name for e in latent_set.entries[:5])
+        raise UserError(f"{folder}: a latent set of {len(latent_set.entries)} volumes; choose one with --volume: {names}, ...")
+    return latent_set.fitted(volume or latent_set.entries[0].name)
 
 
 def check_output(size: tuple[int, int, int], dtype: str) -> None:
@@ -26,19 +38,29 @@ def decode_to_file(
     out: Path,
     size: tuple[int, int, int],
     dtype: str = "float32",
-    quiet: bool = False,
+    progress: ProgressCallback | None = None,
 ) -> None:
+    """Write a volume as NIfTI with the field of view of the original, slab by slab: memory does not grow with it.
+
+    Args:
+        fitted: of ``artefact.load``, ``LatentSet.fitted`` or ``TriplaneDiffusion.volume``.
+        out: a .nii or .nii.gz file.
+        size: voxels along the file's axes.
+        dtype: float32, int16, uint16 or uint8 (integers with scl_slope and scl_inter).
+        progress: called after every slab with the slices written.
+    """
     check_output(size, dtype)
     meta = fitted.meta
     quantiser = Quantiser(dtype, min(lo for lo, _ in meta.intensity), max(hi for _, hi in meta.intensity))
     affine = resized_affine(np.asarray(meta.affine), meta.shape, size)
-    with Progress(console=console, disable=quiet or not console.is_terminal) as progress:
-        task = progress.add_task("decoding", total=size[2])
+    codes, units = (meta.codes[0], meta.codes[1]), (meta.units[0], meta.units[1])
 
-        def slabs() -> Iterator[np.ndarray]:
-            for slab in fitted.decode(size):
-                yield slab
-                progress.advance(task, slab.shape[3])
+    def slabs() -> Iterator[np.ndarray]:
+        done = 0
+        for slab in fitted.decode(size):
+            yield slab
+            done += slab.shape[3]
+            if progress is not None:
+                progress(Progress(done, size[2]))
 
-        codes, units = (meta.codes[0], meta.codes[1]), (meta.units[0], meta.units[1])
-        write_volume(out, slabs(), size, meta.channels, affine, quantiser, codes, units)
+    write_volume(out, slabs(), size, meta.channels, affine, quantiser, codes, units)

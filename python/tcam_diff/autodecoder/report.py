@@ -19,6 +19,7 @@ from tcam_diff.autodecoder.planes import PLANE_NAMES
 from tcam_diff.data.store import Record
 from tcam_diff.evaluation.picture import comparison
 from tcam_diff.files import write_text
+from tcam_diff.text import size_text
 from tcam_diff.training.logger import read_metrics
 from tcam_diff.training.loop import Outcome
 from tcam_diff.training.report import curves, page, png
@@ -73,7 +74,7 @@ def write_report(folder: Path, config: TrainConfig, task: AutodecoderTraining, o
     rate = outcome.metrics.get("steps_per_second", 0.0)
     group, voxels = task.group, task.channels * int(np.prod(task.size))
     result = {
-        "volumes": f"{len(task.records)} of {config.data}, {' x '.join(map(str, task.size))}, {task.channels} channel(s)",
+        "volumes": f"{len(task.records)} of {config.data}, {size_text(task.size)}, {task.channels} channel(s)",
         "fitted PSNR, whole volumes, noise off": f"{outcome.metrics['fitted_psnr']:.2f} dB",
         "steps": outcome.step,
         "time": f"{outcome.seconds / 60:.1f} min",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,18 @@ import tcam_ext
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.objective import Objective, Visit, make_decoder, parameter_dtype
 from tcam_diff.autodecoder.planes import init_planes, normalise
+from tcam_diff.autodecoder.report import channels_picture, rgb, slices_picture, write_report
 from tcam_diff.autodecoder.tables import PlaneTable
 from tcam_diff.data.store import Record, Store, one_shape
 from tcam_diff.errors import UserError
+from tcam_diff.progress import ProgressCallback, StopCallback
 from tcam_diff.training.distributed import Distributed
 from tcam_diff.training.ema import update_average
+from tcam_diff.training.logger import Logger
+from tcam_diff.training.loop import Outcome, Task
 from tcam_diff.training.lr import lr_scale
 from tcam_diff.training.rng import rng
+from tcam_diff.training.run import train
 
 
 class _Loss(nn.Module):
@@ -60,11 +66,11 @@ class Schedule:
         return mine[int(order[at])], epoch * self.inner + inner
 
 
-class AutodecoderTraining:
-    """Parameters, optimiser state and data of a training run: a task of training/loop.py."""
+class AutodecoderTraining(Task):
+    """Parameters, optimiser state and data of a training run of stage 1."""
 
     def __init__(self, config: TrainConfig, group: Distributed, folder: Path) -> None:
-        self.config, self.group, self.steps = config, group, config.steps
+        self.config, self.group, self.steps, self.folder = config, group, config.steps, folder
         self.store = Store(config.data)
         self.records = self.store.of(config.split)[: config.objects]
         channels, h, w, d = one_shape(self.store.folder, self.records)
@@ -201,6 +207,25 @@ class AutodecoderTraining:
         for o in self.mine:
             yield self.records[o], normalise(self.table.planes(o), self.config.norm)
 
+    def draw_pictures(self, step: int, logger: Logger | None) -> None:
+        """Slices of this rank's first object, in samples/ and for TensorBoard, where its planes go too."""
+        if logger is None or (found := self.slices()) is None:
+            return
+        samples = self.folder / "samples"
+        samples.mkdir(exist_ok=True)
+        picture = slices_picture(*found, f"step {step}")
+        (samples / f"step-{step:08d}.png").write_bytes(picture)
+        logger.picture(step, "slices", rgb(picture))
+        logger.picture(step, "planes", rgb(channels_picture(next(self.fitted())[1])))
+
+    def finish(self, outcome: Outcome) -> None:
+        """At the last step: "fitted_psnr" of all whole volumes, and report.html."""
+        if outcome.stopped:
+            return
+        outcome.metrics["fitted_psnr"] = self.evaluate(range(len(self.records)), whole=True)["psnr"]
+        if self.group.first:
+            write_report(self.folder, self.config, self, outcome)
+
     # ---- checkpoints -------------------------------------------------------------------
 
     def shared_state(self) -> dict[str, Any]:
@@ -230,6 +255,33 @@ class AutodecoderTraining:
     def close(self) -> None:
         if self._readers is not None:
             self._readers.shutdown(cancel_futures=True)
+
+
+def train_autodecoder(
+    config: TrainConfig,
+    out: str | os.PathLike[str],
+    resume: str | None = None,
+    *,
+    started: Callable[[AutodecoderTraining], None] | None = None,
+    progress: ProgressCallback | None = None,
+    stop: StopCallback | None = None,
+) -> Outcome:
+    """Train one decoder and planes for every volume of a store, on the processes that torchrun describes, or on this one.
+
+    Args:
+        config: ``TrainConfig.load("fast", ["data=STORE"])``.
+        out: folder of the run: config.yaml, checkpoints, metrics.jsonl, TensorBoard files, samples (pictures), report.html.
+        resume: "auto": from the last checkpoint in ``out``, if there is one; or a checkpoint's folder; None: from the start.
+        started: is given the training before its first step, on the first process.
+        progress: called after every step, with "loss" and "psnr" (dB) among the metrics.
+        stop: asked before every step; true: write a checkpoint and return, with ``stopped``.
+
+    Returns:
+        The last step and its metrics; "fitted_psnr" (dB) is the mean over all whole volumes, without noise.
+
+    Raises UserError where ``out`` holds a run that would be spoilt, the data do not fit, or the loss is no number.
+    """
+    return train(AutodecoderTraining, config, Path(out), resume, started, progress, stop)
 
 
 def available_memory() -> float:

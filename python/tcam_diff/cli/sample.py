@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from tcam_diff import config as configs
+from tcam_diff.cli.common import progress_bar, say, stop_on_interrupt
 from tcam_diff.diffusion.config import Method, SampleConfig
+from tcam_diff.diffusion.draw import SHEET, Output, draw_samples
+from tcam_diff.diffusion.guidance import ImageGuidance, read_known
+from tcam_diff.diffusion.model import TriplaneDiffusion, find
 from tcam_diff.errors import UserError
-
-if TYPE_CHECKING:
-    from tcam_diff.diffusion.guidance import ImageGuidance
-    from tcam_diff.diffusion.model import TriplaneDiffusion
+from tcam_diff.text import size_text
+from tcam_diff.training.distributed import first_process
 
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
 
-def sample(
+def command(
     model: Annotated[Path, typer.Argument(help="A run of `tcam train-diffusion`, or a model's folder.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the volumes; those that are there are kept.")],
     n: Annotated[int, typer.Option("--n", min=1, help="How many.")] = 4,
@@ -66,9 +68,6 @@ def sample(
     Sample i depends on the seed and on i alone. Ctrl-C stops; the same command goes on with those that are missing. Under
     torchrun they are shared among its processes.
     """
-    from tcam_diff.diffusion.draw import Output, draw
-    from tcam_diff.diffusion.guidance import read_known
-
     settings = {
         "solver": solver, "steps": steps, "final": final, "guidance_scale": guidance_scale, "seed": seed, "hot_k": hot_k,
     }  # fmt: skip
@@ -81,5 +80,21 @@ def sample(
     def guide(loaded: TriplaneDiffusion) -> ImageGuidance | None:
         return None if known is None else read_known(loaded, known, mask, known_channels, known_noise, known_range)
 
-    output = Output(out, size, dtype)
-    draw(model, output, range(first, first + n), config, label, guide, batch_size, compute_dtype, device, quiet)
+    quiet = quiet or not first_process()
+    output, indices = Output(out, size, dtype), range(first, first + n)
+
+    def started(loaded: TriplaneDiffusion, kept: int) -> None:
+        say(
+            f"{find(model)}: {n} volumes, {size_text(size or loaded.geometry.shape)}, {solver} with {steps} steps"
+            + (f"; {kept} are there already" if kept else "")
+        )
+
+    with progress_bar("sampling", quiet) as show, stop_on_interrupt("the same command goes on") as stop:
+        done = draw_samples(
+            model, output, indices, config, label=label, guide=guide, batch_size=batch_size, compute=compute_dtype,
+            device=device, started=None if quiet else started, progress=show, stop=stop,
+        )  # fmt: skip
+    if not done:
+        raise KeyboardInterrupt
+    if not quiet:
+        say(f"{out}: {n} volumes; {out / SHEET}")

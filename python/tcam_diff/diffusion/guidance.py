@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tcam_diff.cli.common import size_text
 from tcam_diff.data.intensity import to_unit
 from tcam_diff.data.nifti import oriented, read_volume
 from tcam_diff.diffusion.model import TriplaneDiffusion
 from tcam_diff.diffusion.process import Estimate
 from tcam_diff.errors import UserError
 from tcam_diff.files import sha256
+from tcam_diff.text import size_text
 
 
 @dataclass

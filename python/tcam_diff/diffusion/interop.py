@@ -28,6 +28,7 @@ from tcam_diff.diffusion.process import TIMESTEPS, Estimate, mix
 from tcam_diff.diffusion.solver import Draw, Solver, Steps, arc
 from tcam_diff.errors import UserError
 from tcam_diff.files import replacing, writable_folder, write_text
+from tcam_diff.text import size_text
 
 #: Of the metadata of bundles.
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
@@ -278,10 +279,9 @@ def _metadata(model: TriplaneDiffusion, name: str, version: str) -> dict[str, An
 def _readme(model: TriplaneDiffusion, name: str) -> str:
     g, provenance = model.geometry, model.provenance
     millions = sum(p.numel() for p in model.network.parameters()) / 1e6
-    size = " x ".join(map(str, g.shape))
     return f"""# {name}
 
-A diffusion model of triplanes (TCAM-Diff, AAAI 2025) with its decoder: {g.outputs} channel(s), {size} voxels,
+A diffusion model of triplanes (TCAM-Diff, AAAI 2025) with its decoder: {g.outputs} channel(s), {size_text(g.shape)} voxels,
 {millions:.2f} M parameters, trained on {provenance.get("volumes", "?")} volumes for {provenance.get("step", "?")} steps.
 Needs the package tcam-ext with its extras `train` and `bundle`.
 

@@ -14,8 +14,10 @@ import tcam_ext
 from tcam_diff.data.nifti import resized_affine
 from tcam_diff.diffusion.config import DiffusionConfig, SampleConfig
 from tcam_diff.diffusion.model import TriplaneDiffusion
+from tcam_diff.diffusion.sampling import Sampler
 from tcam_diff.evaluation.picture import sheet, strip
 from tcam_diff.files import write_text
+from tcam_diff.text import dtype_text
 from tcam_diff.training.logger import read_metrics
 from tcam_diff.training.loop import Outcome
 from tcam_diff.training.report import curves, page, png
@@ -36,8 +38,6 @@ def plane_strip(model: TriplaneDiffusion, planes: list[Tensor], longest: int = 1
 
 def samples_picture(model: TriplaneDiffusion, steps: int, count: int = 4) -> bytes:
     """A PNG of the first samples of the model's seed, integrated by ab2; of each class in turn, where there are labels."""
-    from tcam_diff.diffusion.sampling import Sampler
-
     config = SampleConfig(solver="ab2", steps=steps, seed=model.config.seed)
     sampler, classes = Sampler(model, config), model.geometry.classes
     if not classes:
@@ -64,7 +64,7 @@ def write_report(folder: Path, config: DiffusionConfig, task: DiffusionTraining,
         "peak memory": f"{m.get('memory_gb', 0):.2f} GB",
         "parameters": f"{task.parameters / 1e6:.2f} M",
         "machine": f"{platform.machine()}, {group.world} process(es) on {group.device.type}, products in "
-        f"{str(task.compute).removeprefix('torch.')}, torch {torch.__version__}, tcam_ext {tcam_ext.__version__}",
+        f"{dtype_text(task.compute)}, torch {torch.__version__}, tcam_ext {tcam_ext.__version__}",
     }
     sections: list[tuple[str, str | bytes | dict[str, object]]] = [("Result", result)]
     sections.append(("Curves", curves(metrics, [["loss", "validation_loss"], ["noise", "image"], ["residual"]])))

@@ -1,10 +1,11 @@
-"""Training of stage 2: a task of training/loop.py (algorithm.md 4.6)."""
+"""Stage 2: training of the network on a latent set (algorithm.md 4.6)."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tcam_diff.autodecoder.report import rgb
 from tcam_diff.diffusion.config import DiffusionConfig
 from tcam_diff.diffusion.data import Centre, LatentData
 from tcam_diff.diffusion.model import TriplaneDiffusion, network_dtype, of_data
 from tcam_diff.diffusion.network import TriplaneUNet
 from tcam_diff.diffusion.process import TIMESTEPS, errors, flip, mix, timesteps
+from tcam_diff.diffusion.report import samples_picture, write_report
 from tcam_diff.errors import UserError
+from tcam_diff.progress import ProgressCallback, StopCallback
 from tcam_diff.training.distributed import Distributed
 from tcam_diff.training.ema import update_average
+from tcam_diff.training.logger import Logger
+from tcam_diff.training.loop import Outcome, Task
 from tcam_diff.training.lr import lr_scale
 from tcam_diff.training.rng import rng, seed_of
+from tcam_diff.training.run import train
 
 
 class _Loss(nn.Module):
@@ -43,8 +50,10 @@ class _Loss(nn.Module):
         return noise_error, image_error, residual
 
 
-class DiffusionTraining:
-    """Network, its average, optimiser and data of a training run."""
+class DiffusionTraining(Task):
+    """Network, its average, optimiser and data of a training run of stage 2."""
+
+    score = "-validation_loss"
 
     def __init__(self, config: DiffusionConfig, group: Distributed, folder: Path) -> None:
         self.config, self.group, self.steps, self.folder = config, group, config.steps, folder
@@ -178,6 +187,25 @@ class DiffusionTraining:
         """The average, with all that makes volumes of it."""
         return of_data(self.average, self.data, self.config, self.centre, step)
 
+    def draw_pictures(self, step: int, logger: Logger | None) -> None:
+        """The model, in model/, and samples from it, in samples/ and for TensorBoard."""
+        if logger is None:
+            return
+        model, samples = self.model(step), self.folder / "samples"
+        model.save(self.folder / "model")
+        if self.config.preview_steps:
+            samples.mkdir(exist_ok=True)
+            picture = samples_picture(model, self.config.preview_steps)
+            (samples / f"step-{step:08d}.png").write_bytes(picture)
+            logger.picture(step, "samples", rgb(picture))
+
+    def finish(self, outcome: Outcome) -> None:
+        """The model as it is; at the last step report.html."""
+        if self.group.first:
+            self.model(outcome.step).save(self.folder / "model")
+            if not outcome.stopped:
+                write_report(self.folder, self.config, self, outcome)
+
     # ---- checkpoints -------------------------------------------------------------------
 
     def shared_state(self) -> dict[str, Any]:
@@ -205,3 +233,31 @@ class DiffusionTraining:
 @functools.lru_cache(maxsize=4)
 def _shuffled(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=rng(seed, "order", epoch))
+
+
+def train_diffusion(
+    config: DiffusionConfig,
+    out: str | os.PathLike[str],
+    resume: str | None = None,
+    *,
+    started: Callable[[DiffusionTraining], None] | None = None,
+    progress: ProgressCallback | None = None,
+    stop: StopCallback | None = None,
+) -> Outcome:
+    """Train a diffusion model on a latent set, on the processes that torchrun describes, or on this one.
+
+    Args:
+        config: ``DiffusionConfig.load("small", ["latents=LATENTS"])``.
+        out: folder of the run: config.yaml, checkpoints, model/ (for ``TriplaneDiffusion.load(out)``), metrics.jsonl,
+            TensorBoard files, samples (pictures), report.html.
+        resume: "auto": from the last checkpoint in ``out``, if there is one; or a checkpoint's folder; None: from the start.
+        started: is given the training before its first step, on the first process.
+        progress: called after every step, with "loss" and "validation_loss" among the metrics.
+        stop: asked before every step; true: write a checkpoint and return, with ``stopped``.
+
+    Returns:
+        The last step and its metrics; "validation_loss" is 2 before training.
+
+    Raises UserError where ``out`` holds a run that would be spoilt, the latents do not fit, or the loss is no number.
+    """
+    return train(DiffusionTraining, config, Path(out), resume, started, progress, stop)

@@ -8,7 +8,7 @@ size and scale of the volumes and on the critic: those of different runs are not
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -21,6 +21,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from tcam_diff.config import Config
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation.metrics import gaussian
+from tcam_diff.progress import Progress, ProgressCallback
 from tcam_diff.training.config import Count, Rate
 from tcam_diff.training.rng import rng, seed_of
 
@@ -130,11 +131,12 @@ def score(
     config: CriticConfig,
     seed: int,
     device: torch.device,
-    on_epoch: Callable[[int, float, float], None] | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Score:
     """Train a critic on real against pooled fakes, and score what was held back. Sets: as ``prepare`` makes them.
 
-    ``on_epoch`` is told (epoch, distance on the training volumes, mean gradient norm). Raises UserError where a set is small.
+    ``progress`` is called after every epoch with "distance", on the training volumes, and "gradient_norm", their mean. Raises
+    UserError where a set is small.
     """
     if not fakes:
         raise ValueError("fakes: expected one or more sets, got none")
@@ -165,8 +167,8 @@ def score(
         found = _epoch(critic, optimiser, truth, pools, config, seed, epoch, device)
         history.append(found)
         distance, norm, _ = found
-        if on_epoch is not None:
-            on_epoch(epoch, distance, norm)
+        if progress is not None:
+            progress(Progress(epoch, config.epochs, {"distance": distance, "gradient_norm": norm}))
         valid = clipped or abs(norm - 1) <= config.tolerance
         if valid and (best is None or distance > best[0]):
             best = (distance, epoch, {k: v.clone() for k, v in critic.state_dict().items()}, norm)

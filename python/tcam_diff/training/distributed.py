@@ -41,6 +41,11 @@ class Distributed:
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
 
 
+def first_process() -> bool:
+    """Whether this is the process, of those that torchrun started, that writes and prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def device_of(name: str, local_rank: int = 0) -> torch.device:
     """ "auto": a GPU where there is one. Raises UserError where the device is not there."""
     if name == "auto":
