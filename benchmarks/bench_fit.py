@@ -12,7 +12,7 @@ from pathlib import Path
 import harness
 import torch
 from tcam_diff import demo
-from tcam_diff.autodecoder.config import load_config
+from tcam_diff.autodecoder.config import FitConfig
 from tcam_diff.autodecoder.fit import Fitter
 from tcam_diff.autodecoder.planes import texel_noise
 from tcam_diff.data.intensity import intensity_range, to_unit
@@ -44,7 +44,7 @@ def main() -> None:
     size = tuple(want.shape[1:])
     rows = []
     for name in a.variants:
-        config = load_config("fast", VARIANTS[name])
+        config = FitConfig.load("fast", VARIANTS[name])
         result = Fitter(target, config).run()
         noisy = texel_noise(result.planes, 0.32, size, 0)
         with torch.no_grad():

@@ -16,7 +16,6 @@ from typing import Any
 import harness
 import numpy as np
 import torch
-from tcam_diff import config as configs
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.objective import Lattice
 from tcam_diff.autodecoder.train import AutodecoderTraining
@@ -95,7 +94,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             make_store(Path(folder) / "store", case.size, case.objects)
             over = [f"data={folder}/store", f"device={a.device}", "steps=100000", *case.overrides]
-            config = configs.load(TrainConfig, "train", case.preset, over)
+            config = TrainConfig.load(case.preset, over)
             task = AutodecoderTraining(config, Distributed(device=device_of(a.device)), Path(folder))
             index = [0]
 

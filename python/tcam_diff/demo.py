@@ -19,9 +19,8 @@ import numpy as np
 import torch
 
 import tcam_ext
-from tcam_diff import config as configs
 from tcam_diff.autodecoder import artefact
-from tcam_diff.autodecoder.config import TrainConfig, load_config
+from tcam_diff.autodecoder.config import FitConfig, TrainConfig
 from tcam_diff.autodecoder.decode import decode_to_file
 from tcam_diff.autodecoder.encode import export_latents, load_run
 from tcam_diff.autodecoder.fit import fit_volume
@@ -111,7 +110,7 @@ def fit_one(out: Path, overrides: list[str], start: float) -> None:
     original, fitted_folder = out / "mni152_128.nii.gz", out / "fitted"
     template(original)
     source = read_volume(original)
-    result, meta = fit_volume(source, load_config("fast", overrides), progress=progress("fitting"))
+    result, meta = fit_volume(source, FitConfig.load("fast", overrides), progress=progress("fitting"))
     artefact.save(fitted_folder, result, meta)
 
     fitted = artefact.load(fitted_folder)
@@ -147,14 +146,14 @@ def generate(out: Path, start: float) -> None:
 
     def prepare() -> None:
         cases = find_cases(cohort).cases
-        shown(prepare_cases(cases, store, configs.load(PrepareConfig, "prepare", "cohort"), JOBS), len(cases), "preparing")
+        shown(prepare_cases(cases, store, PrepareConfig.load("cohort"), JOBS), len(cases), "preparing")
 
     def train1() -> None:
-        config = configs.load(TrainConfig, "train", "fast", changes1)
+        config = TrainConfig.load("fast", changes1)
         train_autodecoder(config, stage1, "auto", progress=progress("training"))
 
     def train2() -> None:
-        config = configs.load(DiffusionConfig, "diffusion", "tiny", changes2)
+        config = DiffusionConfig.load("tiny", changes2)
         train_diffusion(config, stage2, "auto", progress=progress("training"))
 
     commands: list[tuple[str, Callable[[], object]]] = [

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tcam_diff import config as configs
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.latents import LatentWriter
 from tcam_diff.autodecoder.objective import make_decoder
@@ -54,7 +53,7 @@ def make_store(folder: Path, count: int = 7, held_out: int = 2, size: tuple[int,
 
 
 def config(store: Path, *overrides: str) -> TrainConfig:
-    return configs.load(TrainConfig, "train", "fast", [f"data={store}", *SMALL, *overrides])
+    return TrainConfig.load("fast", [f"data={store}", *SMALL, *overrides])
 
 
 def run(store: Path, out: Path, overrides: tuple[str, ...] = (), resume: str | None = None) -> None:
@@ -117,7 +116,7 @@ def make_latents(
 
 
 def diffusion_config(latents: Path, *overrides: str) -> DiffusionConfig:
-    return configs.load(DiffusionConfig, "diffusion", "tiny", [f"latents={latents}", *SMALL_DIFFUSION, *overrides])
+    return DiffusionConfig.load("tiny", [f"latents={latents}", *SMALL_DIFFUSION, *overrides])
 
 
 def diffuse(latents: Path, out: Path, overrides: tuple[str, ...] = (), resume: str | None = None) -> None:

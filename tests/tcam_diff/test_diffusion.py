@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tcam_diff import config as configs
 from tcam_diff.diffusion.config import DiffusionConfig, NetworkConfig
 from tcam_diff.diffusion.interop import ArcScheduler
 from tcam_diff.diffusion.network import TriplaneAttention, TriplaneUNet, _add, _attend, _positions
@@ -50,7 +49,7 @@ T = torch.tensor([3.5, 700.0])
      ("pancreas", 42, 71.9), ("colon", 42, 41.5)],
 )  # fmt: skip
 def test_presets_have_the_designed_parameter_counts(preset, channels, millions):
-    config = configs.load(DiffusionConfig, "diffusion", preset)
+    config = DiffusionConfig.load(preset)
     with torch.device("meta"):
         made = TriplaneUNet(channels, config.network)
     count = sum(p.numel() for p in made.parameters())
@@ -211,7 +210,7 @@ def test_bad_planes_are_refused(sizes, channels, said):
 
 def test_bad_levels_are_refused():
     with pytest.raises(UserError, match="level 4 of 4"):
-        configs.load(DiffusionConfig, "diffusion", "brats", ["network.attention_levels=[4]"])
+        DiffusionConfig.load("brats", ["network.attention_levels=[4]"])
 
 
 # ---- the process ---------------------------------------------------------------------------

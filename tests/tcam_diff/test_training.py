@@ -130,7 +130,7 @@ def test_a_table_takes_its_rows_from_any_sharding():
 
 @pytest.mark.parametrize("preset", configs.presets("train"))
 def test_presets(preset):
-    config = configs.load(TrainConfig, "train", preset)
+    config = TrainConfig.load(preset)
     assert TrainConfig.model_validate(yaml.safe_load(config.yaml())) == config
     assert 1e-3 <= config.lr_planes / config.plane_init_std <= 1  # algorithm.md 6.3
 
@@ -139,12 +139,12 @@ def test_a_file_with_an_unknown_key_is_refused_with_the_nearest(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("data: x\nlr_plane: 1e-2\n")
     with pytest.raises(UserError, match="lr_plane: no such key; did you mean lr_planes"):
-        configs.load(TrainConfig, "train", path)
+        TrainConfig.load(path)
     path.write_text("data: x\nlr_planes: 1e-2\n")
-    assert configs.load(TrainConfig, "train", path).lr_planes == 0.01
+    assert TrainConfig.load(path).lr_planes == 0.01
     path.write_text("channels: 3\n")
     with pytest.raises(UserError, match="data: field required"):
-        configs.load(TrainConfig, "train", path)
+        TrainConfig.load(path)
 
 
 # ---- checkpoints -----------------------------------------------------------------------

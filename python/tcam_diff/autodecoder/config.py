@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tcam_diff import config as configs
 from tcam_diff.config import Config
 from tcam_diff.training.config import Count, OptimiserConfig, Rate, RunConfig
 
@@ -71,6 +69,8 @@ class ObjectiveConfig(OptimiserConfig):
 class FitConfig(ObjectiveConfig):
     """One volume's planes and decoder."""
 
+    kind = "fit"
+
     intensity: Annotated[
         Literal["minmax", "percentile"], Field(description="what maps to [0, 1]; percentile: 0 to 99.5, clipped")
     ] = "minmax"
@@ -79,6 +79,7 @@ class FitConfig(ObjectiveConfig):
 class TrainConfig(ObjectiveConfig, RunConfig):
     """One decoder, and planes for every volume of a store."""
 
+    kind = "train"
     changeable = RunConfig.changeable | {"data", "tables", "prefetch", "evaluate_objects"}
 
     data: Annotated[str, Field(description="a folder that `tcam prepare` wrote")]
@@ -102,6 +103,8 @@ class TrainConfig(ObjectiveConfig, RunConfig):
 class EncodeConfig(Config):
     """How planes of new volumes are found under a frozen decoder; the rest is as the decoder was trained."""
 
+    kind = "encode"
+
     steps: Count = 1000
     batch: Annotated[int, Field(ge=1, description="volumes at a time")] = 16
     lr: Annotated[float, Field(gt=0, description="of planes of unit energy; decays to 0")] = 5e-2
@@ -118,8 +121,3 @@ class EncodeConfig(Config):
         "mean"
     )
     seed: Annotated[int, Field(ge=0)] = 0
-
-
-def load_config(preset: str, overrides: Sequence[str] = ()) -> FitConfig:
-    """``tcam fit``'s configuration: a preset or a YAML file, with changes."""
-    return configs.load(FitConfig, "fit", preset, overrides)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def check_output(size: tuple[int, int, int], dtype: str) -> None:
 
 def decode_to_file(
     fitted: artefact.FittedVolume,
-    out: Path,
+    out: str | os.PathLike[str],
     size: tuple[int, int, int],
     dtype: str = "float32",
     progress: ProgressCallback | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor
 
 import tcam_ext
-from tcam_diff import config as configs
 from tcam_diff.autodecoder.config import EncodeConfig, TrainConfig
 from tcam_diff.autodecoder.latents import Entry, LatentSet, LatentWriter
 from tcam_diff.autodecoder.objective import Objective, make_decoder, parameter_dtype
@@ -58,12 +58,13 @@ class TrainedRun:
         return normalise([s / len(self.objects) for s in sums], self.config.norm)
 
 
-def load_run(folder: Path, at: Path | None = None) -> TrainedRun:
+def load_run(folder: str | os.PathLike[str], at: Path | None = None) -> TrainedRun:
     """The latest checkpoint of a training run, or the one at ``at``. Raises UserError."""
+    folder = Path(folder)
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder}: not a folder of `tcam train-autodecoder` (config.yaml is missing)")
-    config = configs.load(TrainConfig, "train", path)
+    config = TrainConfig.load(path)
     chosen = at or checkpoint.latest(folder / "checkpoints")
     if chosen is None:
         raise UserError(f"{folder}: has no checkpoint yet")
@@ -168,7 +169,7 @@ class Encoder:
 def encode_store(
     run: TrainedRun,
     store: Store,
-    out: Path,
+    out: str | os.PathLike[str],
     config: EncodeConfig | None = None,
     *,
     split: str = "test",
@@ -194,7 +195,7 @@ def encode_store(
     config = config or EncodeConfig()
     _check_preprocessing(run, store)
     records = store.of(split)
-    writer = LatentWriter(out, run.config, run.decoder, _provenance(run, store, config.model_dump(mode="json")))
+    writer = LatentWriter(Path(out), run.config, run.decoder, _provenance(run, store, config.model_dump(mode="json")))
     done: dict[str, Entry] = {r.name: e for r in records if (e := writer.find(r)) is not None}
     groups = _groups([r for r in records if r.name not in done], config.batch)
     if started is not None:
@@ -221,7 +222,7 @@ def encode_store(
 
 
 def export_latents(
-    run: TrainedRun, out: Path, store: Store | None = None, progress: ProgressCallback | None = None
+    run: TrainedRun, out: str | os.PathLike[str], store: Store | None = None, progress: ProgressCallback | None = None
 ) -> LatentSet:
     """Write the planes that a run fitted to its training volumes as a latent set.
 
@@ -230,7 +231,7 @@ def export_latents(
     store = store or Store(run.config.data)
     _check_preprocessing(run, store)
     by_name = {r.name: r for r in store.records}
-    writer = LatentWriter(out, run.config, run.decoder, _provenance(run, store, None))
+    writer = LatentWriter(Path(out), run.config, run.decoder, _provenance(run, store, None))
     first, raw, entries = by_name[run.objects[0]], run.raw_planes(), []
     objective = Objective(run.config, (first.shape[1], first.shape[2], first.shape[3]))
     for name in run.objects:

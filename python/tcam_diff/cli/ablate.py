@@ -33,7 +33,7 @@ def command(
     if not equals or len(parsed) < 2:
         raise UserError(f"{values!r}: expected KEY=V1,V2,..., for example channels=18,20,24,42")
     changes = {f"{key}={json.dumps(value)}": value for value in parsed}
-    runs = [(v, configs.load(TrainConfig, "train", config, [*(overrides or []), change])) for change, v in changes.items()]
+    runs = [(v, TrainConfig.load(config, [*(overrides or []), change])) for change, v in changes.items()]
     with progress_bar("training", quiet, SHOWN) as show, stop_on_interrupt(RESUMED) as stop:
         rows = ablate(key, runs, out, started=None if quiet else announce, progress=show, stop=stop)
     if rows is None:

@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from tcam_diff import config as configs
 from tcam_diff.cli.common import progress_bar, say
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation.critic import CriticConfig
@@ -49,7 +48,7 @@ def command(
     others = [m for m in more or [] if "=" not in m]
     if len(others) > 1:
         raise UserError(f"expected at most two generators, FAKE and FAKE2, got {' '.join([str(fake), *others])}")
-    config = configs.load(CriticConfig, "critic", "default", [m for m in more or [] if "=" in m])
+    config = CriticConfig.load("default", [m for m in more or [] if "=" in m])
     if out is not None:
         writable_folder(out.parent)
     shown = [("W", "distance", ".3g", "")]

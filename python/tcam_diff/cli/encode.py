@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from tcam_diff import config as configs
 from tcam_diff.autodecoder.config import EncodeConfig
 from tcam_diff.autodecoder.encode import encode_store, export_latents, load_run
 from tcam_diff.autodecoder.latents import LatentSet
@@ -36,7 +35,7 @@ def encode_command(
 
     Ctrl-C stops; the same command goes on with the volumes that are missing.
     """
-    config = configs.load(EncodeConfig, "encode", "default", overrides or [])
+    config = EncodeConfig.load("default", overrides or [])
     kept = [0]
 
     def started(there: int, total: int) -> None:

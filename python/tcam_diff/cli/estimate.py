@@ -20,7 +20,7 @@ def command(
     seconds: Annotated[float, typer.Option(help="How long the trial may take, about.", min=1)] = 10.0,
 ) -> None:
     """What `tcam train-autodecoder CONFIG` would take on this machine: a short trial of the real thing, then arithmetic."""
-    wanted = configs.load(TrainConfig, "train", config, overrides or [])
+    wanted = TrainConfig.load(config, overrides or [])
     found = estimate(wanted, seconds)
     say(
         f"time         {duration(found.seconds)} ({wanted.steps} steps of {1000 * found.step:.1f} ms, evaluations, checkpoints)"

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tcam_diff.autodecoder import artefact
-from tcam_diff.autodecoder.config import load_config
+from tcam_diff.autodecoder.config import FitConfig
 from tcam_diff.autodecoder.fit import check_channels, fit_volume
 from tcam_diff.autodecoder.objective import compute_dtype, plane_texels
 from tcam_diff.cli.common import progress_bar, say, stop_on_interrupt
@@ -32,7 +32,7 @@ def command(
 
     Keys of the configuration: see the saved config.yaml, or python/tcam_diff/autodecoder/config.py.
     """
-    config = load_config(preset, overrides or [])
+    config = FitConfig.load(preset, overrides or [])
     source = read_volume(volume, max_voxels)
     check_channels(source)
     artefact.prepare(out, overwrite)

@@ -43,7 +43,7 @@ def command(
 
     Ctrl-C stops; the same command goes on. A bad case is named and stops no other; the exit status is then 1.
     """
-    config = configs.load(PrepareConfig, "prepare", preset, overrides or [])
+    config = PrepareConfig.load(preset, overrides or [])
     if download:
         download_decathlon(source, quiet)
     found = find_cases(source)

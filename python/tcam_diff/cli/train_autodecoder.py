@@ -35,7 +35,7 @@ def command(
     the objects are shared among its processes. The run's folder gets config.yaml, checkpoints, metrics.jsonl, TensorBoard
     files, samples (pictures) and report.html.
     """
-    wanted = configs.load(TrainConfig, "train", config, overrides or [])
+    wanted = TrainConfig.load(config, overrides or [])
     quiet = quiet or not first_process()
     with progress_bar("training", quiet, SHOWN) as show, stop_on_interrupt(RESUMED) as stop:
         outcome = train_autodecoder(wanted, out, resume, started=None if quiet else announce, progress=show, stop=stop)

@@ -40,7 +40,7 @@ def command(
     batch is shared among its processes. The run's folder gets config.yaml, checkpoints, model/ (for `tcam sample`),
     metrics.jsonl, TensorBoard files, samples (pictures) and report.html.
     """
-    wanted = configs.load(DiffusionConfig, "diffusion", config, overrides or [])
+    wanted = DiffusionConfig.load(config, overrides or [])
     quiet = quiet or not first_process()
     with progress_bar("training", quiet, SHOWN) as show, stop_on_interrupt(RESUMED) as stop:
         outcome = train_diffusion(wanted, out, resume, started=None if quiet else announce, progress=show, stop=stop)

@@ -64,6 +64,7 @@ class NetworkConfig(Config):
 class DiffusionConfig(RunConfig):
     """Training. Defaults are those of algorithm.md 4.6, the paper's where it says one."""
 
+    kind = "diffusion"
     changeable = RunConfig.changeable | {"latents", "validation", "compile", "evaluate_volumes", "preview_steps"}
 
     latents: Annotated[str, Field(description="a latent set (`tcam export-latents`, `tcam encode`)")]

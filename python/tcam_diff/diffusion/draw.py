@@ -42,7 +42,7 @@ class Output:
     Raises UserError where such files cannot be written.
     """
 
-    folder: Path
+    folder: str | os.PathLike[str]
     size: tuple[int, int, int] | None = None  # None: as the training volumes
     dtype: str = "float32"
 
@@ -87,16 +87,16 @@ def draw_samples(
 
     Raises UserError where samples of other settings are in their place, or model and request do not fit.
     """
-    config = config or SampleConfig()
+    config, out = config or SampleConfig(), Path(output.folder)
     with distributed(device, patience=timedelta(days=7)) as group:  # shares differ: the last one may take long
         model = TriplaneDiffusion.load(folder, group.device, compute)
         chosen, guidance = model.label(label), None if guide is None else guide(model)
-        writable_folder(output.folder)
+        writable_folder(out)
         settings = _settings(model, output, config, label, guidance)
         name = f"seed{config.seed}_{config.solver}{config.steps}"
         if label is not None:
             name += "_" + re.sub(r"[^\w.+-]+", "-", label)
-        files = {i: Files.of(output.folder, i, name) for i in indices}
+        files = {i: Files.of(out, i, name) for i in indices}
         missing = [i for i in indices if not files[i].hold(settings)]
         if started is not None and group.first:
             started(model, len(indices) - len(missing))
@@ -115,7 +115,7 @@ def draw_samples(
             return False
         group.barrier()
         if group.first:
-            _sheet(output.folder / SHEET, [files[i].preview for i in indices])
+            _sheet(out / SHEET, [files[i].preview for i in indices])
         return True
 
 
@@ -257,7 +257,7 @@ def draw_between(
     if config.solver == "hot":
         raise UserError("--solver: hot is stochastic, and has no inverse: take another")
     model = TriplaneDiffusion.load(folder, device_of(device))
-    chosen, latent_set, out = model.label(label), LatentSet(latents), output.folder
+    chosen, latent_set, out = model.label(label), LatentSet(latents), Path(output.folder)
     latent_set.check_decoder(model.decoder, folder)
     entries = [latent_set.entry(name) for name in (a, b)]
     for entry in entries:

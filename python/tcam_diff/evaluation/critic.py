@@ -29,6 +29,8 @@ from tcam_diff.training.rng import rng, seed_of
 class CriticConfig(Config):
     """Defaults are those of the released protocol, the split shuffled and no volume stretched by itself."""
 
+    kind = "critic"
+
     size: Annotated[
         int, Field(ge=16, le=512, description="voxels along each axis to which volumes are resampled: 8 times a power of 2")
     ] = 128
