@@ -37,7 +37,7 @@ def main() -> None:
         print(f"# {key}: {value}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "template.nii.gz"
-        demo.template(path)
+        demo.write_template(path)
         data = read_volume(path).data
     target = to_unit(data, intensity_range(data))
     want = torch.from_numpy(target)

@@ -38,7 +38,7 @@ from tcam_diff.diffusion.draw import SHEET, Output, draw_samples
 from tcam_diff.diffusion.train import train_diffusion
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation import metrics
-from tcam_diff.evaluation.compare import compare_volumes, describe
+from tcam_diff.evaluation.compare import compare_volumes, figures_text
 from tcam_diff.evaluation.picture import sheet, strip
 from tcam_diff.files import write_text
 from tcam_diff.progress import Progress, ProgressCallback
@@ -49,7 +49,7 @@ SIZE = 128
 JOBS = len(os.sched_getaffinity(0))
 
 
-def template(path: Path) -> None:
+def write_template(path: Path) -> None:
     """The central SIZE^3 voxels of the MNI152 template, with the affine that keeps them in place."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -98,7 +98,7 @@ def progress(what: str, every: float = 20.0) -> ProgressCallback:
     return show
 
 
-def shown(items: Iterable[object], total: int, what: str) -> None:
+def work_through(items: Iterable[object], total: int, what: str) -> None:
     """Work through ``items``."""
     show = progress(what)
     for done, _ in enumerate(items, 1):
@@ -108,7 +108,7 @@ def shown(items: Iterable[object], total: int, what: str) -> None:
 def fit_one(out: Path, overrides: list[str], start: float) -> None:
     """The template: planes, and back at two sizes."""
     original, fitted_folder = out / "mni152_128.nii.gz", out / "fitted"
-    template(original)
+    write_template(original)
     source = read_volume(original)
     result, meta = fit_volume(source, FitConfig.load("fast", overrides), progress=progress("fitting"))
     artefact.save(fitted_folder, result, meta)
@@ -118,7 +118,7 @@ def fit_one(out: Path, overrides: list[str], start: float) -> None:
     decode_to_file(fitted, same, (SIZE,) * 3)
     decode_to_file(fitted, double, (2 * SIZE,) * 3)
     picture = out / "compare.png"
-    print(describe(compare_volumes(source, read_volume(same), picture)))
+    print(figures_text(compare_volumes(source, read_volume(same), picture)))
     noisy = noisy_psnr(fitted, source.data)
     print(f"(those are without noise; decoded with the training noise C = {result.config.noise_std}: {noisy:.2f} dB)")
     print(f"\n{time.monotonic() - start:.0f} s in all\n")
@@ -142,11 +142,11 @@ def generate(out: Path, start: float) -> None:
     changes2 = [f"latents={latents}", "center=true", "flip=[x]", "network.attention_levels=[1]", "steps=1200"]  # of 12^2 texels
 
     def make() -> None:
-        shown(make_cohort(cohort, Cohort(48, 48, 0, 0), JOBS), 48, "cases")
+        work_through(make_cohort(cohort, Cohort(48, 48, 0, 0), JOBS), 48, "cases")
 
     def prepare() -> None:
         cases = find_cases(cohort).cases
-        shown(prepare_cases(cases, store, PrepareConfig.load("cohort"), JOBS), len(cases), "preparing")
+        work_through(prepare_cases(cases, store, PrepareConfig.load("cohort"), JOBS), len(cases), "preparing")
 
     def train1() -> None:
         config = TrainConfig.load("fast", changes1)

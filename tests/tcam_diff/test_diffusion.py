@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tcam_diff.diffusion.config import DiffusionConfig, NetworkConfig
+from tcam_diff.diffusion.config import DiffusionConfig, Method, NetworkConfig
 from tcam_diff.diffusion.interop import ArcScheduler
 from tcam_diff.diffusion.network import TriplaneAttention, TriplaneUNet, _add, _attend, _positions
 from tcam_diff.diffusion.process import Estimate, errors, flip, mix, pack, timesteps, unpack
@@ -420,6 +421,10 @@ def test_monais_scheduler_and_the_solver_are_one_integration(method, final):
     solver = Solver(method, final, draw=draws())
     end = solver.solve(start, arc(7), lambda x, eta: Estimate(x, *network(x, eta).chunk(2, 1), eta))
     assert torch.equal(x, end)
+
+
+def test_every_method_has_its_name_in_the_configuration():
+    assert set(get_args(Method)) == {*METHODS, "hot"}
 
 
 def test_bundles_of_the_first_version_name_the_scheduler_otherwise():

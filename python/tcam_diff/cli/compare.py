@@ -9,7 +9,7 @@ import typer
 
 from tcam_diff.cli.common import say
 from tcam_diff.data.nifti import VOXEL_BUDGET, read_volume
-from tcam_diff.evaluation.compare import compare_volumes, describe
+from tcam_diff.evaluation.compare import compare_volumes, figures_text
 
 
 def command(
@@ -22,5 +22,5 @@ def command(
     """Print MSE, PSNR and 3D SSIM of B against A (intensities scaled by A's range to [0, 1]) and draw both."""
     first, second = read_volume(a, max_voxels), read_volume(b, max_voxels)
     picture = out or b.parent / "compare.png"
-    say(describe(compare_volumes(first, second, picture, channel)))
+    say(figures_text(compare_volumes(first, second, picture, channel)))
     say(f"{picture}")

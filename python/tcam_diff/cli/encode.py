@@ -56,7 +56,7 @@ def encode_command(
             split=split, device=device, started=started, progress=show, stop=stop,
         )  # fmt: skip
     how = f", encoded in {duration(time.monotonic() - began)}" if kept[0] < len(found.entries) else ""
-    say(describe(found, how))
+    say(summary(found, how))
 
 
 def export_command(
@@ -71,10 +71,10 @@ def export_command(
     """Write the planes that RUN fitted to its training volumes as a latent set."""
     with progress_bar("exporting", quiet) as show:
         found = export_latents(load_run(run, checkpoint), out, None if store is None else Store(store), show)
-    say(describe(found))
+    say(summary(found))
 
 
-def describe(found: LatentSet, how: str = "") -> str:
+def summary(found: LatentSet, how: str = "") -> str:
     """A line about a latent set; ``how`` it was made."""
     share = ", ".join(f"{n} {s['mean_plane_energy_share']:.2f}" for n, s in found.index["statistics"].items())
     psnr = [e.psnr for e in found.entries]

@@ -34,11 +34,11 @@ def compare_volumes(first: Volume, second: Volume, picture: Path | None = None, 
         found["ssim"] = metrics.ssim3d(a, b)
     if picture is not None:
         names = (Path(first.source).name, Path(second.source).name)
-        compare_picture(picture, unit_a[channel], unit_b[channel], first.affine, names, describe(found))
+        compare_picture(picture, unit_a[channel], unit_b[channel], first.affine, names, figures_text(found))
     return found
 
 
-def describe(found: dict[str, float]) -> str:
+def figures_text(found: dict[str, float]) -> str:
     """The figures of ``compare_volumes`` as a line."""
     ssim = f"{found['ssim']:.4f}" if "ssim" in found else f"not defined (an axis is shorter than {metrics.WINDOW} voxels)"
     return f"MSE {found['mse']:.6f}  PSNR {found['psnr']:.2f} dB  SSIM {ssim}"
