@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import io
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
-import torch
 from torch import Tensor
 
-import tcam_ext
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.planes import PLANE_NAMES
 from tcam_diff.data.store import Record
@@ -22,7 +19,7 @@ from tcam_diff.files import write_text
 from tcam_diff.text import size_text
 from tcam_diff.training.logger import read_metrics
 from tcam_diff.training.loop import Outcome
-from tcam_diff.training.report import curves, page, png
+from tcam_diff.training.report import curves, facts, page, png
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -71,18 +68,12 @@ def write_report(folder: Path, config: TrainConfig, task: AutodecoderTraining, o
         pictures.append(("Channels of the planes xy, yz, xz of the same volume", channels_picture(next(task.fitted())[1])))
     groups = [["loss", "data"], ["psnr"], ["grad_planes", "grad_decoder"]]
     groups += [[name] for name in ("tv", "ssim", "perceptual") if any(name in m for m in metrics)]
-    rate = outcome.metrics.get("steps_per_second", 0.0)
-    group, voxels = task.group, task.channels * int(np.prod(task.size))
+    voxels = task.channels * int(np.prod(task.size))
     result = {
         "volumes": f"{len(task.records)} of {config.data}, {size_text(task.size)}, {task.channels} channel(s)",
         "fitted PSNR, whole volumes, noise off": f"{outcome.metrics['fitted_psnr']:.2f} dB",
-        "steps": outcome.step,
-        "time": f"{outcome.seconds / 60:.1f} min",
-        "rate": f"{rate:.2f} steps/s at the end",
-        "peak memory": f"{outcome.metrics.get('memory_gb', 0):.2f} GB",
         "parameters a volume": f"{sum(int(np.prod(s)) for s in task.table.shapes)} for {voxels} voxels",
-        "machine": f"{platform.machine()}, {group.world} process(es) on {group.device.type}, "
-        f"torch {torch.__version__}, tcam_ext {tcam_ext.__version__}",
+        **facts(outcome, task.group),
     }
     text = page(
         "Triplane autodecoder",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import tcam_ext
 from tcam_diff.data.nifti import resized_affine
 from tcam_diff.diffusion.config import DiffusionConfig, SampleConfig
 from tcam_diff.diffusion.model import TriplaneDiffusion
@@ -20,7 +18,7 @@ from tcam_diff.files import write_text
 from tcam_diff.text import dtype_text
 from tcam_diff.training.logger import read_metrics
 from tcam_diff.training.loop import Outcome
-from tcam_diff.training.report import curves, page, png
+from tcam_diff.training.report import curves, facts, page, png
 
 if TYPE_CHECKING:
     from tcam_diff.diffusion.train import DiffusionTraining
@@ -53,18 +51,13 @@ def samples_picture(model: TriplaneDiffusion, steps: int, count: int = 4) -> byt
 def write_report(folder: Path, config: DiffusionConfig, task: DiffusionTraining, outcome: Outcome) -> None:
     """report.html: the result, the curves, samples, the settings."""
     metrics = read_metrics(folder)
-    m, group = outcome.metrics, task.group
+    found = outcome.metrics
     result = {
-        "volumes": f"{len(task.data)} of {config.latents}",
-        "validation loss (average; 2 at the start)": f"{m.get('validation_loss', float('nan')):.4f}",
-        "residual, mean square": f"{m.get('validation_residual', float('nan')):.4f}",
-        "steps": outcome.step,
-        "time": f"{outcome.seconds / 60:.1f} min",
-        "rate": f"{m.get('steps_per_second', 0):.2f} steps/s at the end, batch {config.batch}",
-        "peak memory": f"{m.get('memory_gb', 0):.2f} GB",
-        "parameters": f"{task.parameters / 1e6:.2f} M",
-        "machine": f"{platform.machine()}, {group.world} process(es) on {group.device.type}, products in "
-        f"{dtype_text(task.compute)}, torch {torch.__version__}, tcam_ext {tcam_ext.__version__}",
+        "volumes": f"{len(task.data)} of {config.latents}, batch {config.batch}",
+        "validation loss (average; 2 at the start)": f"{found.get('validation_loss', float('nan')):.4f}",
+        "residual, mean square": f"{found.get('validation_residual', float('nan')):.4f}",
+        "parameters": f"{task.parameters / 1e6:.2f} M, products in {dtype_text(task.compute)}",
+        **facts(outcome, task.group),
     }
     sections: list[tuple[str, str | bytes | dict[str, object]]] = [("Result", result)]
     sections.append(("Curves", curves(metrics, [["loss", "validation_loss"], ["noise", "image"], ["residual"]])))

@@ -6,13 +6,31 @@ import base64
 import html
 import io
 import math
+import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import torch
+
+import tcam_ext
+from tcam_diff.training.distributed import Distributed
+from tcam_diff.training.loop import Outcome
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+
+def facts(outcome: Outcome, group: Distributed) -> dict[str, object]:
+    """Rows of a report's table that all runs have."""
+    return {
+        "steps": outcome.step,
+        "time": f"{outcome.seconds / 60:.1f} min",
+        "rate": f"{outcome.metrics.get('steps_per_second', 0):.2f} steps/s at the end",
+        "peak memory": f"{outcome.metrics.get('memory_gb', 0):.2f} GB",
+        "machine": f"{platform.machine()}, {group.world} process(es) on {group.device.type}, torch {torch.__version__}, "
+        f"tcam_ext {tcam_ext.__version__}",
+    }
 
 
 def curves(metrics: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]]) -> bytes:
