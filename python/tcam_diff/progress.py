@@ -1,4 +1,4 @@
-"""How long functions tell their callers how far they are, and learn that they should stop."""
+"""Callbacks of functions that run for long: one reports progress, one asks them to stop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Progress:
-    """The state of a function at work.
+    """How far a function is.
 
     Args:
         done: steps, volumes, slices or epochs done, of ``total``.

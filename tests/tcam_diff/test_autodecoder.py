@@ -289,6 +289,23 @@ def test_stopping_early_keeps_the_best_state():
     assert torch.isfinite(out).all()
 
 
+def test_a_fit_that_diverges_keeps_the_best_state():
+    fitter = Fitter(ellipsoids(12), FitConfig.load("fast", [*SMALL, "steps=40"]))
+    step = fitter.step
+
+    def poisoned(index):
+        if index == 20:
+            with torch.no_grad():
+                fitter.planes[0][0, 0, 0, 0] = math.nan
+        return step(index)
+
+    fitter.step = poisoned
+    result = fitter.run()
+    assert result.steps_done == 40
+    assert math.isfinite(result.psnr)
+    assert all(torch.isfinite(p).all() for p in result.planes)
+
+
 def test_intensity_maps_both_ways():
     data = np.stack([np.linspace(-1000, 500, 27), np.full(27, 7.0)]).reshape(2, 3, 3, 3).astype(np.float32)
     ranges = intensity_range(data)

@@ -14,6 +14,7 @@ import runs
 import torch
 from tcam_diff.cli.app import app
 from tcam_diff.diffusion.config import SampleConfig
+from tcam_diff.diffusion.draw import Output, draw_samples
 from tcam_diff.diffusion.guidance import ImageGuidance, read_known
 from tcam_diff.diffusion.model import TriplaneDiffusion
 from tcam_diff.diffusion.sampling import Sampler
@@ -171,6 +172,17 @@ def test_a_command_goes_on_with_what_is_missing(trained, tmp_path):
     for other in (("--final", "x"), ("--size", 8, 8, 8), ("--dtype", "uint8"), ("--compute-dtype", "bfloat16")):
         assert "made with" in tcam(*command, "--n", 3, *other, fails=True)  # nothing is overwritten
     assert {p.name: p.read_bytes() for p in out.glob("*.nii.gz")} == files
+
+
+def test_drawing_stops_when_asked_and_goes_on(trained, tmp_path):
+    reports, kept = [], []
+    request = (trained, Output(tmp_path), range(3), SampleConfig(steps=2))
+    assert not draw_samples(*request, batch_size=1, progress=reports.append, stop=lambda: len(reports) == 2)
+    assert [(p.done, p.total) for p in reports] == [(1, 3), (2, 3)]
+    assert not (tmp_path / "contact-sheet.png").exists()
+    assert draw_samples(*request, batch_size=1, started=lambda model, there: kept.append(there))
+    assert kept == [2]
+    assert len(list(tmp_path.glob("*.nii.gz"))) == 3
 
 
 def test_the_mean_residual_is_that_of_the_sample(trained, tmp_path):

@@ -1,4 +1,4 @@
-"""What several commands share: progress bars, lists of keys, counts of cores."""
+"""What several commands share: lines, the progress bar, stopping on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -34,15 +34,13 @@ def say(text: object, **style: object) -> None:
     console.print(text, highlight=False, soft_wrap=True, **style)  # type: ignore[arg-type]
 
 
+#: Label, metric, format and unit of each figure that is shown beside a progress bar.
 Shown = Sequence[tuple[str, str, str, str]]
 
 
 @contextmanager
 def progress_bar(what: str, quiet: bool = False, shown: Shown = ()) -> Iterator[ProgressCallback]:
-    """A callback that draws a bar on a terminal, and in a log file writes a line every 20 seconds and at the end.
-
-    ``shown``: label, metric, format and unit of the figures beside it.
-    """
+    """A callback that draws a bar on a terminal, and in a log file writes a line every 20 seconds and at the end."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
