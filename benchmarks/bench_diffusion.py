@@ -15,7 +15,6 @@ from pathlib import Path
 
 import harness
 import torch
-from tcam_diff import config as configs
 from tcam_diff.diffusion.config import DiffusionConfig
 from tcam_diff.diffusion.network import TriplaneUNet
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,7 +43,7 @@ def main() -> None:
     print(f"{head} {'training s':>11} {'of peak':>8} {'decode s':>9} {'share':>7}")
     for preset in a.presets:
         channels, size = SIZES[preset]
-        network = TriplaneUNet(channels, configs.load(DiffusionConfig, "diffusion", preset).network).placed(device)
+        network = TriplaneUNet(channels, DiffusionConfig.load(preset).network).placed(device)
         decoder = tcam_ext.TriplaneDecoder(channels, [128] * 4, 1).to(device).requires_grad_(False)
         planes = [torch.randn(1, channels, size, size, device=device) for _ in range(3)]
         volume = (2 * size,) * 3

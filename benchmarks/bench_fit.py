@@ -12,7 +12,7 @@ from pathlib import Path
 import harness
 import torch
 from tcam_diff import demo
-from tcam_diff.autodecoder.config import load_config
+from tcam_diff.autodecoder.config import FitConfig
 from tcam_diff.autodecoder.fit import Fitter
 from tcam_diff.autodecoder.planes import texel_noise
 from tcam_diff.data.nifti import read_volume
@@ -37,14 +37,14 @@ def main() -> None:
         print(f"# {key}: {value}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "template.nii.gz"
-        demo.template(path)
+        demo.write_template(path)
         volume = read_volume(path)
     target = volume.info.replaced(intensity=intensity_range(volume.data)).to_unit(volume.data)
     want = torch.from_numpy(target)
     size = tuple(want.shape[1:])
     rows = []
     for name in a.variants:
-        config = load_config("fast", VARIANTS[name])
+        config = FitConfig.load("fast", VARIANTS[name])
         result = Fitter(target, config).run()
         noisy = texel_noise(result.planes, 0.32, size, 0)
         with torch.no_grad():

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import harness
 from tcam_diff.autodecoder.latents import LatentSet
-from tcam_diff.training import records
+from tcam_diff.training.logger import read_metrics
 
 
 def tcam(*arguments: object) -> tuple[str, float]:
@@ -46,14 +46,14 @@ def main() -> None:
         tcam("make-cohort", "--n", 80, "--size", 64, "--seed", 0, "--held-out", 16, "--out", cohort, "-q")
         _, preparing = tcam("prepare", cohort, "--out", store, "-q")
         settings = ["fast", f"data={store}", f"steps={a.steps}"]
-        estimate, _ = tcam("estimate", *settings)
-        print(estimate)
-        estimated = {line.split()[0]: line.split()[1:4] for line in estimate.splitlines()}
-        output, training = tcam("train-autodecoder", *settings, "--out", run)
-        print(output)
-        output, encoding = tcam("encode", run, store, "--out", latents, f"steps={a.encode_steps}")
-        print(output)
-        metrics = records.read(run)
+        said, _ = tcam("estimate", *settings)
+        print(said)
+        estimated = {line.split()[0]: line.split()[1:4] for line in said.splitlines()}
+        shown, training = tcam("train-autodecoder", *settings, "--out", run)
+        print(shown)
+        shown, encoding = tcam("encode", run, store, "--out", latents, f"steps={a.encode_steps}")
+        print(shown)
+        metrics = read_metrics(run)
         log = [m for m in metrics if "loss" in m]
         held_out = [e.psnr for e in LatentSet(latents).entries]
         report = (run / "report.html").read_text()

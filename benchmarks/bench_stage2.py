@@ -30,7 +30,8 @@ from tcam_diff.diffusion.sampling import Sampler
 from tcam_diff.evaluation.critic import CriticConfig, Score, blurred, halves, prepare, score
 from tcam_diff.evaluation.picture import sheet, strip
 from tcam_diff.evaluation.sets import read_set
-from tcam_diff.training import records as run_records
+from tcam_diff.training.logger import read_metrics
+from tcam_diff.training.report import png
 
 NETWORKS = {"samples": (), "without cross-attention": ("network.cross=none",)}
 PAIRS = ("decoded noise", "planes swapped", "without cross-attention")
@@ -88,7 +89,7 @@ def run(a: argparse.Namespace, work: Path) -> None:
         settings = ("fast", f"data={store}", "channels=8", "plane_size=32", f"steps={a.stage1_steps}")
         tcam("train-autodecoder", *settings, "--out", stage1, "-q")
         tcam("export-latents", stage1, "--out", latents, "-q")
-    seconds = [m["seconds"] for m in run_records.read(stage1) if "seconds" in m]
+    seconds = [m["seconds"] for m in read_metrics(stage1) if "seconds" in m]
     before["latents_s"] = seconds[-1]  # of training stage 1, restarts included
     psnr = statistics.fmean(e.psnr for e in LatentSet(latents).entries)
     print(f"latents: {len(LatentSet(latents).entries)} volumes, PSNR {psnr:.2f} dB; {before}", flush=True)
@@ -179,7 +180,7 @@ def controls(truth: torch.Tensor, decoded: torch.Tensor, config: CriticConfig) -
 
 def picture(path: Path, volumes: dict[str, torch.Tensor], affine: np.ndarray) -> None:
     strips = [(f"{name} {i}", strip(v[i, 0].float().numpy(), affine)) for name, v in volumes.items() for i in range(4)]
-    path.write_bytes(run_records.png(sheet(strips, 4)))
+    path.write_bytes(png(sheet(strips, 4)))
 
 
 if __name__ == "__main__":

@@ -16,13 +16,12 @@ from typing import Any
 import harness
 import numpy as np
 import torch
-from tcam_diff import config as configs
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.objective import Lattice
-from tcam_diff.autodecoder.train import Autodecoder
+from tcam_diff.autodecoder.train import AutodecoderTraining
 from tcam_diff.data.store import StoreWriter, quantise
 from tcam_diff.data.volume import VolumeInfo
-from tcam_diff.training.ranks import Ranks, device_of
+from tcam_diff.training.distributed import Distributed, device_of
 
 
 @dataclass
@@ -53,8 +52,8 @@ def make_store(folder: Path, size: int, objects: int) -> None:
     writer.finish(records)
 
 
-def bare(task: Autodecoder) -> Callable[[], None]:
-    """A call of decode_grid_loss with gradients for each object of step 0, on planes computed beforehand."""
+def bare(task: AutodecoderTraining) -> Callable[[], None]:
+    """decode_grid_loss with its gradients, of the voxels of step 0 object by object, on planes that are there already."""
     visits = task._visits(0)
     c = task.config
     calls: list[tuple[list[torch.Tensor], torch.Tensor, dict[str, Any]]] = []
@@ -64,7 +63,7 @@ def bare(task: Autodecoder) -> Callable[[], None]:
         if c.noise_std:
             options |= {"noise_std": c.noise_std, "noise_seed": 1, "noise_mode": c.noise_mode}
         for region, target in zip(visit.regions, visit.targets, strict=True):
-            target = target.to(task.ranks.device)
+            target = target.to(task.group.device)
             if isinstance(region, Lattice):
                 sampled = [p.detach().requires_grad_() for p in task.objective._lattice(planes, region)]
                 calls.append((sampled, target, options | {"size": target.shape[2:]}))
@@ -96,11 +95,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             make_store(Path(folder) / "store", case.size, case.objects)
             over = [f"data={folder}/store", f"device={a.device}", "steps=100000", *case.overrides]
-            config = configs.load(TrainConfig, "train", case.preset, over)
-            task = Autodecoder(config, Ranks(device=device_of(a.device)), Path(folder))
+            config = TrainConfig.load(case.preset, over)
+            task = AutodecoderTraining(config, Distributed(device=device_of(a.device)), Path(folder))
             index = [0]
 
-            def step(task: Autodecoder = task, index: list[int] = index) -> None:
+            def step(task: AutodecoderTraining = task, index: list[int] = index) -> None:
                 task.step(index[0])
                 index[0] += 1
 

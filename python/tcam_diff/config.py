@@ -7,10 +7,11 @@ import os
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from typing_extensions import Self
 
 from tcam_diff.errors import UserError
 
@@ -19,6 +20,32 @@ class Config(BaseModel):
     """A configuration: every key is known and has its type."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    #: Presets are ``configs/KIND-NAME.yaml``.
+    kind: ClassVar[str] = ""
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Self:
+        """The configuration of a preset or of a YAML file, with ``key=value`` changes (values are YAML; ``key.sub=value`` too).
+
+        Raises UserError with the key's path and the nearest known key.
+        """
+        name, known = os.fspath(source), presets(cls.kind)
+        if name in known:
+            text = resources.files("tcam_diff.configs").joinpath(f"{cls.kind}-{name}.yaml").read_text()
+        elif Path(name).is_file():
+            text = Path(name).read_text()
+        else:
+            raise UserError(f"{name}: expected a preset ({', '.join(known)}) or a YAML file")
+        try:
+            values = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"{name}: not YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{name}: expected keys and values, got {type(values).__name__}")
+        for item in overrides:
+            _change(cls, values, item)
+        return validate(cls, _numbers(values), name)
 
     def yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -31,29 +58,6 @@ def presets(kind: str) -> list[str]:
     """Names of the presets ``configs/KIND-NAME.yaml``."""
     files = (p.name for p in resources.files("tcam_diff.configs").iterdir())
     return sorted(n.removeprefix(f"{kind}-").removesuffix(".yaml") for n in files if n.startswith(f"{kind}-"))
-
-
-def load(model: type[C], kind: str, source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> C:
-    """The configuration of a preset, or of a YAML file, with ``key=value`` changes (values are YAML; ``key.sub=value`` too).
-
-    Raises UserError with the key's path and the nearest known key.
-    """
-    name = os.fspath(source)
-    if name in presets(kind):
-        text = resources.files("tcam_diff.configs").joinpath(f"{kind}-{name}.yaml").read_text()
-    elif Path(name).is_file():
-        text = Path(name).read_text()
-    else:
-        raise UserError(f"{name}: expected a preset ({', '.join(presets(kind))}) or a YAML file")
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{name}: not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{name}: expected keys and values, got {type(values).__name__}")
-    for item in overrides:
-        _change(model, values, item)
-    return validate(model, _numbers(values), name)
 
 
 def validate(model: type[C], values: dict[str, Any], name: str) -> C:

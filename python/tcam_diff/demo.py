@@ -7,9 +7,11 @@ small diffusion model of a cohort made from it. Run with ``python -m tcam_diff.d
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import time
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import nibabel as nib
@@ -18,25 +20,35 @@ import torch
 
 import tcam_ext
 from tcam_diff.autodecoder import artefact
-from tcam_diff.autodecoder.config import load_config
+from tcam_diff.autodecoder.config import FitConfig, TrainConfig
+from tcam_diff.autodecoder.decode import decode_to_file
+from tcam_diff.autodecoder.encode import export_latents, load_run
+from tcam_diff.autodecoder.fit import fit_volume
 from tcam_diff.autodecoder.objective import unit
-from tcam_diff.cli.app import app
-from tcam_diff.cli.common import INTERRUPTED, say
-from tcam_diff.cli.compare import compare_volumes
-from tcam_diff.cli.decode import decode_to_file
-from tcam_diff.cli.fit import console, fit_volume
+from tcam_diff.autodecoder.planes import texel_noise
+from tcam_diff.autodecoder.train import train_autodecoder
+from tcam_diff.data.cohort import Cohort, make_cohort
 from tcam_diff.data.nifti import read_volume
+from tcam_diff.data.prepare import PrepareConfig, prepare_cases
+from tcam_diff.data.sources import find_cases
 from tcam_diff.data.store import Store
+from tcam_diff.diffusion.config import DiffusionConfig, SampleConfig
+from tcam_diff.diffusion.draw import SHEET, Output, draw_samples
+from tcam_diff.diffusion.train import train_diffusion
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation import metrics
+from tcam_diff.evaluation.compare import compare_volumes, figures_text
 from tcam_diff.evaluation.picture import sheet, strip
 from tcam_diff.files import write_text
-from tcam_diff.training import records as run_records
+from tcam_diff.progress import Progress, ProgressCallback
+from tcam_diff.training.logger import read_metrics
+from tcam_diff.training.report import curves, page, png
 
 SIZE = 128
+JOBS = len(os.sched_getaffinity(0))
 
 
-def template(path: Path) -> None:
+def write_template(path: Path) -> None:
     """The central SIZE^3 voxels of the MNI152 template, with the affine that keeps them in place."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -67,16 +79,37 @@ def main() -> None:
     except UserError as error:
         raise SystemExit(f"demo: {error}") from error
     except KeyboardInterrupt:
-        say("\ndemo: interrupted; the same command goes on")
-        raise SystemExit(INTERRUPTED) from None
+        print("\ndemo: interrupted; the same command goes on")
+        raise SystemExit(130) from None
+
+
+def progress(what: str, every: float = 20.0) -> ProgressCallback:
+    """Prints a line every so many seconds, and at the end."""
+    last = time.monotonic()
+
+    def show(p: Progress) -> None:
+        nonlocal last
+        if time.monotonic() - last > every or p.done == p.total:
+            last = time.monotonic()
+            figures = "".join(f", {k} {p.metrics[k]:.4g}" for k in ("loss", "psnr", "validation_loss") if k in p.metrics)
+            print(f"{what}: {p.done} of {p.total}{figures}", flush=True)
+
+    return show
+
+
+def work_through(items: Iterable[object], total: int, what: str) -> None:
+    """Work through ``items``."""
+    show = progress(what)
+    for done, _ in enumerate(items, 1):
+        show(Progress(done, total))
 
 
 def fit_one(out: Path, overrides: list[str], start: float) -> None:
     """The template: planes, and back at two sizes."""
     original, fitted_folder = out / "mni152_128.nii.gz", out / "fitted"
-    template(original)
+    write_template(original)
     source = read_volume(original)
-    result, info = fit_volume(source, load_config("fast", overrides))
+    result, info = fit_volume(source, FitConfig.load("fast", overrides), progress=progress("fitting"))
     artefact.save(fitted_folder, result, info)
 
     fitted = artefact.load(fitted_folder)
@@ -84,10 +117,10 @@ def fit_one(out: Path, overrides: list[str], start: float) -> None:
     decode_to_file(fitted, same, (SIZE,) * 3)
     decode_to_file(fitted, double, (2 * SIZE,) * 3)
     picture = out / "compare.png"
-    compare_volumes(source, read_volume(same), picture)
+    print(figures_text(compare_volumes(source, read_volume(same), picture)))
     noisy = noisy_psnr(fitted, source.data)
-    console.print(f"(those are without noise; decoded with the training noise C = {result.config.noise_std}: {noisy:.2f} dB)")
-    console.print(f"\n{time.monotonic() - start:.0f} s in all\n", highlight=False)
+    print(f"(those are without noise; decoded with the training noise C = {result.config.noise_std}: {noisy:.2f} dB)")
+    print(f"\n{time.monotonic() - start:.0f} s in all\n")
     for what, path in (
         ("original, 128^3", original),
         ("planes and decoder", fitted_folder),
@@ -95,61 +128,78 @@ def fit_one(out: Path, overrides: list[str], start: float) -> None:
         ("decoded, 256^3", double),
         ("picture", picture),
     ):
-        console.print(f"  {what + ':':<20}{path.resolve()}", highlight=False, soft_wrap=True)
+        print(f"  {what + ':':<20}{path.resolve()}")
 
 
 def generate(out: Path, start: float) -> None:
-    """A cohort, both stages on it, four new volumes, and a page with everything; by the commands, as one would type them."""
-    cohort, store, stage1, latents, stage2, samples = (
+    """A cohort, both stages on it, four new volumes, and a page with everything: what the commands of commands.txt do."""
+    folders = cohort, store, stage1, latents, stage2, samples = [
         out / n for n in ("cohort", "store", "stage1", "latents", "stage2", "samples")
-    )
-    settings = out / "commands.txt"
-    small = "network.attention_levels=[1]"  # of 12^2 texels
-    commands: list[list[str | Path]] = [
-        ["make-cohort", "--n", "48", "--size", "48", "--seed", "0", "--held-out", "0", "--out", cohort],
-        ["prepare", cohort, "--out", store],
-        ["train-autodecoder", "fast", f"data={store}", "channels=8", "plane_size=24", "steps=900", "--out", stage1],
-        ["export-latents", stage1, "--out", latents],
-        ["train-diffusion", "tiny", f"latents={latents}", "center=true", "flip=[x]", small, "steps=1200", "--out", stage2],
-        ["sample", stage2, "--n", "4", "--steps", "25", "--out", samples],
     ]
-    shown = "\n".join("tcam " + " ".join(map(str, c)) for c in commands)
-    folders = (cohort, store, stage1, latents, stage2, samples)
+    settings = out / "commands.txt"
+    changes1 = [f"data={store}", "channels=8", "plane_size=24", "steps=900"]
+    changes2 = [f"latents={latents}", "center=true", "flip=[x]", "network.attention_levels=[1]", "steps=1200"]  # of 12^2 texels
+
+    def make() -> None:
+        work_through(make_cohort(cohort, Cohort(48, 48, 0, 0), JOBS), 48, "cases")
+
+    def prepare() -> None:
+        cases = find_cases(cohort).cases
+        work_through(prepare_cases(cases, store, PrepareConfig.load("cohort"), JOBS), len(cases), "preparing")
+
+    def train1() -> None:
+        config = TrainConfig.load("fast", changes1)
+        train_autodecoder(config, stage1, "auto", progress=progress("training"))
+
+    def train2() -> None:
+        config = DiffusionConfig.load("tiny", changes2)
+        train_diffusion(config, stage2, "auto", progress=progress("training"))
+
+    commands: list[tuple[str, Callable[[], object]]] = [
+        (f"make-cohort --n 48 --size 48 --seed 0 --held-out 0 --out {cohort}", make),
+        (f"prepare {cohort} --out {store}", prepare),
+        (f"train-autodecoder fast {' '.join(changes1)} --out {stage1}", train1),
+        (f"export-latents {stage1} --out {latents}", lambda: export_latents(load_run(stage1), latents)),
+        (f"train-diffusion tiny {' '.join(changes2)} --out {stage2}", train2),
+        (
+            f"sample {stage2} --n 4 --steps 25 --out {samples}",
+            lambda: draw_samples(stage2, Output(samples), range(4), SampleConfig(steps=25), progress=progress("sampling")),
+        ),
+    ]
+    text = "\n".join(f"tcam {command}" for command, _ in commands)
     ours = settings.is_file() and settings.read_text().startswith("tcam make-cohort")
-    if ours and settings.read_text() != shown:  # of another version of this demo
+    if ours and settings.read_text() != text:  # of another version of this demo
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
     elif not ours:
         theirs = [str(f) for f in folders if f.exists()]
         if theirs:
             raise UserError(f"--out {out}: holds {', '.join(theirs)}, which this demo did not make; choose another folder")
-    write_text(settings, shown)
-    for command in commands:
-        say("\ntcam " + " ".join(map(str, command)), style="bold", markup=False)
-        resumed = ["--resume", "auto"] if str(command[0]).startswith("train") else []
-        if app([str(c) for c in command] + resumed, standalone_mode=False) == INTERRUPTED:
-            raise KeyboardInterrupt
-    page = out / "index.html"
-    write_text(page, _page(out, store, stage1, stage2, samples, shown, time.monotonic() - start))
-    say(f"\n{time.monotonic() - start:.0f} s in all; everything on one page: {page.resolve()}")
+    write_text(settings, text)
+    for command, work in commands:
+        print(f"\ntcam {command}", flush=True)
+        work()
+    index = out / "index.html"
+    write_text(index, _page(out, store, stage1, stage2, samples, text, time.monotonic() - start))
+    print(f"\n{time.monotonic() - start:.0f} s in all; everything on one page: {index.resolve()}")
 
 
 def _page(out: Path, store: Path, stage1: Path, stage2: Path, samples: Path, commands: str, seconds: float) -> str:
-    held = Store(store)
-    chosen = held.records[:4]
-    real = [(r.name, strip(unit(torch.tensor(held.volume(r)))[0].numpy(), r.info.affine)) for r in chosen]
-    curves = [
-        run_records.curves(run_records.read(stage1), [["loss", "data"], ["psnr"]]),
-        run_records.curves(run_records.read(stage2), [["loss", "validation_loss"], ["residual"]]),
+    opened = Store(store)
+    chosen = opened.records[:4]
+    real = [(r.name, strip(unit(torch.tensor(opened.volume(r)))[0].numpy(), r.info.affine)) for r in chosen]
+    shown = [
+        curves(read_metrics(stage1), [["loss", "data"], ["psnr"]]),
+        curves(read_metrics(stage2), [["loss", "validation_loss"], ["residual"]]),
     ]
-    return run_records.page(
+    return page(
         "tcam: from a volume to planes, and from noise to volumes",
         [
             ("One MRI: original, decoded from its planes, difference", (out / "compare.png").read_bytes()),
-            ("Four volumes of the cohort that the model is trained on", run_records.png(sheet(real))),
-            ("Four new volumes", (samples / "contact-sheet.png").read_bytes()),
-            ("Stage 1: one decoder, planes for every volume", curves[0]),
-            ("Stage 2: the diffusion model of the planes", curves[1]),
+            ("Four volumes of the cohort that the model is trained on", png(sheet(real))),
+            ("Four new volumes", (samples / SHEET).read_bytes()),
+            ("Stage 1: one decoder, planes for every volume", shown[0]),
+            ("Stage 2: the diffusion model of the planes", shown[1]),
             ("What was run", f"{commands}\n\n{seconds:.0f} s on {torch.get_num_threads()} threads"),
         ],
     )
@@ -157,8 +207,6 @@ def _page(out: Path, store: Path, stage1: Path, stage2: Path, samples: Path, com
 
 def noisy_psnr(fitted: artefact.FittedVolume, data: np.ndarray) -> float:
     """PSNR with the noise of training on the planes."""
-    from tcam_diff.autodecoder.planes import texel_noise
-
     size = fitted.info.shape
     planes = texel_noise(fitted.planes, fitted.config.noise_std, size, 0)
     with torch.no_grad():

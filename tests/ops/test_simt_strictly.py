@@ -113,11 +113,21 @@ BARRIERS = {
     "general": ("general", "gemm.cuh", "    __syncthreads();\n", ""),
     "forward step": ("forward", "fused_forward.cuh", "__syncthreads();  // step jb + 1", "// "),
     "backward start": ("backward", "fused_backward.cuh", "    __syncthreads();\n    const typename", "    const typename"),
-    "backward column": ("backward", "fused_backward_chain.cuh", "ptx::barrier_wait(chain_barrier, chain_threads);  // all", "// "),
-    "backward step": ("backward", "fused_backward_chain.cuh", "ptx::barrier_wait(chain_barrier, chain_threads);  // step jb", "// "),
+    "backward column": (
+        "backward",
+        "fused_backward_chain.cuh",
+        "ptx::barrier_wait(chain_barrier, chain_threads);  // all",
+        "// ",
+    ),
+    "backward step": (
+        "backward",
+        "fused_backward_chain.cuh",
+        "ptx::barrier_wait(chain_barrier, chain_threads);  // step jb",
+        "// ",
+    ),
     "tile read": ("backward", "fused_backward_chain.cuh", "barrier_wait(read + warp", "barrier_arrive(read + warp"),
     "tile written": ("backward", "fused_backward_outer.cuh", "barrier_wait(written + w", "barrier_arrive(written + w"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("barrier", sorted(BARRIERS))
@@ -154,7 +164,11 @@ FAULTS = {
     ),
     "the low halves of the last layer forgotten": ("fused_tile.cuh", "T::round(w - T::widen(high))", "uint16_t(0)"),
     "a bit of the masks shifted": ("fused_backward_chain.cuh", "<< (15 - (s % 4 * 4 + r))", "<< (15 - (s % 4 * 4 + (r ^ 1)))"),
-    "the mask of another layer": ("fused_backward_chain.cuh", "load_mask(at.mask, p, layer - 1,", "load_mask(at.mask, p, layer,"),
+    "the mask of another layer": (
+        "fused_backward_chain.cuh",
+        "load_mask(at.mask, p, layer - 1,",
+        "load_mask(at.mask, p, layer,",
+    ),
     "the panel of another layer": (
         "fused_backward_chain.cuh",
         "(forward_products(at.p) + back) * N * N",
@@ -198,7 +212,11 @@ FAULTS = {
     "noise of the box's voxels": ("points_kernels.cuh", "!p.points ? p.box.number(point)", "!p.points ? point"),
     "words of a block swapped": ("points_kernels.cuh", "const int f = w * blocks + b;", "const int f = (w ^ 1) * blocks + b;"),
     "noise of another object": ("points_kernels.cuh", "p.object(point) : n.grid_object", "p.object(point) : 0"),
-    "what 32 points leave is forgotten": ("fused_rows.cuh", "    part(wave, volume, objective, loss, output, whole, 1, count - whole);\n", ""),
+    "what 32 points leave is forgotten": (
+        "fused_rows.cuh",
+        "    part(wave, volume, objective, loss, output, whole, 1, count - whole);\n",
+        "",
+    ),
     "channels of delta_1 in another order": (
         "fused_mlp_kernels.cuh",
         "const int c = delta1_column(static_cast<int>(e % padded));",

@@ -10,21 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from tcam_diff import config as configs
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.latents import LatentWriter
 from tcam_diff.autodecoder.objective import make_decoder
 from tcam_diff.autodecoder.planes import normalise, plane_sizes
-from tcam_diff.autodecoder.train import Autodecoder
-from tcam_diff.cli import train_diffusion
-from tcam_diff.cli.sample import Output, draw
-from tcam_diff.cli.train_autodecoder import FREE, train
-from tcam_diff.cli.training import prepare_folder
+from tcam_diff.autodecoder.train import AutodecoderTraining, train_autodecoder
 from tcam_diff.data.store import Record, Store, StoreWriter, quantise
 from tcam_diff.data.volume import VolumeInfo
 from tcam_diff.diffusion.config import DiffusionConfig, SampleConfig
-from tcam_diff.diffusion.train import Diffusion
-from tcam_diff.training.ranks import ranks
+from tcam_diff.diffusion.draw import Output, draw_samples
+from tcam_diff.diffusion.train import DiffusionTraining, train_diffusion
+from tcam_diff.training.distributed import distributed
 
 SMALL = (
     "channels=6", "widths=[24, 24]", "steps=24", "batch=4", "stride=2", "log_every=4", "checkpoint_every=3", "evaluate_every=8",
@@ -33,7 +29,7 @@ SMALL = (
 
 #: Forks of a server that has imported everything and has never started a thread: each process costs milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tcam_diff.cli.train_autodecoder", "tcam_diff.diffusion.train", "tcam_diff.diffusion.sampling"])
+CONTEXT.set_forkserver_preload(["tcam_diff.autodecoder.train", "tcam_diff.diffusion.train", "tcam_diff.diffusion.draw"])
 
 
 def blobs(number: int, size: tuple[int, int, int]) -> np.ndarray:
@@ -69,23 +65,20 @@ def make_store(folder: Path, count: int = 7, held_out: int = 2, size: tuple[int,
 
 
 def config(store: Path, *overrides: str) -> TrainConfig:
-    return configs.load(TrainConfig, "train", "fast", [f"data={store}", *SMALL, *overrides])
+    return TrainConfig.load("fast", [f"data={store}", *SMALL, *overrides])
 
 
 def run(store: Path, out: Path, overrides: tuple[str, ...] = (), resume: str | None = None) -> None:
     """As ``tcam train-autodecoder`` does, on one thread."""
     torch.set_num_threads(1)
-    wanted = config(store, *overrides)
-    with ranks("cpu") as group:
-        at = prepare_folder(out, wanted, resume, group, FREE)
-        train(wanted, out, group, at, quiet=True)
+    train_autodecoder(config(store, "device=cpu", *overrides), out, resume)
 
 
 def steps(store: Path, out: Path, count: int, overrides: tuple[str, ...] = ()) -> None:
     """``count`` steps; every rank writes the decoder's gradients of the last one, and the decoder."""
     torch.set_num_threads(1)
-    with ranks("cpu") as group:
-        task = Autodecoder(config(store, *overrides), group, out)
+    with distributed("cpu") as group:
+        task = AutodecoderTraining(config(store, *overrides), group, out)
         for i in range(count):
             task.step(i)
         found = {
@@ -136,23 +129,20 @@ def make_latents(
 
 
 def diffusion_config(latents: Path, *overrides: str) -> DiffusionConfig:
-    return configs.load(DiffusionConfig, "diffusion", "tiny", [f"latents={latents}", *SMALL_DIFFUSION, *overrides])
+    return DiffusionConfig.load("tiny", [f"latents={latents}", *SMALL_DIFFUSION, *overrides])
 
 
 def diffuse(latents: Path, out: Path, overrides: tuple[str, ...] = (), resume: str | None = None) -> None:
     """As ``tcam train-diffusion`` does, on one thread."""
     torch.set_num_threads(1)
-    wanted = diffusion_config(latents, *overrides)
-    with ranks("cpu") as group:
-        at = prepare_folder(out, wanted, resume, group, train_diffusion.FREE)
-        train_diffusion.train(wanted, out, group, at, quiet=True)
+    train_diffusion(diffusion_config(latents, "device=cpu", *overrides), out, resume)
 
 
 def diffusion_steps(latents: Path, out: Path, count: int, overrides: tuple[str, ...] = ()) -> None:
     """``count`` steps; every rank writes the gradients of the last one, and the network."""
     torch.set_num_threads(1)
-    with ranks("cpu") as group:
-        task = Diffusion(diffusion_config(latents, *overrides), group, out)
+    with distributed("cpu") as group:
+        task = DiffusionTraining(diffusion_config(latents, *overrides), group, out)
         for i in range(count):
             task.step(i)
         found = {
@@ -166,7 +156,7 @@ def diffusion_steps(latents: Path, out: Path, count: int, overrides: tuple[str, 
 def sample(folder: Path, out: Path) -> None:
     """As ``tcam sample`` does, five volumes one by one, on one thread."""
     torch.set_num_threads(1)
-    draw(folder, Output(out), range(5), SampleConfig(steps=3), batch_size=1, device="cpu", quiet=True)
+    draw_samples(folder, Output(out), range(5), SampleConfig(steps=3), batch_size=1, device="cpu")
 
 
 # ---- processes -----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import tracemalloc
 import nibabel as nib
 import numpy as np
 import pytest
-from tcam_diff.data.check import check_case, check_cases, compare
+from tcam_diff.data.check import check_case, check_cases, differences
 from tcam_diff.data.nifti import read_header, scan_voxels
 from tcam_diff.data.sources import Case, find_cases
 from tcam_diff.errors import UserError
@@ -188,7 +188,7 @@ def test_what_is_odd_is_said(tmp_path):
     assert report.problem == ""
     assert report.notes == ["every voxel is 3", "no voxel has a label"]
     other = check_case(Case("b", (write(tmp_path / "b.nii.gz", np.ones((7, 5, 4))),)))
-    assert compare([report, other]) == ["shape differs: 6 x 5 x 4 (1), 7 x 5 x 4 (1)"]
+    assert differences([report, other]) == ["shape differs: 6 x 5 x 4 (1), 7 x 5 x 4 (1)"]
 
 
 def test_a_scan_equals_numpy_and_holds_a_piece_at_a_time(tmp_path):

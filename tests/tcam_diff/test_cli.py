@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 from unittest import mock
 
 import nibabel as nib
 import numpy as np
 import pytest
 import runs
+import tcam_diff
 from tcam_diff.cli import main
 
 FAST = ["steps=12", "channels=6", "widths=[24]"]
@@ -155,14 +158,35 @@ def test_ctrl_c_ends_the_demo(monkeypatch, tmp_path, capsys):
     from tcam_diff import demo
 
     asked = []
+
+    def work(name, stops=False):
+        def run(*arguments, **options):
+            asked.append(name)
+            if stops:
+                raise KeyboardInterrupt
+            return []
+
+        monkeypatch.setattr(demo, name, run)
+
     monkeypatch.setattr(demo, "fit_one", lambda *a: None)
-    monkeypatch.setattr(demo, "app", lambda arguments, **_: asked.append(arguments[0]) or (130 if len(asked) == 3 else 0))
+    monkeypatch.setattr(demo, "find_cases", lambda path: mock.Mock(cases=[]))
+    for name in ("make_cohort", "prepare_cases", "export_latents", "train_diffusion", "draw_samples"):
+        work(name)
+    work("train_autodecoder", stops=True)
     monkeypatch.setattr(sys, "argv", ["demo", "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
         demo.main()
     assert ended.value.code == 130
-    assert asked == ["make-cohort", "prepare", "train-autodecoder"]
+    assert asked == ["make_cohort", "prepare_cases", "train_autodecoder"]
     assert "the same command goes on" in capsys.readouterr().out
+
+
+def test_the_library_does_not_know_its_command_line():
+    package = Path(tcam_diff.__file__).parent
+    for path in package.rglob("*.py"):
+        if "cli" not in path.relative_to(package).parts:
+            for line in path.read_text().splitlines():
+                assert not re.match(r"\s*(from|import) (rich|typer|tcam_diff\.cli)\b", line), (path, line)
 
 
 def test_help_and_version():

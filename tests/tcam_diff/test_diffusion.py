@@ -1,17 +1,19 @@
 """The U-Net over three planes, the quarter circle, and its solvers (algorithm.md sections 2, 4 and 9)."""
 
 import math
+from collections.abc import Callable
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tcam_diff import config as configs
-from tcam_diff.diffusion.config import DiffusionConfig, NetworkConfig
+from tcam_diff.diffusion.config import DiffusionConfig, Method, NetworkConfig
+from tcam_diff.diffusion.interop import ArcScheduler
 from tcam_diff.diffusion.network import TriplaneAttention, TriplaneUNet, _add, _attend, _positions
 from tcam_diff.diffusion.process import Estimate, errors, flip, mix, pack, timesteps, unpack
-from tcam_diff.diffusion.schedulers import SOLVERS, ArcScheduler
+from tcam_diff.diffusion.solver import METHODS, Solver, arc
 from tcam_diff.errors import UserError
 
 import tcam_ext
@@ -48,7 +50,7 @@ T = torch.tensor([3.5, 700.0])
      ("pancreas", 42, 71.9), ("colon", 42, 41.5)],
 )  # fmt: skip
 def test_presets_have_the_designed_parameter_counts(preset, channels, millions):
-    config = configs.load(DiffusionConfig, "diffusion", preset)
+    config = DiffusionConfig.load(preset)
     with torch.device("meta"):
         made = TriplaneUNet(channels, config.network)
     count = sum(p.numel() for p in made.parameters())
@@ -209,7 +211,7 @@ def test_bad_planes_are_refused(sizes, channels, said):
 
 def test_bad_levels_are_refused():
     with pytest.raises(UserError, match="level 4 of 4"):
-        configs.load(DiffusionConfig, "diffusion", "brats", ["network.attention_levels=[4]"])
+        DiffusionConfig.load("brats", ["network.attention_levels=[4]"])
 
 
 # ---- the process ---------------------------------------------------------------------------
@@ -382,7 +384,7 @@ def test_there_and_back(normals, exact):
     assert float((state[:, 0] - torch.from_numpy(normals)).square().mean().sqrt()) < 1e-3
 
 
-@pytest.mark.parametrize("solver", [*SOLVERS, "hot"])
+@pytest.mark.parametrize("solver", [*METHODS, "hot"])
 def test_solvers_evaluate_from_pure_noise_and_return_the_last_estimate(solver):
     scheduler = ArcScheduler(solver)
     assert float(scheduler.timesteps[0]) == 1000
@@ -396,6 +398,39 @@ def test_solvers_evaluate_from_pure_noise_and_return_the_last_estimate(solver):
             assert torch.equal(x0, value)
         last = max(n for n, t in enumerate(scheduler.timesteps) if t > 0)
         assert torch.equal(x, torch.full((2, 3), float(last)))
+
+
+@pytest.mark.parametrize("method", [*METHODS, "hot"])
+@pytest.mark.parametrize("final", ["x0", "x"])
+def test_monais_scheduler_and_the_solver_are_one_integration(method, final):
+    """Equal bits, whoever drives it."""
+
+    def network(x: torch.Tensor, eta: float) -> torch.Tensor:
+        return torch.cat([x.sin(), (x + eta).cos()], 1)
+
+    def draws() -> Callable[[torch.Tensor], torch.Tensor]:
+        g = torch.Generator().manual_seed(0)
+        return lambda like: torch.randn(like.shape, generator=g)
+
+    start = torch.randn(2, 5, generator=torch.Generator().manual_seed(1))
+    scheduler = ArcScheduler(method, final, draw=draws())
+    scheduler.set_timesteps(7)
+    x = start
+    for t, eta in zip(scheduler.timesteps, scheduler.visited, strict=True):
+        x, _ = scheduler.step(network(x, eta), t, x)
+    solver = Solver(method, final, draw=draws())
+    end = solver.solve(start, arc(7), lambda x, eta: Estimate(x, *network(x, eta).chunk(2, 1), eta))
+    assert torch.equal(x, end)
+
+
+def test_every_method_has_its_name_in_the_configuration():
+    assert set(get_args(Method)) == {*METHODS, "hot"}
+
+
+def test_bundles_of_the_first_version_name_the_scheduler_otherwise():
+    from tcam_diff.diffusion import schedulers
+
+    assert schedulers.ArcScheduler is ArcScheduler
 
 
 def test_steps_out_of_order_and_outputs_of_one_head_are_refused():

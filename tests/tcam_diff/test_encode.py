@@ -93,9 +93,9 @@ def test_an_encoding_that_was_stopped_goes_on(trained, store, encoded, tmp_path,
     """Equal files: a volume's streams are named by its name, whatever group it is in."""
     out, encode, calls = tmp_path / "latents", Encoder.encode, []
 
-    def stopping(self, *arguments):
-        calls.append(len(arguments[0]))
-        return None if len(calls) == 2 else encode(self, *arguments)
+    def stopping(self, volumes, *callbacks):
+        calls.append(len(volumes))
+        return None if len(calls) == 2 else encode(self, volumes, *callbacks)
 
     monkeypatch.setattr(Encoder, "encode", stopping)
     message = tcam("encode", trained, store, "--out", out, "steps=200", "batch=3", "-q", fails=True)
@@ -117,8 +117,8 @@ def test_a_plateau_ends_a_volume(trained, store):
     for plateau in (0.0, 100.0):
         config = EncodeConfig(steps=100, check_every=10, plateau_db=plateau)
         last = []
-        Encoder(load_run(trained), config, SIZE, torch.device("cpu")).encode(volumes, lambda *now, to=last: to.append(now))
-        steps[plateau] = last[-1][0]
+        Encoder(load_run(trained), config, SIZE, torch.device("cpu")).encode(volumes, last.append)
+        steps[plateau] = last[-1].done
     assert steps == {0.0: 100, 100.0: 40}  # the first check has nothing to compare with; three poor ones follow
 
 

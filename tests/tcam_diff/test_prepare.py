@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 
 def load(preset, *overrides):
-    return configs.load(PrepareConfig, "prepare", preset, overrides)
+    return PrepareConfig.load(preset, overrides)
 
 
 def volume(shape=(20, 24, 16), channels=1, spacing=(1.0, 1.0, 1.0), flip=False, seed=0):

@@ -13,9 +13,9 @@ import pytest
 import runs
 import torch
 from tcam_diff.cli.app import app
-from tcam_diff.cli.sample import read_known
 from tcam_diff.diffusion.config import SampleConfig
-from tcam_diff.diffusion.guidance import ImageGuidance
+from tcam_diff.diffusion.draw import Output, draw_samples
+from tcam_diff.diffusion.guidance import ImageGuidance, read_known
 from tcam_diff.diffusion.model import TriplaneDiffusion
 from tcam_diff.diffusion.sampling import Sampler
 from tcam_diff.errors import UserError
@@ -174,6 +174,17 @@ def test_a_command_goes_on_with_what_is_missing(trained, tmp_path):
     for other in (("--final", "x"), ("--size", 8, 8, 8), ("--dtype", "uint8"), ("--compute-dtype", "bfloat16")):
         assert "made with" in tcam(*command, "--n", 3, *other, fails=True)  # nothing is overwritten
     assert {p.name: p.read_bytes() for p in out.glob("*.nii.gz")} == files
+
+
+def test_drawing_stops_when_asked_and_goes_on(trained, tmp_path):
+    reports, kept = [], []
+    request = (trained, Output(tmp_path), range(3), SampleConfig(steps=2))
+    assert not draw_samples(*request, batch_size=1, progress=reports.append, stop=lambda: len(reports) == 2)
+    assert [(p.done, p.total) for p in reports] == [(1, 3), (2, 3)]
+    assert not (tmp_path / "contact-sheet.png").exists()
+    assert draw_samples(*request, batch_size=1, started=lambda model, there: kept.append(there))
+    assert kept == [2]
+    assert len(list(tmp_path.glob("*.nii.gz"))) == 3
 
 
 def test_the_mean_residual_is_that_of_the_sample(trained, tmp_path):
@@ -371,8 +382,7 @@ def test_known_files_are_turned_to_the_models_axes(model, truth, tmp_path):
 
 def test_monais_inferer_draws_our_samples(model):
     from monai.inferers import LatentDiffusionInferer
-    from tcam_diff.diffusion.interop import Autoencoder, Network, latent_shape
-    from tcam_diff.diffusion.schedulers import ArcScheduler
+    from tcam_diff.diffusion.interop import ArcScheduler, Autoencoder, Network, latent_shape
 
     s = sampler(model, steps=5)
     scheduler = ArcScheduler("heun")
@@ -391,8 +401,7 @@ def test_monais_inferer_draws_our_samples(model):
 def test_monais_inferer_trains_on_our_latents(model, truth):
     from monai.inferers import LatentDiffusionInferer
     from tcam_diff.autodecoder.config import EncodeConfig
-    from tcam_diff.diffusion.interop import Autoencoder, Network, latent_shape
-    from tcam_diff.diffusion.schedulers import ArcScheduler
+    from tcam_diff.diffusion.interop import ArcScheduler, Autoencoder, Network, latent_shape
 
     encoding = EncodeConfig(steps=300, init="start", check_every=100, region="volume")
     autoencoder = Autoencoder(model, encoding=encoding)

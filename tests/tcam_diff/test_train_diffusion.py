@@ -14,10 +14,11 @@ from tcam_diff.diffusion.data import Centre, LatentData
 from tcam_diff.diffusion.model import TriplaneDiffusion
 from tcam_diff.diffusion.process import flip, pack
 from tcam_diff.diffusion.report import samples_picture
-from tcam_diff.diffusion.train import Diffusion
+from tcam_diff.diffusion.train import DiffusionTraining
 from tcam_diff.errors import UserError
-from tcam_diff.training import checkpoint, records
-from tcam_diff.training.ranks import Ranks
+from tcam_diff.training import checkpoint
+from tcam_diff.training.distributed import Distributed
+from tcam_diff.training.logger import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +69,12 @@ def test_centring_leaves_no_mean_and_unit_energy_and_is_undone(latents):
 
 def test_planes_that_do_not_fit_the_network_are_refused_at_the_start(latents, oblong, tmp_path):
     with pytest.raises(UserError, match=r"latents: .*rows and columns multiples of 16 \(5 network.multipliers\)"):
-        Diffusion(runs.diffusion_config(latents, "network.multipliers=[1,1,1,1,1]"), Ranks(), tmp_path)
+        DiffusionTraining(runs.diffusion_config(latents, "network.multipliers=[1,1,1,1,1]"), Distributed(), tmp_path)
     with pytest.raises(UserError, match="concatenated needs planes of one size"):
-        Diffusion(runs.diffusion_config(oblong, "network.weights=concatenated"), Ranks(), tmp_path)
+        DiffusionTraining(runs.diffusion_config(oblong, "network.weights=concatenated"), Distributed(), tmp_path)
     other = runs.make_latents(tmp_path / "other", seed=1, decoder_seed=1)
     with pytest.raises(UserError, match="planes of another decoder"):
-        Diffusion(runs.diffusion_config(latents, f"validation={other}"), Ranks(), tmp_path)
+        DiffusionTraining(runs.diffusion_config(latents, f"validation={other}"), Distributed(), tmp_path)
 
 
 def test_a_damaged_plane_file_is_named(latents, tmp_path):
@@ -108,7 +109,7 @@ def test_labels_come_from_a_table(latents, tmp_path):
 
 
 def test_every_epoch_visits_every_volume(latents):
-    task = Diffusion(runs.diffusion_config(latents), Ranks(), latents)
+    task = DiffusionTraining(runs.diffusion_config(latents), Distributed(), latents)
     seen = [task.volume(p) for p in range(18)]
     for epoch in range(3):
         assert sorted(seen[6 * epoch : 6 * epoch + 6]) == list(range(6))
@@ -118,8 +119,8 @@ def test_every_epoch_visits_every_volume(latents):
 @pytest.mark.parametrize("centre", ["center=false", "center=true"])
 def test_flips_are_those_of_the_volume_and_only_along_the_axes_asked(latents, centre):
     """States that were turned decode to the volume mirrored along x, or to the volume itself."""
-    still = Diffusion(runs.diffusion_config(latents, centre), Ranks(), latents)
-    turning = Diffusion(runs.diffusion_config(latents, centre, "flip=[x]"), Ranks(), latents)
+    still = DiffusionTraining(runs.diffusion_config(latents, centre), Distributed(), latents)
+    turning = DiffusionTraining(runs.diffusion_config(latents, centre, "flip=[x]"), Distributed(), latents)
     turned = 0
     for step in range(4):
         a, noise, _ = still._batch(step, range(4))
@@ -134,7 +135,7 @@ def test_flips_are_those_of_the_volume_and_only_along_the_axes_asked(latents, ce
 
 
 def test_states_that_are_flipped_have_unit_energy_too(latents):
-    task = Diffusion(runs.diffusion_config(latents, "center=true", "flip=[x, z]"), Ranks(), latents)
+    task = DiffusionTraining(runs.diffusion_config(latents, "center=true", "flip=[x, z]"), Distributed(), latents)
     states = task.centre.apply(task.data.rows(range(len(task.data))))
     for axis in (0, 2):
         turned = task.centre.apply(flip(task.data.rows(range(len(task.data))), axis))
@@ -149,7 +150,7 @@ def test_states_that_are_flipped_have_unit_energy_too(latents):
 def test_training_lowers_the_loss_of_held_out_volumes(latents, tmp_path):
     held_out = runs.make_latents(tmp_path / "held-out", seed=1, split="test")
     overrides = ("steps=150", "network.dropout=0", f"validation={held_out}", "lr=5e-3", "evaluate_volumes=6")
-    task = Diffusion(runs.diffusion_config(latents, *overrides), Ranks(), tmp_path)
+    task = DiffusionTraining(runs.diffusion_config(latents, *overrides), Distributed(), tmp_path)
     assert task.evaluate()["validation_loss"] == pytest.approx(2, abs=0.1)
     for i in range(150):
         task.step(i)
@@ -161,7 +162,7 @@ def test_accumulated_gradients_are_those_of_the_batch(latents, tmp_path, overrid
     plain = ("network.dropout=0", "compute_dtype=float64")
     found = []
     for more in ((), overrides):
-        task = Diffusion(runs.diffusion_config(latents, *plain, *more), Ranks(), tmp_path)
+        task = DiffusionTraining(runs.diffusion_config(latents, *plain, *more), Distributed(), tmp_path)
         task.step(0)
         found.append([p.grad for p in task.network.parameters()])
     for a, b in zip(*found, strict=True):
@@ -171,7 +172,7 @@ def test_accumulated_gradients_are_those_of_the_batch(latents, tmp_path, overrid
 @pytest.mark.parametrize("overrides", [("network.weights=shared",), ("network.weights=concatenated",), ("center=true",),
     ("timesteps=antithetic",), ("latent_dtype=bfloat16",), ("compute_dtype=bfloat16",), ("network.cross=axis",)])  # fmt: skip
 def test_every_switch_trains(latents, tmp_path, overrides):
-    task = Diffusion(runs.diffusion_config(latents, *overrides, "lr=5e-3", "steps=40"), Ranks(), tmp_path)
+    task = DiffusionTraining(runs.diffusion_config(latents, *overrides, "lr=5e-3", "steps=40"), Distributed(), tmp_path)
     first = float(task.step(0)["loss"])
     for i in range(1, 40):
         last = float(task.step(i)["loss"])
@@ -179,7 +180,7 @@ def test_every_switch_trains(latents, tmp_path, overrides):
 
 
 def test_planes_of_unequal_sizes_train(oblong, tmp_path):
-    task = Diffusion(runs.diffusion_config(oblong), Ranks(), tmp_path)
+    task = DiffusionTraining(runs.diffusion_config(oblong), Distributed(), tmp_path)
     assert float(task.step(0)["loss"]) == pytest.approx(2, abs=0.2)
     assert task.model(1).geometry.texels == (8, 12, 4)
 
@@ -198,7 +199,7 @@ def test_what_a_run_leaves(uninterrupted):
     assert sorted(p.name for p in uninterrupted.iterdir()) == [
         "checkpoints", "config.yaml", "metrics.jsonl", "model", "report.html", "samples", "tensorboard",
     ]  # fmt: skip
-    found = records.read(uninterrupted)
+    found = read_metrics(uninterrupted)
     assert [m["step"] for m in found if "loss" in m] == [4, 8, 12, 16]
     assert [m["step"] for m in found if "validation_loss" in m] == [8, 16]
     page = (uninterrupted / "report.html").read_text()
@@ -219,7 +220,7 @@ def test_the_best_checkpoint_is_one_that_was_evaluated(latents, tmp_path):
     runs.finish(runs.start(runs.diffuse, latents, tmp_path, ("keep=9", "checkpoint_every=3", "evaluate_every=4")))
     scores = {s: json.loads((tmp_path / "checkpoints" / f"step-{s:08d}" / "manifest.json").read_text())["score"]
               for s in checkpoint.steps(tmp_path / "checkpoints")}  # fmt: skip
-    losses = {m["step"]: -m["validation_loss"] for m in records.read(tmp_path) if "validation_loss" in m}
+    losses = {m["step"]: -m["validation_loss"] for m in read_metrics(tmp_path) if "validation_loss" in m}
     assert {s: v for s, v in scores.items() if v is not None} == losses
     assert {3, 9, 15} <= {s for s, v in scores.items() if v is None}
 
@@ -243,7 +244,7 @@ def test_killed_at_random_points_a_run_ends_with_the_same_bits(latents, uninterr
     runs.finish(runs.start(runs.diffuse, latents, out, (), "auto"))
     assert kills >= 2
     assert equal(states(out), states(uninterrupted))
-    steps = [m["step"] for m in records.read(out) if "loss" in m]
+    steps = [m["step"] for m in read_metrics(out) if "loss" in m]
     assert steps == sorted(set(steps))
 
 
@@ -281,20 +282,20 @@ def test_two_processes_are_one(latents, tmp_path, overrides, count, tolerance):
 
 def test_a_batch_that_cannot_be_shared(latents, tmp_path):
     with pytest.raises(UserError, match=r"batch: expected a multiple of 6 \(3 process"):
-        Diffusion(runs.diffusion_config(latents, "accumulate=2"), Ranks(0, 3), tmp_path)
+        DiffusionTraining(runs.diffusion_config(latents, "accumulate=2"), Distributed(0, 3), tmp_path)
 
 
 # ---- the model that is left ----------------------------------------------------------------
 
 
 def test_a_model_trained_in_float64_draws(latents, tmp_path):
-    task = Diffusion(runs.diffusion_config(latents, "compute_dtype=float64"), Ranks(), tmp_path)
+    task = DiffusionTraining(runs.diffusion_config(latents, "compute_dtype=float64"), Distributed(), tmp_path)
     assert samples_picture(task.model(0), 2, 1)[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize("overrides", [(), ("center=true",)])
 def test_a_model_is_read_back_as_it_was(latents, tmp_path, overrides):
-    task = Diffusion(runs.diffusion_config(latents, *overrides), Ranks(), tmp_path)
+    task = DiffusionTraining(runs.diffusion_config(latents, *overrides), Distributed(), tmp_path)
     for i in range(3):
         task.step(i)
     model = task.model(3)
@@ -310,7 +311,7 @@ def test_a_model_is_read_back_as_it_was(latents, tmp_path, overrides):
 
 
 def test_a_models_geometry_is_that_of_the_middle_volume(latents):
-    model = Diffusion(runs.diffusion_config(latents), Ranks(), latents).model(0)
+    model = DiffusionTraining(runs.diffusion_config(latents), Distributed(), latents).model(0)
     assert model.geometry.info.affine[0][3] in (2.0, 3.0)  # volumes 0 to 5 begin at their number
     assert model.geometry.info.intensity == [(-12.5, 92.5)]
     assert model.geometry.info.shape == (16, 16, 16)

@@ -17,15 +17,16 @@ from tcam_diff import config as configs
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.planes import init_planes
 from tcam_diff.autodecoder.tables import PlaneTable
-from tcam_diff.autodecoder.train import Autodecoder, Schedule
+from tcam_diff.autodecoder.train import AutodecoderTraining, Schedule
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation.metrics import psnr_of_mse
-from tcam_diff.training import checkpoint, records
+from tcam_diff.training import checkpoint
+from tcam_diff.training.distributed import Distributed
+from tcam_diff.training.ema import update_average
+from tcam_diff.training.logger import read_metrics
 from tcam_diff.training.loop import Cadence
 from tcam_diff.training.loop import run as loop
-from tcam_diff.training.ranks import Ranks
-from tcam_diff.training.rate import update_average
-from tcam_diff.training.streams import seed_of, stream
+from tcam_diff.training.rng import rng, seed_of
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def test_streams_are_functions_of_their_names():
     names = [(s, n, o, v) for s in (0, 1) for n in ("noise", "region") for o in (1, 12) for v in (1, 2, 21)]
     assert len({seed_of(s, n, o, v) for s, n, o, v in names}) == len(names)
     assert seed_of(0, "a", 12, 1) != seed_of(0, "a", 1, 21)
-    assert torch.equal(torch.randn(3, generator=stream(5, "x")), torch.randn(3, generator=stream(5, "x")))
+    assert torch.equal(torch.randn(3, generator=rng(5, "x")), torch.randn(3, generator=rng(5, "x")))
 
 
 @pytest.mark.parametrize(("objects", "batch", "inner"), [(7, 3, 1), (8, 4, 2), (5, 5, 1), (64, 8, 1), (3, 1, 3)])
@@ -69,7 +70,7 @@ def test_the_last_steps_have_no_noise(store, tmp_path):
     losses = {}
     for std in (0.0, 0.3):
         for index in (0, 23):  # of 24, a quarter without noise
-            task = Autodecoder(runs.config(store, f"noise_std={std}", "prefetch=0"), Ranks(), tmp_path)
+            task = AutodecoderTraining(runs.config(store, f"noise_std={std}", "prefetch=0"), Distributed(), tmp_path)
             losses[std, index] = float(task.step(index)["loss"])
             task.close()
     assert losses[0.0, 0] != losses[0.3, 0]
@@ -129,7 +130,7 @@ def test_a_table_takes_its_rows_from_any_sharding():
 
 @pytest.mark.parametrize("preset", configs.presets("train"))
 def test_presets(preset):
-    config = configs.load(TrainConfig, "train", preset)
+    config = TrainConfig.load(preset)
     assert TrainConfig.model_validate(yaml.safe_load(config.yaml())) == config
     assert 1e-3 <= config.lr_planes / config.plane_init_std <= 1  # algorithm.md 6.3
 
@@ -138,12 +139,12 @@ def test_a_file_with_an_unknown_key_is_refused_with_the_nearest(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("data: x\nlr_plane: 1e-2\n")
     with pytest.raises(UserError, match="lr_plane: no such key; did you mean lr_planes"):
-        configs.load(TrainConfig, "train", path)
+        TrainConfig.load(path)
     path.write_text("data: x\nlr_planes: 1e-2\n")
-    assert configs.load(TrainConfig, "train", path).lr_planes == 0.01
+    assert TrainConfig.load(path).lr_planes == 0.01
     path.write_text("channels: 3\n")
     with pytest.raises(UserError, match="data: field required"):
-        configs.load(TrainConfig, "train", path)
+        TrainConfig.load(path)
 
 
 # ---- checkpoints -----------------------------------------------------------------------
@@ -151,7 +152,7 @@ def test_a_file_with_an_unknown_key_is_refused_with_the_nearest(tmp_path):
 
 def save(folder, step, score=None, keep=2, value=1.0):
     state = {"task": {"x": torch.full((3,), value)}, "seconds": 1.0}
-    return checkpoint.save(folder, step, state, {"y": torch.ones(2)}, Ranks(), score=score, keep=keep)
+    return checkpoint.save(folder, step, state, {"y": torch.ones(2)}, Distributed(), score=score, keep=keep)
 
 
 def test_the_last_and_the_best_are_kept(tmp_path):
@@ -220,7 +221,7 @@ def test_what_a_run_leaves(uninterrupted):
     assert sorted(p.name for p in uninterrupted.iterdir()) == [
         "checkpoints", "config.yaml", "metrics.jsonl", "report.html", "samples", "tensorboard",
     ]  # fmt: skip
-    metrics = records.read(uninterrupted)
+    metrics = read_metrics(uninterrupted)
     assert [m["step"] for m in metrics if "loss" in m] == [4, 8, 12, 16, 20, 24]
     assert all(math.isfinite(m["grad_decoder"]) for m in metrics if "loss" in m)
     assert [m["step"] for m in metrics if "psnr" in m] == [8, 16, 24]
@@ -250,7 +251,7 @@ def test_killed_at_random_points_a_run_ends_with_the_same_bits(store, uninterrup
     runs.finish(runs.start(runs.run, store, out, (), "auto"))
     assert kills >= 4
     assert equal(states(out), states(uninterrupted))
-    steps = [m["step"] for m in records.read(out) if "loss" in m]
+    steps = [m["step"] for m in read_metrics(out) if "loss" in m]
     assert steps == sorted(set(steps))  # no line twice
     assert not list((out / "checkpoints").glob(".writing-*"))
 
@@ -264,11 +265,11 @@ def test_stopping_and_going_on_is_the_same_run(store, uninterrupted, tmp_path):
     torch.set_num_threads(1)
     config = runs.config(store)
     for stop_at in (5, 13, 99):
-        task = Autodecoder(config, Ranks(), tmp_path)
+        task = AutodecoderTraining(config, Distributed(), tmp_path)
         last = checkpoint.latest(tmp_path / "checkpoints")
         left = iter(range(stop_at - (checkpoint.steps(tmp_path / "checkpoints") or [0])[-1]))
         stop = functools.partial(_exhausted, left)
-        outcome = loop(task, tmp_path, Cadence(4, 8, 3), Ranks(), resume=last, should_stop=stop)
+        outcome = loop(task, tmp_path, Cadence(4, 8, 3), Distributed(), resume=last, stop=stop)
         assert outcome.step == min(stop_at, 24)
         task.close()
     assert equal(states(tmp_path), states(uninterrupted))
@@ -286,7 +287,7 @@ def test_the_command_protects_a_run(store, uninterrupted):
 @pytest.mark.parametrize("cadence", [Cadence(4, 8, 3), Cadence(100, 100, 3)])  # a record comes first, or a checkpoint
 def test_a_loss_that_is_no_number_ends_the_run(store, tmp_path, cadence):
     torch.set_num_threads(1)
-    task = Autodecoder(runs.config(store), Ranks(), tmp_path)
+    task = AutodecoderTraining(runs.config(store), Distributed(), tmp_path)
     step = task.step
 
     def poisoned(index):
@@ -298,7 +299,7 @@ def test_a_loss_that_is_no_number_ends_the_run(store, tmp_path, cadence):
 
     task.step = poisoned
     with pytest.raises(UserError, match=r"NaN.*step-00000009 is good: --resume auto.*learning rates"):
-        loop(task, tmp_path, cadence, Ranks())
+        loop(task, tmp_path, cadence, Distributed())
     _, shared, _ = checkpoint.load(checkpoint.latest(tmp_path / "checkpoints"))
     assert all(torch.isfinite(v).all() for v in shared["task"]["decoder"].values())
     task.close()
@@ -312,7 +313,7 @@ def test_a_store_that_is_not_the_runs(store, uninterrupted, tmp_path):
 
 def test_training_fits_every_object(store, tmp_path):
     """Noise on, lattices: all seven beyond 30 dB."""
-    task = Autodecoder(runs.config(store, "steps=600", "channels=8", "widths=[32, 32]"), Ranks(), tmp_path)
+    task = AutodecoderTraining(runs.config(store, "steps=600", "channels=8", "widths=[32, 32]"), Distributed(), tmp_path)
     for i in range(task.steps):
         task.step(i)
     scores = [task.evaluate([o], whole=True)["psnr"] for o in range(7)]
@@ -374,9 +375,9 @@ def test_a_rank_that_dies_and_a_resume_with_another_number(store, tmp_path):
 
 def test_a_batch_that_the_ranks_cannot_share(store, tmp_path):
     with pytest.raises(UserError, match="batch: expected a multiple of the 3 ranks, got 4"):
-        Autodecoder(runs.config(store), Ranks(0, 3), tmp_path)
+        AutodecoderTraining(runs.config(store), Distributed(0, 3), tmp_path)
     with pytest.raises(UserError, match="batch: expected at most the 7 objects"):
-        Autodecoder(runs.config(store, "batch=8"), Ranks(), tmp_path)
+        AutodecoderTraining(runs.config(store, "batch=8"), Distributed(), tmp_path)
 
 
 def test_the_average_moves_by_its_warmed_up_decay():

@@ -1,7 +1,9 @@
-"""How good the volumes are that a run fitted, over the parameters that it spent: Table 4 of the paper."""
+"""The same training with several values of one key: how good the fitted volumes are over the parameters spent (Table 4)."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,55 @@ import matplotlib
 import numpy as np
 import torch
 
+from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.encode import load_run
 from tcam_diff.autodecoder.objective import Objective, unit
 from tcam_diff.autodecoder.planes import normalise
+from tcam_diff.autodecoder.train import AutodecoderTraining, train_autodecoder
 from tcam_diff.data.store import Store
 from tcam_diff.evaluation import metrics
-from tcam_diff.training.records import png
+from tcam_diff.files import writable_folder, write_text
+from tcam_diff.progress import ProgressCallback, StopCallback
+from tcam_diff.training.report import png
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+
+def ablate(
+    key: str,
+    runs: Sequence[tuple[Any, TrainConfig]],
+    out: Path,
+    *,
+    started: Callable[[AutodecoderTraining], None] | None = None,
+    progress: ProgressCallback | None = None,
+    stop: StopCallback | None = None,
+) -> list[dict[str, Any]] | None:
+    """Train each configuration in a folder of ``out``, and compare the volumes that they fitted.
+
+    Args:
+        key: what varies.
+        runs: its values, each with a whole configuration.
+        out: gets a run for each value, ablation.json and ablation.png. Runs that are finished there are not trained again.
+        started, progress, stop: those of ``train_autodecoder``.
+
+    Returns:
+        For each value {key: value, "seconds": ...} with the figures of ``judge``; None where ``stop`` said so.
+    """
+    writable_folder(out)
+    rows = []
+    for value, config in runs:
+        folder = out / f"{key}-{str(value).replace(' ', '')}"
+        result = folder / "result.json"
+        if not result.exists():
+            outcome = train_autodecoder(config, folder, "auto", started=started, progress=progress, stop=stop)
+            if outcome.stopped:
+                return None
+            write_text(result, json.dumps({key: value, "seconds": outcome.seconds, **judge(folder)}, indent=1))
+        rows.append(json.loads(result.read_text()))
+    write_text(out / "ablation.json", json.dumps(rows, indent=1))
+    (out / "ablation.png").write_bytes(plot(key, rows))
+    return rows
 
 
 @torch.no_grad()

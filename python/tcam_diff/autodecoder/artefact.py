@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,13 +16,15 @@ from torch import Tensor
 
 import tcam_ext
 from tcam_diff.autodecoder.config import FitConfig, ObjectiveConfig
-from tcam_diff.autodecoder.fit import FitResult
 from tcam_diff.autodecoder.objective import make_decoder
 from tcam_diff.autodecoder.planes import PLANE_NAMES
 from tcam_diff.data.volume import VolumeInfo
 from tcam_diff.errors import UserError
 from tcam_diff.files import writable_folder
 from tcam_diff.folder import Folder, tensor_bytes
+
+if TYPE_CHECKING:
+    from tcam_diff.autodecoder.fit import FitResult
 
 AXIS_ORDER = "volume (channels, x, y, z) = file axes (i, j, k); planes xy, yz, xz; first axis first"
 _PLANES, _DECODER, _CONFIG = "planes.safetensors", "decoder.safetensors", "config.yaml"

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tcam_diff import config as configs
 from tcam_diff.config import Config
+from tcam_diff.training.config import Count, OptimiserConfig, Rate, RunConfig
 
-Count = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
 
 
-class ObjectiveConfig(Config):
+class ObjectiveConfig(OptimiserConfig):
     """Model, loss and optimisation. Defaults are those of algorithm.md section 0, the paper's where it says one."""
 
     channels: Annotated[int, Field(ge=1, le=256, description="C of the planes")] = 42
@@ -34,7 +31,6 @@ class ObjectiveConfig(Config):
         Field(description="what RMSNorm has unit energy of (equation 6 leaves it open)"),
     ] = "plane"
 
-    steps: Count = 20000
     region: Annotated[
         Literal["volume", "box", "slices", "lattice"],
         Field(description="voxels of a visit: all, a random box, random slices, every stride-th along each axis"),
@@ -45,10 +41,6 @@ class ObjectiveConfig(Config):
 
     lr_planes: Rate = 3e-5
     lr_decoder: Rate = 3e-5
-    beta2: Annotated[float, Field(ge=0, lt=1, description="Adam's second decay")] = 0.999
-    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
     plane_init_std: Annotated[float, Field(gt=0)] = 1e-3
     grad_clip: Annotated[float, Field(gt=0, description="norm; each object's planes and the decoder separately")] = 1.0
 
@@ -72,19 +64,23 @@ class ObjectiveConfig(Config):
         Field(description="of every voxel's features, as the paper has it, or of the planes' texels, which costs nothing"),
     ] = "texel"
     noise_free_fraction: Annotated[float, Field(ge=0, le=1, description="of the last steps")] = 0.0
-    seed: Annotated[int, Field(ge=0)] = 0
 
 
 class FitConfig(ObjectiveConfig):
     """One volume's planes and decoder."""
+
+    kind = "fit"
 
     intensity: Annotated[
         Literal["minmax", "percentile"], Field(description="what maps to [0, 1]; percentile: 0 to 99.5, clipped")
     ] = "minmax"
 
 
-class TrainConfig(ObjectiveConfig):
+class TrainConfig(ObjectiveConfig, RunConfig):
     """One decoder, and planes for every volume of a store."""
+
+    kind = "train"
+    changeable = RunConfig.changeable | {"data", "tables", "prefetch", "evaluate_objects"}
 
     data: Annotated[str, Field(description="a folder that `tcam prepare` wrote")]
     split: str = "train"
@@ -100,27 +96,14 @@ class TrainConfig(ObjectiveConfig):
         Field(description="where planes and their Adam moments live; auto: the fastest that they fit in"),
     ] = "auto"
     ema_decay: Annotated[float, Field(ge=0, lt=1, description="of the decoder's average, with warm-up")] = 0.999
-    device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, ...")] = "auto"
     prefetch: Annotated[int, Field(ge=0, description="steps whose voxels are read ahead; 0: none")] = 2
-    log_every: Annotated[Count, Field(description="steps")] = 50
-    evaluate_every: Annotated[int | None, Field(ge=1, description="steps; null: a tenth of all")] = None
     evaluate_objects: Annotated[Count, Field(description="of an evaluation on the way")] = 8
-    checkpoint_every: Annotated[
-        int | None, Field(ge=1, description="steps, beside every evaluation; null: a twentieth of all")
-    ] = None
-    keep: Annotated[Count, Field(description="checkpoints, beside the best")] = 2
-
-    def evaluation_steps(self) -> int:
-        """Between evaluations."""
-        return self.evaluate_every or max(1, self.steps // 10)
-
-    def checkpoint_steps(self) -> int:
-        """Between checkpoints."""
-        return self.checkpoint_every or max(1, self.steps // 20)
 
 
 class EncodeConfig(Config):
     """How planes of new volumes are found under a frozen decoder; the rest is as the decoder was trained."""
+
+    kind = "encode"
 
     steps: Count = 1000
     batch: Annotated[int, Field(ge=1, description="volumes at a time")] = 16
@@ -138,8 +121,3 @@ class EncodeConfig(Config):
         "mean"
     )
     seed: Annotated[int, Field(ge=0)] = 0
-
-
-def load_config(preset: str, overrides: Sequence[str] = ()) -> FitConfig:
-    """``tcam fit``'s configuration: a preset or a YAML file, with changes."""
-    return configs.load(FitConfig, "fit", preset, overrides)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,18 @@ import torch
 from torch import Tensor
 
 import tcam_ext
-from tcam_diff import config as configs
 from tcam_diff.autodecoder.config import EncodeConfig, TrainConfig
+from tcam_diff.autodecoder.latents import Entry, LatentSet, LatentWriter
 from tcam_diff.autodecoder.objective import Objective, make_decoder, parameter_dtype
 from tcam_diff.autodecoder.planes import PLANE_NAMES, init_planes, normalise, plane_sizes
 from tcam_diff.autodecoder.tables import PlaneTable
+from tcam_diff.data.store import Record, Store
 from tcam_diff.errors import UserError
+from tcam_diff.progress import Progress, ProgressCallback, StopCallback
 from tcam_diff.training import checkpoint
-from tcam_diff.training.rate import rate
-from tcam_diff.training.streams import stream
+from tcam_diff.training.distributed import device_of
+from tcam_diff.training.lr import lr_scale
+from tcam_diff.training.rng import rng
 
 
 @dataclass
@@ -54,12 +58,13 @@ class TrainedRun:
         return normalise([s / len(self.objects) for s in sums], self.config.norm)
 
 
-def load_run(folder: Path, at: Path | None = None) -> TrainedRun:
+def load_run(folder: str | os.PathLike[str], at: Path | None = None) -> TrainedRun:
     """The latest checkpoint of a training run, or the one at ``at``. Raises UserError."""
+    folder = Path(folder)
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder}: not a folder of `tcam train-autodecoder` (config.yaml is missing)")
-    config = configs.load(TrainConfig, "train", path)
+    config = TrainConfig.load(path)
     chosen = at or checkpoint.latest(folder / "checkpoints")
     if chosen is None:
         raise UserError(f"{folder}: has no checkpoint yet")
@@ -105,18 +110,19 @@ class Encoder:
                 ]
         else:
             c = run.config
-            self.start = init_planes(c.channels, self.objective.texels, 1.0, stream(c.seed, "planes"))
+            self.start = init_planes(c.channels, self.objective.texels, 1.0, rng(c.seed, "planes"))
 
     def encode(
         self,
         volumes: Mapping[str, np.ndarray],
-        on_step: Callable[[int, int, float], None] | None = None,
-        should_stop: Callable[[], bool] | None = None,
+        progress: ProgressCallback | None = None,
+        stop: StopCallback | None = None,
     ) -> dict[str, Encoded] | None:
         """Planes for volumes (channels, H, W, D) as a store keeps them. Their names are those of their streams of random
         numbers, so it does not matter which are encoded together.
 
-        ``on_step(step, active, psnr)``. None where ``should_stop`` said so.
+        ``progress`` is called after every step with "active", the volumes still being encoded, and "psnr" (dB), their mean at
+        the last check. None where ``stop`` said so.
         """
         c = self.training
         names = list(volumes)
@@ -127,13 +133,13 @@ class Encoder:
         poor = dict.fromkeys(names, 0)
         active, shown = list(names), float("nan")
         for index in range(c.steps):
-            if should_stop is not None and should_stop():
+            if stop is not None and stop():
                 return None
             visits = [self.objective.read(self.objective.visit(n, index), volumes[n]) for n in active]
             rows = table.fetch(active)
             noise = index < c.steps * (1 - c.noise_free_fraction)
             self.objective.losses(rows.leaves, self.decoder, visits, noise)[0].sum().backward()
-            table.update(rows, lr=c.lr_planes * rate(c, index), beta2=c.beta2, eps=c.adam_eps, clip=c.grad_clip)
+            table.update(rows, lr=c.lr_planes * lr_scale(c, index), beta2=c.beta2, eps=c.adam_eps, clip=c.grad_clip)
             if (index + 1) % self.config.check_every == 0 or index + 1 == c.steps:
                 scores = []
                 for n in list(active):
@@ -147,8 +153,8 @@ class Encoder:
                     if self.config.plateau_db and poor[n] >= 3:
                         active.remove(n)
                 shown = sum(scores) / len(scores)
-            if on_step is not None:
-                on_step(index + 1, len(active), shown)
+            if progress is not None:
+                progress(Progress(index + 1, c.steps, {"active": len(active), "psnr": shown}))
             if not active:
                 break
         found = {}
@@ -158,3 +164,111 @@ class Encoder:
             _, planes, steps = best[name]
             found[name] = Encoded(planes, self.objective.psnr(planes, self.decoder, volumes[name]), steps)
         return found
+
+
+def encode_store(
+    run: TrainedRun,
+    store: Store,
+    out: str | os.PathLike[str],
+    config: EncodeConfig | None = None,
+    *,
+    split: str = "test",
+    device: str = "auto",
+    started: Callable[[int, int], None] | None = None,
+    progress: ProgressCallback | None = None,
+    stop: StopCallback | None = None,
+) -> LatentSet:
+    """Find planes for volumes of a store under a run's frozen decoder, and write them as a latent set.
+
+    Args:
+        run: of ``load_run``.
+        store: prepared as the training data were.
+        out: empty, or a folder that was begun with the same arguments: what is there is kept.
+        config: how they are found; default: ``EncodeConfig()``.
+        split: of the store.
+        device: auto, cpu, cuda, ...
+        started: told how many volumes are there already, of how many.
+        progress: called after every step of a group of ``config.batch`` volumes of one size, with "group", "groups", "active"
+            and "psnr" (dB).
+        stop: true: raises UserError; volumes that are finished are kept.
+    """
+    config = config or EncodeConfig()
+    _check_preprocessing(run, store)
+    records = store.of(split)
+    writer = LatentWriter(Path(out), run.config, run.decoder, _provenance(run, store, config.model_dump(mode="json")))
+    done: dict[str, Entry] = {r.name: e for r in records if (e := writer.find(r)) is not None}
+    groups = _groups([r for r in records if r.name not in done], config.batch)
+    if started is not None:
+        started(len(done), len(records))
+    encoder: Encoder | None = None
+    for g, group in enumerate(groups):
+        size = group[0].info.shape
+        if encoder is None or encoder.size != size:
+            encoder = Encoder(run, config, size, device_of(device))
+
+        def show(p: Progress, g: int = g) -> None:
+            if progress is not None:
+                about = {"group": g + 1, "groups": len(groups), **p.metrics}
+                progress(Progress(g * config.steps + p.done, len(groups) * config.steps, about))
+
+        found = encoder.encode({r.name: store.volume(r) for r in group}, show, stop)
+        if found is None:
+            raise UserError(f"{out}: stopped with {len(done)} of {len(records)} volumes; the same command goes on")
+        for record in group:
+            new = found[record.name]
+            done[record.name] = writer.write(record, new.planes, new.psnr, new.steps)
+    writer.finish([done[r.name] for r in records])
+    return LatentSet(out)
+
+
+def export_latents(
+    run: TrainedRun, out: str | os.PathLike[str], store: Store | None = None, progress: ProgressCallback | None = None
+) -> LatentSet:
+    """Write the planes that a run fitted to its training volumes as a latent set.
+
+    ``store``: the training data, where they have moved. ``progress`` is called after every volume.
+    """
+    store = store or Store(run.config.data)
+    _check_preprocessing(run, store)
+    by_name = {r.name: r for r in store.records}
+    writer = LatentWriter(Path(out), run.config, run.decoder, _provenance(run, store, None))
+    first, raw, entries = by_name[run.objects[0]], run.raw_planes(), []
+    objective = Objective(run.config, first.info.shape)
+    for name in run.objects:
+        planes = normalise(raw[name], run.config.norm)
+        psnr = objective.psnr(planes, run.decoder, store.volume(by_name[name]))
+        entries.append(writer.write(by_name[name], planes, psnr, run.step))
+        if progress is not None:
+            progress(Progress(len(entries), len(run.objects)))
+    writer.finish(entries)
+    return LatentSet(out)
+
+
+def _groups(records: Sequence[Record], most: int) -> list[list[Record]]:
+    """Of one size each, and of ``most`` volumes."""
+    groups: list[list[Record]] = []
+    for record in sorted(records, key=lambda r: r.info.array_shape):
+        if not groups or groups[-1][0].info.array_shape != record.info.array_shape or len(groups[-1]) == most:
+            groups.append([])
+        groups[-1].append(record)
+    return groups
+
+
+def _check_preprocessing(run: TrainedRun, store: Store) -> None:
+    """Raises UserError where a store was prepared otherwise than a run's training data."""
+    if store.digest != run.digest:
+        raise UserError(
+            f"{store.folder}: prepared otherwise than the data of {run.folder}; prepare it with the configuration in that "
+            "store.json"
+        )
+
+
+def _provenance(run: TrainedRun, store: Store, encoding: dict[str, Any] | None) -> dict[str, Any]:
+    return {
+        "run": str(run.folder.resolve()),
+        "step": run.step,
+        "store": str(store.folder.resolve()),
+        "store_digest": store.digest,
+        "preprocessing": store.config,
+        "encode": encoding,
+    }

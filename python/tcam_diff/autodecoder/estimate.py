@@ -12,16 +12,16 @@ import torch
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.report import channels_picture, slices_picture, write_report
 from tcam_diff.autodecoder.tables import PlaneTable
-from tcam_diff.autodecoder.train import Autodecoder, available_memory
+from tcam_diff.autodecoder.train import AutodecoderTraining, available_memory
 from tcam_diff.data.store import Store, one_shape
 from tcam_diff.training import checkpoint
+from tcam_diff.training.distributed import Distributed, device_of
+from tcam_diff.training.logger import Logger
 from tcam_diff.training.loop import Outcome, peak_memory
-from tcam_diff.training.ranks import Ranks, device_of
-from tcam_diff.training.records import Records
 
 
 @dataclass
-class Estimate:
+class Requirements:
     """Bytes and seconds of one process."""
 
     host: float
@@ -35,7 +35,7 @@ class Estimate:
     available: float  # bytes of memory that the tables' place still has
 
 
-def estimate(config: TrainConfig, seconds: float = 10.0) -> Estimate:
+def estimate(config: TrainConfig, seconds: float = 10.0) -> Requirements:
     """Run about ``seconds`` of the real thing with as few objects as a step needs, in a folder that is thrown away.
 
     Time: steps, evaluations, checkpoints (written and synced), and the last look at every volume. Memory: that of the trial and
@@ -47,10 +47,10 @@ def estimate(config: TrainConfig, seconds: float = 10.0) -> Estimate:
     one_shape(store.folder, records)
     few = min(count, max(config.batch, 2))
     trial = config.model_copy(update={"objects": few})
-    ranks = Ranks(device=device_of(config.device))
+    group = Distributed(device=device_of(config.device))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        task = Autodecoder(trial, ranks, folder)
+        task = AutodecoderTraining(trial, group, folder)
         try:
             per_object = PlaneTable.bytes(
                 1, config.channels, task.objective.texels, task.table.tables["value"][0].element_size()
@@ -62,12 +62,12 @@ def estimate(config: TrainConfig, seconds: float = 10.0) -> Estimate:
             checked = (time.monotonic() - began) / few * min(config.evaluate_objects, count)
             began = time.monotonic()
             found = task.slices()
-            recorder = Records(folder, 0)
-            recorder.scalars(1, {"loss": 1.0, "psnr": 1.0})
+            logger = Logger(folder, 0)
+            logger.scalars(1, {"loss": 1.0, "psnr": 1.0})
             if found is not None:
                 slices_picture(*found, "trial")
                 channels_picture(next(task.fitted())[1])
-            recorder.close()
+            logger.close()
             looked = time.monotonic() - began
             began = time.monotonic()
             score = task.evaluate(range(few), whole=True)
@@ -75,16 +75,16 @@ def estimate(config: TrainConfig, seconds: float = 10.0) -> Estimate:
             write_report(folder, trial, task, Outcome(1, 1.0, False, {"fitted_psnr": score["psnr"]}))
             began = time.monotonic()
             shared = {"task": task.shared_state(), "seconds": 0.0}
-            path = checkpoint.save(folder / "checkpoints", 1, shared, task.shard_state(), ranks)
+            path = checkpoint.save(folder / "checkpoints", 1, shared, task.shard_state(), group)
             saved = time.monotonic() - began
             written = float(sum(p.stat().st_size for p in path.iterdir()))
         finally:
             task.close()
         host, device = peak_memory(torch.device("cpu")), 0.0
-        if ranks.device.type == "cuda":
-            device = peak_memory(ranks.device)
+        if group.device.type == "cuda":
+            device = peak_memory(group.device)
     more = per_object * (count - few)
-    if where == "device" and ranks.device.type == "cuda":
+    if where == "device" and group.device.type == "cuda":
         device += more
     else:
         host += more if where != "disk" else 0
@@ -93,12 +93,12 @@ def estimate(config: TrainConfig, seconds: float = 10.0) -> Estimate:
     evaluations, checkpoints = len(at[0]), len(at[0] | at[1])
     on_disk = per_object * count if where == "disk" else 0
     total = config.steps * step + evaluations * (checked + looked) + checkpoints * saved * one / written + whole
-    free = torch.cuda.mem_get_info(ranks.device)[0] if device and where == "device" else available_memory()
+    free = torch.cuda.mem_get_info(group.device)[0] if device and where == "device" else available_memory()
     disk, most = (min(checkpoints, kept) * one + on_disk for kept in (config.keep, config.keep + 2))
-    return Estimate(host, device, disk, most, total, step, per_object * count, where, float(free))
+    return Requirements(host, device, disk, most, total, step, per_object * count, where, float(free))
 
 
-def _per_step(task: Autodecoder, seconds: float) -> float:
+def _per_step(task: AutodecoderTraining, seconds: float) -> float:
     """After a warm-up; the mean over as many steps as take the time."""
     began, index, mark, at = time.monotonic(), 0, time.monotonic(), 0
     while True:

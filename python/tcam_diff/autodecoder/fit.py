@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,19 +15,12 @@ import tcam_ext
 from tcam_diff.autodecoder.config import FitConfig
 from tcam_diff.autodecoder.objective import Objective, make_decoder, parameter_dtype
 from tcam_diff.autodecoder.planes import init_planes, normalise
-from tcam_diff.training.rate import rate
-from tcam_diff.training.streams import stream
-
-
-@dataclass
-class Progress:
-    """What a progress bar shows."""
-
-    step: int
-    steps: int
-    loss: float
-    psnr: float  # at the last check, without noise; NaN before the first
-    seconds: float
+from tcam_diff.data.volume import Volume, VolumeInfo, intensity_range
+from tcam_diff.errors import UserError
+from tcam_diff.progress import ProgressCallback, StopCallback
+from tcam_diff.training.loop import Cadence, Task, run
+from tcam_diff.training.lr import lr_scale
+from tcam_diff.training.rng import rng
 
 
 @dataclass
@@ -42,17 +35,17 @@ class FitResult:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-class Fitter:
-    """Owns the parameters and the optimiser state of one fit."""
+class Fitter(Task):
+    """Parameters and optimiser state of one fit: ``Fitter(target, config).run()``."""
 
     def __init__(self, target: np.ndarray, config: FitConfig) -> None:
         """target: (channels, H, W, D) in [0, 1]."""
-        self.config = config
+        self.config, self.steps, self.done = config, config.steps, 0
         self.target = np.ascontiguousarray(target, dtype=np.float32)
         h, w, d = self.target.shape[1:]
         self.size = (h, w, d)
         self.objective = Objective(config, self.size)
-        start = init_planes(config.channels, self.objective.texels, config.plane_init_std, stream(config.seed, "planes"))
+        start = init_planes(config.channels, self.objective.texels, config.plane_init_std, rng(config.seed, "planes"))
         self.planes = [p.to(parameter_dtype(config)).requires_grad_() for p in start]
         self.decoder = make_decoder(config, self.target.shape[0])
         self.optimiser = torch.optim.Adam(
@@ -65,12 +58,15 @@ class Fitter:
             fused=True,
         )
         self.base_lr = [g["lr"] for g in self.optimiser.param_groups]
+        self.loss, self.began = math.nan, time.monotonic()
+        self.best, self.best_psnr = self._state(), -math.inf
+        self.history: list[dict[str, float]] = []
 
-    def step(self, index: int) -> float:
+    def step(self, index: int) -> dict[str, Tensor]:
         """One update; returns the loss."""
         c = self.config
         for group, lr in zip(self.optimiser.param_groups, self.base_lr, strict=True):
-            group["lr"] = lr * rate(c, index)
+            group["lr"] = lr * lr_scale(c, index)
         visit = self.objective.read(self.objective.visit(0, index), self.target)
         noise = index < c.steps * (1 - c.noise_free_fraction)
         loss = self.objective.losses(self.planes, self.decoder, [visit], noise)[0].sum()
@@ -79,56 +75,59 @@ class Fitter:
         torch.nn.utils.clip_grad_norm_(self.planes, c.grad_clip)
         torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), c.grad_clip)
         self.optimiser.step()
-        return float(loss.detach())
+        self.done, self.loss = index + 1, float(loss.detach())
+        return {"loss": loss.detach()}
 
     @torch.no_grad()
-    def check_psnr(self) -> float:
-        """On nine slices, without noise."""
+    def evaluate(self) -> dict[str, float]:
+        """PSNR on nine slices, without noise. Remembers the best state."""
         planes = normalise(self.planes, self.config.norm)
-        return self.objective.psnr(planes, self.decoder, self.target, self.objective.check_boxes())
+        psnr = self.objective.psnr(planes, self.decoder, self.target, self.objective.check_boxes())
+        self.history.append({"step": self.done, "loss": self.loss, "psnr": psnr, "seconds": time.monotonic() - self.began})
+        if psnr >= self.best_psnr:
+            self.best, self.best_psnr = self._state(), psnr
+        return {"psnr": psnr}
 
-    # ---- the loop ----------------------------------------------------------------------
-
-    def run(
-        self,
-        on_progress: Callable[[Progress], None] | None = None,
-        should_stop: Callable[[], bool] | None = None,
-    ) -> FitResult:
-        """All steps; stops early when ``should_stop`` says so. The result is the best state checked."""
-        start = time.monotonic()
-        index, stopped, steps = 0, False, self.config.steps
-        best, best_psnr = self._state(), -math.inf
-        every = max(1, steps // 20)
-        history = []
-        checked = math.nan
-        while index < steps:
-            if should_stop is not None and should_stop():
-                stopped = True
-                break
-            loss = self.step(index)
-            index += 1
-            if on_progress is not None:
-                on_progress(Progress(index, steps, loss, checked, time.monotonic() - start))
-            if index % every == 0 and index < steps:
-                checked = self.check_psnr()
-                history.append({"step": index, "loss": loss, "psnr": checked, "seconds": time.monotonic() - start})
-                if checked > best_psnr:
-                    best, best_psnr = self._state(), checked
-        checked = self.check_psnr()
-        if checked >= best_psnr:
-            best, best_psnr = self._state(), checked
-        planes, decoder_state = best
-        self.decoder.load_state_dict(decoder_state)
+    def run(self, progress: ProgressCallback | None = None, stop: StopCallback | None = None) -> FitResult:
+        """All steps, or those until ``stop``; ``progress`` gets "loss" and "psnr" (dB). The result is the best state that was
+        evaluated: there are 20 evaluations on the way, and one at the end."""
+        self.began = time.monotonic()
+        every = max(1, self.steps // 20)
+        outcome = run(self, None, Cadence(1, every, every), progress=progress, stop=stop)
+        if outcome.stopped:
+            self.evaluate()
+        planes, decoder = self.best
+        self.decoder.load_state_dict(decoder)
         return FitResult(
             normalise(planes, self.config.norm),
             self.decoder,
             self.config,
-            index,
-            time.monotonic() - start,
-            stopped,
-            best_psnr,
-            history,
+            outcome.step,
+            time.monotonic() - self.began,
+            outcome.stopped,
+            self.best_psnr,
+            self.history[:-1],  # without the one at the end
         )
 
     def _state(self) -> tuple[list[Tensor], dict[str, Tensor]]:
         return [p.detach().clone() for p in self.planes], {k: v.clone() for k, v in self.decoder.state_dict().items()}
+
+
+def fit_volume(
+    source: Volume, config: FitConfig, *, progress: ProgressCallback | None = None, stop: StopCallback | None = None
+) -> tuple[FitResult, VolumeInfo]:
+    """Scale a volume to [0, 1], fit it, and describe it: what ``artefact.save`` writes.
+
+    ``progress`` is called after every step with "loss" and "psnr" (dB) among the metrics; ``stop`` ends the fit, which keeps
+    the best state. Raises UserError where the volume has more than 16 channels.
+    """
+    check_channels(source)
+    ranges = intensity_range(source.data, 0, 100 if config.intensity == "minmax" else 99.5)
+    info = source.info.replaced(intensity=ranges, source=Path(source.info.source).name)
+    return Fitter(info.to_unit(source.data), config).run(progress, stop), info
+
+
+def check_channels(source: Volume) -> None:
+    """Raises UserError where the decoder has too few outputs for a volume."""
+    if source.info.channels > 16:
+        raise UserError(f"{source.info.source}: {source.info.channels} channels; the decoder has at most 16 outputs")

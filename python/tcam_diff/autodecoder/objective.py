@@ -16,7 +16,7 @@ from tcam_diff.autodecoder.config import ObjectiveConfig
 from tcam_diff.autodecoder.perceptual import Perceptual, ssim2d
 from tcam_diff.autodecoder.planes import normalise, texel_noise, total_variation
 from tcam_diff.evaluation.metrics import psnr_of_mse
-from tcam_diff.training.streams import seed_of, stream
+from tcam_diff.training.rng import rng, seed_of
 from tcam_ext import _C
 from tcam_ext.reference import linear_taps
 
@@ -112,10 +112,10 @@ class Objective:
     def visit(self, name: int | str, count: int) -> Visit:
         """Visit ``count`` of an object: the same voxels and the same noise whenever and wherever it is asked for."""
         c = self.config
-        chosen = stream(c.seed, "region", name, count)
+        chosen = rng(c.seed, "region", name, count)
         if c.region == "lattice" and c.stride > 1:
             block, at = divmod(count, c.stride**3)  # every start comes once before one comes again
-            order = torch.randperm(c.stride**3, generator=stream(c.seed, "lattice", name, block))
+            order = torch.randperm(c.stride**3, generator=rng(c.seed, "lattice", name, block))
             o, s = int(order[at]), c.stride
             x, y, z = (p % n for p, n in zip((o // (s * s), o // s % s, o % s), self.size, strict=True))
             regions: list[Region] = [Lattice((x, y, z), s)]

@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import io
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
-import torch
 from torch import Tensor
 
-import tcam_ext
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.planes import PLANE_NAMES
 from tcam_diff.data.store import Record
 from tcam_diff.evaluation.picture import comparison
 from tcam_diff.files import write_text
-from tcam_diff.training import records as run_records
+from tcam_diff.text import size_text
+from tcam_diff.training.logger import read_metrics
 from tcam_diff.training.loop import Outcome
+from tcam_diff.training.report import curves, facts, page, png
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 if TYPE_CHECKING:
-    from tcam_diff.autodecoder.train import Autodecoder
+    from tcam_diff.autodecoder.train import AutodecoderTraining
 
 
 def slices_picture(truth: np.ndarray, got: np.ndarray, record: Record, caption: str) -> bytes:
     """A PNG: three orthogonal slices of the truth, the reconstruction and their difference, of the first channel."""
     figure = comparison(truth[0], got[0], record.info.affine, ("truth", "reconstruction"), f"{record.name}, {caption}")
-    return run_records.png(figure)
+    return png(figure)
 
 
 def channels_picture(planes: Sequence[Tensor], most: int = 12) -> bytes:
@@ -49,7 +48,7 @@ def channels_picture(planes: Sequence[Tensor], most: int = 12) -> bytes:
                 axis.set_ylabel(name)
             if row == 0:
                 axis.set_title(str(c), fontsize=8)
-    return run_records.png(figure)
+    return png(figure)
 
 
 def rgb(picture: bytes) -> np.ndarray:
@@ -58,9 +57,9 @@ def rgb(picture: bytes) -> np.ndarray:
     return (image[..., :3] * 255).round().astype(np.uint8)
 
 
-def write_report(folder: Path, config: TrainConfig, task: Autodecoder, outcome: Outcome) -> None:
+def write_report(folder: Path, config: TrainConfig, task: AutodecoderTraining, outcome: Outcome) -> None:
     """report.html: the result, the curves, slices, planes, the settings."""
-    metrics = run_records.read(folder)
+    metrics = read_metrics(folder)
     found = task.slices()
     pictures: list[tuple[str, bytes]] = []
     if found is not None:
@@ -69,26 +68,20 @@ def write_report(folder: Path, config: TrainConfig, task: Autodecoder, outcome: 
         pictures.append(("Channels of the planes xy, yz, xz of the same volume", channels_picture(next(task.fitted())[1])))
     groups = [["loss", "data"], ["psnr"], ["grad_planes", "grad_decoder"]]
     groups += [[name] for name in ("tv", "ssim", "perceptual") if any(name in m for m in metrics)]
-    rate = outcome.metrics.get("steps_per_second", 0.0)
-    ranks, voxels = task.ranks, task.channels * int(np.prod(task.size))
+    voxels = task.channels * int(np.prod(task.size))
     result = {
-        "volumes": f"{len(task.records)} of {config.data}, {' x '.join(map(str, task.size))}, {task.channels} channel(s)",
+        "volumes": f"{len(task.records)} of {config.data}, {size_text(task.size)}, {task.channels} channel(s)",
         "fitted PSNR, whole volumes, noise off": f"{outcome.metrics['fitted_psnr']:.2f} dB",
-        "steps": outcome.step,
-        "time": f"{outcome.seconds / 60:.1f} min",
-        "rate": f"{rate:.2f} steps/s at the end",
-        "peak memory": f"{outcome.metrics.get('memory_gb', 0):.2f} GB",
         "parameters a volume": f"{sum(int(np.prod(s)) for s in task.table.shapes)} for {voxels} voxels",
-        "machine": f"{platform.machine()}, {ranks.world} process(es) on {ranks.device.type}, "
-        f"torch {torch.__version__}, tcam_ext {tcam_ext.__version__}",
+        **facts(outcome, task.group),
     }
-    page = run_records.page(
+    text = page(
         "Triplane autodecoder",
         [
             ("Result", result),
-            ("Curves", run_records.curves(metrics, groups)),
+            ("Curves", curves(metrics, groups)),
             *pictures,
             ("Configuration", config.yaml()),
         ],
     )
-    write_text(folder / "report.html", page)
+    write_text(folder / "report.html", text)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,18 @@ import tcam_ext
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.objective import Objective, Visit, make_decoder, parameter_dtype
 from tcam_diff.autodecoder.planes import init_planes, normalise
+from tcam_diff.autodecoder.report import channels_picture, rgb, slices_picture, write_report
 from tcam_diff.autodecoder.tables import PlaneTable
 from tcam_diff.data.store import Record, Store, one_shape
 from tcam_diff.errors import UserError
-from tcam_diff.training.ranks import Ranks
-from tcam_diff.training.rate import rate, update_average
-from tcam_diff.training.streams import stream
+from tcam_diff.progress import ProgressCallback, StopCallback
+from tcam_diff.training.distributed import Distributed
+from tcam_diff.training.ema import update_average
+from tcam_diff.training.logger import Logger
+from tcam_diff.training.loop import Outcome, Task
+from tcam_diff.training.lr import lr_scale
+from tcam_diff.training.rng import rng
+from tcam_diff.training.run import train
 
 
 class _Loss(nn.Module):
@@ -55,15 +62,15 @@ class Schedule:
         mine = self.of_slot(slot)
         turn, inner = divmod(step, self.inner)
         epoch, at = divmod(turn, len(mine))
-        order = torch.randperm(len(mine), generator=stream(self.seed, "order", slot, epoch))
+        order = torch.randperm(len(mine), generator=rng(self.seed, "order", slot, epoch))
         return mine[int(order[at])], epoch * self.inner + inner
 
 
-class Autodecoder:
-    """Parameters, optimiser state and data of a training run: a task of training/loop.py."""
+class AutodecoderTraining(Task):
+    """Parameters, optimiser state and data of a training run of stage 1."""
 
-    def __init__(self, config: TrainConfig, ranks: Ranks, folder: Path) -> None:
-        self.config, self.ranks, self.steps = config, ranks, config.steps
+    def __init__(self, config: TrainConfig, group: Distributed, folder: Path) -> None:
+        self.config, self.group, self.steps, self.folder = config, group, config.steps, folder
         self.store = Store(config.data)
         self.records = self.store.of(config.split)[: config.objects]
         channels, h, w, d = one_shape(self.store.folder, self.records)
@@ -72,31 +79,31 @@ class Autodecoder:
             raise UserError(f"{config.data}: {channels} channels; the decoder has at most 16 outputs")
         if config.batch > len(self.records):
             raise UserError(f"batch: expected at most the {len(self.records)} objects of {config.data}, got {config.batch}")
-        if config.batch % ranks.world:
-            raise UserError(f"batch: expected a multiple of the {ranks.world} ranks, got {config.batch}")
-        self.objective = Objective(config, self.size, ranks.device)
+        if config.batch % group.world:
+            raise UserError(f"batch: expected a multiple of the {group.world} ranks, got {config.batch}")
+        self.objective = Objective(config, self.size, group.device)
         self.schedule = Schedule(len(self.records), config.batch, config.inner_steps, config.seed)
-        each = config.batch // ranks.world
-        self.slots = range(ranks.rank * each, (ranks.rank + 1) * each)
+        each = config.batch // group.world
+        self.slots = range(group.rank * each, (group.rank + 1) * each)
         self.mine = sorted(o for s in self.slots for o in self.schedule.of_slot(s))  # objects of this rank
         dtype = parameter_dtype(config)
         self.table = PlaneTable(
             self.mine,
             config.channels,
             self.objective.texels,
-            device=ranks.device,
+            device=group.device,
             dtype=dtype,
             where=self.place(len(self.mine)),
-            folder=folder / "tables" / f"rank-{ranks.rank}",
+            folder=folder / "tables" / f"rank-{group.rank}",
         )
         self.table.fill(self.start)
-        self.decoder = make_decoder(config, channels).to(ranks.device)
-        self.average = make_decoder(config, channels).to(ranks.device).requires_grad_(False)
+        self.decoder = make_decoder(config, channels).to(group.device)
+        self.average = make_decoder(config, channels).to(group.device).requires_grad_(False)
         self.optimiser = torch.optim.Adam(
             self.decoder.parameters(), lr=config.lr_decoder, betas=(0.9, config.beta2), eps=config.adam_eps, fused=True
         )
         loss = _Loss(self.decoder, self.objective)
-        self.loss: nn.Module = DistributedDataParallel(loss) if ranks.world > 1 else loss
+        self.loss: nn.Module = DistributedDataParallel(loss) if group.world > 1 else loss
         self._readers = ThreadPoolExecutor(2) if config.prefetch else None
         self._ahead: dict[int, Future[list[Visit]]] = {}
 
@@ -105,8 +112,8 @@ class Autodecoder:
         if self.config.tables != "auto":
             return self.config.tables
         need = PlaneTable.bytes(objects, self.config.channels, self.objective.texels)
-        if self.ranks.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.ranks.device)
+        if self.group.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.group.device)
             return "device" if need < 0.6 * free else "host"
         return "device" if need < 0.6 * available_memory() else "disk"
 
@@ -114,7 +121,7 @@ class Autodecoder:
         """An object's first planes."""
         c = self.config
         name: tuple[str | int, ...] = ("planes",) if c.shared_init else ("planes", number)
-        return init_planes(c.channels, self.objective.texels, c.plane_init_std, stream(c.seed, *name))
+        return init_planes(c.channels, self.objective.texels, c.plane_init_std, rng(c.seed, *name))
 
     # ---- a step ------------------------------------------------------------------------
 
@@ -148,11 +155,11 @@ class Autodecoder:
         for p in self.decoder.parameters():
             if p.grad is not None:
                 p.grad /= len(visits)
-        scale = rate(c, index)
+        scale = lr_scale(c, index)
         norms = self.table.update(rows, lr=c.lr_planes * scale, beta2=c.beta2, eps=c.adam_eps, clip=c.grad_clip)
         decoder_norm = nn.utils.clip_grad_norm_(self.decoder.parameters(), c.grad_clip)
-        for group in self.optimiser.param_groups:
-            group["lr"] = c.lr_decoder * scale
+        for parameters in self.optimiser.param_groups:
+            parameters["lr"] = c.lr_decoder * scale
         self.optimiser.step()
         update_average(self.average, self.decoder, c.ema_decay, index)
         means = {name: t.mean() for name, t in terms.items()}
@@ -166,7 +173,7 @@ class Autodecoder:
         if objects is None:
             count = min(self.config.evaluate_objects, len(self.records))
             objects = [round(i * (len(self.records) - 1) / max(1, count - 1)) for i in range(count)]
-        sums = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.group.device)
         boxes = None if whole else self.objective.check_boxes()
         for o in objects:
             if o not in self.table.row:
@@ -176,7 +183,7 @@ class Autodecoder:
             sums[0] += self.objective.psnr(planes, self.average, self.store.volume(self.records[o]), boxes)
             sums[1] += float(torch.stack([p.square().mean() for p in raw]).mean().sqrt())
             sums[2] += 1
-        psnr, energy, count_ = self.ranks.sum(sums).tolist()
+        psnr, energy, count_ = self.group.sum(sums).tolist()
         return {"psnr": psnr / count_, "plane_rms": energy / count_}
 
     @torch.no_grad()
@@ -199,6 +206,25 @@ class Autodecoder:
         """This rank's objects with their normalised planes."""
         for o in self.mine:
             yield self.records[o], normalise(self.table.planes(o), self.config.norm)
+
+    def draw_pictures(self, step: int, logger: Logger | None) -> None:
+        """Slices of this rank's first object, in samples/ and for TensorBoard, where its planes go too."""
+        if logger is None or (found := self.slices()) is None:
+            return
+        samples = self.folder / "samples"
+        samples.mkdir(exist_ok=True)
+        picture = slices_picture(*found, f"step {step}")
+        (samples / f"step-{step:08d}.png").write_bytes(picture)
+        logger.picture(step, "slices", rgb(picture))
+        logger.picture(step, "planes", rgb(channels_picture(next(self.fitted())[1])))
+
+    def finish(self, outcome: Outcome) -> None:
+        """At the last step: "fitted_psnr" of all whole volumes, and report.html."""
+        if outcome.stopped:
+            return
+        outcome.metrics["fitted_psnr"] = self.evaluate(range(len(self.records)), whole=True)["psnr"]
+        if self.group.first:
+            write_report(self.folder, self.config, self, outcome)
 
     # ---- checkpoints -------------------------------------------------------------------
 
@@ -229,6 +255,33 @@ class Autodecoder:
     def close(self) -> None:
         if self._readers is not None:
             self._readers.shutdown(cancel_futures=True)
+
+
+def train_autodecoder(
+    config: TrainConfig,
+    out: str | os.PathLike[str],
+    resume: str | None = None,
+    *,
+    started: Callable[[AutodecoderTraining], None] | None = None,
+    progress: ProgressCallback | None = None,
+    stop: StopCallback | None = None,
+) -> Outcome:
+    """Train one decoder and planes for every volume of a store, on the processes that torchrun describes, or on this one.
+
+    Args:
+        config: ``TrainConfig.load("fast", ["data=STORE"])``.
+        out: folder of the run: config.yaml, checkpoints, metrics.jsonl, TensorBoard files, samples (pictures), report.html.
+        resume: "auto": from the last checkpoint in ``out``, if there is one; or a checkpoint's folder; None: from the start.
+        started: is given the training before its first step, on the first process.
+        progress: called after every step, with "loss" and "psnr" (dB) among the metrics.
+        stop: asked before every step; true: write a checkpoint and return, with ``stopped``.
+
+    Returns:
+        The last step and its metrics; "fitted_psnr" (dB) is the mean over all whole volumes, without noise.
+
+    Raises UserError where ``out`` holds a run that would be spoilt, the data do not fit, or the loss is no number.
+    """
+    return train(AutodecoderTraining, config, Path(out), resume, started, progress, stop)
 
 
 def available_memory() -> float:

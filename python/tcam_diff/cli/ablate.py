@@ -10,17 +10,14 @@ import typer
 import yaml
 
 from tcam_diff import config as configs
-from tcam_diff.autodecoder.ablation import judge, plot
+from tcam_diff.autodecoder.ablation import ablate
 from tcam_diff.autodecoder.config import TrainConfig
-from tcam_diff.cli.common import INTERRUPTED, duration, say
-from tcam_diff.cli.train_autodecoder import FREE, train
-from tcam_diff.cli.training import prepare_folder
+from tcam_diff.cli.common import INTERRUPTED, RESUMED, duration, progress_bar, say, stop_on_interrupt
+from tcam_diff.cli.train_autodecoder import SHOWN, announce
 from tcam_diff.errors import UserError
-from tcam_diff.files import writable_folder, write_text
-from tcam_diff.training.ranks import ranks
 
 
-def ablate(
+def command(
     config: Annotated[str, typer.Argument(help=f"A preset ({', '.join(configs.presets('train'))}) or a YAML file.")],
     values: Annotated[str, typer.Argument(metavar="KEY=V1,V2,...", help="What to vary, e.g. channels=18,20,24,42 (Table 4).")],
     out: Annotated[Path, typer.Option("--out", help="Folder: a run for each value, ablation.json, ablation.png.")],
@@ -35,21 +32,12 @@ def ablate(
     parsed = [yaml.safe_load(v) for v in listed.split(",")] if "[" not in listed else yaml.safe_load(f"[{listed}]")
     if not equals or len(parsed) < 2:
         raise UserError(f"{values!r}: expected KEY=V1,V2,..., for example channels=18,20,24,42")
-    writable_folder(out)
-    rows = []
-    for value in parsed:
-        wanted = configs.load(TrainConfig, "train", config, [*(overrides or []), f"{key}={json.dumps(value)}"])
-        folder = out / f"{key}-{str(value).replace(' ', '')}"
-        result = folder / "result.json"
-        if not result.exists():
-            with ranks(wanted.device) as group:
-                outcome = train(wanted, folder, group, prepare_folder(folder, wanted, "auto", group, FREE), quiet)
-            if outcome.stopped:
-                raise typer.Exit(INTERRUPTED)
-            write_text(result, json.dumps({key: value, "seconds": outcome.seconds, **judge(folder)}, indent=1))
-        rows.append(json.loads(result.read_text()))
-    write_text(out / "ablation.json", json.dumps(rows, indent=1))
-    (out / "ablation.png").write_bytes(plot(key, rows))
+    changes = {f"{key}={json.dumps(value)}": value for value in parsed}
+    runs = [(v, TrainConfig.load(config, [*(overrides or []), change])) for change, v in changes.items()]
+    with progress_bar("training", quiet, SHOWN) as show, stop_on_interrupt(RESUMED) as stop:
+        rows = ablate(key, runs, out, started=None if quiet else announce, progress=show, stop=stop)
+    if rows is None:
+        raise typer.Exit(INTERRUPTED)
     say(f"{key:>14}  parameters/voxel     MSE    PSNR dB    SSIM    time")
     for r in rows:
         ssim = f"{r['ssim']:.4f}" if r["ssim"] is not None else "-"

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from tcam_diff.cli.common import cores, say, tracked
 from tcam_diff.data import check
 from tcam_diff.data.nifti import VOXEL_BUDGET
 from tcam_diff.data.sources import LAYOUTS, find_cases
-from tcam_diff.data.store import INDEX, Record, Store
+from tcam_diff.data.store import INDEX, Store
 from tcam_diff.errors import UserError
 
-console = Console()
 
-
-def check_data(
+def command(
     source: Annotated[Path, typer.Argument(help=f"The data set: {LAYOUTS}; or a prepared store.")],
     json_out: Annotated[Path | None, typer.Option("--json", help="Write what was found here as well.")] = None,
     max_voxels: Annotated[int, typer.Option(help="Refuse files with more voxels, channels counted.")] = VOXEL_BUDGET,
@@ -41,20 +36,16 @@ def check_data(
         _check_store(source, jobs or cores(), quiet)
         return
     found = find_cases(source)
-    console.print(f"{source}: {found.layout}, {len(found.cases)} cases", highlight=False, soft_wrap=True)
+    say(f"{source}: {found.layout}, {len(found.cases)} cases")
     reports: list[check.Report] = []
-    columns = (TextColumn("checking"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=quiet, transient=True) as progress:
-        task = progress.add_task("check", total=len(found.cases))
-        for report in check.check_cases(found.cases, max_voxels, jobs or cores()):
-            reports.append(report)
-            progress.update(task, completed=len(reports))
-            if report.problem or not quiet:
-                console.print(_line(report), highlight=False, soft_wrap=True)
+    for report in tracked(check.check_cases(found.cases, max_voxels, jobs or cores()), len(found.cases), "checking", quiet):
+        reports.append(report)
+        if report.problem or not quiet:
+            say(_line(report))
     bad = [r for r in reports if r.problem]
-    for remark in check.compare(reports):
-        console.print(remark, highlight=False, soft_wrap=True)
-    console.print(f"{len(reports) - len(bad)} of {len(reports)} cases can be used", highlight=False)
+    for remark in check.differences(reports):
+        say(remark)
+    say(f"{len(reports) - len(bad)} of {len(reports)} cases can be used")
     if json_out is not None:
         try:
             json_out.write_text(json.dumps([r.plain() for r in reports], indent=1) + "\n")
@@ -67,16 +58,7 @@ def check_data(
 def _check_store(folder: Path, jobs: int, quiet: bool) -> None:
     """Every case of a prepared store against its checksum."""
     store = Store(folder)
-
-    def verify(record: Record) -> str:
-        try:
-            store.verify(record)
-        except UserError as error:
-            return str(error)
-        return ""
-
-    with ThreadPoolExecutor(jobs) as pool:
-        problems = list(tracked(pool.map(verify, store.records), len(store.records), "checking", quiet))
+    problems = list(tracked(check.check_store(store, jobs), len(store.records), "checking", quiet))
     for problem in filter(None, problems):
         say(f"[red]FAILS[/red] {escape(problem)}")
     say(f"{folder}: a prepared store; {problems.count('')} of {len(problems)} cases have their checksum")

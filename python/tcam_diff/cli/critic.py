@@ -6,17 +6,18 @@ import json
 import statistics
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from tcam_diff import config as configs
-from tcam_diff.cli.common import say, tracked
+from tcam_diff.cli.common import progress_bar, say
 from tcam_diff.errors import UserError
+from tcam_diff.evaluation.critic import CriticConfig
+from tcam_diff.evaluation.distances import distances
 from tcam_diff.files import writable_folder, write_text
 
 
-def critic(
+def command(
     real: Annotated[Path, typer.Argument(help="Real volumes: a store of `tcam prepare`, or NIfTI files in any layout.")],
     fake: Annotated[Path, typer.Argument(help="A folder of `tcam sample`, or other volumes; {seed} is replaced by each seed.")],
     more: Annotated[
@@ -44,82 +45,33 @@ def critic(
 
     Values depend on size, scale and critic: compare only those of one table.
     """
-    import torch
-
-    from tcam_diff.evaluation.critic import CriticConfig, Score, blurred, halves, prepare, score
-    from tcam_diff.evaluation.sets import read_set
-    from tcam_diff.training.ranks import device_of
-
     others = [m for m in more or [] if "=" not in m]
     if len(others) > 1:
         raise UserError(f"expected at most two generators, FAKE and FAKE2, got {' '.join([str(fake), *others])}")
-    config = configs.load(CriticConfig, "critic", "default", [m for m in more or [] if "=" in m])
-    device = device_of(config.device)
+    config = CriticConfig.load("default", [m for m in more or [] if "=" in m])
     if out is not None:
         writable_folder(out.parent)
-
-    def read(path: Path, what: str, part: str | None = None) -> torch.Tensor:
-        return read_set(
-            path, lambda v: prepare(v, config), split=part, intensity=intensity,
-            tracked=lambda items, total: tracked(items, total, f"reading {what}", quiet),
-        )  # fmt: skip
-
-    truth = read(real, "real", split)
-    given = [fake, *map(Path, others)]
-    if len(set(given)) < len(given):
-        raise UserError(f"FAKE2: expected another folder than FAKE, got {fake} twice")
-    sets: dict[Path, torch.Tensor] = {}
-    rows: dict[str, list[Score]] = {}
-    for seed in range(seeds):
-        fakes = {}
-        for f in given:
-            path = Path(str(f).replace("{seed}", str(seed)))
-            if path not in sets:
-                sets[path] = read(path, path.name)
-                if sets[path].shape[1:] != truth.shape[1:]:
-                    raise UserError(f"{path}: its volumes have {sets[path].shape[1]} channels, the real ones {truth.shape[1]}")
-            fakes[str(f)] = sets[path]
-        a, b = halves(truth, seed)
-        jobs: dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]] = {"": (truth, fakes)}
-        if controls:
-            jobs["control: real"] = (a, {"control: real": b})
-            if config.ndim == 3:
-                for sigma in (1.0, 2.0):
-                    name = f"control: real, blurred by {sigma:g} voxels"
-                    jobs[name] = (a, {name: blurred(b, sigma).half()})
-        for name, (reals, against) in jobs.items():
-            label = f"seed {seed}" + (f", {name}" if name else "")
-            found = _scored(label, score, reals, against, config, seed, device, quiet)
-            for what in against:
-                rows.setdefault(what, []).append(found)
-    say(f"real: {real}, {len(truth)} volumes; critics see {config.size} voxels an axis; held-out W, lower is nearer")
-    for what, scores in rows.items():
-        distances = [s.distance[what] for s in scores]
-        spread = f" ± {statistics.stdev(distances):.3g}" if len(distances) > 1 else ""
+    shown = [("W", "distance", ".3g", "")]
+    with progress_bar("critic", quiet, shown) as show:
+        found = distances(
+            real, [fake, *others], config, seeds=seeds, split=split, intensity=intensity, controls=controls, progress=show
+        )
+    say(f"real: {real}, {found.volumes} volumes; critics see {config.size} voxels an axis; held-out W, lower is nearer")
+    for what, scores in found.scores.items():
+        values = [s.distance[what] for s in scores]
+        spread = f" ± {statistics.stdev(values):.3g}" if len(values) > 1 else ""
         doubt = "" if all(s.valid for s in scores) else "  (not converged: no epoch had a gradient norm near 1)"
         counts = scores[0].counts
         trained = statistics.fmean(s.train_distance for s in scores)
         norm = statistics.fmean(s.gradient_norm for s in scores)
         say(
-            f"{what}: {statistics.fmean(distances):.4g}{spread}   ({scores[0].real_count} real and {counts[what]} fake ones "
+            f"{what}: {statistics.fmean(values):.4g}{spread}   ({scores[0].real_count} real and {counts[what]} fake ones "
             f"scored; on the training volumes {trained:.4g}, gradient norm {norm:.2f}){doubt}"
         )
     if out is not None:
-        found_ = {
+        told = {
             "real": str(real),
             "config": config.model_dump(),
-            "scores": {k: [asdict(s) for s in v] for k, v in rows.items()},
+            "scores": {k: [asdict(s) for s in v] for k, v in found.scores.items()},
         }
-        write_text(out, json.dumps(found_, indent=1))
-
-
-def _scored(label: str, score: Any, reals: Any, fakes: Any, config: Any, seed: int, device: Any, quiet: bool) -> Any:
-    """With a progress bar over epochs."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from tcam_diff.cli.common import console
-
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn("W {task.fields[w]}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=quiet, transient=True) as bar:
-        task = bar.add_task("critic", total=config.epochs, w="-")
-        return score(reals, fakes, config, seed, device, lambda e, w, n: bar.update(task, completed=e, w=f"{w:.3g}"))
+        write_text(out, json.dumps(told, indent=1))

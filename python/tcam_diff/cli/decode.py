@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
-from tcam_diff.autodecoder import artefact, latents
-from tcam_diff.data.nifti import Quantiser, write_volume
-from tcam_diff.errors import UserError
-
-console = Console()
+from tcam_diff.autodecoder.decode import decode_to_file, load_fitted
+from tcam_diff.cli.common import progress_bar, say
+from tcam_diff.text import size_text
 
 
-def decode(
+def command(
     folder: Annotated[Path, typer.Argument(help="A folder that `tcam fit` wrote, or a latent set.")],
     out: Annotated[Path, typer.Option("--out", help="The volume to write (.nii or .nii.gz).")],
     size: Annotated[
@@ -32,46 +26,8 @@ def decode(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Decode FOLDER to a NIfTI file with the field of view of the original, a slab at a time."""
-    fitted = _load(folder, volume)
-    decode_to_file(fitted, out, size or fitted.info.shape, dtype, quiet)
-    console.print(f"{out}: {' x '.join(map(str, size or fitted.info.shape))}, {dtype}", highlight=False)
-
-
-def _load(folder: Path, volume: str | None) -> artefact.FittedVolume:
-    if not (folder / latents.INDEX).is_file():
-        if volume is not None:
-            raise UserError(f"--volume: {folder} is no latent set")
-        return artefact.load(folder)
-    found = latents.LatentSet(folder)
-    if volume is None and len(found.entries) > 1:
-        names = ", ".join(e.name for e in found.entries[:5])
-        raise UserError(f"{folder}: a latent set of {len(found.entries)} volumes; choose one with --volume: {names}, ...")
-    return found.fitted(volume or found.entries[0].name)
-
-
-def check_output(size: tuple[int, int, int], dtype: str) -> None:
-    """Whether a volume of this size and type can be written. Raises UserError."""
-    if min(size) < 1 or max(size) > 32767:
-        raise UserError(f"--size: expected three positive numbers, at most 32767 (NIfTI-1), got {' '.join(map(str, size))}")
-    Quantiser(dtype, 0.0, 1.0)
-
-
-def decode_to_file(
-    fitted: artefact.FittedVolume,
-    out: Path,
-    size: tuple[int, int, int],
-    dtype: str = "float32",
-    quiet: bool = False,
-) -> None:
-    check_output(size, dtype)
-    info = fitted.info.resized(size)
-    quantiser = Quantiser(dtype, min(lo for lo, _ in info.intensity), max(hi for _, hi in info.intensity))
-    with Progress(console=console, disable=quiet or not console.is_terminal) as progress:
-        task = progress.add_task("decoding", total=size[2])
-
-        def slabs() -> Iterator[np.ndarray]:
-            for slab in fitted.decode(size):
-                yield slab
-                progress.advance(task, slab.shape[3])
-
-        write_volume(out, slabs(), info, quantiser)
+    fitted = load_fitted(folder, volume)
+    shape = size or fitted.info.shape
+    with progress_bar("decoding", quiet) as show:
+        decode_to_file(fitted, out, shape, dtype, show)
+    say(f"{out}: {size_text(shape)}, {dtype}")

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from tcam_diff import config as configs
 from tcam_diff.autodecoder.config import EncodeConfig
-from tcam_diff.autodecoder.encode import Encoder, TrainedRun, load_run
-from tcam_diff.autodecoder.latents import Entry, LatentWriter
-from tcam_diff.autodecoder.objective import Objective
-from tcam_diff.autodecoder.planes import normalise
-from tcam_diff.cli.common import console, duration, say, stop_on_interrupt, tracked
-from tcam_diff.data.store import Record, Store
-from tcam_diff.errors import UserError
-from tcam_diff.training.ranks import device_of
+from tcam_diff.autodecoder.encode import encode_store, export_latents, load_run
+from tcam_diff.autodecoder.latents import LatentSet
+from tcam_diff.cli.common import duration, progress_bar, say, stop_on_interrupt
+from tcam_diff.data.store import Store
 
 
-def encode(
+def encode_command(
     run: Annotated[Path, typer.Argument(help="A folder of `tcam train-autodecoder`.")],
     store: Annotated[
         Path, typer.Argument(help="A folder that `tcam prepare` wrote, with the preprocessing of the training data.")
@@ -41,73 +35,31 @@ def encode(
 
     Ctrl-C stops; the same command goes on with the volumes that are missing.
     """
-    config = configs.load(EncodeConfig, "encode", "default", overrides or [])
-    trained = load_run(run, checkpoint)
-    data = Store(store)
-    _same_preprocessing(trained, data, run, store)
-    records = data.of(split)
-    writer = LatentWriter(out, trained.config, trained.decoder, _provenance(trained, data, config.model_dump(mode="json")))
-    encode_records(trained, data, records, writer, config, device, quiet)
+    config = EncodeConfig.load("default", overrides or [])
+    kept = [0]
+
+    def started(there: int, total: int) -> None:
+        kept[0] = there
+        if there:
+            say(f"{out}: {there} of {total} volumes are there already")
+
+    shown = [
+        ("group", "group", ".0f", ""),
+        ("of", "groups", ".0f", ""),
+        ("volumes", "active", ".0f", ""),
+        ("PSNR", "psnr", ".2f", " dB"),
+    ]
+    then, began = "finished volumes are kept, and the same command goes on", time.monotonic()
+    with progress_bar("encoding", quiet, shown) as show, stop_on_interrupt(then) as stop:
+        found = encode_store(
+            load_run(run, checkpoint), Store(store), out, config,
+            split=split, device=device, started=started, progress=show, stop=stop,
+        )  # fmt: skip
+    how = f", encoded in {duration(time.monotonic() - began)}" if kept[0] < len(found.entries) else ""
+    say(summary(found, how))
 
 
-def encode_records(
-    trained: TrainedRun,
-    data: Store,
-    records: list[Record],
-    writer: LatentWriter,
-    config: EncodeConfig,
-    device: str = "auto",
-    quiet: bool = False,
-) -> list[Entry]:
-    """Encode what is missing, group by group of ``config.batch`` volumes of one size, and write the set."""
-    done: dict[str, Entry] = {r.name: e for r in records if (e := writer.find(r)) is not None}
-    todo = sorted((r for r in records if r.name not in done), key=lambda r: r.info.array_shape)
-    if done:
-        say(f"{writer.folder}: {len(done)} of {len(records)} volumes are there already")
-    groups: list[list[Record]] = []
-    for record in todo:
-        if not groups or groups[-1][0].info.array_shape != record.info.array_shape or len(groups[-1]) == config.batch:
-            groups.append([])
-        groups[-1].append(record)
-    began = time.monotonic()
-    columns = (
-        TextColumn("encoding"),
-        BarColumn(),
-        TextColumn("{task.fields[what]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with (
-        Progress(*columns, console=console, disable=quiet, transient=True) as bar,
-        stop_on_interrupt("finished volumes are kept, and the same command goes on") as stop,
-    ):
-        task = bar.add_task("encode", total=len(groups) * config.steps, what="")
-        encoder: Encoder | None = None
-        for g, group in enumerate(groups):
-            size = group[0].info.shape
-            if encoder is None or encoder.size != size:
-                encoder = Encoder(trained, config, size, device_of(device))
-
-            def show(step: int, active: int, psnr: float, g: int = g, of: int = len(group)) -> None:
-                what = f"group {g + 1}/{len(groups)}, {active} of {of} volumes, PSNR {psnr:.2f} dB"
-                bar.update(task, completed=g * config.steps + step, what=what)
-
-            found = encoder.encode({r.name: data.volume(r) for r in group}, show, stop)
-            if found is None:
-                raise UserError(
-                    f"{writer.folder}: stopped with {len(done)} of {len(records)} volumes; the same command goes on"
-                )
-            for record in group:
-                new = found[record.name]
-                done[record.name] = writer.write(record, new.planes, new.psnr, new.steps)
-            if not quiet and not console.is_terminal:
-                say(f"group {g + 1}/{len(groups)}: mean PSNR {sum(e.psnr for e in found.values()) / len(found):.2f} dB")
-    entries = [done[r.name] for r in records]
-    _finish(writer, entries, f"encoded in {duration(time.monotonic() - began)}" if todo else "")
-    return entries
-
-
-def export_latents(
+def export_command(
     run: Annotated[Path, typer.Argument(help="A folder of `tcam train-autodecoder`.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the latent set.")],
     store: Annotated[Path | None, typer.Option(help="The training data, where they have moved.")] = None,
@@ -117,45 +69,16 @@ def export_latents(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Write the planes that RUN fitted to its training volumes as a latent set."""
-    trained = load_run(run, checkpoint)
-    data = Store(store or trained.config.data)
-    _same_preprocessing(trained, data, run, data.folder)
-    by_name = {r.name: r for r in data.records}
-    writer = LatentWriter(out, trained.config, trained.decoder, _provenance(trained, data, None))
-    entries = []
-    raw = trained.raw_planes()
-    objective = Objective(trained.config, by_name[trained.objects[0]].info.shape)
-    for name in tracked(trained.objects, len(trained.objects), "exporting", quiet):
-        record = by_name[name]
-        planes = normalise(raw[name], trained.config.norm)
-        psnr = objective.psnr(planes, trained.decoder, data.volume(record))
-        entries.append(writer.write(record, planes, psnr, trained.step))
-    _finish(writer, entries, "")
+    with progress_bar("exporting", quiet) as show:
+        found = export_latents(load_run(run, checkpoint), out, None if store is None else Store(store), show)
+    say(summary(found))
 
 
-def _finish(writer: LatentWriter, entries: list[Entry], how: str) -> None:
-    statistics = writer.finish(entries)
-    share = ", ".join(f"{n} {s['mean_plane_energy_share']:.2f}" for n, s in statistics.items())
-    psnr = [e.psnr for e in entries]
-    say(
-        f"{writer.folder}: {len(entries)} volumes{', ' + how if how else ''}; PSNR {sum(psnr) / len(psnr):.2f} dB "
-        f"({min(psnr):.2f} to {max(psnr):.2f}) over whole volumes, noise off; energy of the mean planes: {share}"
+def summary(found: LatentSet, how: str = "") -> str:
+    """A line about a latent set; ``how`` it was made."""
+    share = ", ".join(f"{n} {s['mean_plane_energy_share']:.2f}" for n, s in found.index["statistics"].items())
+    psnr = [e.psnr for e in found.entries]
+    return (
+        f"{found.folder}: {len(psnr)} volumes{how}; PSNR {sum(psnr) / len(psnr):.2f} dB ({min(psnr):.2f} to {max(psnr):.2f}) "
+        f"over whole volumes, noise off; energy of the mean planes: {share}"
     )
-
-
-def _same_preprocessing(trained: TrainedRun, data: Store, run: Path, store: Path) -> None:
-    if data.digest != trained.digest:
-        raise UserError(
-            f"{store}: prepared otherwise than the data of {run}; prepare it with the configuration in that store.json"
-        )
-
-
-def _provenance(trained: TrainedRun, data: Store, encoding: dict[str, Any] | None) -> dict[str, Any]:
-    return {
-        "run": str(trained.folder.resolve()),
-        "step": trained.step,
-        "store": str(data.folder.resolve()),
-        "store_digest": data.digest,
-        "preprocessing": data.config,
-        "encode": encoding,
-    }

@@ -8,11 +8,11 @@ import typer
 
 from tcam_diff import config as configs
 from tcam_diff.autodecoder.config import TrainConfig
-from tcam_diff.autodecoder.estimate import estimate as measure
+from tcam_diff.autodecoder.estimate import estimate
 from tcam_diff.cli.common import bytes_text, duration, say
 
 
-def estimate(
+def command(
     config: Annotated[str, typer.Argument(help=f"A preset ({', '.join(configs.presets('train'))}) or a YAML file.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, as for train-autodecoder.")
@@ -20,8 +20,8 @@ def estimate(
     seconds: Annotated[float, typer.Option(help="How long the trial may take, about.", min=1)] = 10.0,
 ) -> None:
     """What `tcam train-autodecoder CONFIG` would take on this machine: a short trial of the real thing, then arithmetic."""
-    wanted = configs.load(TrainConfig, "train", config, overrides or [])
-    found = measure(wanted, seconds)
+    wanted = TrainConfig.load(config, overrides or [])
+    found = estimate(wanted, seconds)
     say(
         f"time         {duration(found.seconds)} ({wanted.steps} steps of {1000 * found.step:.1f} ms, evaluations, checkpoints)"
     )

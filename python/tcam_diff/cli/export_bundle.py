@@ -10,7 +10,7 @@ import typer
 from tcam_diff.cli.common import bytes_text, folder_size, say
 
 
-def export_bundle(
+def command(
     model: Annotated[Path, typer.Argument(help="A run of `tcam train-diffusion`, or a model's folder.")],
     out: Annotated[Path, typer.Option("--out", help="The bundle's folder.")],
     name: Annotated[str, typer.Option(help="In the metadata.")] = "Triplane diffusion",

@@ -11,7 +11,7 @@ from tcam_diff.cli.common import cores, say, tracked
 from tcam_diff.data import cohort
 
 
-def make_cohort(
+def command(
     out: Annotated[Path, typer.Option("--out", help="Folder for the cohort: empty, or one that this command has begun.")],
     n: Annotated[int, typer.Option("--n", help="Cases, held-out ones included.")] = 64,
     size: Annotated[int, typer.Option("--size", help="Voxels an axis, of a cube of 192 mm.")] = 96,

@@ -10,16 +10,17 @@ import typer
 from rich.markup import escape
 
 from tcam_diff import config as configs
-from tcam_diff.cli.common import bytes_text, cores, folder_size, say, size_text, tracked
+from tcam_diff.cli.common import bytes_text, cores, folder_size, say, tracked
 from tcam_diff.data.nifti import VOXEL_BUDGET
 from tcam_diff.data.prepare import PrepareConfig, prepare_cases
 from tcam_diff.data.sources import LAYOUTS, download_decathlon, find_cases
 from tcam_diff.data.store import Record
+from tcam_diff.text import size_text
 
 KEYS = configs.describe(PrepareConfig)
 
 
-def prepare(
+def command(
     source: Annotated[Path, typer.Argument(help=f"The data set: {LAYOUTS}.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the store: empty, or one that this command has begun.")],
     overrides: Annotated[
@@ -43,7 +44,7 @@ def prepare(
 
     Ctrl-C stops; the same command goes on. A bad case is named and stops no other; the exit status is then 1.
     """
-    config = configs.load(PrepareConfig, "prepare", preset, overrides or [])
+    config = PrepareConfig.load(preset, overrides or [])
     if download:
         download_decathlon(source, quiet)
     found = find_cases(source)
@@ -66,4 +67,4 @@ def prepare(
         raise typer.Exit(1)
 
 
-prepare.__doc__ = f"{prepare.__doc__}\n    Keys and their defaults, before the preset:\n\n\b\n{KEYS}\n"
+command.__doc__ = f"{command.__doc__}\n    Keys and their defaults, before the preset:\n\n\b\n{KEYS}\n"

@@ -9,20 +9,15 @@ import typer
 
 from tcam_diff import config as configs
 from tcam_diff.autodecoder.config import TrainConfig
-from tcam_diff.autodecoder.report import channels_picture, rgb, slices_picture, write_report
-from tcam_diff.autodecoder.train import Autodecoder
-from tcam_diff.cli.common import INTERRUPTED, duration, say, size_text
-from tcam_diff.cli.training import prepare_folder, training
-from tcam_diff.training.loop import Cadence, Outcome, run
-from tcam_diff.training.ranks import Ranks, ranks
-from tcam_diff.training.records import Records
+from tcam_diff.autodecoder.train import AutodecoderTraining, train_autodecoder
+from tcam_diff.cli.common import RESUMED, duration, end_training, progress_bar, say, stop_on_interrupt
+from tcam_diff.text import dtype_text, size_text
+from tcam_diff.training.distributed import first_process
 
-#: Keys that a run may be gone on with differently: they change when things happen, or where, not what is computed.
-FREE = {"data", "device", "tables", "prefetch", "log_every", "evaluate_every", "evaluate_objects", "checkpoint_every", "keep"}
-SHOWN = [("loss", "loss", 5, ""), ("PSNR", "psnr", 2, " dB")]
+SHOWN = [("loss", "loss", ".5f", ""), ("PSNR", "psnr", ".2f", " dB"), ("", "steps_per_second", ".1f", " steps/s")]
 
 
-def train_autodecoder(
+def command(
     config: Annotated[str, typer.Argument(help=f"A preset ({', '.join(configs.presets('train'))}) or a YAML file.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the run.")],
     overrides: Annotated[
@@ -40,53 +35,22 @@ def train_autodecoder(
     the objects are shared among its processes. The run's folder gets config.yaml, checkpoints, metrics.jsonl, TensorBoard
     files, samples (pictures) and report.html.
     """
-    wanted = configs.load(TrainConfig, "train", config, overrides or [])
-    with ranks(wanted.device) as group:
-        at = prepare_folder(out, wanted, resume, group, FREE)
-        if train(wanted, out, group, at, quiet or not group.first).stopped:
-            raise typer.Exit(INTERRUPTED)
-
-
-def train(config: TrainConfig, out: Path, group: Ranks, resume: Path | None = None, quiet: bool = False) -> Outcome:
-    """Train, record, and write the report."""
-    task = Autodecoder(config, group, out)
+    wanted = TrainConfig.load(config, overrides or [])
+    quiet = quiet or not first_process()
+    with progress_bar("training", quiet, SHOWN) as show, stop_on_interrupt(RESUMED) as stop:
+        outcome = train_autodecoder(wanted, out, resume, started=None if quiet else announce, progress=show, stop=stop)
+    end_training(out, outcome, wanted.steps, quiet)
     if not quiet:
-        products = str(task.objective.compute).removeprefix("torch.")
         say(
-            f"{config.data}: {len(task.records)} volumes, {size_text(task.size)}, {task.channels} channel(s); planes "
-            f"C = {config.channels}, {size_text(task.objective.texels)} texels, tables on {task.table.where}; "
-            f"{group.world} process(es) on {group.device.type}, products in {products}"
+            f"{out}: {outcome.step} steps in {duration(outcome.seconds)}, fitted PSNR {outcome.metrics['fitted_psnr']:.2f} dB "
+            f"over whole volumes, noise off; {out / 'report.html'}"
         )
-    cadence = Cadence(config.log_every, config.evaluation_steps(), config.checkpoint_steps(), config.keep)
-    samples = out / "samples"
 
-    def look(step: int, records: Records | None) -> None:
-        found = task.slices()
-        if records is None or found is None:
-            return
-        truth, got, record = found
-        samples.mkdir(exist_ok=True)
-        picture = slices_picture(truth, got, record, f"step {step}")
-        (samples / f"step-{step:08d}.png").write_bytes(picture)
-        records.picture(step, "slices", rgb(picture))
-        records.picture(step, "planes", rgb(channels_picture(next(task.fitted())[1])))
 
-    try:
-        with training(task.steps, quiet, SHOWN) as (show, stop):
-            outcome = run(task, out, cadence, group, resume=resume, on_progress=show, on_evaluate=look, should_stop=stop)
-        if outcome.stopped:
-            if not quiet:
-                say(f"{out}: stopped at step {outcome.step} of {task.steps}; --resume auto goes on")
-            return outcome
-        fitted = task.evaluate(range(len(task.records)), whole=True)
-        outcome.metrics |= {"fitted_psnr": fitted["psnr"]}
-        if group.first:
-            write_report(out, config, task, outcome)
-        if not quiet:
-            say(
-                f"{out}: {outcome.step} steps in {duration(outcome.seconds)}, fitted PSNR {fitted['psnr']:.2f} dB over whole "
-                f"volumes, noise off; {out / 'report.html'}"
-            )
-        return outcome
-    finally:
-        task.close()
+def announce(task: AutodecoderTraining) -> None:
+    """What is about to be trained, on what."""
+    say(
+        f"{task.config.data}: {len(task.records)} volumes, {size_text(task.size)}, {task.channels} channel(s); planes "
+        f"C = {task.config.channels}, {size_text(task.objective.texels)} texels, tables on {task.table.where}; "
+        f"{task.group.world} process(es) on {task.group.device.type}, products in {dtype_text(task.objective.compute)}"
+    )

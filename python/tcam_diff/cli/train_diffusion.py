@@ -8,23 +8,20 @@ from typing import Annotated
 import typer
 
 from tcam_diff import config as configs
-from tcam_diff.autodecoder.report import rgb
-from tcam_diff.cli.common import INTERRUPTED, duration, say, size_text
-from tcam_diff.cli.training import prepare_folder, training
+from tcam_diff.cli.common import RESUMED, duration, end_training, progress_bar, say, stop_on_interrupt
 from tcam_diff.diffusion.config import DiffusionConfig
-from tcam_diff.training.loop import Cadence, Outcome, run
-from tcam_diff.training.ranks import Ranks, ranks
-from tcam_diff.training.records import Records
+from tcam_diff.diffusion.train import DiffusionTraining, train_diffusion
+from tcam_diff.text import dtype_text, size_text
+from tcam_diff.training.distributed import first_process
 
-#: Keys that a run may be gone on with differently: they change when things happen, or where, not what is computed.
-FREE = {
-    "latents", "validation", "device", "compile", "log_every", "evaluate_every", "evaluate_volumes", "preview_steps",
-    "checkpoint_every", "keep",
-}  # fmt: skip
-SHOWN = [("loss", "loss", 4, ""), ("validation", "validation_loss", 4, "")]
+SHOWN = [
+    ("loss", "loss", ".4f", ""),
+    ("validation", "validation_loss", ".4f", ""),
+    ("", "steps_per_second", ".1f", " steps/s"),
+]
 
 
-def train_diffusion(
+def command(
     config: Annotated[str, typer.Argument(help=f"A preset ({', '.join(configs.presets('diffusion'))}) or a YAML file.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the run.")],
     overrides: Annotated[
@@ -43,57 +40,24 @@ def train_diffusion(
     batch is shared among its processes. The run's folder gets config.yaml, checkpoints, model/ (for `tcam sample`),
     metrics.jsonl, TensorBoard files, samples (pictures) and report.html.
     """
-    wanted = configs.load(DiffusionConfig, "diffusion", config, overrides or [])
-    with ranks(wanted.device) as group:
-        at = prepare_folder(out, wanted, resume, group, FREE)
-        if train(wanted, out, group, at, quiet or not group.first).stopped:
-            raise typer.Exit(INTERRUPTED)
-
-
-def train(config: DiffusionConfig, out: Path, group: Ranks, resume: Path | None = None, quiet: bool = False) -> Outcome:
-    """Train, record, write the model and the report."""
-    from tcam_diff.diffusion.report import samples_picture, write_report
-    from tcam_diff.diffusion.train import Diffusion
-
-    task = Diffusion(config, group, out)
-    if not quiet:
-        sizes = ", ".join(size_text(p.shape[2:]) for p in task.data.planes)
-        say(
-            f"{config.latents}: {len(task.data)} volumes, planes C = {task.data.channels}, {sizes}; network of "
-            f"{task.parameters / 1e6:.2f} M parameters; {group.world} process(es) on {group.device.type}, products in "
-            f"{str(task.compute).removeprefix('torch.')}"
-        )
-    cadence = Cadence(config.log_every, config.evaluation_steps(), config.checkpoint_steps(), config.keep)
-    samples = out / "samples"
-
-    def look(step: int, records: Records | None) -> None:
-        if records is None:
-            return
-        model = task.model(step)
-        model.save(out / "model")
-        if config.preview_steps:
-            samples.mkdir(exist_ok=True)
-            picture = samples_picture(model, config.preview_steps)
-            (samples / f"step-{step:08d}.png").write_bytes(picture)
-            records.picture(step, "samples", rgb(picture))
-
-    with training(task.steps, quiet, SHOWN) as (show, stop):
-        score = "-validation_loss"
-        outcome = run(
-            task, out, cadence, group, resume=resume, score=score, on_progress=show, on_evaluate=look, should_stop=stop
-        )
-    if group.first:
-        task.model(outcome.step).save(out / "model")
-    if outcome.stopped:
-        if not quiet:
-            say(f"{out}: stopped at step {outcome.step} of {task.steps}; --resume auto goes on")
-        return outcome
-    if group.first:
-        write_report(out, config, task, outcome)
+    wanted = DiffusionConfig.load(config, overrides or [])
+    quiet = quiet or not first_process()
+    with progress_bar("training", quiet, SHOWN) as show, stop_on_interrupt(RESUMED) as stop:
+        outcome = train_diffusion(wanted, out, resume, started=None if quiet else announce, progress=show, stop=stop)
+    end_training(out, outcome, wanted.steps, quiet)
     if not quiet:
         loss = outcome.metrics.get("validation_loss", float("nan"))
         say(
             f"{out}: {outcome.step} steps in {duration(outcome.seconds)}, loss of the average {loss:.4f} (2 at the start); "
             f"{out / 'report.html'}; tcam sample {out} --out DIR draws volumes"
         )
-    return outcome
+
+
+def announce(task: DiffusionTraining) -> None:
+    """What is about to be trained, on what."""
+    sizes = ", ".join(size_text(p.shape[2:]) for p in task.data.planes)
+    say(
+        f"{task.config.latents}: {len(task.data)} volumes, planes C = {task.data.channels}, {sizes}; network of "
+        f"{task.parameters / 1e6:.2f} M parameters; {task.group.world} process(es) on {task.group.device.type}, products in "
+        f"{dtype_text(task.compute)}"
+    )

@@ -11,6 +11,7 @@ from typing import Any
 from tcam_diff.data.nifti import VOXEL_BUDGET, Header, Scan
 from tcam_diff.data.readers import read_header, same_grid, scan
 from tcam_diff.data.sources import Case
+from tcam_diff.data.store import Record, Store
 from tcam_diff.errors import UserError
 
 
@@ -86,7 +87,21 @@ def check_cases(cases: Sequence[Case], max_voxels: int = VOXEL_BUDGET, jobs: int
         yield from pool.map(lambda case: check_case(case, max_voxels), cases)
 
 
-def compare(reports: Sequence[Report]) -> list[str]:
+def check_store(store: Store, jobs: int = 1) -> Iterator[str]:
+    """For each case of a prepared store, in order: "", or why it does not match its checksum."""
+
+    def check(record: Record) -> str:
+        try:
+            store.verify(record)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(check, store.records)
+
+
+def differences(reports: Sequence[Report]) -> list[str]:
     """What differs between usable cases, though each is sound."""
     good, remarks = [r for r in reports if not r.problem], []
     for what, values in (

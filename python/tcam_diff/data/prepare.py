@@ -32,6 +32,8 @@ Size = Annotated[int, Field(ge=1, le=4096)]
 class PrepareConfig(Config):
     """In this order: channels, window, orientation, spacing, crop or resize, percentiles."""
 
+    kind = "prepare"
+
     channels: Annotated[list[Annotated[int, Field(ge=0)]] | None, Field(description="of the files, from 0; null: all")] = None
     window: Annotated[
         tuple[float, float] | None, Field(description="what maps to 0 and 1, clipped, before anything is interpolated (CT: HU)")

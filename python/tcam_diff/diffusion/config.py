@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tcam_diff.autodecoder.config import Count, Rate
 from tcam_diff.config import Config
+from tcam_diff.training.config import Count, Rate, RunConfig
 
-Solver = Literal["euler", "frozen", "ddim", "midpoint", "heun", "rk4", "ab2", "hot"]
+Method = Literal["euler", "frozen", "ddim", "midpoint", "heun", "rk4", "ab2", "hot"]
 
 
 class NetworkConfig(Config):
@@ -61,8 +61,11 @@ class NetworkConfig(Config):
         return self
 
 
-class DiffusionConfig(Config):
+class DiffusionConfig(RunConfig):
     """Training. Defaults are those of algorithm.md 4.6, the paper's where it says one."""
+
+    kind = "diffusion"
+    changeable = RunConfig.changeable | {"latents", "validation", "compile", "evaluate_volumes", "preview_steps"}
 
     latents: Annotated[str, Field(description="a latent set (`tcam export-latents`, `tcam encode`)")]
     validation: Annotated[
@@ -85,10 +88,6 @@ class DiffusionConfig(Config):
     batch: Annotated[int, Field(ge=1, description="volumes of a step, over all processes")] = 32
     accumulate: Annotated[int, Field(ge=1, description="parts that a process works through one after another in a step")] = 1
     lr: Rate = 3e-5
-    beta2: Annotated[float, Field(ge=0, lt=1, description="Adam's second decay")] = 0.999
-    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
     grad_clip: Annotated[float, Field(gt=0, description="norm")] = 1.0
     noise_weight: Annotated[float, Field(gt=0, description="of the error of the noise in equation 9")] = 1.0
     image_weight: Annotated[float, Field(gt=0, description="of the error of the planes; the sampler needs both")] = 1.0
@@ -111,30 +110,14 @@ class DiffusionConfig(Config):
     ] = "auto"
     compile: Annotated[bool, Field(description="torch.compile of the network")] = False
 
-    device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, ...")] = "auto"
-    log_every: Annotated[Count, Field(description="steps")] = 50
-    evaluate_every: Annotated[int | None, Field(ge=1, description="steps; null: a tenth of all")] = None
     evaluate_volumes: Annotated[Count, Field(description="whose loss an evaluation takes")] = 64
     preview_steps: Annotated[int, Field(ge=0, description="of ab2 for the samples shown at evaluations; 0: none")] = 20
-    checkpoint_every: Annotated[
-        int | None, Field(ge=1, description="steps, beside every evaluation; null: a twentieth of all")
-    ] = None
-    keep: Annotated[Count, Field(description="checkpoints, beside the best")] = 2
-    seed: Annotated[int, Field(ge=0)] = 0
-
-    def evaluation_steps(self) -> int:
-        """Between evaluations."""
-        return self.evaluate_every or max(1, self.steps // 10)
-
-    def checkpoint_steps(self) -> int:
-        """Between checkpoints."""
-        return self.checkpoint_every or max(1, self.steps // 20)
 
 
 class SampleConfig(Config):
     """The integration from noise to planes (algorithm.md 2.2)."""
 
-    solver: Solver = "heun"
+    solver: Method = "heun"
     steps: Annotated[Count, Field(description="intervals from pi/2 to 0; the default: 100 evaluations of the network")] = 50
     hot_k: Annotated[int, Field(ge=1, description="intervals that hot jumps ahead before noise is added")] = 2
     final: Annotated[

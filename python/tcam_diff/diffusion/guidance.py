@@ -16,14 +16,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tcam_diff.data.nifti import read_volume
+from tcam_diff.data.volume import oriented
 from tcam_diff.diffusion.model import TriplaneDiffusion
 from tcam_diff.diffusion.process import Estimate
+from tcam_diff.errors import UserError
+from tcam_diff.files import sha256
+from tcam_diff.text import size_text
 
 
 @dataclass
@@ -55,6 +62,56 @@ class ImageGuidance:
         if self.mask is not None and self.mask.shape != self.known.shape:
             raise ValueError(f"mask: expected {tuple(self.known.shape)}, as known, got {tuple(self.mask.shape)}")
         return Guided(self, model)
+
+
+def read_known(
+    model: TriplaneDiffusion,
+    known: Path,
+    mask: Path | None = None,
+    channels: str | None = None,
+    noise: float = 0.02,
+    intensity: tuple[float, float] | None = None,
+) -> ImageGuidance:
+    """Guidance by a file: on the model's grid, or coarser by whole factors; its axes are turned to the model's by its affine.
+    Raises UserError naming the file."""
+    info = model.geometry.info
+    volume = oriented(read_volume(known), info.affine)
+    shape = volume.info.shape
+    fits = all(n % m == 0 for n, m in zip(info.shape, shape, strict=True))
+    if not fits or volume.info.channels != info.channels:
+        raise UserError(
+            f"{known}: expected {info.channels} channel(s) of {size_text(info.shape)} voxels, or whole fractions of these, got "
+            f"{volume.info.channels} of {size_text(shape)}; tcam prepare makes volumes of a data set alike"
+        )
+    factor = tuple(n // m for n, m in zip(info.shape, shape, strict=True))
+    given = np.ones_like(volume.data)
+    if channels is not None:
+        try:
+            chosen = {int(c) for c in channels.split(",")}
+        except ValueError:
+            chosen = {-1}
+        if not chosen <= set(range(info.channels)):
+            raise UserError(f"--known-channels: expected numbers from 0 to {info.channels - 1} with commas, got {channels}")
+        given[[c for c in range(info.channels) if c not in chosen]] = 0
+    if mask is not None:
+        marked = oriented(read_volume(mask), info.affine)
+        if not np.allclose(marked.info.affine, volume.info.affine, atol=0.01 * max(volume.info.spacing)):
+            raise UserError(f"{mask}: its affine is not that of {known}: save the mask on the grid of that volume")
+        if marked.info.shape != shape or marked.info.channels not in (1, info.channels):
+            raise UserError(f"{mask}: expected the {size_text(shape)} voxels of {known}, got {size_text(marked.info.shape)}")
+        given = given * (marked.data != 0)
+    if not given.any():
+        raise UserError(f"{mask or known}: nothing is known: the mask is 0 everywhere")
+    provenance = {
+        "known": sha256(known),
+        "mask": None if mask is None else sha256(mask),
+        "channels": channels,
+        "noise": noise,
+        "range": intensity,
+    }
+    scale = info if intensity is None else info.replaced(intensity=[intensity] * info.channels)
+    unit = torch.from_numpy(scale.to_unit(volume.data))
+    return ImageGuidance(unit, torch.from_numpy(given), factor, noise, provenance=provenance)  # type: ignore[arg-type]
 
 
 class Guided:

@@ -1,4 +1,4 @@
-"""For MONAI: adapters with which its LatentDiffusionInferer drives a model, and bundles.
+"""For MONAI: a scheduler and adapters with which its LatentDiffusionInferer drives a model, and bundles.
 
 model = TriplaneDiffusion.load("run")
 inferer = LatentDiffusionInferer(ArcScheduler("heun"))
@@ -8,6 +8,7 @@ volumes = inferer.sample(torch.randn(2, *latent_shape(model)), Autoencoder(model
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,18 @@ import monai
 import numpy as np
 import torch
 from monai.data.meta_tensor import MetaTensor
+from monai.networks.schedulers.scheduler import NoiseSchedules, Scheduler
 from torch import Tensor, nn
 
 import tcam_ext
 from tcam_diff.autodecoder.config import EncodeConfig
 from tcam_diff.autodecoder.encode import Encoder, TrainedRun
 from tcam_diff.diffusion.model import TriplaneDiffusion
+from tcam_diff.diffusion.process import TIMESTEPS, Estimate, mix
+from tcam_diff.diffusion.solver import Draw, Solver, Steps, arc
 from tcam_diff.errors import UserError
 from tcam_diff.files import replacing, writable_folder, write_text
+from tcam_diff.text import size_text
 
 #: Of the metadata of bundles.
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
@@ -91,6 +96,84 @@ def physical(model: TriplaneDiffusion, volumes: Tensor, numbers: Sequence[int], 
     return found
 
 
+@NoiseSchedules.add_def("quarter_circle", "sqrt(alpha_bar) = cos((t / T) pi/2)")
+def _quarter_circle(num_train_timesteps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(betas, alphas, alphas_cumprod) of the quarter circle: for MONAI's own schedulers, which know networks of one head."""
+    eta = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps * (math.pi / 2)
+    cumulative = eta.cos().square()
+    alphas = cumulative[1:] / cumulative[:-1]
+    return (1 - alphas).float(), alphas.float(), cumulative[:-1].float()
+
+
+class ArcScheduler(Scheduler):
+    """A MONAI scheduler for networks of two heads: ``model_output`` (B, 2M, ...) is noise, then x0, of ``sample`` (B, M, ...).
+
+    ``timesteps`` has one entry for each evaluation of the network, in [0, 1000], not always whole. Methods of several stages
+    keep them between calls of ``step``, which must follow ``timesteps`` in order; after the last one it starts again.
+
+    Args: those of :class:`~tcam_diff.diffusion.solver.Solver`, ``solver`` being its method.
+    """
+
+    def __init__(
+        self,
+        solver: str = "heun",
+        final: str = "x0",
+        hot_k: int = 2,
+        draw: Draw = torch.randn_like,
+        num_train_timesteps: int = TIMESTEPS,
+    ) -> None:
+        super().__init__(num_train_timesteps, "quarter_circle")
+        self.solver = Solver(solver, final, hot_k, draw)
+        self.set_timesteps(50)
+
+    def set_timesteps(
+        self, num_inference_steps: int, device: torch.device | str | None = None, start: float = 1.0, stop: float = 0.0
+    ) -> None:
+        """``num_inference_steps`` equal intervals from ``start`` to ``stop``, shares of the quarter circle, 1 being noise. From
+        0 to 1 planes become the noise that they come from."""
+        self.num_inference_steps = num_inference_steps
+        self.etas = arc(num_inference_steps, start, stop)
+        self.visited = self.solver.evaluations(self.etas)
+        scale = self.num_train_timesteps / (math.pi / 2)
+        self.timesteps = torch.tensor(self.visited, dtype=torch.float64, device=device).mul(scale).float()
+        self._steps: Steps | None = None
+        self._index = 0
+
+    def step(self, model_output: Tensor, timestep: Tensor | float, sample: Tensor) -> tuple[Tensor, Tensor]:
+        """(next point for the network to look at, estimate of x0); after the last timestep the point is the result.
+
+        ``timestep`` is the one of ``timesteps`` whose turn it is. Raises ValueError where it is not, or shapes differ.
+        """
+        if self._steps is None:
+            self._steps = self.solver.steps(sample, self.etas)
+            next(self._steps)
+        eta = self.visited[self._index]
+        if abs(float(timestep) / self.num_train_timesteps * math.pi / 2 - eta) > 1e-4:
+            due = float(self.timesteps[self._index])
+            raise ValueError(f"timestep: expected {due:.3f}, whose turn it is, got {float(timestep):.3f}; see set_timesteps")
+        if model_output.shape[1] != 2 * sample.shape[1]:
+            raise ValueError(
+                f"model_output: expected {2 * sample.shape[1]} channels (noise, x0) for {sample.shape[1]} of sample, got "
+                f"{model_output.shape[1]}"
+            )
+        noise, x0 = model_output.chunk(2, 1)
+        self._index += 1
+        try:
+            x, _ = self._steps.send(Estimate(sample, noise, x0, eta))
+        except StopIteration as end:
+            self._index, self._steps = 0, None
+            x = end.value
+        return x, x0
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """cos(eta) x0 + sin(eta) eps at timesteps (B,) in [0, 1000], whole or not."""
+        return mix(original_samples, noise, timesteps.to(original_samples.device) * (TIMESTEPS / self.num_train_timesteps))
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """cos(eta) eps - sin(eta) x0: dx/deta along the path from ``sample``, x0, to ``noise``."""
+        return mix(noise, -sample, timesteps.to(sample.device) * (TIMESTEPS / self.num_train_timesteps))
+
+
 INFERENCE: dict[str, Any] = {
     "imports": [
         "$import torch",
@@ -112,7 +195,7 @@ INFERENCE: dict[str, Any] = {
     "model": "$TriplaneDiffusion.load(@bundle_root + '/models', @device)",
     "network_def": {"_target_": "tcam_diff.diffusion.interop.Network", "model": "@model"},
     "autoencoder_def": {"_target_": "tcam_diff.diffusion.interop.Autoencoder", "model": "@model", "size": "@size"},
-    "noise_scheduler": {"_target_": "tcam_diff.diffusion.schedulers.ArcScheduler", "solver": "@solver"},
+    "noise_scheduler": {"_target_": "tcam_diff.diffusion.interop.ArcScheduler", "solver": "@solver"},
     "set_timesteps": "$@noise_scheduler.set_timesteps(@steps)",
     "inferer": {"_target_": "LatentDiffusionInferer", "_requires_": "@set_timesteps", "scheduler": "@noise_scheduler"},
     "numbers": "$range(@first, @first + @count)",
@@ -191,11 +274,11 @@ def _metadata(model: TriplaneDiffusion, name: str, version: str) -> dict[str, An
 def _readme(model: TriplaneDiffusion, name: str) -> str:
     info, provenance = model.geometry.info, model.provenance
     millions = sum(p.numel() for p in model.network.parameters()) / 1e6
-    size = " x ".join(map(str, info.shape))
     return f"""# {name}
 
-A diffusion model of triplanes (TCAM-Diff, AAAI 2025) with its decoder: {info.channels} channel(s), {size} voxels,
-{millions:.2f} M parameters, trained on {provenance.get("volumes", "?")} volumes for {provenance.get("step", "?")} steps.
+A diffusion model of triplanes (TCAM-Diff, AAAI 2025) with its decoder: {info.channels} channel(s),
+{size_text(info.shape)} voxels, {millions:.2f} M parameters, trained on {provenance.get("volumes", "?")} volumes
+for {provenance.get("step", "?")} steps.
 Needs the package tcam-ext with its extras `train` and `bundle`.
 
     python -m monai.bundle run --config_file configs/inference.json --bundle_root . --count 4 --seed 0

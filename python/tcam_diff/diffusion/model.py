@@ -113,7 +113,7 @@ class TriplaneDiffusion(nn.Module):
     @property
     def computing(self) -> torch.dtype:
         """Of the network's products."""
-        return compute_dtype(self.config.compute_dtype, self.device)
+        return network_dtype(self.config.compute_dtype, self.device)
 
     def label(self, name: str | None) -> int | None:
         """The index of a class. Raises UserError."""
@@ -248,7 +248,7 @@ def of_data(
     return TriplaneDiffusion(network, decoder, config, data.set.config, geometry, centre, provenance)
 
 
-def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+def network_dtype(name: str, device: torch.device) -> torch.dtype:
     """Of the network's products. "auto": bfloat16 on GPUs."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32

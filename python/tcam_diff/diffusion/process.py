@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tcam_diff.autodecoder.planes import PLANE_AXES
-from tcam_diff.training.streams import stream
+from tcam_diff.training.rng import rng
 
 TIMESTEPS = 1000
 
@@ -49,7 +49,7 @@ class Estimate:
 
 def timesteps(kind: str, batch: int, seed: int, step: int) -> Tensor:
     """(batch,) in [0, 1000): of a whole batch, however processes share it. "stratified": (i + r_i) / batch, shuffled."""
-    chosen = stream(seed, "timesteps", step)
+    chosen = rng(seed, "timesteps", step)
     if kind == "integer":
         return torch.randint(TIMESTEPS, (batch,), generator=chosen).float()
     if kind == "antithetic":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,16 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import tcam_ext
 from tcam_diff.diffusion.config import DiffusionConfig, SampleConfig
 from tcam_diff.diffusion.model import TriplaneDiffusion
+from tcam_diff.diffusion.sampling import Sampler
 from tcam_diff.evaluation.picture import sheet, strip
 from tcam_diff.files import write_text
-from tcam_diff.training import records as run_records
+from tcam_diff.text import dtype_text
+from tcam_diff.training.logger import read_metrics
 from tcam_diff.training.loop import Outcome
+from tcam_diff.training.report import curves, facts, page, png
 
 if TYPE_CHECKING:
-    from tcam_diff.diffusion.train import Diffusion
+    from tcam_diff.diffusion.train import DiffusionTraining
 
 
 @torch.no_grad()
@@ -34,8 +35,6 @@ def plane_strip(model: TriplaneDiffusion, planes: list[Tensor], longest: int = 1
 
 def samples_picture(model: TriplaneDiffusion, steps: int, count: int = 4) -> bytes:
     """A PNG of the first samples of the model's seed, integrated by ab2; of each class in turn, where there are labels."""
-    from tcam_diff.diffusion.sampling import Sampler
-
     config = SampleConfig(solver="ab2", steps=steps, seed=model.config.seed)
     sampler, classes = Sampler(model, config), model.geometry.classes
     if not classes:
@@ -45,29 +44,24 @@ def samples_picture(model: TriplaneDiffusion, steps: int, count: int = 4) -> byt
         numbers = [i % len(classes) for i in range(count)]
         each = [(f"sample {i}, {classes[k]}", sampler.sample([i], k)) for i, k in enumerate(numbers)]
     strips = [(title, plane_strip(model, planes)) for title, planes in each]
-    return run_records.png(sheet(strips))
+    return png(sheet(strips))
 
 
-def write_report(folder: Path, config: DiffusionConfig, task: Diffusion, outcome: Outcome) -> None:
+def write_report(folder: Path, config: DiffusionConfig, task: DiffusionTraining, outcome: Outcome) -> None:
     """report.html: the result, the curves, samples, the settings."""
-    metrics = run_records.read(folder)
-    m, ranks = outcome.metrics, task.ranks
+    metrics = read_metrics(folder)
+    found = outcome.metrics
     result = {
-        "volumes": f"{len(task.data)} of {config.latents}",
-        "validation loss (average; 2 at the start)": f"{m.get('validation_loss', float('nan')):.4f}",
-        "residual, mean square": f"{m.get('validation_residual', float('nan')):.4f}",
-        "steps": outcome.step,
-        "time": f"{outcome.seconds / 60:.1f} min",
-        "rate": f"{m.get('steps_per_second', 0):.2f} steps/s at the end, batch {config.batch}",
-        "peak memory": f"{m.get('memory_gb', 0):.2f} GB",
-        "parameters": f"{task.parameters / 1e6:.2f} M",
-        "machine": f"{platform.machine()}, {ranks.world} process(es) on {ranks.device.type}, products in "
-        f"{str(task.compute).removeprefix('torch.')}, torch {torch.__version__}, tcam_ext {tcam_ext.__version__}",
+        "volumes": f"{len(task.data)} of {config.latents}, batch {config.batch}",
+        "validation loss (average; 2 at the start)": f"{found.get('validation_loss', float('nan')):.4f}",
+        "residual, mean square": f"{found.get('validation_residual', float('nan')):.4f}",
+        "parameters": f"{task.parameters / 1e6:.2f} M, products in {dtype_text(task.compute)}",
+        **facts(outcome, task.group),
     }
     sections: list[tuple[str, str | bytes | dict[str, object]]] = [("Result", result)]
-    sections.append(("Curves", run_records.curves(metrics, [["loss", "validation_loss"], ["noise", "image"], ["residual"]])))
+    sections.append(("Curves", curves(metrics, [["loss", "validation_loss"], ["noise", "image"], ["residual"]])))
     if config.preview_steps:
         picture = samples_picture(task.model(outcome.step), config.preview_steps)
         sections.append((f"Samples (ab2, {config.preview_steps} steps)", picture))
     sections.append(("Configuration", config.yaml()))
-    write_text(folder / "report.html", run_records.page("Triplane diffusion", sections))
+    write_text(folder / "report.html", page("Triplane diffusion", sections))

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tcam_diff.diffusion.config import SampleConfig
 from tcam_diff.diffusion.model import TriplaneDiffusion
-from tcam_diff.diffusion.process import Estimate
-from tcam_diff.diffusion.schedulers import ArcScheduler
-from tcam_diff.training.streams import stream
+from tcam_diff.diffusion.process import TIMESTEPS, Estimate
+from tcam_diff.diffusion.solver import Solver, arc
+from tcam_diff.training.rng import rng
 
 #: Corrects an estimate: guidance by an image (guidance.py).
 Correct = Callable[[Estimate], Estimate]
@@ -30,7 +30,7 @@ class Sampler:
         return self._normals(indices, "sample").to(self.model.device)
 
     def _normals(self, indices: Sequence[int], *purpose: str | int) -> Tensor:
-        draws = [stream(self.config.seed, *purpose, i) for i in indices]
+        draws = [rng(self.config.seed, *purpose, i) for i in indices]
         return torch.stack([torch.randn(self.model.length, generator=g) for g in draws])
 
     def sample(
@@ -62,24 +62,27 @@ class Sampler:
         stop: float = 0.0,
     ) -> Tensor:
         """States (B, M) at ``stop``, of states at ``start``, shares of the quarter circle: 1 is noise, 0 planes."""
-        c, drawn = self.config, 0
+        c, drawn, evaluation = self.config, 0, 0
 
         def draw(like: Tensor) -> Tensor:
             nonlocal drawn
             drawn += 1
             return self._normals(indices, "hot", drawn).to(like)
 
-        scheduler = ArcScheduler(c.solver, c.final, c.hot_k, draw)
-        scheduler.set_timesteps(c.steps, start=start, stop=stop)
-        for number, (t, eta) in enumerate(zip(scheduler.timesteps.tolist(), scheduler.visited, strict=True), 1):
-            noise, x0 = self._estimate(x, t, label).chunk(2, 1)
-            estimate = Estimate(x, noise, x0, eta)
+        def estimate(x: Tensor, eta: float) -> Estimate:
+            nonlocal evaluation
+            evaluation += 1
+            noise, x0 = self._estimate(x, eta * (TIMESTEPS / (math.pi / 2)), label).chunk(2, 1)
+            found = Estimate(x, noise, x0, eta)
             if correct is not None:
-                estimate = correct(estimate)
+                found = correct(found)
             if on_step is not None:
-                on_step(number, len(scheduler.visited), estimate.residual.square().mean(1))
-            x, _ = scheduler.step(torch.cat([estimate.noise, estimate.x0], 1), t, x)
-        return x
+                on_step(evaluation, evaluations, found.residual.square().mean(1))
+            return found
+
+        solver, etas = Solver(c.solver, c.final, c.hot_k, draw), arc(c.steps, start, stop)
+        evaluations = len(solver.evaluations(etas))
+        return solver.solve(x, etas, estimate)
 
     def _estimate(self, x: Tensor, t: float, label: int | None) -> Tensor:
         """With classifier-free guidance: none + s (label - none)."""

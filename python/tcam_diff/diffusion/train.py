@@ -1,10 +1,11 @@
-"""Training of stage 2: a task of training/loop.py (algorithm.md 4.6)."""
+"""Stage 2: training of the network on a latent set (algorithm.md 4.6)."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tcam_diff.autodecoder.report import rgb
 from tcam_diff.diffusion.config import DiffusionConfig
 from tcam_diff.diffusion.data import Centre, LatentData
-from tcam_diff.diffusion.model import TriplaneDiffusion, compute_dtype, of_data
+from tcam_diff.diffusion.model import TriplaneDiffusion, network_dtype, of_data
 from tcam_diff.diffusion.network import TriplaneUNet
 from tcam_diff.diffusion.process import TIMESTEPS, errors, flip, mix, timesteps
+from tcam_diff.diffusion.report import samples_picture, write_report
 from tcam_diff.errors import UserError
-from tcam_diff.training.ranks import Ranks
-from tcam_diff.training.rate import rate, update_average
-from tcam_diff.training.streams import seed_of, stream
+from tcam_diff.progress import ProgressCallback, StopCallback
+from tcam_diff.training.distributed import Distributed
+from tcam_diff.training.ema import update_average
+from tcam_diff.training.logger import Logger
+from tcam_diff.training.loop import Outcome, Task
+from tcam_diff.training.lr import lr_scale
+from tcam_diff.training.rng import rng, seed_of
+from tcam_diff.training.run import train
 
 
 class _Loss(nn.Module):
@@ -42,11 +50,13 @@ class _Loss(nn.Module):
         return noise_error, image_error, residual
 
 
-class Diffusion:
-    """Network, its average, optimiser and data of a training run."""
+class DiffusionTraining(Task):
+    """Network, its average, optimiser and data of a training run of stage 2."""
 
-    def __init__(self, config: DiffusionConfig, ranks: Ranks, folder: Path) -> None:
-        self.config, self.ranks, self.steps, self.folder = config, ranks, config.steps, folder
+    score = "-validation_loss"
+
+    def __init__(self, config: DiffusionConfig, group: Distributed, folder: Path) -> None:
+        self.config, self.group, self.steps, self.folder = config, group, config.steps, folder
         held = torch.bfloat16 if config.latent_dtype == "bfloat16" else torch.float32
         self.data = LatentData(config.latents, held, config.labels)
         self.validation = self.data
@@ -55,16 +65,16 @@ class Diffusion:
             if [p.shape[1:] for p in self.validation.planes] != [p.shape[1:] for p in self.data.planes]:
                 raise UserError(f"validation: {config.validation}: its planes have other sizes than those of {config.latents}")
             self.validation.set.check_decoder(self.data.set.decoder(), config.latents)
-        parts = ranks.world * config.accumulate
+        parts = group.world * config.accumulate
         if config.batch % parts:
             raise UserError(
-                f"batch: expected a multiple of {parts} ({ranks.world} process(es), accumulate={config.accumulate}), got "
+                f"batch: expected a multiple of {parts} ({group.world} process(es), accumulate={config.accumulate}), got "
                 f"{config.batch}"
             )
         flips = ["xyz".index(name) for name in config.flip]
         self.centre = Centre.of(self.data.planes, flips) if config.center else None
         self.dtype = torch.float64 if config.compute_dtype == "float64" else torch.float32
-        self.compute = compute_dtype(config.compute_dtype, ranks.device)
+        self.compute = network_dtype(config.compute_dtype, group.device)
         self.network, self.average = self._network(), self._network().requires_grad_(False).eval()
         try:
             self.network.check([tuple(p.shape[1:]) for p in self.data.planes])
@@ -75,14 +85,14 @@ class Diffusion:
         )
         inner = torch.compile(self.network) if config.compile else self.network
         loss = _Loss(inner, self.compute)  # type: ignore[arg-type]
-        self.loss: nn.Module = DistributedDataParallel(loss) if ranks.world > 1 else loss
+        self.loss: nn.Module = DistributedDataParallel(loss) if group.world > 1 else loss
 
     def _network(self) -> TriplaneUNet:
         """At the start of a run: a function of the run's seed alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self.config.seed, "network"))
             made = TriplaneUNet(self.data.channels, self.config.network, len(self.data.classes))
-        return made.placed(self.ranks.device, self.dtype)
+        return made.placed(self.group.device, self.dtype)
 
     @property
     def parameters(self) -> int:
@@ -97,7 +107,7 @@ class Diffusion:
 
     def _batch(self, step: int, positions: range) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
         """Planes, noise and labels of the positions within the batch of a step. Each depends on its position alone."""
-        c, device = self.config, self.ranks.device
+        c, device = self.config, self.group.device
         which = [self.volume(step * c.batch + i) for i in positions]
         planes = self.data.rows(which)
         if self.centre is not None:
@@ -105,10 +115,10 @@ class Diffusion:
         noise, labels = [torch.empty_like(p, device=device) for p in planes], self.data.labels
         chosen = None if labels is None else labels[which].clone()
         for row, i in enumerate(positions):
-            draw = stream(c.seed, "noise", step, i, device=device)
+            draw = rng(c.seed, "noise", step, i, device=device)
             for plane in noise:
                 torch.randn(plane.shape[1:], generator=draw, out=plane[row])
-            coins = torch.rand(4, generator=stream(c.seed, "coins", step, i)).tolist()
+            coins = torch.rand(4, generator=rng(c.seed, "coins", step, i)).tolist()
             for axis, name in enumerate("xyz"):
                 if name in c.flip and coins[axis] < 0.5:
                     for plane, turned in zip(planes, flip([p[row] for p in planes], axis), strict=True):
@@ -120,16 +130,16 @@ class Diffusion:
 
     def step(self, index: int) -> dict[str, Tensor]:
         """One update; returns the loss, its terms, the residual and the gradient's norm."""
-        c, ranks = self.config, self.ranks
-        each = c.batch // (ranks.world * c.accumulate)
-        t = timesteps(c.timesteps, c.batch, c.seed, index).to(ranks.device)
+        c, group = self.config, self.group
+        each = c.batch // (group.world * c.accumulate)
+        t = timesteps(c.timesteps, c.batch, c.seed, index).to(group.device)
         self.network.train()
         self.optimiser.zero_grad(set_to_none=True)
-        sums = torch.zeros(3, device=ranks.device)
-        with torch.random.fork_rng(devices=[ranks.device] if ranks.device.type == "cuda" else []):
-            torch.manual_seed(seed_of(c.seed, "dropout", index, ranks.rank))
+        sums = torch.zeros(3, device=group.device)
+        with torch.random.fork_rng(devices=[group.device] if group.device.type == "cuda" else []):
+            torch.manual_seed(seed_of(c.seed, "dropout", index, group.rank))
             for part in range(c.accumulate):
-                first = (ranks.rank * c.accumulate + part) * each
+                first = (group.rank * c.accumulate + part) * each
                 x0, noise, labels = self._batch(index, range(first, first + each))
                 alone = part + 1 < c.accumulate and isinstance(self.loss, DistributedDataParallel)
                 with self.loss.no_sync() if alone else contextlib.nullcontext():  # type: ignore[operator]
@@ -138,8 +148,8 @@ class Diffusion:
                     (c.noise_weight * terms[0] + c.image_weight * terms[1]).backward()
                 sums += terms.detach().float()
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), c.grad_clip)
-        for group in self.optimiser.param_groups:
-            group["lr"] = c.lr * rate(c, index)
+        for parameters in self.optimiser.param_groups:
+            parameters["lr"] = c.lr * lr_scale(c, index)
         self.optimiser.step()
         update_average(self.average, self.network, c.ema_decay, index)
         loss = c.noise_weight * sums[0] + c.image_weight * sums[1]
@@ -150,11 +160,11 @@ class Diffusion:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """The average's loss on the validation set, at timesteps and with noise that are always the same."""
-        c, device = self.config, self.ranks.device
+        c, device = self.config, self.group.device
         count = min(c.evaluate_volumes, len(self.validation))
         of_average = _Loss(self.average, self.compute)
         sums = torch.zeros(3, dtype=torch.float64, device=device)
-        mine, each = range(self.ranks.rank, count, self.ranks.world), c.batch // (self.ranks.world * c.accumulate)
+        mine, each = range(self.group.rank, count, self.group.world), c.batch // (self.group.world * c.accumulate)
         for first in range(0, len(mine), each):
             which = list(mine[first : first + each])
             x0 = self.validation.rows(which)
@@ -162,20 +172,39 @@ class Diffusion:
                 x0 = self.centre.apply(x0)
             noise = [torch.empty_like(p) for p in x0]
             for row, i in enumerate(which):
-                draw = stream(c.seed, "validation", i)
+                draw = rng(c.seed, "validation", i)
                 for plane in noise:
                     torch.randn(plane.shape[1:], generator=draw, out=plane[row])
             t = (torch.tensor(which, device=device) + 0.5) / count * TIMESTEPS
             labels = None if self.validation.labels is None else self.validation.labels[which].to(device)
             found = of_average(*([p.to(device, self.dtype) for p in held] for held in (x0, noise)), t, labels)
             sums += torch.stack([f.double().sum() for f in found])
-        noise_error, image_error, residual = (self.ranks.sum(sums) / count).tolist()
+        noise_error, image_error, residual = (self.group.sum(sums) / count).tolist()
         loss = c.noise_weight * noise_error + c.image_weight * image_error
         return {"validation_loss": loss, "validation_residual": residual}
 
     def model(self, step: int) -> TriplaneDiffusion:
         """The average, with all that makes volumes of it."""
         return of_data(self.average, self.data, self.config, self.centre, step)
+
+    def draw_pictures(self, step: int, logger: Logger | None) -> None:
+        """The model, in model/, and samples from it, in samples/ and for TensorBoard."""
+        if logger is None:
+            return
+        model, samples = self.model(step), self.folder / "samples"
+        model.save(self.folder / "model")
+        if self.config.preview_steps:
+            samples.mkdir(exist_ok=True)
+            picture = samples_picture(model, self.config.preview_steps)
+            (samples / f"step-{step:08d}.png").write_bytes(picture)
+            logger.picture(step, "samples", rgb(picture))
+
+    def finish(self, outcome: Outcome) -> None:
+        """The model as it is; at the last step report.html."""
+        if self.group.first:
+            self.model(outcome.step).save(self.folder / "model")
+            if not outcome.stopped:
+                write_report(self.folder, self.config, self, outcome)
 
     # ---- checkpoints -------------------------------------------------------------------
 
@@ -203,4 +232,32 @@ class Diffusion:
 
 @functools.lru_cache(maxsize=4)
 def _shuffled(count: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(count, generator=stream(seed, "order", epoch))
+    return torch.randperm(count, generator=rng(seed, "order", epoch))
+
+
+def train_diffusion(
+    config: DiffusionConfig,
+    out: str | os.PathLike[str],
+    resume: str | None = None,
+    *,
+    started: Callable[[DiffusionTraining], None] | None = None,
+    progress: ProgressCallback | None = None,
+    stop: StopCallback | None = None,
+) -> Outcome:
+    """Train a diffusion model on a latent set, on the processes that torchrun describes, or on this one.
+
+    Args:
+        config: ``DiffusionConfig.load("small", ["latents=LATENTS"])``.
+        out: folder of the run: config.yaml, checkpoints, model/ (for ``TriplaneDiffusion.load(out)``), metrics.jsonl,
+            TensorBoard files, samples (pictures), report.html.
+        resume: "auto": from the last checkpoint in ``out``, if there is one; or a checkpoint's folder; None: from the start.
+        started: is given the training before its first step, on the first process.
+        progress: called after every step, with "loss" and "validation_loss" among the metrics.
+        stop: asked before every step; true: write a checkpoint and return, with ``stopped``.
+
+    Returns:
+        The last step and its metrics; "validation_loss" is 2 before training.
+
+    Raises UserError where ``out`` holds a run that would be spoilt, the latents do not fit, or the loss is no number.
+    """
+    return train(DiffusionTraining, config, Path(out), resume, started, progress, stop)

@@ -8,7 +8,7 @@ size and scale of the volumes and on the critic: those of different runs are not
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -18,15 +18,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from tcam_diff.autodecoder.config import Count, Rate
 from tcam_diff.config import Config
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation.metrics import gaussian
-from tcam_diff.training.streams import seed_of, stream
+from tcam_diff.progress import Progress, ProgressCallback
+from tcam_diff.training.config import Count, Rate
+from tcam_diff.training.rng import rng, seed_of
 
 
 class CriticConfig(Config):
     """Defaults are those of the released protocol, the split shuffled and no volume stretched by itself."""
+
+    kind = "critic"
 
     size: Annotated[
         int, Field(ge=16, le=512, description="voxels along each axis to which volumes are resampled: 8 times a power of 2")
@@ -130,17 +133,18 @@ def score(
     config: CriticConfig,
     seed: int,
     device: torch.device,
-    on_epoch: Callable[[int, float, float], None] | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Score:
     """Train a critic on real against pooled fakes, and score what was held back. Sets: as ``prepare`` makes them.
 
-    ``on_epoch`` is told (epoch, distance on the training volumes, mean gradient norm). Raises UserError where a set is small.
+    ``progress`` is called after every epoch with "distance", on the training volumes, and "gradient_norm", their mean. Raises
+    UserError where a set is small.
     """
     if not fakes:
         raise ValueError("fakes: expected one or more sets, got none")
 
     def split(name: str, held: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        order = torch.randperm(len(held), generator=stream(seed, "critic split", number))
+        order = torch.randperm(len(held), generator=rng(seed, "critic split", number))
         cut = round(config.train_share * len(held))
         if cut < 1 or cut == len(held):
             raise UserError(f"{name}: {len(held)} volumes are too few to train on {config.train_share:.0%} and score the rest")
@@ -165,8 +169,8 @@ def score(
         found = _epoch(critic, optimiser, truth, pools, config, seed, epoch, device)
         history.append(found)
         distance, norm, _ = found
-        if on_epoch is not None:
-            on_epoch(epoch, distance, norm)
+        if progress is not None:
+            progress(Progress(epoch, config.epochs, {"distance": distance, "gradient_norm": norm}))
         valid = clipped or abs(norm - 1) <= config.tolerance
         if valid and (best is None or distance > best[0]):
             best = (distance, epoch, {k: v.clone() for k, v in critic.state_dict().items()}, norm)
@@ -196,7 +200,7 @@ def _epoch(
     device: torch.device,
 ) -> tuple[float, float, float]:
     """One pass over the real volumes, with as many fakes, drawn equally from every set. (W, gradient norm, penalty), means."""
-    chosen = stream(seed, "critic epoch", epoch)
+    chosen = rng(seed, "critic epoch", epoch)
     order = torch.randperm(len(real), generator=chosen)
     turns = [torch.randperm(len(f), generator=chosen) for f in fakes]
     which = torch.arange(len(real)) % len(fakes)  # set of the i-th fake
@@ -250,5 +254,5 @@ def _mean(critic: Critic, volumes: Tensor, batch: int, device: torch.device) -> 
 
 def halves(real: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """For the controls: two halves of the real volumes, at random."""
-    order = torch.randperm(len(real), generator=stream(seed, "critic halves"))
+    order = torch.randperm(len(real), generator=rng(seed, "critic halves"))
     return real[order[: len(real) // 2]], real[order[len(real) // 2 :]]

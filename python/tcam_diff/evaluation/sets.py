@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from tcam_diff.data import store as stores
 from tcam_diff.data.readers import read_case
 from tcam_diff.data.sources import Case, find_cases
 from tcam_diff.errors import UserError
+from tcam_diff.progress import Progress, ProgressCallback
 
 
 def read_set(
@@ -23,7 +24,7 @@ def read_set(
     split: str | None = None,
     intensity: tuple[float, float] | None = None,
     most: int | None = None,
-    tracked: Callable[[Iterable[int], int], Iterable[int]] = lambda items, total: items,
+    progress: ProgressCallback | None = None,
 ) -> Tensor:
     """(N, ...): ``prepare`` of each volume (1, channels, H, W, D) in [0, 1].
 
@@ -34,7 +35,7 @@ def read_set(
         intensity: physical values at 0 and 1. Stores know theirs and samples have them in their JSON files; other volumes that
             are not within [0, 1] need it.
         most: volumes, from the first.
-        tracked: shows progress.
+        progress: called after every volume.
 
     Raises UserError naming the file.
     """
@@ -53,11 +54,13 @@ def read_set(
             readers.append(lambda c=case: _unit(c, intensity))  # type: ignore[misc]
     readers = readers[:most]
     found: list[Tensor] = []
-    for i in tracked(range(len(readers)), len(readers)):
-        kept = prepare(torch.from_numpy(readers[i]())[None])
+    for i, read in enumerate(readers):
+        kept = prepare(torch.from_numpy(read())[None])
         if found and kept.shape != found[0].shape:
             raise UserError(f"{path}: volume {i} has {kept.shape[1]} channels, the first {found[0].shape[1]}")
         found.append(kept)
+        if progress is not None:
+            progress(Progress(i + 1, len(readers), what=f"reading {path.name}"))
     return torch.cat(found)
 
 

@@ -1,1 +1,1 @@
-"""What both stages of training share: streams of random numbers, ranks, checkpoints, the loop, its records."""
+"""What both stages of training share: random numbers, processes, checkpoints, the loop, its log."""

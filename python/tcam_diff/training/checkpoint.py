@@ -16,7 +16,7 @@ import torch
 from tcam_diff.errors import UserError
 from tcam_diff.files import replacing, sha256
 from tcam_diff.folder import Folder
-from tcam_diff.training.ranks import Ranks
+from tcam_diff.training.distributed import Distributed
 
 _NAME = re.compile(r"step-(\d{8})")
 MANIFEST = "manifest.json"
@@ -27,7 +27,7 @@ def save(
     step: int,
     shared: dict[str, Any],
     shard: dict[str, Any],
-    ranks: Ranks,
+    group: Distributed,
     *,
     score: float | None = None,
     keep: int = 2,
@@ -41,27 +41,27 @@ def save(
     error: OSError | RuntimeError | None = None
     try:
         staging.mkdir(parents=True, exist_ok=True)
-        if ranks.first:
+        if group.first:
             _write(staging / "shared.pt", shared)
-        _write(staging / f"shard-{ranks.rank}-of-{ranks.world}.pt", shard)
+        _write(staging / f"shard-{group.rank}-of-{group.world}.pt", shard)
     except (OSError, RuntimeError) as caught:  # torch's writer raises RuntimeError on a full disk
         error = caught
-    if ranks.any(error is not None):
-        if ranks.first:
+    if group.any(error is not None):
+        if group.first:
             shutil.rmtree(staging, ignore_errors=True)
         raise UserError(
             f"{final}: could not be written: {error or 'see the message of the rank that failed'}; "
             f"{_last(folder)}make room, then --resume auto goes on from there"
         ) from error
-    if ranks.first:
+    if group.first:
         sums = {p.name: sha256(p) for p in sorted(staging.glob("*.pt"))}
-        _files(staging).write({"step": step, "world": ranks.world, "score": score, "sha256": sums})
+        _files(staging).write({"step": step, "world": group.world, "score": score, "sha256": sums})
         if final.exists():
             shutil.rmtree(final)
         os.replace(staging, final)
         _sync_folder(folder)
         prune(folder, keep)
-    ranks.barrier()
+    group.barrier()
     return final
 
 

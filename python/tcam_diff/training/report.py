@@ -1,73 +1,36 @@
-"""What a run leaves to look at: metrics.jsonl, TensorBoard, pictures, and one page of HTML at the end."""
+"""Pictures and the HTML page that a run ends with."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
-import json
 import math
+import platform
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
+import torch
 
-from tcam_diff.files import write_text
+import tcam_ext
+from tcam_diff.training.distributed import Distributed
+from tcam_diff.training.loop import Outcome
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-METRICS = "metrics.jsonl"
 
-
-class Records:
-    """Scalars and pictures of a run, for metrics.jsonl and, where the package is there, TensorBoard."""
-
-    def __init__(self, folder: Path, first_step: int) -> None:
-        """Lines of steps after ``first_step``, of a run that was stopped, are dropped: they will come again."""
-        self.path = folder / METRICS
-        kept = [r for r in read(folder) if r["step"] <= first_step]
-        write_text(self.path, "".join(json.dumps(r) + "\n" for r in kept))
-        self.file = open(self.path, "a")  # noqa: SIM115
-        self.board: Any = None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
-        except ImportError:
-            pass
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        plain = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
-        self.file.write(json.dumps({"step": step, **plain}) + "\n")
-        self.file.flush()
-        if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-
-    def picture(self, step: int, name: str, image: np.ndarray) -> None:
-        """(rows, columns, 3), uint8."""
-        if self.board is not None:
-            self.board.add_image(name, image, step, dataformats="HWC")
-
-    def close(self) -> None:
-        self.file.close()
-        if self.board is not None:
-            self.board.close()
-
-
-def read(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last one that was cut off is left out."""
-    path = folder / METRICS
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            break
-    return found
+def facts(outcome: Outcome, group: Distributed) -> dict[str, object]:
+    """Rows of a report's table that all runs have."""
+    return {
+        "steps": outcome.step,
+        "time": f"{outcome.seconds / 60:.1f} min",
+        "rate": f"{outcome.metrics.get('steps_per_second', 0):.2f} steps/s at the end",
+        "peak memory": f"{outcome.metrics.get('memory_gb', 0):.2f} GB",
+        "machine": f"{platform.machine()}, {group.world} process(es) on {group.device.type}, torch {torch.__version__}, "
+        f"tcam_ext {tcam_ext.__version__}",
+    }
 
 
 def curves(metrics: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]]) -> bytes:

@@ -16,6 +16,6 @@ def seed_of(seed: int, *name: str | int) -> int:
     return int.from_bytes(hashlib.blake2b(repr((seed, *name)).encode(), digest_size=8).digest(), "little") >> 1
 
 
-def stream(seed: int, *name: str | int, device: torch.device | None = None) -> torch.Generator:
+def rng(seed: int, *name: str | int, device: torch.device | None = None) -> torch.Generator:
     """A generator at the start of the named stream. On a GPU the numbers are others than on the CPU."""
     return torch.Generator(device or "cpu").manual_seed(seed_of(seed, *name))

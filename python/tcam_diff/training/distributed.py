@@ -15,7 +15,7 @@ from tcam_diff.errors import UserError
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Distributed:
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -41,6 +41,11 @@ class Ranks:
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
 
 
+def first_process() -> bool:
+    """Whether this is the process, of those that torchrun started, that writes and prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def device_of(name: str, local_rank: int = 0) -> torch.device:
     """ "auto": a GPU where there is one. Raises UserError where the device is not there."""
     if name == "auto":
@@ -57,7 +62,7 @@ def device_of(name: str, local_rank: int = 0) -> torch.device:
 
 
 @contextmanager
-def ranks(device: str = "auto", patience: timedelta = timedelta(minutes=10)) -> Iterator[Ranks]:
+def distributed(device: str = "auto", patience: timedelta = timedelta(minutes=10)) -> Iterator[Distributed]:
     """The process group that torchrun describes, or this process alone. What fails in one ends all: torchrun sees to that.
 
     ``patience``: how long a rank waits for the others. Raises UserError in the ranks that are left where one is gone.
@@ -67,11 +72,11 @@ def ranks(device: str = "auto", patience: timedelta = timedelta(minutes=10)) -> 
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if world == 1:
-        yield Ranks(0, 1, where)
+        yield Distributed(0, 1, where)
         return
     dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=patience)
     try:
-        yield Ranks(rank, world, where)
+        yield Distributed(rank, world, where)
     except RuntimeError as error:
         if not any(word in str(error).lower() for word in ("gloo", "nccl", "process group")):
             raise

@@ -1,0 +1,17 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+
+def size_text(shape: Iterable[int]) -> str:
+    """128 x 128 x 64"""
+    return " x ".join(map(str, shape))
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    """bfloat16"""
+    return str(dtype).removeprefix("torch.")
