@@ -66,14 +66,14 @@ void resample_axis(py::handle x, py::handle out, int64_t texels, int64_t size, i
       TCAM_ON_CUDA(tcam_resample_axis_cuda(&problem, at, in.data, to.data, device, stream)));
 }
 
-// Fills out (objects, ...), float32, with standard normals of a seed and a stream of maths/noise.h.
-void normals(py::handle out, int noise_stream, uint64_t seed, int threads) {
+// Fills out (objects, ...), float32, with standard normals of a seed and a sequence of maths/noise.h.
+void normals(py::handle out, int sequence, uint64_t seed, int threads) {
   const Tensor to(out, "out");
   if (to.shape.empty() || to.dtype != TCAM_F32) throw py::value_error("out: expected float32 of one dimension or more");
-  between("stream", noise_stream, 0, 31);
+  between("sequence", sequence, 0, 31);
   if (to.shape[0] > max_noise_objects) throw py::value_error("out: too many objects for noise");
   if (!to.count) return;
-  const tcam_normals problem = {seed, to.shape[0], to.count / to.shape[0], noise_stream, threads};
+  const tcam_normals problem = {seed, to.shape[0], to.count / to.shape[0], sequence, threads};
   if (problem.count > int64_t(1) << 33) throw py::value_error("out: too many numbers an object");
   float* at = static_cast<float*>(to.data);
   run_on(to.device, [&] { tcam_normals_cpu(&problem, at); }, TCAM_ON_CUDA(tcam_normals_cuda(&problem, at, device, stream)));
@@ -183,6 +183,6 @@ PYBIND11_MODULE(_C, m) {
       .def("backward", &Call::backward)
       .def("loss", &Call::loss);
   m.def("resample_axis", &resample_axis);
-  m.def("normals", &normals, py::arg("out"), py::arg("stream"), py::arg("seed"), py::arg("threads"));
+  m.def("normals", &normals, py::arg("out"), py::arg("sequence"), py::arg("seed"), py::arg("threads"));
   m.def("philox", &philox, py::arg("counter"), py::arg("key"));
 }

@@ -7,8 +7,8 @@ namespace tcam {
 // The reason why a grid does not separate into maps over pairs of axes and is decoded point by point; null: it separates.
 inline const char* not_separable(const tcam_problem& p) {
   if (p.reduce == TCAM_PRODUCT) return "planes are multiplied";
-  if (p.extra > 0) return "voxels have features of their own";
-  if (p.noise_std != 0) return "every voxel has noise of its own";
+  if (p.extra > 0) return "voxels have extra features";
+  if (p.noise_std != 0) return "every voxel has its own noise";
   return nullptr;
 }
 inline bool walks_points(const tcam_problem& p) { return p.points >= 0 || not_separable(p); }

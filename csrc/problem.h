@@ -126,11 +126,11 @@ typedef struct {
   int32_t threads;
 } tcam_resample;
 
-// Standard normals (objects, count) in float32 from a seed and a stream of maths/noise.h: the noise of a plane's texels.
+// Standard normals (objects, count) in float32 from a seed and a sequence of maths/noise.h: the noise of a plane's texels.
 typedef struct {
   uint64_t seed;
   int64_t objects, count;
-  int32_t stream;
+  int32_t sequence;
   int32_t threads;
 } tcam_normals;
 

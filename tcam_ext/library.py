@@ -82,7 +82,7 @@ for _schema in (
     f"decode_points({_TENSORS}, {_OPTIONS}, {_POINTS}, ScalarType out_dtype, *, int formulation=0) -> Tensor",
     f"decode_points_backward(Tensor grad_out, {_TENSORS}, {_OPTIONS}, {_POINTS}, bool grad_planes, bool grad_decoder, "
     "bool grad_extra, bool grad_points, *, int formulation=0) -> Tensor[]",
-    "normals(Tensor like, int stream, SymInt seed) -> Tensor",
+    "normals(Tensor like, int sequence, SymInt seed) -> Tensor",
     "resample_axis(Tensor x, int texels, SymInt size, SymInt lo, SymInt hi, bool align_corners, str padding_mode, "
     "bool corners, Tensor? bounds, bool adjoint) -> Tensor",
 ):
@@ -343,13 +343,13 @@ def _decode_points_backward_fake(grad_out: Tensor, *arguments: Any, formulation:
     return _Gradients(tensors, wanted, None, (), points.extra, points.points).list()
 
 
-def _normals(like: Tensor, stream: int, seed: int) -> Tensor:
-    out = _normals_fake(like, stream, seed)
-    _C.normals(out, stream, seed, torch.get_num_threads())
+def _normals(like: Tensor, sequence: int, seed: int) -> Tensor:
+    out = _normals_fake(like, sequence, seed)
+    _C.normals(out, sequence, seed, torch.get_num_threads())
     return out
 
 
-def _normals_fake(like: Tensor, stream: int, seed: int) -> Tensor:
+def _normals_fake(like: Tensor, sequence: int, seed: int) -> Tensor:
     return torch.empty(like.shape, dtype=torch.float32, device=like.device)
 
 

@@ -95,7 +95,7 @@ class Options(NamedTuple):
             else the dtype of the planes. Sums are always in float32 or float64. On a CPU, bfloat16 uses bfloat16 dot products
             if the machine has them (AVX512_BF16), else float32; float16 and "tf32" use float32. On CUDA, fused kernels with
             bfloat16 or float16 products serve relu decoders with 3 to 5 layers, hidden widths up to 128 and C_out up to 4
-            (gradients with widths above 64 need 216 KB of shared memory a block: Hopper, B200). Other decoders use
+            (gradients with widths above 64 need up to 216 KB of shared memory a block: Hopper, B200). Other decoders use
             TensorFloat-32 products, which round as float16 does; :func:`explain` tells which kernels a call uses, and why. None
             with float32 tensors on CUDA follows ``torch.backends.cuda.matmul.fp32_precision``.
         noise_std: >= 0. The decoder reads f + noise_std eps in place of the features f, with eps standard normal. TCAM-Diff

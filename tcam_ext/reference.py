@@ -156,7 +156,7 @@ def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
     return [a, b, c, d]
 
 
-def normals(seed: int, number: Tensor, objects: Tensor, stream: int, count: int) -> Tensor:
+def normals(seed: int, number: Tensor, objects: Tensor, sequence: int, count: int) -> Tensor:
     """Standard normals (n, count), float64, for n voxels or points: those of csrc/maths/noise.h, by log, cos and sin.
 
     Box-Muller: a word x gives u = (floor(x/2) + 1/2)/2^31, rounded to float32, and the radius r = sqrt(-2 log u). The first two
@@ -165,7 +165,7 @@ def normals(seed: int, number: Tensor, objects: Tensor, stream: int, count: int)
     blocks = (count + 3) // 4
     block = torch.arange(blocks, device=number.device)
     number, objects = number.unsqueeze(1), objects.unsqueeze(1)
-    counter = [number & 0xFFFFFFFF, number >> 32, objects | stream << 27, block]
+    counter = [number & 0xFFFFFFFF, number >> 32, objects | sequence << 27, block]
     words = philox(torch.broadcast_tensors(*counter), (seed & 0xFFFFFFFF, seed >> 32))
     out: list[Tensor] = []
     for x, y in (words[:2], words[2:]):
@@ -177,10 +177,10 @@ def normals(seed: int, number: Tensor, objects: Tensor, stream: int, count: int)
     return torch.cat(out, 1)[:, :count]
 
 
-def texel_normals(like: Tensor, stream: int, seed: int) -> Tensor:
+def texel_normals(like: Tensor, sequence: int, seed: int) -> Tensor:
     """Normals in the shape of a plane, float32: the reference of ``library.normals``."""
     objects = torch.arange(like.shape[0], device=like.device)
-    return normals(seed, torch.zeros_like(objects), objects, stream, like[:1].numel()).view(like.shape).float()
+    return normals(seed, torch.zeros_like(objects), objects, sequence, like[:1].numel()).view(like.shape).float()
 
 
 def with_texel_noise(planes: checks.Planes, noise: checks.Noise, normals: Any) -> checks.Planes:

@@ -189,7 +189,7 @@ void tcam_normals_cpu(const tcam_normals* n, float* out) {
   const long blocks = static_cast<long>(tcam::noise_blocks(n->count)), pieces = (blocks + 4095) / 4096;
   const tcam::Engine& engine = tcam::pick_engine(0);
   tcam::parallel_for(static_cast<long>(n->objects) * pieces, n->threads, [&](long task, int) {
-    const tcam::NoiseKey key = {n->seed, 0, static_cast<uint32_t>(task / pieces), static_cast<uint32_t>(n->stream)};
+    const tcam::NoiseKey key = {n->seed, 0, static_cast<uint32_t>(task / pieces), static_cast<uint32_t>(n->sequence)};
     const tcam::Range b = tcam::chunk(blocks, pieces, task % pieces);
     engine.normals(key, static_cast<long>(n->count), b.lo, b.hi, out + task / pieces * n->count);
   });

@@ -123,14 +123,14 @@ class Mlp {
   // is the target instead, and the losses are added to those of the block.
   void forward_block(const Maps& maps, const Block& block, const Volume& volume, const tcam_objective* objective, long task,
                      int thread) const {
-    const Objective compare = objective_of(objective, task);
+    const Comparison compare = comparison_of(objective, task);
     core.forward(decoder_, maps, block, volume, objective ? &compare : nullptr, tile_, scratch(thread));
   }
   // The same for gradients: `volume` is the gradient of the output or, with an objective, the target. Adds to `grads` and to
   // the block's sums of the decoder's gradients.
   void backward_block(const Maps& maps, const Block& block, const Volume& volume, const tcam_objective* objective,
                       BlockGradients grads, long task, int thread) const {
-    const Objective compare = objective_of(objective, task);
+    const Comparison compare = comparison_of(objective, task);
     grads.decoder = sums_ ? sums_ + task * block_sums_ : nullptr;
     core.backward(decoder_, maps, block, volume, objective ? &compare : nullptr, grads, tile_, scratch(thread));
   }
@@ -168,7 +168,7 @@ class Mlp {
   long last_stride() const {  // words of a row of the last layer
     return round_up(words(p.width[p.layers - 1]), core.columns / 2);
   }
-  Objective objective_of(const tcam_objective* o, long task) const {
+  Comparison comparison_of(const tcam_objective* o, long task) const {
     if (!o) return {};
     return {static_cast<Loss>(o->loss), o->beta, losses_ + task};
   }

@@ -168,7 +168,7 @@ TCAM_INLINE void last_layer(const Decoder& d, long rows, Scratch<N, pitch>& s) {
 
 // Adds the loss of a tile's voxels in channel `o` to `sum` and replaces z by the gradient of the loss with respect to z_L.
 template <class N>
-TCAM_INLINE void compare_tile(const Decoder& d, const Objective& objective, const Volume& target, const Walk& walk, int count,
+TCAM_INLINE void compare_tile(const Decoder& d, const Comparison& comparison, const Volume& target, const Walk& walk, int count,
                               long o, typename N::Real* z, double& sum) {
   typedef typename N::Real Real;
   typedef typename N::Vec Vec;
@@ -179,8 +179,8 @@ TCAM_INLINE void compare_tile(const Decoder& d, const Objective& objective, cons
   for (int t = count; t < count + N::lanes && t < max_tile; ++t) want[t] = 0;
   for (int t = 0; t < count; t += N::lanes) {
     const Vec x = load<Vec>(z + t), difference = A::output(d.output_activation, x) - load<Vec>(want + t);
-    store(value + t, L::value(objective.loss, difference, objective.beta));
-    store(z + t, L::slope(objective.loss, difference, objective.beta) * A::output_slope(d.output_activation, x));
+    store(value + t, L::value(comparison.loss, difference, comparison.beta));
+    store(z + t, L::slope(comparison.loss, difference, comparison.beta) * A::output_slope(d.output_activation, x));
   }
   for (int t = 0; t < count; ++t) sum += static_cast<double>(value[t]);
 }
@@ -188,14 +188,14 @@ TCAM_INLINE void compare_tile(const Decoder& d, const Objective& objective, cons
 // The loss sums of a block by channel, so that their order does not depend on the tile.
 struct LossSums {
   double channel[max_out] = {};
-  __attribute__((always_inline)) void add_to(const Objective* objective) const {
-    for (int o = 0; objective && o < max_out; ++o) *objective->sum += channel[o];
+  __attribute__((always_inline)) void add_to(const Comparison* comparison) const {
+    for (int o = 0; comparison && o < max_out; ++o) *comparison->sum += channel[o];
   }
 };
 
 template <class N, long pitch>
 static void forward_block(const Decoder& d, const Maps& maps, const Block& block, const Volume& volume,
-                          const Objective* objective, int tile, void* scratch) {
+                          const Comparison* comparison, int tile, void* scratch) {
   typedef typename N::Real Real;
   typedef Maths<typename N::Arith> A;
   Scratch<N, pitch> s(d, false, scratch);
@@ -207,15 +207,15 @@ static void forward_block(const Decoder& d, const Maps& maps, const Block& block
     if (d.layers > 1) last_layer<N, pitch>(d, rows, s);
     for (long o = 0; o < d.width[d.layers]; ++o) {
       Real* z = s.z + o * max_tile;
-      if (objective) {
-        compare_tile<N>(d, *objective, volume, walk, count, o, z, losses.channel[o]);
+      if (comparison) {
+        compare_tile<N>(d, *comparison, volume, walk, count, o, z, losses.channel[o]);
         continue;
       }
       for (int t = 0; t < count; t += N::lanes) store(z + t, A::output(d.output_activation, load<typename N::Vec>(z + t)));
       for (int t = 0; t < count; ++t) Elements<Real>::write(volume.data, volume.dtype, volume.index(o, walk.out[t]), z[t]);
     }
   }
-  losses.add_to(objective);
+  losses.add_to(comparison);
 }
 
 // ---- backward --------------------------------------------------------------------------
@@ -236,7 +236,7 @@ TCAM_INLINE void add_row(typename N::Real* dst, const typename N::Real* src, lon
 
 template <class N, long pitch>
 static void backward_block(const Decoder& d, const Maps& maps, const Block& block, const Volume& volume,
-                           const Objective* objective, const BlockGradients& grad, int tile, void* scratch) {
+                           const Comparison* comparison, const BlockGradients& grad, int tile, void* scratch) {
   typedef typename N::Real Real;
   typedef typename N::Word Word;
   typedef typename N::Vec Vec;
@@ -252,13 +252,13 @@ static void backward_block(const Decoder& d, const Maps& maps, const Block& bloc
     const long rows = round_up(count, register_rows);
     const long voxel_words = (count + N::pack - 1) / N::pack;
     hidden_layers<N, pitch>(d, maps, walk, count, rows, s, true);
-    if (last > 1 && (objective || d.output_activation.kind != OutputActivation::none)) last_layer<N, pitch>(d, rows, s);
+    if (last > 1 && (comparison || d.output_activation.kind != OutputActivation::none)) last_layer<N, pitch>(d, rows, s);
 
     // delta_L = grad_output * output'(z_L), in place of z.
     for (long o = 0; o < n_out; ++o) {
       Real* z = s.z + o * max_tile;
-      if (objective) {
-        compare_tile<N>(d, *objective, volume, walk, count, o, z, losses.channel[o]);
+      if (comparison) {
+        compare_tile<N>(d, *comparison, volume, walk, count, o, z, losses.channel[o]);
         continue;
       }
       for (int t = 0; t < count; t += N::lanes) store(z + t, A::output_slope(d.output_activation, load<Vec>(z + t)));
@@ -333,7 +333,7 @@ static void backward_block(const Decoder& d, const Maps& maps, const Block& bloc
       if (dg) add_row<N>(dg + walk.g[t], x, maps.stride);
     }
   }
-  losses.add_to(objective);
+  losses.add_to(comparison);
 }
 
 // ---- the table -------------------------------------------------------------------------
@@ -378,20 +378,20 @@ static long scratch_bytes(const Decoder& d, bool backward) {
   return texels > voxels ? texels : voxels;
 }
 template <class N>
-static void forward(const Decoder& d, const Maps& m, const Block& b, const Volume& v, const Objective* objective, int tile,
+static void forward(const Decoder& d, const Maps& m, const Block& b, const Volume& v, const Comparison* comparison, int tile,
                     void* scratch) {
   if (narrow(d))
-    forward_block<N, 144>(d, m, b, v, objective, tile, scratch);
+    forward_block<N, 144>(d, m, b, v, comparison, tile, scratch);
   else
-    forward_block<N, 272>(d, m, b, v, objective, tile, scratch);
+    forward_block<N, 272>(d, m, b, v, comparison, tile, scratch);
 }
 template <class N>
-static void backward(const Decoder& d, const Maps& m, const Block& b, const Volume& v, const Objective* objective,
+static void backward(const Decoder& d, const Maps& m, const Block& b, const Volume& v, const Comparison* comparison,
                      const BlockGradients& g, int tile, void* scratch) {
   if (narrow(d))
-    backward_block<N, 144>(d, m, b, v, objective, g, tile, scratch);
+    backward_block<N, 144>(d, m, b, v, comparison, g, tile, scratch);
   else
-    backward_block<N, 272>(d, m, b, v, objective, g, tile, scratch);
+    backward_block<N, 272>(d, m, b, v, comparison, g, tile, scratch);
 }
 
 template <class N>

@@ -54,7 +54,7 @@ struct Volume {
 };
 
 // The loss that compares the decoded volume with a target, instead of writing the volume or reading its gradient.
-struct Objective {
+struct Comparison {
   Loss loss;
   double beta;
   double* sum;  // the block's sum, to which the losses of its voxels are added
@@ -90,10 +90,10 @@ struct Engine {
   void (*pack_rows)(const void* src, long rows, long n, void* dst, long dst_stride);
 
   long (*scratch_bytes)(const Decoder&, bool backward);
-  // Decode a block. With an objective (null: none), `volume` is the target; else forward writes it and backward reads its
+  // Decode a block. With a comparison (null: none), `volume` is the target; else forward writes it and backward reads its
   // gradient from it.
-  void (*forward)(const Decoder&, const Maps&, const Block&, const Volume& volume, const Objective*, int tile, void* scratch);
-  void (*backward)(const Decoder&, const Maps&, const Block&, const Volume& volume, const Objective*, const BlockGradients&,
+  void (*forward)(const Decoder&, const Maps&, const Block&, const Volume& volume, const Comparison*, int tile, void* scratch);
+  void (*backward)(const Decoder&, const Maps&, const Block&, const Volume& volume, const Comparison*, const BlockGradients&,
                    int tile, void* scratch);
 
   // The remaining functions use real arithmetic and exist in engines with pack == 1 only.

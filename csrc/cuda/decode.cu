@@ -87,7 +87,7 @@ class Decode {
 
  private:
   const tcam_problem& p;
-  Call<Real> c;
+  Context<Real> c;
   First first_;
   Mlp mlp_;
   const Refusal refusal_;  // why the MLP does not take the problem's shape

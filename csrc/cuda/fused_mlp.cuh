@@ -1,7 +1,7 @@
 // The MLP above the first layer on tensor cores: the kernels of fused_forward.cuh and fused_backward.cuh, over 16-bit maps of
 // the first layer. A grid is processed in slabs of i, whose maps, masks and delta_1 fit a workspace of fixed size.
 #pragma once
-#include "call.cuh"
+#include "context.cuh"
 #include "fused_backward.cuh"
 #include "fused_forward.cuh"
 #include "fused_mlp_kernels.cuh"
@@ -55,7 +55,7 @@ class FusedMlp {
  public:
   using Input = FusedInput;
 
-  explicit FusedMlp(Call<float>& call) : c(call), p(call.p) {
+  explicit FusedMlp(Context<float>& context) : c(context), p(context.p) {
     N_ = 64;
     for (int l = 1; l < p.layers; ++l) N_ = p.width[l] > 64 ? 128 : N_;
   }
@@ -221,7 +221,7 @@ class FusedMlp {
     void add(int layer, bool head) { all[count++] = {layer, head}; }
   };
 
-  Call<float>& c;
+  Context<float>& c;
   const tcam_problem& p;
   Device device_ = {0, 0};
   const FusedForwardKind* kind_ = nullptr;  // the forward kernel, chosen by refuses(Output::volume, device)

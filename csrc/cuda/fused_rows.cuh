@@ -12,7 +12,7 @@ class FusedRows {
  public:
   using Input = float*;  // z_1: (points of a wave, width of layer 1)
 
-  explicit FusedRows(Call<float>& call) : c(call), p(call.p), mlp_(call) {}
+  explicit FusedRows(Context<float>& context) : c(context), p(context.p), mlp_(context) {}
 
   Refusal refuses(const int64_t*) const { return fused_refusal(p); }
   Refusal refuses(Output output, const Device& device) { return mlp_.refuses(output, device); }
@@ -59,7 +59,7 @@ class FusedRows {
   static constexpr int64_t bytes_forward = (4 + 2) * 128;
   static constexpr int64_t bytes_backward = 2 * bytes_forward + 16 * fused_most_products + 4 * fused_most_out;
 
-  Call<float>& c;
+  Context<float>& c;
   const tcam_problem& p;
   FusedMlp mlp_;
   // z_, delta_ (points of a wave, n_1): z_1 and delta_1; planar_ (n_out, points): outputs before they are interleaved.

@@ -7,7 +7,7 @@
 #pragma once
 #include <type_traits>
 
-#include "call.cuh"
+#include "context.cuh"
 #include "fused_mlp.cuh"
 #include "grid_kernels.cuh"
 
@@ -18,7 +18,7 @@ class Grid {
  public:
   using Real = Real_;
 
-  explicit Grid(Call<Real>& call) : c(call), p(call.p) {
+  explicit Grid(Context<Real>& context) : c(context), p(context.p) {
     for (int a = 0; a < 3; ++a) n_[a] = p.hi[a] - p.lo[a];
   }
 
@@ -125,7 +125,7 @@ class Grid {
  private:
   static constexpr int64_t row_splits = 64;  // partial sums of b_1's gradient, over the rows of dA
 
-  Call<Real>& c;
+  Context<Real>& c;
   const tcam_problem& p;
   int64_t n_[3];  // voxels of the box along i, j, k
   // Taps of the box's voxels on each plane's rows and columns.

@@ -6,7 +6,7 @@
 // layer is one matrix product, the last layer a dot product for each voxel. Backward recomputes the region's z_l, computes
 // delta_L down to delta_1, and adds weight gradients to partial sums, one for each range of voxel_chunk voxels of a region.
 #pragma once
-#include "call.cuh"
+#include "context.cuh"
 #include "mlp_kernels.cuh"
 #include "region.cuh"
 
@@ -17,7 +17,7 @@ class Mlp {
  public:
   using Input = Real*;  // z_1: (voxels of a region, width of layer 1)
 
-  explicit Mlp(Call<Real>& call) : c(call), p(call.p) {}
+  explicit Mlp(Context<Real>& context) : c(context), p(context.p) {}
 
   Refusal refuses(const int64_t*) const { return {}; }  // takes every shape, on every device
   Refusal refuses(Output, const Device&) const { return {}; }
@@ -83,7 +83,7 @@ class Mlp {
   }
 
  private:
-  Call<Real>& c;
+  Context<Real>& c;
   const tcam_problem& p;
   int64_t most_ = 0;  // voxels of the largest region
   // z_[l]: z_l; in forward, odd and even layers share one array each. delta_[l & 1]: delta_l.

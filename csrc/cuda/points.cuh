@@ -8,7 +8,7 @@
 // the gradients of all texels become NaN.
 #pragma once
 #include "../formulation.h"
-#include "call.cuh"
+#include "context.cuh"
 #include "points_kernels.cuh"
 #include "region.cuh"
 #include "scale.cuh"
@@ -20,14 +20,14 @@ class Points {
  public:
   using Real = Real_;
 
-  explicit Points(Call<Real>& call)
-      : c(call),
-        p(call.p),
+  explicit Points(Context<Real>& context)
+      : c(context),
+        p(context.p),
         grid_(p.points < 0),
         objects_(grid_ ? 1 : p.batch),
-        projected_(gathers_projections(p, objects_, call.width(1) * static_cast<int64_t>(sizeof(Real)))),
+        projected_(gathers_projections(p, objects_, context.width(1) * static_cast<int64_t>(sizeof(Real)))),
         samples_(p.reduce == TCAM_SUM ? 1 : p.plane_count),
-        row_(projected_ ? call.width(1) : static_cast<int>(p.channels)) {
+        row_(projected_ ? context.width(1) : static_cast<int>(p.channels)) {
     n_[2] = p.points;
     if (grid_) n_[2] = (p.hi[0] - p.lo[0]) * (p.hi[1] - p.lo[1]) * (p.hi[2] - p.lo[2]);
     for (int q = 0; q < p.plane_count; ++q) {
@@ -102,7 +102,8 @@ class Points {
         c.run_elements(product_kernel<Real>, count * channels, sampled_, samples_, most_ * channels, count * channels,
                        product_);
       if (!p.layers) {
-        if (!c.backward) copy_features(wave, product_ ? product_ : sampled_, false);  // volume_ is their gradient on the way back
+        if (!c.backward)
+          copy_features(wave, product_ ? product_ : sampled_, false);  // volume_ is their gradient on the way back
         return;
       }
       if (p.noise_std != 0) add_noise(wave);
@@ -174,7 +175,7 @@ class Points {
   }
 
  private:
-  Call<Real>& c;
+  Context<Real>& c;
   const tcam_problem& p;
   const bool grid_;
   const int64_t objects_;    // objects in a round

@@ -89,14 +89,14 @@ cudaError_t resample(const tcam_resample& p, const double* bounds, const void* i
                 static_cast<Real*>(out));
 }
 
-// out (objects, count) = standard normals of n's seed and stream. A thread owns a Philox block of an object: four numbers.
+// out (objects, count) = standard normals of n's seed and sequence. A thread owns a Philox block of an object: four numbers.
 __global__ void __launch_bounds__(threads) normals_kernel(tcam_normals n, float* out) {
   const int64_t blocks = noise_blocks(n.count);
   for (int64_t e = blockIdx.x * static_cast<int64_t>(threads) + threadIdx.x; e < n.objects * blocks;
        e += static_cast<int64_t>(gridDim.x) * threads) {
     const int64_t object = e / blocks, b = e % blocks;
     float word[4];
-    Noise<ScalarNoise>::block({n.seed, 0, static_cast<uint32_t>(object), static_cast<uint32_t>(n.stream)},
+    Noise<ScalarNoise>::block({n.seed, 0, static_cast<uint32_t>(object), static_cast<uint32_t>(n.sequence)},
                               static_cast<uint32_t>(b), word);
 #pragma unroll
     for (int w = 0; w < 4; ++w)

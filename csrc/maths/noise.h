@@ -15,7 +15,7 @@ namespace tcam {
 // object. Stream 1 + q is the noise of the texels of plane q, with number 0.
 struct NoiseKey {
   uint64_t seed, number;
-  uint32_t object, stream;  // object < 2^27, stream < 2^5
+  uint32_t object, sequence;  // object < 2^27, sequence < 2^5
 };
 
 template <class M>
@@ -74,7 +74,7 @@ struct Noise {
 
   // The four normals of Philox block `block` of a key.
   TCAM_MATHS void block(const NoiseKey& key, U block, V (&out)[4]) {
-    U c[4] = {M::splat((uint32_t)key.number), M::splat((uint32_t)(key.number >> 32)), M::splat(key.object | key.stream << 27),
+    U c[4] = {M::splat((uint32_t)key.number), M::splat((uint32_t)(key.number >> 32)), M::splat(key.object | key.sequence << 27),
               block};
     philox(c, (uint32_t)key.seed, (uint32_t)(key.seed >> 32));
     normals(c[0], c[1], out[0], out[1]);

@@ -43,8 +43,8 @@ class Emulated:
     def Call(self, *arguments: Any) -> EmulatedCall:
         return EmulatedCall(self, *arguments)
 
-    def normals(self, out: Tensor, stream: int, seed: int, threads: int) -> None:
-        problem = raw.Normals(seed, out.shape[0], out[0].numel(), stream, threads)
+    def normals(self, out: Tensor, sequence: int, seed: int, threads: int) -> None:
+        problem = raw.Normals(seed, out.shape[0], out[0].numel(), sequence, threads)
         self._run("tcam_normals_cuda", ctypes.byref(problem), ctypes.c_void_p(out.data_ptr()))
 
     def resample_axis(self, x: Tensor, out: Tensor, texels: int, size: int, lo: int, hi: int, align_corners: bool,

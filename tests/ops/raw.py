@@ -65,7 +65,7 @@ class Normals(ctypes.Structure):  # tcam_normals
     _fields_ = [
         ("seed", ctypes.c_uint64),
         *((name, ctypes.c_int64) for name in ("objects", "count")),
-        *((name, ctypes.c_int32) for name in ("stream", "threads")),
+        *((name, ctypes.c_int32) for name in ("sequence", "threads")),
     ]
 
 
@@ -238,10 +238,10 @@ class Kernels:
             assert status == 0
         return out
 
-    def normals(self, objects: int, count: int, stream: int, seed: int) -> Tensor:
+    def normals(self, objects: int, count: int, sequence: int, seed: int) -> Tensor:
         """tcam_normals."""
         out = _nan((objects, count), torch.float32)
-        problem = Normals(seed, objects, count, stream, 2)
+        problem = Normals(seed, objects, count, sequence, 2)
         call = getattr(self.library, f"tcam_normals_{self.suffix}")
         status = call(ctypes.byref(problem), ctypes.c_void_p(out.data_ptr()), *self.more)
         if self.suffix == "cuda":

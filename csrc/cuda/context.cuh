@@ -25,7 +25,7 @@ struct Volume {
 };
 
 template <class Real>
-class Call {
+class Context {
  public:
   const tcam_problem& p;
   const bool backward;
@@ -34,7 +34,7 @@ class Call {
   const Real *weights[TCAM_MAX_LAYERS + 1] = {}, *biases[TCAM_MAX_LAYERS + 1] = {};
   Real *grad_weights[TCAM_MAX_LAYERS + 1] = {}, *grad_biases[TCAM_MAX_LAYERS + 1] = {};
 
-  Call(const tcam_problem& problem, bool goes_back, cudaStream_t on) : p(problem), backward(goes_back), stream(on) {}
+  Context(const tcam_problem& problem, bool goes_back, cudaStream_t on) : p(problem), backward(goes_back), stream(on) {}
 
   cudaError_t status() const { return status_; }
   int width(int layer) const { return static_cast<int>(p.width[layer]); }
