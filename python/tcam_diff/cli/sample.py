@@ -31,7 +31,7 @@ def command(
         typer.Option(help="Voxels along the axes. [default: as the training volumes]", show_default=False),
     ] = None,
     solver: Annotated[Method, typer.Option(help="Of the ODE; hot is stochastic.")] = "heun",
-    steps: Annotated[int, typer.Option(min=1, help="Intervals; heun and midpoint take two evaluations, rk4 four.")] = 50,
+    steps: Annotated[int, typer.Option(min=1, help="Intervals, of one evaluation of the network or several (heun: two).")] = 50,
     final: Annotated[str, typer.Option(help="x0: the last estimate of the planes; x: the integrated state.")] = "x0",
     label: Annotated[str | None, typer.Option(help="A class, of a model trained with labels.")] = None,
     hot_k: Annotated[int, typer.Option(min=1, help="Intervals that hot jumps ahead before it adds noise.")] = 2,
