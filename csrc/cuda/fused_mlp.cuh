@@ -69,6 +69,8 @@ class FusedMlp {
   }
   Refusal refuses(Output output, const Device& device) {
     device_ = device;
+    if (output != Output::volume && p.compute == TCAM_F16 && c.output_activation().kind == OutputActivation::trunc_exp)
+      return {"the gradient of output_activation trunc_exp is beyond float16", 0, 0};
     size_t needs = 0;
     if (output == Output::volume) {
       kind_ = choose_fused_forward(N_, products(), device, &needs);
@@ -309,9 +311,7 @@ class FusedMlp {
   }
 
   // Whether an output activation has no bound. A new activation without a bound must be added here.
-  static bool unbounded(OutputActivation a) {
-    return a == OutputActivation::none || a == OutputActivation::softplus || a == OutputActivation::trunc_exp;
-  }
+  static bool unbounded(OutputActivation a) { return a == OutputActivation::none || a == OutputActivation::softplus; }
   // Chooses float16's scales. Without an objective, dl/dy is bounded by the gradient's largest magnitude. With one, it is
   // bounded by the loss's largest slope: 1, or for mse twice the largest difference, estimated as 1 plus the target's largest
   // magnitude. Outputs without bounds may exceed this, so they get a smaller scale.

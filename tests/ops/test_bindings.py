@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tcam_ext import _C
+from tcam_ext.activations import ACTIVATIONS, OUTPUT_ACTIVATIONS
 
 CALLS = int(os.environ.get("TCAM_FUZZ_CALLS", "20000"))
 
@@ -81,8 +82,8 @@ def valid(rng):
         box=box,
         corners=rng.random() < 0.5,
         axes=3,
-        activation=[(rng.randint(0, 7), 1.0) for _ in widths[1:]],
-        output_activation=(rng.randint(0, 7), 0.5),
+        activation=[(rng.randrange(len(ACTIVATIONS)), 1.0) for _ in widths[1:]],
+        output_activation=(rng.randrange(len(OUTPUT_ACTIVATIONS)), 0.5),
         align_corners=rng.random() < 0.5,
         padding=rng.randint(0, 2),
         compute=code,

@@ -200,6 +200,19 @@ def test_fused_float16_mse_of_an_output_far_from_its_target(kernels):
     assert problems.gradient_error(got, want) < 1e-2
 
 
+def test_float16_gradients_of_trunc_exp(kernels):
+    """Its slope, to exp(15), is beyond float16: kernels with a wider format compute these gradients."""
+    p = problems.make(**FUSED_BACKWARD[0], output_activation="trunc_exp")
+    p.biases[-1] += 12.0
+    exact = p.to(torch.float64, requires_grad=True)
+    grad = torch.randn(1, 1, *p.size, dtype=torch.float64)
+    want = gradients(exact.call(reference.decode_grid), exact.tensors, grad)
+    got = kernels.backward(p.to(torch.float32), grad.float(), 2)
+    assert problems.gradient_error(got, want) < 0.1
+    assert "trunc_exp" in kernels.explain(p.to(torch.float32), 2, 2, 227 << 10)
+    assert kernels.explain(p.to(torch.float32), 2, 0, 227 << 10).startswith("fused, ")
+
+
 @pytest.mark.parametrize(
     ("compute", "backward", "limit"),
     [(3, False, 0.5e9), (3, True, 2e9), (2, True, 2e9), (5, False, 0.9e9), (5, True, 2e9), (0, False, 0.9e9), (0, True, 2e9)],

@@ -117,7 +117,7 @@ class Solver:
     """A method and how it ends.
 
     Args:
-        method: euler, frozen, ddim, midpoint, heun, rk4, ab2; or hot, which is stochastic.
+        method: a name of METHODS; or hot, which is stochastic.
         final: the result of an integration that ends at angle 0. "x0": the estimate of x0 at the last angle above 0; "x": the
             integrated state.
         hot_k: intervals that hot jumps ahead.
