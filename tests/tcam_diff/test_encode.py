@@ -169,7 +169,7 @@ def test_damage_and_what_does_not_belong_together(trained, encoded, store, tmp_p
     other = runs.make_store(tmp_path / "other", count=1, held_out=1)
     index = json.loads((tmp_path / "other" / "store.json").read_text())
     (tmp_path / "other" / "store.json").write_text(json.dumps(index | {"digest": "0"}))
-    assert "prepared otherwise" in tcam("encode", trained, other.folder, "--out", tmp_path / "l", fails=True)
+    assert "prepared differently" in tcam("encode", trained, other.folder, "--out", tmp_path / "l", fails=True)
     assert "not a folder of `tcam train-autodecoder`" in tcam("encode", store, store, "--out", tmp_path / "l", fails=True)
     assert "no such key; did you mean steps" in tcam("encode", trained, store, "--out", tmp_path / "l", "step=3", fails=True)
 

@@ -77,7 +77,7 @@ def test_a_store_is_gone_on_with(data):
     store = Store(data / "store")
     writer = StoreWriter(data / "store", store.config)
     assert [writer.find(r.name, r.sources) for r in store.records] == store.records
-    with pytest.raises(UserError, match="prepared otherwise"):
+    with pytest.raises(UserError, match="prepared differently"):
         StoreWriter(data / "store", store.config | {"dtype": "float16"})
     assert "2 of 2 cases have their checksum" in tcam("check-data", data / "store")
 

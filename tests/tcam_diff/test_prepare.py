@@ -181,7 +181,7 @@ def test_a_run_that_was_stopped_goes_on(folder, tmp_path, monkeypatch):
     list(prepare_cases(cases, out, config))
     changed = [n for n, t in after.items() if (out / "cases" / n).stat().st_mtime_ns != t]
     assert changed == ["c0.npy"]
-    with pytest.raises(UserError, match="prepared otherwise"):
+    with pytest.raises(UserError, match="prepared differently"):
         list(prepare_cases(cases, out, load("cohort", "percentiles=[1, 99]")))
 
 
@@ -209,7 +209,7 @@ def test_damage_to_a_store_is_named(folder, tmp_path):
 def test_names_that_would_leave_the_folder(tmp_path):
     write(tmp_path / "x.nii.gz", volume())
     case = Case("../x", (tmp_path / "x.nii.gz",))
-    with pytest.raises(UserError, match="becomes that of a file"):
+    with pytest.raises(UserError, match="becomes a file name"):
         list(prepare_cases([case], tmp_path / "store", load("cohort")))
 
 

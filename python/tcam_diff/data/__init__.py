@@ -1,1 +1,1 @@
-"""Volumes in and out of files."""
+"""Reading, preparing and writing volumes."""

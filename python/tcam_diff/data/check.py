@@ -1,4 +1,4 @@
-"""What ``tcam check-data`` finds: for every case its geometry, range and labels, or why it cannot be used."""
+"""Checks behind ``tcam check-data``: the geometry, range and labels of every case, or why it cannot be used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tcam_diff.errors import UserError
 
 @dataclass
 class Report:
-    """Of one case. ``problem``: why it would fail; "" where it would not."""
+    """Result of checking one case. ``problem`` is the reason why the case cannot be used, or "" if it can."""
 
     name: str
     split: str
@@ -30,16 +30,16 @@ class Report:
     high: float = float("nan")
     not_finite: int = 0
     labels: list[int] | None = None
-    notes: list[str] = field(default_factory=list)  # what is odd and does not stop anything
+    notes: list[str] = field(default_factory=list)  # oddities that do not make the case unusable
 
     def plain(self) -> dict[str, Any]:
-        """For JSON, which has no NaN."""
+        """Fields as JSON values, without those that are NaN."""
         known = {k: v for k, v in vars(self).items() if not (isinstance(v, float) and v != v)}
         return known | {"shape": list(self.shape or ()), "spacing": list(self.spacing or ())}
 
 
 def check_case(case: Case, max_voxels: int = VOXEL_BUDGET) -> Report:
-    """Headers first, then one pass over each file; the first thing wrong ends it."""
+    """Check the headers of a case, then its voxels in one pass over each file, up to the first problem."""
     report = Report(case.name, case.split)
     try:
         headers = [read_header(p, max_voxels) for p in case.images]
@@ -82,13 +82,17 @@ def _labels(header: Header, scan: Scan) -> list[int]:
 
 
 def check_cases(cases: Sequence[Case], max_voxels: int = VOXEL_BUDGET, jobs: int = 1) -> Iterator[Report]:
-    """In order. Threads: unpacking and numpy both let go of the interpreter."""
-    with ThreadPoolExecutor(jobs) as pool:
+    """Check cases in ``jobs`` threads and yield the reports in order."""
+    with ThreadPoolExecutor(jobs) as pool:  # unpacking and numpy release the interpreter lock
         yield from pool.map(lambda case: check_case(case, max_voxels), cases)
 
 
 def check_store(store: Store, jobs: int = 1) -> Iterator[str]:
-    """For each case of a prepared store, in order: "", or why it does not match its checksum."""
+    """Compare the cases of a prepared store with their checksums.
+
+    Yields:
+        For each case, in order, "" or the reason why it does not match.
+    """
 
     def check(record: Record) -> str:
         try:
@@ -102,16 +106,16 @@ def check_store(store: Store, jobs: int = 1) -> Iterator[str]:
 
 
 def differences(reports: Sequence[Report]) -> list[str]:
-    """What differs between usable cases, though each is sound."""
-    good, remarks = [r for r in reports if not r.problem], []
-    for what, values in (
-        ("channels", [str(r.channels) for r in good]),
-        ("shape", [" x ".join(map(str, r.shape or ())) for r in good]),
-        ("orientation", [r.orientation for r in good]),
-        ("spacing", [" x ".join(f"{s:.3g}" for s in r.spacing or ()) for r in good]),
+    """Remarks about properties that differ between the usable cases."""
+    usable, remarks = [r for r in reports if not r.problem], []
+    for name, values in (
+        ("channels", [str(r.channels) for r in usable]),
+        ("shape", [" x ".join(map(str, r.shape or ())) for r in usable]),
+        ("orientation", [r.orientation for r in usable]),
+        ("spacing", [" x ".join(f"{s:.3g}" for s in r.spacing or ()) for r in usable]),
     ):
         counted = Counter(values).most_common()
         if len(counted) > 1:
             shown = ", ".join(f"{value} ({count})" for value, count in counted[:4])
-            remarks.append(f"{what} differs: {shown}{', ...' if len(counted) > 4 else ''}")
+            remarks.append(f"{name} differs: {shown}{', ...' if len(counted) > 4 else ''}")
     return remarks

@@ -1,8 +1,8 @@
-"""A cohort that anyone can make: brains with lesions, from the MNI152 template and its tissue maps.
+"""Synthetic cohort of brains with lesions, made from the MNI152 template and its tissue maps.
 
-Each case is the template under a random affine map and a random smooth deformation, with one or two lesions inserted, seen in
-four modalities with contrasts, a bias field and noise of its own, skull-stripped, in the layout of the Medical Segmentation
-Decathlon's Task01 (its channels and its labels). Nothing here is anatomy of a patient: it is a test bed.
+Each case is the template under a random affine map and a random smooth deformation, with one or two lesions, skull-stripped.
+Its four modalities have random contrasts, bias fields and noise. Layout, channels and labels are those of the Medical
+Segmentation Decathlon's Task01. The cohort is a test bed: it shows no patient's anatomy.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from tcam_diff.files import write_text
 
 Array = NDArray[np.float32]
 
-#: Task01's channels and labels.
+#: Channels and labels of Task01.
 MODALITIES = ("FLAIR", "T1w", "T1gd", "T2w")
 LABELS = ("background", "edema", "non-enhancing tumor", "enhancing tumour")
 
-FIELD_OF_VIEW = 192.0  # mm, of the cube
-UNIT = 1000.0  # what an intensity of 1 is in the files
+FIELD_OF_VIEW = 192.0  # edge of the cube in mm
+UNIT = 1000.0  # value in the files of an intensity of 1
 
-#: Intensities of FLAIR, T1w, T1gd, T2w.
+#: Mean intensities of the tissues and lesion labels in FLAIR, T1w, T1gd, T2w.
 TISSUES = {
     "fluid": (0.10, 0.18, 0.18, 1.00),
     "grey": (0.62, 0.50, 0.52, 0.62),
@@ -49,13 +49,13 @@ LESION = {
 
 @dataclass(frozen=True)
 class Cohort:
-    """What a cohort is made of; equal ones have equal files, byte for byte."""
+    """Settings of a cohort. Equal settings give equal files, byte for byte. Raises UserError if one is out of range."""
 
-    n: int = 64
-    size: int = 96
+    n: int = 64  # cases
+    size: int = 96  # voxels along each axis
     seed: int = 0
-    held_out: int = 12
-    noise: float = 0.01  # the most: each case has its own standard deviation, uniform from 0 to this
+    held_out: int = 12  # of the n cases, the last ones
+    noise: float = 0.01  # largest standard deviation; that of a case is uniform from 0 to this
 
     def __post_init__(self) -> None:
         for name, least in (("n", 1), ("size", 16), ("seed", 0), ("held_out", 0)):
@@ -73,13 +73,15 @@ class Cohort:
         return index >= self.n - self.held_out
 
 
-class Case(NamedTuple):
+class Brain(NamedTuple):
+    """Image and labels of one case."""
+
     image: Array  # (4, size, size, size), brain from 0 to about 1, background 0
     labels: NDArray[np.uint8]  # (size, size, size)
 
 
 class Template(NamedTuple):
-    """The MNI152 template at 1 mm and its tissue maps, all from 0 to 1, and where its centre is."""
+    """MNI152 template at 1 mm with its tissue maps, all in [0, 1]."""
 
     t1: Array
     grey: Array
@@ -89,6 +91,7 @@ class Template(NamedTuple):
 
 @functools.cache
 def template() -> Template:
+    """Load the template from nilearn. Raises UserError if nilearn is not installed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -106,7 +109,7 @@ def template() -> Template:
 
 
 def smooth_noise(rng: np.random.Generator, size: int, knots: int) -> Array:
-    """A smooth random field (size, size, size) of about unit variance: normals at knots^3 points, cubic in between."""
+    """Smooth random field (size, size, size) of about unit variance: normals at knots^3 points, cubic splines between them."""
     coarse = rng.standard_normal((knots + 3,) * 3).astype(np.float32)
     at = (np.arange(size, dtype=np.float32) + 0.5) / size * (knots - 1) + 1.5
     for axis in range(3):
@@ -115,7 +118,7 @@ def smooth_noise(rng: np.random.Generator, size: int, knots: int) -> Array:
 
 
 def _cubic(field: Array, at: NDArray[np.floating], axis: int) -> Array:
-    """Uniform cubic B-splines along an axis."""
+    """Uniform cubic B-splines along an axis, evaluated at positions ``at``."""
     i = np.floor(at).astype(int) - 1
     t = at - np.floor(at)
     weights = ((1 - t) ** 3 / 6, (3 * t**3 - 6 * t**2 + 4) / 6, (-3 * t**3 + 3 * t**2 + 3 * t + 1) / 6, t**3 / 6)
@@ -138,7 +141,7 @@ def _rotation(angles: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _deformed(cohort: Cohort, rng: np.random.Generator) -> list[Array]:
-    """The template's maps at the voxels of a case."""
+    """T1, grey and white matter of the template at the voxels of a case."""
     source, size = template(), cohort.size
     linear = _rotation(rng.uniform(-0.12, 0.12, 3)) @ np.diag(rng.uniform(0.95, 1.12, 3))
     shear = np.eye(3)
@@ -151,8 +154,8 @@ def _deformed(cohort: Cohort, rng: np.random.Generator) -> list[Array]:
     for axis in range(3):
         warp = 2.2 * smooth_noise(rng, size, 5) + 0.8 * smooth_noise(rng, size, 9)  # mm
         at[axis] = linear[axis, 0] * x + linear[axis, 1] * y + linear[axis, 2] * z + shift[axis] + warp
-    step = FIELD_OF_VIEW / size  # mm a voxel: what is finer is averaged away, as in a scanner
-    blur = 0.5 * max(step - 1, 0)
+    step = FIELD_OF_VIEW / size  # mm per voxel
+    blur = 0.5 * max(step - 1, 0)  # averages away detail finer than a voxel, as a scanner does
     return [
         ndimage.map_coordinates(ndimage.gaussian_filter(m, blur) if blur else m, at, order=1, mode="constant")
         for m in (source.t1, source.grey, source.white)
@@ -165,18 +168,18 @@ def _largest(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _lesion(rng: np.random.Generator, brain: NDArray[np.bool_], white: Array) -> NDArray[np.uint8]:
-    """Labels of a lesion: a necrotic core, an enhancing rim, oedema around it along the white matter."""
+    """Labels of a lesion: a necrotic core, an enhancing rim, and oedema around it along the white matter."""
     size = brain.shape[0]
     inside = ndimage.distance_transform_edt(brain) * (FIELD_OF_VIEW / size)
-    places = np.argwhere((inside > 14) & (white > 0.5))
+    centres = np.argwhere((inside > 14) & (white > 0.5))
     labels = np.zeros(brain.shape, np.uint8)
-    if not len(places):
+    if not len(centres):
         return labels
-    centre = places[rng.integers(len(places))]
+    centre = centres[rng.integers(len(centres))]
     along = [(np.arange(size) - c) * (FIELD_OF_VIEW / size) for c in centre]
     x, y, z = np.meshgrid(*along, indexing="ij", sparse=True)
     axes = rng.uniform(0.75, 1.3, 3)
-    radius = rng.uniform(9, 20)  # mm, of the tumour
+    radius = rng.uniform(9, 20)  # of the tumour, in mm
     distance = np.sqrt((x / axes[0]) ** 2 + (y / axes[1]) ** 2 + (z / axes[2]) ** 2)
     rough = 0.14 * smooth_noise(rng, size, 10) + 0.06 * smooth_noise(rng, size, 20)
     tumour = distance / radius + rough  # 1 at its surface
@@ -189,8 +192,8 @@ def _lesion(rng: np.random.Generator, brain: NDArray[np.bool_], white: Array) ->
     return labels
 
 
-def make_case(cohort: Cohort, index: int) -> Case:
-    """Case ``index`` of a cohort, whatever the others are."""
+def make_case(cohort: Cohort, index: int) -> Brain:
+    """Make case ``index`` of a cohort. The result depends on the cohort's seed, size and noise and on ``index`` alone."""
     rng = np.random.default_rng([cohort.seed, index])
     t1, grey, white = _deformed(cohort, rng)
     brain = _largest(ndimage.binary_fill_holes(ndimage.binary_opening(t1 > 0.12)))
@@ -201,7 +204,7 @@ def make_case(cohort: Cohort, index: int) -> Case:
 
     fluid = np.clip(1 - grey - white, 0, 1)
     weight = np.maximum(grey + white + fluid, 1e-6)
-    fine = np.clip(t1 - ndimage.gaussian_filter(t1, 1.5), -0.2, 0.2)  # what the tissue maps do not have
+    fine = np.clip(t1 - ndimage.gaussian_filter(t1, 1.5), -0.2, 0.2)  # detail that the tissue maps lack
     texture = 0.03 * smooth_noise(rng, cohort.size, max(4, cohort.size // 6))
     soft = {label: ndimage.gaussian_filter((labels == label).astype(np.float32), 0.6) for label in LESION}
     healthy = np.clip(1 - sum(soft.values()), 0, 1)
@@ -219,14 +222,14 @@ def make_case(cohort: Cohort, index: int) -> Case:
         signal = np.clip(signal, 0, None) ** rng.uniform(0.85, 1.18) * bias
         real, imaginary = std * rng.standard_normal((2, *brain.shape), dtype=np.float32)  # a magnitude image: Rician
         image[m] = np.where(brain, np.hypot(signal + real, imaginary), 0)
-    return Case(image, np.where(brain, labels, 0).astype(np.uint8))
+    return Brain(image, np.where(brain, labels, 0).astype(np.uint8))
 
 
 # ---- the folder ---------------------------------------------------------------------------------
 
 
 def affine(size: int) -> NDArray[np.float64]:
-    """RAS+, the cube's centre at 0 mm."""
+    """Affine (4, 4) in RAS+ that puts the centre of the cube at 0 mm."""
     step = FIELD_OF_VIEW / size
     matrix = np.diag([step, step, step, 1.0])
     matrix[:3, 3] = -FIELD_OF_VIEW / 2 + step / 2
@@ -240,36 +243,41 @@ def _paths(folder: Path, cohort: Cohort, index: int) -> tuple[Path, Path]:
 
 
 def _write(folder: Path, cohort: Cohort, index: int) -> int:
-    """The image last: where it is, the case is whole."""
+    """Write the files of a case unless they exist. The image comes last, so a case with an image is complete."""
     image_path, label_path = _paths(folder, cohort, index)
     if image_path.exists() and label_path.exists():
         return index
-    case = make_case(cohort, index)
-    shape, where = (cohort.size,) * 3, affine(cohort.size)
-    labels = VolumeInfo(channels=1, shape=shape, affine=where)
-    as_is = Quantiser("uint8", 0, 255), Quantiser("int16", -32768, 32767)  # slope 1: the numbers themselves
-    write_volume(label_path, iter([case.labels[None].astype(np.float32)]), labels, as_is[0])
-    scaled = np.rint(UNIT * case.image)
-    write_volume(image_path, iter([scaled]), labels.replaced(channels=len(MODALITIES)), as_is[1])
+    brain = make_case(cohort, index)
+    labels = VolumeInfo(channels=1, shape=(cohort.size,) * 3, affine=affine(cohort.size))
+    # These ranges give slope 1 and intercept 0: the numbers are stored unscaled.
+    write_volume(label_path, iter([brain.labels[None].astype(np.float32)]), labels, Quantiser("uint8", 0, 255))
+    image = labels.replaced(channels=len(MODALITIES))
+    write_volume(image_path, iter([np.rint(UNIT * brain.image)]), image, Quantiser("int16", -32768, 32767))
     return index
 
 
 def make_cohort(folder: Path, cohort: Cohort, jobs: int = 1) -> Iterator[int]:
-    """Write a cohort; yields the number of each case that is there. One that was cut short goes on where it was.
+    """Write a cohort, or the cases that an interrupted run left out.
 
-    ``labelsTs`` is there beside the Decathlon's own folders: here the truth of held-out cases is known.
+    The folders are those of the Decathlon, and ``labelsTs`` with the labels of the held-out cases.
+
+    Yields:
+        The number of each case once its files exist.
+
+    Raises:
+        UserError: the folder holds another cohort or other files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     recipe = folder / "cohort.json"
     if recipe.exists():
         try:
-            found = json.loads(recipe.read_text())
+            settings = json.loads(recipe.read_text())
         except ValueError:
-            found = None
-        if found != asdict(cohort):
-            raise UserError(f"{folder}: holds another cohort ({recipe.name}: {found}); choose another folder, or delete it")
+            settings = None
+        if settings != asdict(cohort):
+            raise UserError(f"{folder}: holds another cohort ({recipe.name}: {settings}); choose another folder, or delete it")
     elif any(folder.iterdir()):
-        raise UserError(f"{folder}: expected an empty folder, or one that this command has begun")
+        raise UserError(f"{folder}: expected an empty folder, or an unfinished cohort of this command")
     write_text(recipe, json.dumps(asdict(cohort), indent=1) + "\n")
     for i in range(cohort.n):
         for path in _paths(folder, cohort, i):
@@ -283,7 +291,7 @@ def make_cohort(folder: Path, cohort: Cohort, jobs: int = 1) -> Iterator[int]:
 
 
 def description(cohort: Cohort) -> dict[str, object]:
-    """dataset.json of the Medical Segmentation Decathlon."""
+    """Content of dataset.json as the Medical Segmentation Decathlon defines it."""
 
     def listed(held_out: bool) -> list[int]:
         return [i for i in range(cohort.n) if cohort.is_held_out(i) == held_out]

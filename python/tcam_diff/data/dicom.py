@@ -1,4 +1,4 @@
-"""DICOM series as volumes: a folder of slices, read by MONAI and pydicom (extra ``dicom``)."""
+"""DICOM series: folders of slices, read as volumes with MONAI and pydicom (extra ``dicom``)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tcam_diff.errors import UserError
 
 
 def find_series(folder: Path) -> list[Path]:
-    """Folders that hold .dcm files."""
+    """Folders at or below ``folder`` with .dcm files."""
     return sorted({p.parent for p in folder.rglob("*.dcm")})
 
 
 def read_header(folder: Path, max_voxels: int = VOXEL_BUDGET) -> Header:
-    """What the slices of a series say, without their voxels. Raises UserError where they are not one evenly spaced volume."""
+    """Header of a series, without its voxels. Raises UserError if the slices are not one evenly spaced volume."""
     slices = _slices(folder)
     first = slices[0]
     series = {str(getattr(s, "SeriesInstanceUID", "")) for s in slices}
@@ -41,13 +41,11 @@ def read_header(folder: Path, max_voxels: int = VOXEL_BUDGET) -> Header:
     along = (positions @ normal)[order]
     gaps = np.diff(along)
     if len(gaps) and (gaps.min() <= 0 or gaps.max() - gaps.min() > 0.01 * gaps.mean() + 1e-3):
-        raise UserError(
-            f"{folder}: gaps between slices from {gaps.min():g} to {gaps.max():g} mm: one is missing, or there twice"
-        )
+        raise UserError(f"{folder}: gaps between slices from {gaps.min():g} to {gaps.max():g} mm: one is missing or duplicated")
     step = (positions[order[-1]] - positions[order[0]]) / max(1, len(slices) - 1)
     if len(slices) == 1:
         step = normal * float(getattr(first, "SliceThickness", None) or 1)
-    affine = np.eye(4)  # of (column, row, slice), in the patient's left, posterior, superior
+    affine = np.eye(4)  # (column, row, slice) to the patient's left, posterior, superior
     affine[:3, :3] = np.stack([rows * between[1], columns * between[0], step], 1)
     affine[:3, 3] = positions[order[0]]
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
@@ -61,7 +59,7 @@ def read_header(folder: Path, max_voxels: int = VOXEL_BUDGET) -> Header:
 
 
 def read_volume(folder: Path, max_voxels: int = VOXEL_BUDGET) -> Volume:
-    """A series in physical units (for CT: HU). Raises UserError naming the folder."""
+    """Read a series in physical units (for CT: HU). Raises UserError with the folder's name."""
     from monai.data import PydicomReader
 
     header = read_header(folder, max_voxels)
@@ -83,6 +81,7 @@ def read_volume(folder: Path, max_voxels: int = VOXEL_BUDGET) -> Volume:
 
 
 def scan(folder: Path, max_voxels: int = VOXEL_BUDGET) -> Scan:
+    """Range of the voxels of a series. Raises UserError with the folder's name."""
     data = read_volume(folder, max_voxels).data
     return Scan(float(data.min()), float(data.max()), 0, None)
 
@@ -92,13 +91,12 @@ def _slices(folder: Path) -> list[Any]:
         import pydicom
     except ImportError as error:
         raise UserError(f"{folder}: DICOM needs the package pydicom: pip install 'tcam-ext[dicom]'") from error
-    files = sorted(folder.glob("*.dcm"))
-    found = []
-    for file in files:
+    slices = []
+    for file in sorted(folder.glob("*.dcm")):
         try:
-            found.append(pydicom.dcmread(file, stop_before_pixels=True))
+            slices.append(pydicom.dcmread(file, stop_before_pixels=True))
         except Exception as error:
             raise UserError(f"{file}: not a readable DICOM file: {error}") from error
-    if not found:
+    if not slices:
         raise UserError(f"{folder}: no .dcm file in it")
-    return found
+    return slices

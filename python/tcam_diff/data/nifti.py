@@ -1,4 +1,4 @@
-"""NIfTI volumes: read with every check that nibabel leaves to its callers, and written as a stream."""
+"""NIfTI files: reading with the checks that nibabel leaves to its callers, and streamed writing."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from tcam_diff.data.volume import Volume, VolumeInfo
 from tcam_diff.errors import UserError
 from tcam_diff.files import replacing
 
-#: Voxels (times channels) that a file may hold unless the caller allows more: 1024^3.
+#: Default limit of the voxels (times channels) of a file: 1024^3.
 VOXEL_BUDGET = 2**30
 
-#: The types a volume can be written in. NIfTI has no float16.
+#: Types in which a volume can be written. NIfTI has no float16.
 WRITE_DTYPES = ("float32", "int16", "uint16", "uint8")
 
 _CHUNK = 1 << 20
@@ -34,38 +34,39 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Header:
-    """What a file promises, checked, before any voxel is read."""
+    """Checked header of a file."""
 
     path: Path
     info: VolumeInfo
-    dtype: np.dtype[Any]  # as stored
+    dtype: np.dtype[Any]  # of the stored voxels
     slope: float = 1.0
     inter: float = 0.0
     offset: int = 0  # of the first voxel, in bytes of the unpacked file
 
     @property
     def end(self) -> int:
+        """Bytes of the unpacked file up to the end of the voxels."""
         return self.offset + math.prod(self.info.array_shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What one pass over the voxels finds."""
+    """Summary of one pass over the voxels."""
 
-    low: float  # of the finite ones; NaN where there is none
-    high: float
-    not_finite: int
-    values: tuple[float, ...] | None  # all that there are; None: more than MOST_VALUES
+    low: float  # smallest finite value, NaN if there is none
+    high: float  # largest finite value, NaN if there is none
+    not_finite: int  # voxels that are NaN or infinite
+    values: tuple[float, ...] | None  # distinct finite values, None if there are more than MOST_VALUES
 
 
-#: Different values up to which a scan lists them.
+#: Most distinct values that a scan lists.
 MOST_VALUES = 64
 
 
 def read_header(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) -> Header:
-    """The header of a 3D or 4D (last axis: channels) NIfTI file: rank, sizes, voxel budget, data type, affine, spacing.
+    """Read the header of a 3D or 4D (last axis: channels) NIfTI file.
 
-    Reads no voxel. Raises UserError naming the file.
+    Checks rank, sizes, voxel budget, data type, affine and spacing. Raises UserError with the file's name.
     """
     path = Path(path)
     image = _open(path)
@@ -79,7 +80,7 @@ def read_header(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) ->
         raise UserError(f"{path}: the affine has NaN or infinite entries")
     if abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         raise UserError(f"{path}: the affine is singular: its axes do not span space")
-    with nib.openers.ImageOpener(str(path)) as file:  # as stored: nibabel has put 1 where it found 0
+    with nib.openers.ImageOpener(str(path)) as file:  # the raw header: nibabel replaces spacings of 0 by 1
         stored = type(header).from_fileobj(file, check=False)
     zooms = np.asarray(stored["pixdim"][1:4], float)
     if not np.isfinite(zooms).all() or (zooms <= 0).any():
@@ -103,8 +104,8 @@ def read_header(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) ->
 def read_volume(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) -> Volume:
     """Read a 3D or 4D (last axis: channels) NIfTI file.
 
-    Checks, in this order: the header (:func:`read_header`), the length and the checksum of the file, the voxels. Raises
-    UserError naming the file.
+    Checks the header (:func:`read_header`), then the length and the gzip checksum of the file, then that all voxels are finite.
+    Raises UserError with the file's name.
     """
     header = read_header(path, max_voxels)
     if header.path.suffix == ".gz":
@@ -125,8 +126,10 @@ def read_volume(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) ->
 
 
 def scan_voxels(header: Header) -> Scan:
-    """Range, NaNs and values in one pass over the file, a piece of it in memory at a time. Raises UserError where the file is
-    damaged, shorter than its header promises, or longer."""
+    """Find the range, NaNs and distinct values in one pass over the file, with one piece of it in memory at a time.
+
+    Raises UserError if the file is damaged, or shorter or longer than its header promises.
+    """
     low, high, bad = math.inf, -math.inf, 0
     values: set[float] | None = set()
     at, rest = 0, b""
@@ -169,7 +172,7 @@ def _open(path: Path) -> Any:
 
 
 def _check_packing(path: Path) -> None:
-    """A damaged gzip stream is no unknown file type, which is what nibabel calls it."""
+    """Raise UserError if the gzip stream is damaged, which nibabel reports as an unknown file type."""
     with open(path, "rb") as file:
         if file.read(2) != b"\x1f\x8b":
             return
@@ -199,8 +202,10 @@ def _shape(path: Path, header: Any, max_voxels: int) -> tuple[int, ...]:
 
 
 def _unpacked(header: Header) -> Iterator[bytes]:
-    """The bytes of a file in pieces. It must hold what its header promises, no more than a little beyond, and its gzip checksum
-    must be right."""
+    """Bytes of a file in pieces.
+
+    Raises UserError if the file is shorter than its header promises, unpacks to much more, or has a wrong gzip checksum.
+    """
     path, total = header.path, 0
     packed = path.suffix == ".gz"
     try:
@@ -227,7 +232,10 @@ def _truncated(header: Header, size: int) -> UserError:
 
 
 class Quantiser:
-    """Physical intensities in [lo, hi] to a file's type: raw * slope + inter. Values outside are clamped, never wrapped."""
+    """Conversion of physical intensities in [lo, hi] to a file's type, physical = raw * slope + inter.
+
+    Values outside [lo, hi] are clamped, never wrapped. Raises UserError for types that are not in WRITE_DTYPES.
+    """
 
     def __init__(self, dtype: str, lo: float, hi: float) -> None:
         if dtype not in WRITE_DTYPES:
@@ -237,7 +245,7 @@ class Quantiser:
         if self.dtype.kind != "f":
             limits = np.iinfo(self.dtype)
             self.low, self.high = float(limits.min), float(limits.max)
-            # The header keeps float32: quantise with the numbers that a reader will use.
+            # The header stores float32, so the quantiser uses the rounded numbers, as readers do.
             self.slope = float(np.float32((hi - lo) / (self.high - self.low))) if hi > lo else 1.0
             self.inter = float(np.float32(lo - self.low * self.slope))
 
@@ -249,10 +257,19 @@ class Quantiser:
 
 
 def write_volume(path: str | os.PathLike[str], slabs: Iterator[np.ndarray], info: VolumeInfo, quantiser: Quantiser) -> None:
-    """Write slabs (channels, H, W, d) of the last axis, in order, as they come: memory holds one slab.
+    """Write a volume slab by slab, with one slab in memory at a time.
 
-    The file appears under its name only when it is complete. Several channels (slowest in a NIfTI file) go through an
-    uncompressed temporary file beside it.
+    The file appears under its name only when it is complete. Several channels, the slowest axis of a NIfTI file, pass through
+    an uncompressed temporary file beside it.
+
+    Args:
+        path: a .nii or .nii.gz file.
+        slabs: consecutive slabs (channels, H, W, d) of the last axis, in physical units.
+        info: geometry of the whole volume.
+        quantiser: conversion to the type of the file.
+
+    Raises:
+        UserError: wrong file name, missing folder, or an axis above 32767 voxels.
     """
     path = Path(path)
     if not path.name.endswith((".nii", ".nii.gz")):
@@ -269,12 +286,12 @@ def write_volume(path: str | os.PathLike[str], slabs: Iterator[np.ndarray], info
         with tempfile.TemporaryFile(dir=path.parent) as spill:
             h, w, d = info.shape
             plane = h * w * quantiser.dtype.itemsize
-            at = 0
+            z = 0
             for slab in slabs:
                 for c in range(info.channels):
-                    spill.seek((c * d + at) * plane)
+                    spill.seek((c * d + z) * plane)
                     spill.write(quantiser(slab[c]).tobytes(order="F"))
-                at += slab.shape[3]
+                z += slab.shape[3]
             spill.seek(0)
             while piece := spill.read(_CHUNK):
                 out.write(piece)
@@ -288,7 +305,7 @@ def _header(path: Path, info: VolumeInfo, quantiser: Quantiser) -> bytes:
     header.set_data_shape(info.shape if info.channels == 1 else (*info.shape, info.channels))
     header.set_zooms(info.spacing if info.channels == 1 else (*info.spacing, 1.0))
     header.set_qform(info.affine, code=qform or (0 if sform else 1), strip_shears=True)
-    header.set_sform(info.affine, code=sform or 2)  # always: a quaternion cannot hold shears
+    header.set_sform(info.affine, code=sform or 2)  # always set: the qform cannot represent shears
     header.set_xyzt_units(space if space != "unknown" else "mm", time if time != "unknown" else "sec")
     header.set_slope_inter(quantiser.slope, quantiser.inter)
     header["descrip"] = b"tcam"
