@@ -86,7 +86,7 @@ def test_a_fitted_volume(data):
     tcam("decode", data / "fitted", "--out", data / "x.nii.gz", "-q")
     looks_like(data / "x.nii.gz", (10, 8, 12), (32.7475, 48.5488), (3.304, 1.07565), (-7, 11, -13), (2, 3))
     again = ("fit", data / "v0.nii.gz", "--out", data / "fitted", "steps=1")
-    assert "holds a fitted volume already" in tcam(*again, "-q", fails=True)
+    assert "already contains a fitted volume" in tcam(*again, "-q", fails=True)
 
 
 def test_a_training_run(data):

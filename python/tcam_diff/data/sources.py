@@ -42,7 +42,7 @@ class Source:
     layout: str
     cases: tuple[Case, ...]
 
-    def of(self, split: str) -> list[Case]:
+    def in_split(self, split: str) -> list[Case]:
         return [c for c in self.cases if c.split == split]
 
 

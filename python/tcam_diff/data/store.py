@@ -141,7 +141,7 @@ class Store:
             self.records = [Record.model_validate(entry) for entry in index["cases"]]
         self._arrays: dict[str, np.ndarray] = {}
 
-    def of(self, split: str) -> list[Record]:
+    def in_split(self, split: str) -> list[Record]:
         """Records of a split. Raises UserError if there are none."""
         records = [r for r in self.records if r.split == split]
         if not records:
