@@ -12,7 +12,7 @@ from safetensors import safe_open
 from tcam_diff.autodecoder import artefact, planes
 from tcam_diff.autodecoder.config import FitConfig
 from tcam_diff.autodecoder.fit import Fitter
-from tcam_diff.autodecoder.objective import Objective, make_decoder
+from tcam_diff.autodecoder.objective import TrainingObjective, make_decoder
 from tcam_diff.autodecoder.perceptual import Perceptual, ssim2d
 from tcam_diff.autodecoder.planes import init_planes
 from tcam_diff.data.volume import VolumeInfo, intensity_range
@@ -142,7 +142,7 @@ def test_noise_makes_the_decoder_less_sensitive(mode):
 
 
 def objective(size, *overrides):
-    return Objective(FitConfig.load("fast", ["channels=4", "widths=[8]", *overrides]), size)
+    return TrainingObjective(FitConfig.load("fast", ["channels=4", "widths=[8]", *overrides]), size)
 
 
 @pytest.mark.parametrize(("overrides", "voxels"), [(["region=volume"], 4096), (["region=box", "voxels_per_step=700"], 729)])

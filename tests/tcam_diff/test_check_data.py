@@ -41,7 +41,11 @@ def test_a_decathlon_folder(tmp_path):
     training = [{"image": f"./imagesTr/a_{i}.nii.gz", "label": f"./labelsTr/a_{i}.nii.gz"} for i in range(2)]
     (tmp_path / "dataset.json").write_text(json.dumps({"training": training, "test": ["./imagesTs/b.nii.gz"]}))
     found = find_cases(tmp_path)
-    assert (found.layout, [c.name for c in found.of("train")], len(found.of("test"))) == ("Decathlon", ["a_0", "a_1"], 1)
+    assert (found.layout, [c.name for c in found.in_split("train")], len(found.in_split("test"))) == (
+        "Decathlon",
+        ["a_0", "a_1"],
+        1,
+    )
     reports = list(check_cases(found.cases, jobs=2))
     assert [r.problem for r in reports] == [""] * 3
     assert reports[0].labels == [0, 1, 3]

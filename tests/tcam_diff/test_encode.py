@@ -10,7 +10,7 @@ import pytest
 import runs
 import torch
 from safetensors import safe_open
-from tcam_diff.autodecoder.ablation import judge
+from tcam_diff.autodecoder.ablation import evaluate_run
 from tcam_diff.autodecoder.config import EncodeConfig
 from tcam_diff.autodecoder.encode import Encoder, load_run
 from tcam_diff.autodecoder.latents import LatentSet
@@ -55,7 +55,7 @@ def encoded(trained, store, tmp_path_factory):
 def test_held_out_volumes_are_encoded(encoded, store):
     """Under the frozen decoder; the PSNR of the index is that of the volumes decoded from the files."""
     latents = LatentSet(encoded)
-    assert [e.name for e in latents.entries] == [r.name for r in Store(store).of("test")]
+    assert [e.name for e in latents.entries] == [r.name for r in Store(store).in_split("test")]
     for entry in latents.entries:
         assert entry.psnr > 25  # seven training blobs are few; the training volumes have more than 30
         fitted = latents.fitted(entry.name)
@@ -99,7 +99,7 @@ def test_an_encoding_that_was_stopped_goes_on(trained, store, encoded, tmp_path,
 
     monkeypatch.setattr(Encoder, "encode", stopping)
     message = tcam("encode", trained, store, "--out", out, "steps=200", "batch=3", "-q", fails=True)
-    assert "stopped with 3 of 4 volumes; the same command goes on" in message
+    assert "stopped with 3 of 4 volumes; the same command continues" in message
     with pytest.raises(UserError, match=r"latents\.json is missing"):
         LatentSet(out)
     assert "3 of 4 volumes are there already" in tcam("encode", trained, store, "--out", out, "steps=200", "batch=3", "-q")
@@ -112,7 +112,7 @@ def test_an_encoding_that_was_stopped_goes_on(trained, store, encoded, tmp_path,
 
 def test_a_plateau_ends_a_volume(trained, store):
     data = Store(store)
-    volumes = {r.name: data.volume(r) for r in data.of("test")[:2]}
+    volumes = {r.name: data.volume(r) for r in data.in_split("test")[:2]}
     steps = {}
     for plateau in (0.0, 100.0):
         config = EncodeConfig(steps=100, check_every=10, plateau_db=plateau)
@@ -123,7 +123,7 @@ def test_a_plateau_ends_a_volume(trained, store):
 
 
 def test_planes_that_become_no_numbers_name_their_volume(trained, store):
-    record = Store(store).of("test")[0]
+    record = Store(store).in_split("test")[0]
     encoder = Encoder(load_run(trained), EncodeConfig(steps=4, check_every=2, lr=1e38), SIZE, torch.device("cpu"))
     with pytest.raises(UserError, match=f"{record.name}: its planes became NaN"):
         encoder.encode({record.name: Store(store).volume(record)})
@@ -139,7 +139,7 @@ def test_the_fitted_planes_are_exported(trained, store, tmp_path):
         assert entry.psnr > 30
         for p, want in zip(latents.planes(entry), normalise(raw[entry.name]), strict=True):
             assert torch.equal(p, want[0])
-    assert judge(trained)["psnr"] == pytest.approx(np.mean([e.psnr for e in latents.entries]), abs=0.01)
+    assert evaluate_run(trained)["psnr"] == pytest.approx(np.mean([e.psnr for e in latents.entries]), abs=0.01)
 
 
 def test_a_latent_decodes_to_a_file_in_physical_units(encoded, store, tmp_path):
@@ -169,7 +169,7 @@ def test_damage_and_what_does_not_belong_together(trained, encoded, store, tmp_p
     other = runs.make_store(tmp_path / "other", count=1, held_out=1)
     index = json.loads((tmp_path / "other" / "store.json").read_text())
     (tmp_path / "other" / "store.json").write_text(json.dumps(index | {"digest": "0"}))
-    assert "prepared otherwise" in tcam("encode", trained, other.folder, "--out", tmp_path / "l", fails=True)
+    assert "prepared differently" in tcam("encode", trained, other.folder, "--out", tmp_path / "l", fails=True)
     assert "not a folder of `tcam train-autodecoder`" in tcam("encode", store, store, "--out", tmp_path / "l", fails=True)
     assert "no such key; did you mean steps" in tcam("encode", trained, store, "--out", tmp_path / "l", "step=3", fails=True)
 

@@ -77,7 +77,7 @@ def test_a_store_is_gone_on_with(data):
     store = Store(data / "store")
     writer = StoreWriter(data / "store", store.config)
     assert [writer.find(r.name, r.sources) for r in store.records] == store.records
-    with pytest.raises(UserError, match="prepared otherwise"):
+    with pytest.raises(UserError, match="prepared differently"):
         StoreWriter(data / "store", store.config | {"dtype": "float16"})
     assert "2 of 2 cases have their checksum" in tcam("check-data", data / "store")
 
@@ -86,7 +86,7 @@ def test_a_fitted_volume(data):
     tcam("decode", data / "fitted", "--out", data / "x.nii.gz", "-q")
     looks_like(data / "x.nii.gz", (10, 8, 12), (32.7475, 48.5488), (3.304, 1.07565), (-7, 11, -13), (2, 3))
     again = ("fit", data / "v0.nii.gz", "--out", data / "fitted", "steps=1")
-    assert "holds a fitted volume already" in tcam(*again, "-q", fails=True)
+    assert "already contains a fitted volume" in tcam(*again, "-q", fails=True)
 
 
 def test_a_training_run(data):

@@ -141,7 +141,7 @@ def test_a_store_serves_what_was_prepared(folder, tmp_path, dtype):
     records = list(prepare_cases(find_cases(folder).cases, tmp_path / "store", config))
     assert [r.name for r in records] == [f"c{i}" for i in range(5)]
     store = Store(tmp_path / "store")
-    for i, record in enumerate(store.of("train")):
+    for i, record in enumerate(store.in_split("train")):
         store.verify(record)
         want, info = prepare_volume(volume(seed=i), config)
         held = store.volume(record)
@@ -181,7 +181,7 @@ def test_a_run_that_was_stopped_goes_on(folder, tmp_path, monkeypatch):
     list(prepare_cases(cases, out, config))
     changed = [n for n, t in after.items() if (out / "cases" / n).stat().st_mtime_ns != t]
     assert changed == ["c0.npy"]
-    with pytest.raises(UserError, match="prepared otherwise"):
+    with pytest.raises(UserError, match="prepared differently"):
         list(prepare_cases(cases, out, load("cohort", "percentiles=[1, 99]")))
 
 
@@ -203,13 +203,13 @@ def test_damage_to_a_store_is_named(folder, tmp_path):
     with pytest.raises(UserError, match=r"c1\.npy"):
         Store(out).volume(store.records[1])
     with pytest.raises(UserError, match=r"no case of the split 'test'; it has train \(5\)"):
-        store.of("test")
+        store.in_split("test")
 
 
 def test_names_that_would_leave_the_folder(tmp_path):
     write(tmp_path / "x.nii.gz", volume())
     case = Case("../x", (tmp_path / "x.nii.gz",))
-    with pytest.raises(UserError, match="becomes that of a file"):
+    with pytest.raises(UserError, match="becomes a file name"):
         list(prepare_cases([case], tmp_path / "store", load("cohort")))
 
 

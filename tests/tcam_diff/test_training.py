@@ -307,7 +307,7 @@ def test_a_loss_that_is_no_number_ends_the_run(store, tmp_path, cadence):
 
 def test_a_store_that_is_not_the_runs(store, uninterrupted, tmp_path):
     other = runs.make_store(tmp_path / "other", count=6).folder
-    with pytest.raises(UserError, match="not those that the run was begun with"):
+    with pytest.raises(UserError, match="not those with which the run began"):
         runs.run(other, uninterrupted, (), "auto")
 
 

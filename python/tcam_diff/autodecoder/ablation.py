@@ -1,4 +1,4 @@
-"""The same training with several values of one key: how good the fitted volumes are over the parameters spent (Table 4)."""
+"""Ablation: training runs that differ in one key, compared by quality over plane parameters per voxel (Table 4)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.encode import load_run
-from tcam_diff.autodecoder.objective import Objective, unit
+from tcam_diff.autodecoder.objective import TrainingObjective, unit
 from tcam_diff.autodecoder.planes import normalise
 from tcam_diff.autodecoder.train import AutodecoderTraining, train_autodecoder
 from tcam_diff.data.store import Store
@@ -35,16 +35,16 @@ def ablate(
     progress: ProgressCallback | None = None,
     stop: StopCallback | None = None,
 ) -> list[dict[str, Any]] | None:
-    """Train each configuration in a folder of ``out``, and compare the volumes that they fitted.
+    """Train each configuration in a folder of ``out``, and compare the fitted volumes.
 
     Args:
-        key: what varies.
-        runs: its values, each with a whole configuration.
-        out: gets a run for each value, ablation.json and ablation.png. Runs that are finished there are not trained again.
-        started, progress, stop: those of ``train_autodecoder``.
+        key: the key that varies.
+        runs: its values, each with a complete configuration.
+        out: folder for a run per value, ablation.json and ablation.png. Finished runs in it are not trained again.
+        started, progress, stop: callbacks of ``train_autodecoder``.
 
     Returns:
-        For each value {key: value, "seconds": ...} with the figures of ``judge``; None where ``stop`` said so.
+        For each value {key: value, "seconds": ...} with the metrics of ``evaluate_run``; None if ``stop`` ended a run.
     """
     writable_folder(out)
     rows = []
@@ -55,7 +55,7 @@ def ablate(
             outcome = train_autodecoder(config, folder, "auto", started=started, progress=progress, stop=stop)
             if outcome.stopped:
                 return None
-            write_text(result, json.dumps({key: value, "seconds": outcome.seconds, **judge(folder)}, indent=1))
+            write_text(result, json.dumps({key: value, "seconds": outcome.seconds, **evaluate_run(folder)}, indent=1))
         rows.append(json.loads(result.read_text()))
     write_text(out / "ablation.json", json.dumps(rows, indent=1))
     (out / "ablation.png").write_bytes(plot(key, rows))
@@ -63,31 +63,36 @@ def ablate(
 
 
 @torch.no_grad()
-def judge(folder: Path) -> dict[str, Any]:
-    """Means over the fitted volumes of a run, whole and without noise; parameters of the planes per voxel."""
+def evaluate_run(folder: Path) -> dict[str, Any]:
+    """Evaluate a run on its whole fitted volumes, without noise.
+
+    Returns:
+        Means over the volumes of "mse", "psnr" (dB) and "ssim" (None below 11 voxels along an axis), plane parameters per voxel
+        as "ratio", and the number of "volumes".
+    """
     run = load_run(folder)
     store = Store(run.config.data)
     by_name = {r.name: r for r in store.records}
     first = by_name[run.objects[0]].info
     size = first.shape
-    objective = Objective(run.config, size)
-    found: dict[str, list[float]] = {"mse": [], "psnr": [], "ssim": []}
+    objective = TrainingObjective(run.config, size)
+    scores: dict[str, list[float]] = {"mse": [], "psnr": [], "ssim": []}
     count = 0
     for name, raw in run.raw_planes().items():
         want = unit(torch.from_numpy(np.array(store.volume(by_name[name]))))
         planes = normalise(raw, run.config.norm)
         got = run.decoder(planes, size, compute_dtype=objective.compute)[0].clamp(0, 1).float()
-        found["mse"].append(metrics.mse(got, want))
-        found["psnr"].append(metrics.psnr(got, want))
+        scores["mse"].append(metrics.mse(got, want))
+        scores["psnr"].append(metrics.psnr(got, want))
         if min(size) >= metrics.WINDOW:
-            found["ssim"].append(metrics.ssim3d(got, want))
+            scores["ssim"].append(metrics.ssim3d(got, want))
         count = sum(p.numel() for p in planes)
-    means = {k: sum(v) / len(v) if v else None for k, v in found.items()}
-    return {**means, "ratio": count / int(np.prod(first.array_shape)), "volumes": len(found["mse"])}
+    means = {k: sum(v) / len(v) if v else None for k, v in scores.items()}
+    return {**means, "ratio": count / int(np.prod(first.array_shape)), "volumes": len(scores["mse"])}
 
 
 def plot(key: str, rows: list[dict[str, Any]]) -> bytes:
-    """A PNG: PSNR and SSIM over parameters per voxel."""
+    """PNG of PSNR and SSIM over plane parameters per voxel."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axis, name in zip(axes, ("psnr", "ssim"), strict=True):
         points = [(r["ratio"], r[name], r[key]) for r in rows if r[name] is not None]

@@ -1,4 +1,4 @@
-"""A fitted volume on disk: planes, decoder, configuration, metadata; written whole or not at all."""
+"""Fitted volume on disk: planes, decoder, configuration and metadata."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor
 
 import tcam_ext
-from tcam_diff.autodecoder.config import FitConfig, ObjectiveConfig
+from tcam_diff.autodecoder.config import AutodecoderConfig, FitConfig
 from tcam_diff.autodecoder.objective import make_decoder
 from tcam_diff.autodecoder.planes import PLANE_NAMES
 from tcam_diff.data.volume import VolumeInfo
@@ -30,22 +30,32 @@ AXIS_ORDER = "volume (channels, x, y, z) = file axes (i, j, k); planes xy, yz, x
 _PLANES, _DECODER, _CONFIG = "planes.safetensors", "decoder.safetensors", "config.yaml"
 
 
-def decoding_dtype(config: ObjectiveConfig, device: torch.device) -> torch.dtype | None:
-    """Of a trained decoder's products: on a GPU as in training; None, float32, on a CPU."""
+def decoding_dtype(config: AutodecoderConfig, device: torch.device) -> torch.dtype | None:
+    """Type of a trained decoder's products: that of training on a GPU, None (float32) on a CPU."""
     return torch.bfloat16 if device.type == "cuda" and config.compute_dtype in ("auto", "bfloat16") else None
 
 
 @dataclass
 class FittedVolume:
+    """Planes of one volume with their decoder."""
+
     planes: list[Tensor]  # (1, C, rows, columns), normalised
     decoder: tcam_ext.TriplaneDecoder
-    config: ObjectiveConfig
-    info: VolumeInfo  # of the volume that the planes were fitted to
+    config: AutodecoderConfig
+    info: VolumeInfo  # metadata of the fitted volume
 
     @torch.no_grad()
     def decode(self, size: tuple[int, int, int], slab: int | None = None) -> Iterator[np.ndarray]:
-        """Physical intensities (channels, H, W, d) of consecutive slabs of the last axis."""
-        if slab is None:  # about 16 million voxels at a time
+        """Decode to any size.
+
+        Args:
+            size: voxels along x, y, z.
+            slab: thickness along the last axis; None: about 16 million voxels per slab.
+
+        Yields:
+            Consecutive slabs (channels, H, W, d) in physical units.
+        """
+        if slab is None:
             slab = max(1, min(size[2], (1 << 24) // (size[0] * size[1] * self.info.channels) or 1))
         compute = decoding_dtype(self.config, self.planes[0].device)
         for z in range(0, size[2], slab):
@@ -55,11 +65,11 @@ class FittedVolume:
 
 
 def save(path: str | os.PathLike[str], result: FitResult, info: VolumeInfo) -> None:
-    """Write the artefact: planes, decoder, configuration, and the manifest with their checksums."""
+    """Write planes, decoder and configuration of a fit, and a manifest with their checksums."""
     folder = _folder(path)
     folder.path.mkdir(parents=True, exist_ok=True)
-    about = info.model_dump(mode="json") | {"axis_order": AXIS_ORDER, "format": 1, "tcam_ext": tcam_ext.__version__}
-    header = {"tcam": json.dumps(about)}
+    metadata = info.model_dump(mode="json") | {"axis_order": AXIS_ORDER, "format": 1, "tcam_ext": tcam_ext.__version__}
+    header = {"tcam": json.dumps(metadata)}
     fit = {
         "steps": result.steps_done,
         "seconds": round(result.seconds, 3),
@@ -72,11 +82,11 @@ def save(path: str | os.PathLike[str], result: FitResult, info: VolumeInfo) -> N
         _DECODER: tensor_bytes(result.decoder.state_dict(), header),
         _CONFIG: result.config.yaml().encode(),
     }
-    folder.write({"tcam": about, "fit": fit}, files)
+    folder.write({"tcam": metadata, "fit": fit}, files)
 
 
 def load(path: str | os.PathLike[str]) -> FittedVolume:
-    """Read an artefact; every file is compared with its checksum. Raises UserError naming the file."""
+    """Read a fitted volume and compare its files with their checksums. Raises UserError with the file's name."""
     folder = _folder(path)
     manifest = folder.read()
     with folder.reading():
@@ -87,18 +97,17 @@ def load(path: str | os.PathLike[str]) -> FittedVolume:
         planes = folder.read_tensors(_PLANES)
         decoder = make_decoder(config, info.channels)
         decoder.load_state_dict(folder.read_tensors(_DECODER))
-        ordered = [planes[name] for name in PLANE_NAMES]
-    return FittedVolume(ordered, decoder.requires_grad_(False), config, info)
+    return FittedVolume([planes[name] for name in PLANE_NAMES], decoder.requires_grad_(False), config, info)
 
 
 def prepare(path: str | os.PathLike[str], overwrite: bool) -> None:
-    """Check that an artefact can be written before hours are spent on it."""
+    """Check, before a long fit, that its result can be written. Raises UserError if it cannot."""
     folder = _folder(path)
     if (folder / folder.index).exists() and not overwrite:
-        raise UserError(f"{path}: holds a fitted volume already; choose another folder or add --overwrite")
+        raise UserError(f"{path}: already contains a fitted volume; choose another folder or add --overwrite")
     writable_folder(folder.path)
-    for left in folder.path.glob(".*.part"):  # of a run that was killed
-        left.unlink(missing_ok=True)
+    for partial in folder.path.glob(".*.part"):  # left by a killed run
+        partial.unlink(missing_ok=True)
 
 
 def _folder(path: str | os.PathLike[str]) -> Folder:

@@ -1,4 +1,4 @@
-"""Configurations of stage 1: what ``tcam fit``, ``tcam train-autodecoder`` and ``tcam encode`` minimise, and how."""
+"""Configurations of stage 1: ``tcam fit``, ``tcam train-autodecoder`` and ``tcam encode``."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tcam_diff.training.config import Count, OptimiserConfig, Rate, RunConfig
 Weight = Annotated[float, Field(ge=0)]
 
 
-class ObjectiveConfig(OptimiserConfig):
-    """Model, loss and optimisation. Defaults are those of algorithm.md section 0, the paper's where it says one."""
+class AutodecoderConfig(OptimiserConfig):
+    """Model, loss and optimisation. Defaults are in algorithm.md section 0; they follow the paper where it gives a value."""
 
-    channels: Annotated[int, Field(ge=1, le=256, description="C of the planes")] = 42
+    channels: Annotated[int, Field(ge=1, le=256, description="channels C of the planes")] = 42
     plane_size: Annotated[
         int | tuple[int, int, int] | None, Field(description="texels along x, y, z; null: half the volume's voxels")
     ] = None
@@ -24,100 +24,102 @@ class ObjectiveConfig(OptimiserConfig):
     output_activation: Literal["sigmoid", "clamp", "none"] = "sigmoid"
     compute_dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float64"],
-        Field(description="auto: bfloat16 where the machine multiplies it; float64: parameters too"),
+        Field(description="type of the products; auto: bfloat16 if the machine multiplies it; float64: also of the parameters"),
     ] = "auto"
     norm: Annotated[
         Literal["plane", "texel", "channel", "triplane", "none"],
-        Field(description="what RMSNorm has unit energy of (equation 6 leaves it open)"),
+        Field(description="part of the planes that RMSNorm gives unit energy (equation 6 leaves it open)"),
     ] = "plane"
 
     region: Annotated[
         Literal["volume", "box", "slices", "lattice"],
-        Field(description="voxels of a visit: all, a random box, random slices, every stride-th along each axis"),
+        Field(description="voxels of a visit: all, a random box, random slices, or every stride-th along each axis"),
     ] = "volume"
-    voxels_per_step: Annotated[int, Field(ge=1, description="of a box")] = 2**18
-    slices: Annotated[int, Field(ge=1, description="along each axis")] = 2
-    stride: Annotated[int, Field(ge=1, le=16, description="of a lattice")] = 4
+    voxels_per_step: Annotated[int, Field(ge=1, description="voxels of a box")] = 2**18
+    slices: Annotated[int, Field(ge=1, description="slices along each axis")] = 2
+    stride: Annotated[int, Field(ge=1, le=16, description="stride of a lattice")] = 4
 
     lr_planes: Rate = 3e-5
     lr_decoder: Rate = 3e-5
     plane_init_std: Annotated[float, Field(gt=0)] = 1e-3
-    grad_clip: Annotated[float, Field(gt=0, description="norm; each object's planes and the decoder separately")] = 1.0
+    grad_clip: Annotated[
+        float, Field(gt=0, description="largest gradient norm, separate for each object's planes and the decoder")
+    ] = 1.0
 
     loss: Literal["smooth_l1", "l1", "mse"] = "smooth_l1"
-    beta: Annotated[float, Field(gt=0, description="of smooth_l1")] = 0.3
+    beta: Annotated[float, Field(gt=0, description="beta of smooth_l1")] = 0.3
     tv: Annotated[
-        Literal["l1_mean", "l2_mean", "rms", "nfd_sum"], Field(description="of the normalised planes' differences")
+        Literal["l1_mean", "l2_mean", "rms", "nfd_sum"], Field(description="norm of the normalised planes' differences")
     ] = "l1_mean"
     tv_weight: Weight = 1e-3
-    ssim_weight: Annotated[float, Field(ge=0, description="of 1 - SSIM of random slices")] = 0.0
-    perceptual_weight: Annotated[float, Field(ge=0, description="of LPIPS (SqueezeNet) of random slices; the paper: 1e-2")] = (
-        0.0
-    )
+    ssim_weight: Annotated[float, Field(ge=0, description="weight of 1 - SSIM of random slices")] = 0.0
+    perceptual_weight: Annotated[
+        float, Field(ge=0, description="weight of LPIPS (SqueezeNet) of random slices; the paper: 1e-2")
+    ] = 0.0
     perceptual_weights: Annotated[
-        str | None, Field(description="file with torchvision's squeezenet1_1 weights; null: fetched by torchvision")
+        str | None, Field(description="file with torchvision's squeezenet1_1 weights; null: torchvision downloads them")
     ] = None
-    feature_slices: Annotated[int, Field(ge=1, description="along each axis, for SSIM and LPIPS")] = 1
+    feature_slices: Annotated[int, Field(ge=1, description="slices along each axis for SSIM and LPIPS")] = 1
     noise_std: Annotated[float, Field(ge=0, description="C of equation 7")] = 0.32
     noise_mode: Annotated[
         Literal["point", "texel"],
-        Field(description="of every voxel's features, as the paper has it, or of the planes' texels, which costs nothing"),
+        Field(description="noise on every voxel's features, as in the paper, or on the planes' texels, at almost no cost"),
     ] = "texel"
-    noise_free_fraction: Annotated[float, Field(ge=0, le=1, description="of the last steps")] = 0.0
+    noise_free_fraction: Annotated[float, Field(ge=0, le=1, description="share of the steps, at the end, without noise")] = 0.0
 
 
-class FitConfig(ObjectiveConfig):
-    """One volume's planes and decoder."""
+class FitConfig(AutodecoderConfig):
+    """Fit of planes and decoder to one volume."""
 
     kind = "fit"
 
     intensity: Annotated[
-        Literal["minmax", "percentile"], Field(description="what maps to [0, 1]; percentile: 0 to 99.5, clipped")
+        Literal["minmax", "percentile"], Field(description="range that maps to [0, 1]; percentile: 0 to 99.5, with clipping")
     ] = "minmax"
 
 
-class TrainConfig(ObjectiveConfig, RunConfig):
-    """One decoder, and planes for every volume of a store."""
+class TrainConfig(AutodecoderConfig, RunConfig):
+    """Training of one decoder and of planes for every volume of a store."""
 
     kind = "train"
     changeable = RunConfig.changeable | {"data", "tables", "prefetch", "evaluate_objects"}
 
-    data: Annotated[str, Field(description="a folder that `tcam prepare` wrote")]
+    data: Annotated[str, Field(description="store of `tcam prepare`")]
     split: str = "train"
-    objects: Annotated[int | None, Field(ge=1, description="the first so many of the split; null: all")] = None
+    objects: Annotated[int | None, Field(ge=1, description="number of volumes, from the first of the split; null: all")] = None
     batch: Annotated[
         int,
-        Field(ge=1, description="objects of a step, one after another: their gradients accumulate, their memory does not"),
+        Field(ge=1, description="objects per step, decoded one after another, so memory does not grow with it"),
     ] = 1
-    inner_steps: Annotated[int, Field(ge=1, description="steps with the same objects before the next are read")] = 1
+    inner_steps: Annotated[int, Field(ge=1, description="consecutive steps with the same objects")] = 1
     shared_init: Annotated[bool, Field(description="all objects start from the same small planes")] = True
     tables: Annotated[
         Literal["auto", "device", "host", "disk"],
-        Field(description="where planes and their Adam moments live; auto: the fastest that they fit in"),
+        Field(description="memory for planes and their Adam moments; auto: the fastest in which they fit"),
     ] = "auto"
-    ema_decay: Annotated[float, Field(ge=0, lt=1, description="of the decoder's average, with warm-up")] = 0.999
-    prefetch: Annotated[int, Field(ge=0, description="steps whose voxels are read ahead; 0: none")] = 2
-    evaluate_objects: Annotated[Count, Field(description="of an evaluation on the way")] = 8
+    ema_decay: Annotated[float, Field(ge=0, lt=1, description="decay of the decoder's average, with warm-up")] = 0.999
+    prefetch: Annotated[int, Field(ge=0, description="steps for which voxels are read ahead")] = 2
+    evaluate_objects: Annotated[Count, Field(description="objects of an evaluation during training")] = 8
 
 
 class EncodeConfig(Config):
-    """How planes of new volumes are found under a frozen decoder; the rest is as the decoder was trained."""
+    """Optimisation of planes of new volumes under a frozen decoder. Other and null settings are those of its training."""
 
     kind = "encode"
 
     steps: Count = 1000
     batch: Annotated[int, Field(ge=1, description="volumes at a time")] = 16
-    lr: Annotated[float, Field(gt=0, description="of planes of unit energy; decays to 0")] = 5e-2
+    lr: Annotated[float, Field(gt=0, description="learning rate for planes of unit energy; decays to 0")] = 5e-2
     region: Literal["volume", "box", "slices", "lattice"] | None = None
     voxels_per_step: Count | None = None
     slices: Count | None = None
     stride: Annotated[int | None, Field(ge=1, le=16)] = None
-    noise_free_fraction: Annotated[float, Field(ge=0, le=1, description="of the last steps")] = 0.1
-    check_every: Annotated[Count, Field(description="steps")] = 100
+    noise_free_fraction: Annotated[float, Field(ge=0, le=1, description="share of the steps, at the end, without noise")] = 0.1
+    check_every: Annotated[Count, Field(description="steps between checks of the PSNR")] = 100
     plateau_db: Annotated[
-        float, Field(ge=0, description="less gain than this at three checks in a row ends a volume; 0: never")
+        float, Field(ge=0, description="a volume ends after three checks in a row with less gain than this; 0: never")
     ] = 0.02
-    init: Annotated[Literal["mean", "start"], Field(description="the mean of the training planes, or where those started")] = (
-        "mean"
-    )
+    init: Annotated[
+        Literal["mean", "start"], Field(description="first planes: mean of the training planes, or their initial planes")
+    ] = "mean"
     seed: Annotated[int, Field(ge=0)] = 0

@@ -1,4 +1,4 @@
-"""Fitted planes decoded to files."""
+"""Decoding of fitted planes to files."""
 
 from __future__ import annotations
 
@@ -15,10 +15,18 @@ from tcam_diff.progress import Progress, ProgressCallback
 
 
 def load_fitted(folder: Path, volume: str | None = None) -> artefact.FittedVolume:
-    """What `tcam fit` wrote into a folder, or a volume of a latent set. Raises UserError where it is neither."""
+    """Load a folder of `tcam fit`, or one volume of a latent set.
+
+    Args:
+        folder: either kind of folder.
+        volume: name in the latent set; may be None if the set has one volume.
+
+    Raises:
+        UserError: the folder is neither, or the volume is missing or ambiguous.
+    """
     if not (folder / latents.INDEX).is_file():
         if volume is not None:
-            raise UserError(f"--volume: {folder} is no latent set")
+            raise UserError(f"--volume: {folder} is not a latent set")
         return artefact.load(folder)
     latent_set = latents.LatentSet(folder)
     if volume is None and len(latent_set.entries) > 1:
@@ -28,7 +36,7 @@ def load_fitted(folder: Path, volume: str | None = None) -> artefact.FittedVolum
 
 
 def check_output(size: tuple[int, int, int], dtype: str) -> None:
-    """Whether a volume of this size and type can be written. Raises UserError."""
+    """Raise UserError if a volume of this size and type cannot be written."""
     if min(size) < 1 or max(size) > 32767:
         raise UserError(f"--size: expected three positive numbers, at most 32767 (NIfTI-1), got {' '.join(map(str, size))}")
     Quantiser(dtype, 0.0, 1.0)
@@ -41,14 +49,17 @@ def decode_to_file(
     dtype: str = "float32",
     progress: ProgressCallback | None = None,
 ) -> None:
-    """Write a volume as NIfTI with the field of view of the original, slab by slab: memory does not grow with it.
+    """Write a volume as NIfTI with the field of view of the original, one slab at a time, so memory does not grow with it.
 
     Args:
-        fitted: of ``artefact.load``, ``LatentSet.fitted`` or ``TriplaneDiffusion.volume``.
+        fitted: result of ``artefact.load``, ``LatentSet.fitted`` or ``TriplaneDiffusion.volume``.
         out: a .nii or .nii.gz file.
         size: voxels along the file's axes.
         dtype: float32, int16, uint16 or uint8 (integers with scl_slope and scl_inter).
-        progress: called after every slab with the slices written.
+        progress: called after every slab, counting slices.
+
+    Raises:
+        UserError: size, type or file name cannot be written.
     """
     check_output(size, dtype)
     info = fitted.info.resized(size)

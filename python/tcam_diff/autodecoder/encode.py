@@ -1,4 +1,4 @@
-"""Planes of new volumes under a frozen decoder (algorithm.md 7.5), many at a time."""
+"""Encoding: optimisation of planes of new volumes under a frozen decoder (algorithm.md 7.5), in batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 import tcam_ext
 from tcam_diff.autodecoder.config import EncodeConfig, TrainConfig
 from tcam_diff.autodecoder.latents import Entry, LatentSet, LatentWriter
-from tcam_diff.autodecoder.objective import Objective, make_decoder, parameter_dtype
+from tcam_diff.autodecoder.objective import TrainingObjective, make_decoder, parameter_dtype
 from tcam_diff.autodecoder.planes import PLANE_NAMES, init_planes, normalise, plane_sizes
 from tcam_diff.autodecoder.tables import PlaneTable
 from tcam_diff.data.store import Record, Store
@@ -30,26 +30,26 @@ from tcam_diff.training.rng import rng
 
 @dataclass
 class TrainedRun:
-    """What encoding needs of a finished, or stopped, training run."""
+    """Decoder and planes of a training run, from a checkpoint."""
 
     folder: Path
     config: TrainConfig
     step: int
-    decoder: tcam_ext.TriplaneDecoder  # the average, frozen
-    objects: list[str]
-    shards: list[dict[str, Any]]
+    decoder: tcam_ext.TriplaneDecoder  # averaged, frozen
+    objects: list[str]  # names of the training volumes
+    shards: list[dict[str, Any]]  # state of each process
     digest: str  # of the preprocessing
 
     def raw_planes(self) -> dict[str, list[Tensor]]:
-        """Name -> planes (1, C, rows, columns)."""
-        found = {}
-        for shard in self.shards:
-            for i, o in enumerate(shard["objects"]):
-                found[self.objects[o]] = [shard[f"value.{n}"][i : i + 1] for n in PLANE_NAMES]
-        return found
+        """Planes (1, C, rows, columns) before normalisation, by the volumes' names."""
+        return {
+            self.objects[o]: [shard[f"value.{n}"][i : i + 1] for n in PLANE_NAMES]
+            for shard in self.shards
+            for i, o in enumerate(shard["objects"])
+        }
 
     def mean_planes(self) -> list[Tensor]:
-        """The mean of the normalised training planes, normalised."""
+        """Mean (1, C, rows, columns) of the normalised training planes, normalised again."""
         sums: list[Tensor] | None = None
         for raw in self.raw_planes().values():
             planes = normalise(raw, self.config.norm)
@@ -59,16 +59,16 @@ class TrainedRun:
 
 
 def load_run(folder: str | os.PathLike[str], at: Path | None = None) -> TrainedRun:
-    """The latest checkpoint of a training run, or the one at ``at``. Raises UserError."""
+    """Load the latest checkpoint of a training run, or the one at ``at``. Raises UserError if there is none."""
     folder = Path(folder)
-    path = folder / "config.yaml"
-    if not path.is_file():
+    settings = folder / "config.yaml"
+    if not settings.is_file():
         raise UserError(f"{folder}: not a folder of `tcam train-autodecoder` (config.yaml is missing)")
-    config = TrainConfig.load(path)
-    chosen = at or checkpoint.latest(folder / "checkpoints")
-    if chosen is None:
+    config = TrainConfig.load(settings)
+    path = at or checkpoint.latest(folder / "checkpoints")
+    if path is None:
         raise UserError(f"{folder}: has no checkpoint yet")
-    step, shared, shards = checkpoint.load(chosen)
+    step, shared, shards = checkpoint.load(path)
     task = shared["task"]
     channels = next(v.shape[0] for k, v in reversed(list(task["average"].items())) if k.endswith("weight"))
     decoder = make_decoder(config, channels)
@@ -78,18 +78,26 @@ def load_run(folder: str | os.PathLike[str], at: Path | None = None) -> TrainedR
 
 @dataclass
 class Encoded:
-    planes: list[Tensor]  # normalised, (1, C, rows, columns)
-    psnr: float  # of the whole volume, without noise
-    steps: int
+    """Planes of an encoded volume."""
+
+    planes: list[Tensor]  # (1, C, rows, columns), normalised
+    psnr: float  # dB, of the whole volume, without noise
+    steps: int  # after which the planes were best
 
 
 class Encoder:
-    """Finds planes for volumes of the size that the decoder was trained on, or any other."""
+    """Encoder of volumes of one size, which need not be that of the training volumes.
+
+    Args:
+        run: training run of the decoder.
+        config: optimisation.
+        size: voxels along x, y, z.
+        device: device of decoder and planes.
+    """
 
     def __init__(self, run: TrainedRun, config: EncodeConfig, size: tuple[int, int, int], device: torch.device) -> None:
-        own = {k: v for k in ("region", "voxels_per_step", "slices", "stride") if (v := getattr(config, k)) is not None}
-        merged = {
-            **own,
+        changes = {
+            **{k: v for k in ("region", "voxels_per_step", "slices", "stride") if (v := getattr(config, k)) is not None},
             "steps": config.steps,
             "lr_planes": config.lr,
             "noise_free_fraction": config.noise_free_fraction,
@@ -98,15 +106,15 @@ class Encoder:
             "seed": config.seed,
         }
         self.config, self.size, self.device = config, size, device
-        self.training = run.config.model_copy(update=merged)
-        self.objective = Objective(self.training, size, device)
+        self.training = run.config.model_copy(update=changes)
+        self.objective = TrainingObjective(self.training, size, device)
         self.decoder = run.decoder.to(device)
         if config.init == "mean":
             self.start = run.mean_planes()
-            want = plane_sizes(self.objective.texels)
-            if [tuple(p.shape[2:]) for p in self.start] != want:
+            sizes = plane_sizes(self.objective.texels)
+            if [tuple(p.shape[2:]) for p in self.start] != sizes:
                 self.start = [
-                    torch.nn.functional.interpolate(p, w, mode="bilinear") for p, w in zip(self.start, want, strict=True)
+                    torch.nn.functional.interpolate(p, s, mode="bilinear") for p, s in zip(self.start, sizes, strict=True)
                 ]
         else:
             c = run.config
@@ -118,11 +126,20 @@ class Encoder:
         progress: ProgressCallback | None = None,
         stop: StopCallback | None = None,
     ) -> dict[str, Encoded] | None:
-        """Planes for volumes (channels, H, W, D) as a store keeps them. Their names are those of their streams of random
-        numbers, so it does not matter which are encoded together.
+        """Encode volumes.
 
-        ``progress`` is called after every step with "active", the volumes still being encoded, and "psnr" (dB), their mean at
-        the last check. None where ``stop`` said so.
+        Args:
+            volumes: arrays (channels, H, W, D) as in a store. Random numbers depend on a volume's name, so a result does not
+                depend on which volumes are encoded together.
+            progress: called after every step with "active", the number of unfinished volumes, and "psnr" (dB), their mean at
+                the last check.
+            stop: asked before every step.
+
+        Returns:
+            The result of each volume, or None if ``stop`` returned true.
+
+        Raises:
+            UserError: the planes of a volume became NaN.
         """
         c = self.training
         names = list(volumes)
@@ -157,13 +174,13 @@ class Encoder:
                 progress(Progress(index + 1, c.steps, {"active": len(active), "psnr": shown}))
             if not active:
                 break
-        found = {}
+        results = {}
         for name in names:
             if name not in best:
                 raise UserError(f"{name}: its planes became NaN; lower lr")
             _, planes, steps = best[name]
-            found[name] = Encoded(planes, self.objective.psnr(planes, self.decoder, volumes[name]), steps)
-        return found
+            results[name] = Encoded(planes, self.objective.psnr(planes, self.decoder, volumes[name]), steps)
+        return results
 
 
 def encode_store(
@@ -178,23 +195,26 @@ def encode_store(
     progress: ProgressCallback | None = None,
     stop: StopCallback | None = None,
 ) -> LatentSet:
-    """Find planes for volumes of a store under a run's frozen decoder, and write them as a latent set.
+    """Encode the volumes of a store under a run's frozen decoder, and write them as a latent set.
 
     Args:
-        run: of ``load_run``.
-        store: prepared as the training data were.
-        out: empty, or a folder that was begun with the same arguments: what is there is kept.
-        config: how they are found; default: ``EncodeConfig()``.
-        split: of the store.
+        run: result of ``load_run``.
+        store: volumes with the preprocessing of the training data.
+        out: a new folder, or an unfinished latent set with the same arguments, which is completed.
+        config: optimisation; default: ``EncodeConfig()``.
+        split: split of the store to encode.
         device: auto, cpu, cuda, ...
-        started: told how many volumes are there already, of how many.
+        started: called with the number of volumes that are already encoded, and the number of all.
         progress: called after every step of a group of ``config.batch`` volumes of one size, with "group", "groups", "active"
             and "psnr" (dB).
-        stop: true: raises UserError; volumes that are finished are kept.
+        stop: asked before every step; true: raise UserError, keeping finished volumes.
+
+    Raises:
+        UserError: ``stop`` returned true, the store has another preprocessing, or ``out`` has another decoder's latents.
     """
     config = config or EncodeConfig()
     _check_preprocessing(run, store)
-    records = store.of(split)
+    records = store.in_split(split)
     writer = LatentWriter(Path(out), run.config, run.decoder, _provenance(run, store, config.model_dump(mode="json")))
     done: dict[str, Entry] = {r.name: e for r in records if (e := writer.find(r)) is not None}
     groups = _groups([r for r in records if r.name not in done], config.batch)
@@ -208,15 +228,15 @@ def encode_store(
 
         def show(p: Progress, g: int = g) -> None:
             if progress is not None:
-                about = {"group": g + 1, "groups": len(groups), **p.metrics}
-                progress(Progress(g * config.steps + p.done, len(groups) * config.steps, about))
+                metrics = {"group": g + 1, "groups": len(groups), **p.metrics}
+                progress(Progress(g * config.steps + p.done, len(groups) * config.steps, metrics))
 
-        found = encoder.encode({r.name: store.volume(r) for r in group}, show, stop)
-        if found is None:
-            raise UserError(f"{out}: stopped with {len(done)} of {len(records)} volumes; the same command goes on")
+        encoded = encoder.encode({r.name: store.volume(r) for r in group}, show, stop)
+        if encoded is None:
+            raise UserError(f"{out}: stopped with {len(done)} of {len(records)} volumes; the same command continues")
         for record in group:
-            new = found[record.name]
-            done[record.name] = writer.write(record, new.planes, new.psnr, new.steps)
+            result = encoded[record.name]
+            done[record.name] = writer.write(record, result.planes, result.psnr, result.steps)
     writer.finish([done[r.name] for r in records])
     return LatentSet(out)
 
@@ -224,16 +244,23 @@ def encode_store(
 def export_latents(
     run: TrainedRun, out: str | os.PathLike[str], store: Store | None = None, progress: ProgressCallback | None = None
 ) -> LatentSet:
-    """Write the planes that a run fitted to its training volumes as a latent set.
+    """Write the planes of a run's training volumes as a latent set.
 
-    ``store``: the training data, where they have moved. ``progress`` is called after every volume.
+    Args:
+        run: result of ``load_run``.
+        out: folder of the latent set.
+        store: the training data, if they have moved.
+        progress: called after every volume.
+
+    Raises:
+        UserError: the store has another preprocessing, or ``out`` has another decoder's latents.
     """
     store = store or Store(run.config.data)
     _check_preprocessing(run, store)
     by_name = {r.name: r for r in store.records}
     writer = LatentWriter(Path(out), run.config, run.decoder, _provenance(run, store, None))
     first, raw, entries = by_name[run.objects[0]], run.raw_planes(), []
-    objective = Objective(run.config, first.info.shape)
+    objective = TrainingObjective(run.config, first.info.shape)
     for name in run.objects:
         planes = normalise(raw[name], run.config.norm)
         psnr = objective.psnr(planes, run.decoder, store.volume(by_name[name]))
@@ -245,7 +272,7 @@ def export_latents(
 
 
 def _groups(records: Sequence[Record], most: int) -> list[list[Record]]:
-    """Of one size each, and of ``most`` volumes."""
+    """Groups of at most ``most`` volumes of one size."""
     groups: list[list[Record]] = []
     for record in sorted(records, key=lambda r: r.info.array_shape):
         if not groups or groups[-1][0].info.array_shape != record.info.array_shape or len(groups[-1]) == most:
@@ -255,11 +282,11 @@ def _groups(records: Sequence[Record], most: int) -> list[list[Record]]:
 
 
 def _check_preprocessing(run: TrainedRun, store: Store) -> None:
-    """Raises UserError where a store was prepared otherwise than a run's training data."""
+    """Raise UserError if the preprocessing of a store is not that of a run's training data."""
     if store.digest != run.digest:
         raise UserError(
-            f"{store.folder}: prepared otherwise than the data of {run.folder}; prepare it with the configuration in that "
-            "store.json"
+            f"{store.folder}: prepared differently from the data of {run.folder}; prepare it with the configuration in the "
+            "store.json of those"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a training run will take on this machine: memory, disk, time. A short trial on a few objects, then arithmetic."""
+"""Estimate of the memory, disk space and time of a training run, from a short trial on a few objects."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from tcam_diff.training.loop import Outcome, peak_memory
 
 @dataclass
 class Requirements:
-    """Bytes and seconds of one process."""
+    """Requirements of one process, in bytes and seconds."""
 
-    host: float
-    device: float  # 0 on a CPU
-    disk: float  # at the end
-    disk_most: float  # meanwhile: the best checkpoint may be an older one, and one is being written
-    seconds: float
-    step: float  # seconds of one
-    tables: float  # bytes of planes and moments, wherever they live
-    where: str
-    available: float  # bytes of memory that the tables' place still has
+    host: float  # peak memory of the host
+    device: float  # peak memory of the GPU, 0 on a CPU
+    disk: float  # at the end of the run
+    disk_most: float  # during the run, with an older best checkpoint and one being written
+    seconds: float  # of the whole run
+    step: float  # seconds per step
+    tables: float  # bytes of planes and Adam moments
+    where: str  # location of the tables: device, host or disk
+    available: float  # bytes of free memory where the tables are
 
 
 def estimate(config: TrainConfig, seconds: float = 10.0) -> Requirements:
-    """Run about ``seconds`` of the real thing with as few objects as a step needs, in a folder that is thrown away.
+    """Train for about ``seconds`` in a temporary folder, with as few objects as a step needs, and extrapolate.
 
-    Time: steps, evaluations, checkpoints (written and synced), and the last look at every volume. Memory: that of the trial and
-    the tables of the objects it left out. Disk: checkpoints, and tables where they are on it.
+    The time includes steps, evaluations, checkpoints (with fsync) and the evaluation of whole volumes at the end. The memory is
+    that of the trial plus the tables of the other objects. The disk space is that of checkpoints, and of tables on disk.
     """
     store = Store(config.data)
-    records = store.of(config.split)[: config.objects]
+    records = store.in_split(config.split)[: config.objects]
     count = len(records)
     one_shape(store.folder, records)
     few = min(count, max(config.batch, 2))
@@ -56,28 +56,28 @@ def estimate(config: TrainConfig, seconds: float = 10.0) -> Requirements:
                 1, config.channels, task.objective.texels, task.table.tables["value"][0].element_size()
             )
             where = task.place(count)
-            step = _per_step(task, seconds)
-            began = time.monotonic()
+            step = _seconds_per_step(task, seconds)
+            start = time.monotonic()
             task.evaluate(range(few), whole=False)
-            checked = (time.monotonic() - began) / few * min(config.evaluate_objects, count)
-            began = time.monotonic()
-            found = task.slices()
+            evaluate_seconds = (time.monotonic() - start) / few * min(config.evaluate_objects, count)
+            start = time.monotonic()
+            slices = task.slices()
             logger = Logger(folder, 0)
             logger.scalars(1, {"loss": 1.0, "psnr": 1.0})
-            if found is not None:
-                slices_picture(*found, "trial")
+            if slices is not None:
+                slices_picture(*slices, "trial")
                 channels_picture(next(task.fitted())[1])
             logger.close()
-            looked = time.monotonic() - began
-            began = time.monotonic()
+            picture_seconds = time.monotonic() - start
+            start = time.monotonic()
             score = task.evaluate(range(few), whole=True)
-            whole = (time.monotonic() - began) / few * count
+            final_seconds = (time.monotonic() - start) / few * count
             write_report(folder, trial, task, Outcome(1, 1.0, False, {"fitted_psnr": score["psnr"]}))
-            began = time.monotonic()
+            start = time.monotonic()
             shared = {"task": task.shared_state(), "seconds": 0.0}
             path = checkpoint.save(folder / "checkpoints", 1, shared, task.shard_state(), group)
-            saved = time.monotonic() - began
-            written = float(sum(p.stat().st_size for p in path.iterdir()))
+            save_seconds = time.monotonic() - start
+            trial_bytes = float(sum(p.stat().st_size for p in path.iterdir()))
         finally:
             task.close()
         host, device = peak_memory(torch.device("cpu")), 0.0
@@ -88,25 +88,28 @@ def estimate(config: TrainConfig, seconds: float = 10.0) -> Requirements:
         device += more
     else:
         host += more if where != "disk" else 0
-    one = written + more
+    checkpoint_bytes = trial_bytes + more
+    save_seconds *= checkpoint_bytes / trial_bytes
     at = [{*range(n, config.steps + 1, n), config.steps} for n in (config.evaluation_steps(), config.checkpoint_steps())]
     evaluations, checkpoints = len(at[0]), len(at[0] | at[1])
     on_disk = per_object * count if where == "disk" else 0
-    total = config.steps * step + evaluations * (checked + looked) + checkpoints * saved * one / written + whole
+    total = (
+        config.steps * step + evaluations * (evaluate_seconds + picture_seconds) + checkpoints * save_seconds + final_seconds
+    )
     free = torch.cuda.mem_get_info(group.device)[0] if device and where == "device" else available_memory()
-    disk, most = (min(checkpoints, kept) * one + on_disk for kept in (config.keep, config.keep + 2))
+    disk, most = (min(checkpoints, kept) * checkpoint_bytes + on_disk for kept in (config.keep, config.keep + 2))
     return Requirements(host, device, disk, most, total, step, per_object * count, where, float(free))
 
 
-def _per_step(task: AutodecoderTraining, seconds: float) -> float:
-    """After a warm-up; the mean over as many steps as take the time."""
-    began, index, mark, at = time.monotonic(), 0, time.monotonic(), 0
+def _seconds_per_step(task: AutodecoderTraining, seconds: float) -> float:
+    """Mean time of a step after a warm-up, measured for about ``seconds``."""
+    start, index, mark, warm = time.monotonic(), 0, time.monotonic(), 0
     while True:
-        found = task.step(index)
+        loss = task.step(index)["loss"]
         index += 1
-        if index == 3 or (index < 3 and time.monotonic() - began > seconds / 3):
-            float(found["loss"])
-            mark, at = time.monotonic(), index
-        if (index > max(at, 3) and time.monotonic() - began > seconds) or index == task.steps:
-            float(found["loss"])  # waits for the device
-            return (time.monotonic() - mark) / max(1, index - at)
+        if index == 3 or (index < 3 and time.monotonic() - start > seconds / 3):
+            float(loss)
+            mark, warm = time.monotonic(), index
+        if (index > max(warm, 3) and time.monotonic() - start > seconds) or index == task.steps:
+            float(loss)  # waits for the device
+            return (time.monotonic() - mark) / max(1, index - warm)

@@ -1,4 +1,4 @@
-"""Fit planes and decoder to one volume (algorithm.md sections 6 and 7)."""
+"""Fit of planes and decoder to one volume (algorithm.md sections 6 and 7)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 import tcam_ext
 from tcam_diff.autodecoder.config import FitConfig
-from tcam_diff.autodecoder.objective import Objective, make_decoder, parameter_dtype
+from tcam_diff.autodecoder.objective import TrainingObjective, make_decoder, parameter_dtype
 from tcam_diff.autodecoder.planes import init_planes, normalise
 from tcam_diff.data.volume import Volume, VolumeInfo, intensity_range
 from tcam_diff.errors import UserError
@@ -25,26 +25,32 @@ from tcam_diff.training.rng import rng
 
 @dataclass
 class FitResult:
-    planes: list[Tensor]  # normalised, (1, C, rows, columns)
+    """Best state of a fit."""
+
+    planes: list[Tensor]  # (1, C, rows, columns), normalised
     decoder: tcam_ext.TriplaneDecoder
     config: FitConfig
     steps_done: int
     seconds: float
     stopped: bool
-    psnr: float  # on the check voxels, without noise
+    psnr: float  # dB, on the check slices, without noise
     history: list[dict[str, float]] = field(default_factory=list)
 
 
 class Fitter(Task):
-    """Parameters and optimiser state of one fit: ``Fitter(target, config).run()``."""
+    """Fit of one volume: ``Fitter(target, config).run()``.
+
+    Args:
+        target: voxels (channels, H, W, D) in [0, 1].
+        config: model, loss and optimisation.
+    """
 
     def __init__(self, target: np.ndarray, config: FitConfig) -> None:
-        """target: (channels, H, W, D) in [0, 1]."""
         self.config, self.steps, self.done = config, config.steps, 0
         self.target = np.ascontiguousarray(target, dtype=np.float32)
         h, w, d = self.target.shape[1:]
         self.size = (h, w, d)
-        self.objective = Objective(config, self.size)
+        self.objective = TrainingObjective(config, self.size)
         start = init_planes(config.channels, self.objective.texels, config.plane_init_std, rng(config.seed, "planes"))
         self.planes = [p.to(parameter_dtype(config)).requires_grad_() for p in start]
         self.decoder = make_decoder(config, self.target.shape[0])
@@ -63,7 +69,7 @@ class Fitter(Task):
         self.history: list[dict[str, float]] = []
 
     def step(self, index: int) -> dict[str, Tensor]:
-        """One update; returns the loss."""
+        """Update planes and decoder once. Returns "loss"."""
         c = self.config
         for group, lr in zip(self.optimiser.param_groups, self.base_lr, strict=True):
             group["lr"] = lr * lr_scale(c, index)
@@ -80,7 +86,7 @@ class Fitter(Task):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """PSNR on nine slices, without noise. Remembers the best state."""
+        """PSNR (dB) on nine slices, without noise. Keeps the best state."""
         planes = normalise(self.planes, self.config.norm)
         psnr = self.objective.psnr(planes, self.decoder, self.target, self.objective.check_boxes())
         self.history.append({"step": self.done, "loss": self.loss, "psnr": psnr, "seconds": time.monotonic() - self.began})
@@ -89,8 +95,10 @@ class Fitter(Task):
         return {"psnr": psnr}
 
     def run(self, progress: ProgressCallback | None = None, stop: StopCallback | None = None) -> FitResult:
-        """All steps, or those until ``stop``; ``progress`` gets "loss" and "psnr" (dB). The result is the best state that was
-        evaluated: there are 20 evaluations on the way, and one at the end."""
+        """Run all steps, or until ``stop`` returns true.
+
+        ``progress`` gets "loss" and "psnr" (dB). The result is the best of 20 states evaluated during the fit and the last one.
+        """
         self.began = time.monotonic()
         every = max(1, self.steps // 20)
         outcome = run(self, None, Cadence(1, every, every), progress=progress, stop=stop)
@@ -106,7 +114,7 @@ class Fitter(Task):
             time.monotonic() - self.began,
             outcome.stopped,
             self.best_psnr,
-            self.history[:-1],  # without the one at the end
+            self.history[:-1],  # without the last evaluation
         )
 
     def _state(self) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -116,10 +124,19 @@ class Fitter(Task):
 def fit_volume(
     source: Volume, config: FitConfig, *, progress: ProgressCallback | None = None, stop: StopCallback | None = None
 ) -> tuple[FitResult, VolumeInfo]:
-    """Scale a volume to [0, 1], fit it, and describe it: what ``artefact.save`` writes.
+    """Scale a volume to [0, 1] and fit planes and decoder to it.
 
-    ``progress`` is called after every step with "loss" and "psnr" (dB) among the metrics; ``stop`` ends the fit, which keeps
-    the best state. Raises UserError where the volume has more than 16 channels.
+    Args:
+        source: the volume, in physical units.
+        config: model, loss and optimisation.
+        progress: called after every step with "loss" and "psnr" (dB) among the metrics.
+        stop: asked before every step; true: end the fit and keep its best state.
+
+    Returns:
+        The fit and the metadata of the volume, for ``artefact.save``.
+
+    Raises:
+        UserError: the volume has more than 16 channels.
     """
     check_channels(source)
     ranges = intensity_range(source.data, 0, 100 if config.intensity == "minmax" else 99.5)
@@ -128,6 +145,6 @@ def fit_volume(
 
 
 def check_channels(source: Volume) -> None:
-    """Raises UserError where the decoder has too few outputs for a volume."""
+    """Raise UserError if a volume has more channels than the 16 outputs of a decoder."""
     if source.info.channels > 16:
         raise UserError(f"{source.info.source}: {source.info.channels} channels; the decoder has at most 16 outputs")

@@ -1,8 +1,8 @@
-"""The latent set: normalised planes of many volumes with the decoder that they belong to. What stage 2 is trained on.
+"""Latent set: normalised planes of many volumes with their decoder, the training data of stage 2.
 
-latents.json                what, from where, every volume's geometry, intensities, PSNR, and the planes' statistics
+latents.json                configuration, provenance, entries of the volumes, and statistics of the planes
 planes/NAME.safetensors     xy, yz, xz: (C, rows, columns) float32, with the volume's entry as metadata
-decoder.safetensors         the averaged decoder
+decoder.safetensors         averaged decoder
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ INDEX, DECODER = "latents.json", "decoder.safetensors"
 
 
 class Entry(VolumeRecord):
-    """A volume of the set."""
+    """Entry of a volume."""
 
     name: str
     split: str
@@ -44,7 +44,17 @@ class Entry(VolumeRecord):
 
 
 class LatentWriter:
-    """Fills a set volume by volume; one that was begun with the same decoder and settings is gone on with."""
+    """Writer of a latent set, which may be an unfinished one with the same decoder and settings.
+
+    Args:
+        folder: folder of the set.
+        config: configuration of the decoder's training.
+        decoder: averaged decoder.
+        provenance: origin of the planes, for the index; "encode" has the settings of the encoding.
+
+    Raises:
+        UserError: the folder has latents of another decoder, or cannot be written.
+    """
 
     def __init__(
         self, folder: Path, config: TrainConfig, decoder: tcam_ext.TriplaneDecoder, provenance: dict[str, Any]
@@ -54,18 +64,19 @@ class LatentWriter:
         writable_folder(folder / "planes")
         weights = tensor_bytes(decoder.state_dict(), dtype=torch.float32)
         self.digest = hashlib.sha256(weights + json.dumps(provenance.get("encode"), sort_keys=True).encode()).hexdigest()
-        held = folder / DECODER
-        if held.exists() and hashlib.sha256(held.read_bytes()).hexdigest() != hashlib.sha256(weights).hexdigest():
-            raise UserError(f"{folder}: holds the latents of another decoder; choose another folder")
-        if not held.exists():
-            with replacing(held) as file:
+        path = folder / DECODER
+        if path.exists() and path.read_bytes() != weights:
+            raise UserError(f"{folder}: contains latents of another decoder; choose another folder")
+        if not path.exists():
+            with replacing(path) as file:
                 file.write(weights)
 
     def path(self, name: str) -> Path:
+        """File of a volume's planes."""
         return self.files / _planes(name)
 
     def find(self, record: Record) -> Entry | None:
-        """What an earlier run made of the same stored volume."""
+        """The entry of a volume that an earlier run wrote with the same decoder and settings, if any."""
         path = self.path(record.name)
         if not path.exists():
             return None
@@ -79,6 +90,7 @@ class LatentWriter:
         return Entry.model_validate(json.loads(meta["tcam"]))
 
     def write(self, record: Record, planes: Sequence[Tensor], psnr: float, steps: int) -> Entry:
+        """Write the planes (1, C, rows, columns) of a volume."""
         info = record.info.replaced(source=record.sources[0]["path"] if record.sources else "")
         entry = Entry(info=info, name=record.name, split=record.split, psnr=psnr, steps=steps)
         tensors = {n: p[0] for n, p in zip(PLANE_NAMES, planes, strict=True)}
@@ -88,7 +100,7 @@ class LatentWriter:
         return entry
 
     def finish(self, entries: Sequence[Entry]) -> dict[str, Any]:
-        """Write the index, with the statistics of the planes; returns those."""
+        """Write the index. Returns the statistics of the planes."""
         statistics = self.statistics(entries)
         self.files.write(
             {
@@ -103,8 +115,11 @@ class LatentWriter:
         return statistics
 
     def statistics(self, entries: Sequence[Entry]) -> dict[str, Any]:
-        """Of each plane over the set: root mean square, that of each channel, and the share of the energy that is in the mean
-        plane (algorithm.md 6.5: much of it means that centring would help the diffusion model)."""
+        """Statistics of each plane over the set.
+
+        These are the root mean square, that of each channel, and the energy of the mean plane as a share of all energy. If this
+        share is large, centring helps the diffusion model (algorithm.md 6.5).
+        """
         total: dict[str, Tensor] = {}
         squares: dict[str, Tensor] = {}
         for entry in entries:
@@ -112,19 +127,19 @@ class LatentWriter:
                 plane = plane.double()
                 total[name] = total.get(name, 0) + plane
                 squares[name] = squares.get(name, 0) + plane.square().mean((1, 2))
-        found = {}
+        statistics = {}
         for name in PLANE_NAMES:
             mean, energy = total[name] / len(entries), squares[name] / len(entries)
-            found[name] = {
+            statistics[name] = {
                 "rms": float(energy.mean().sqrt()),
                 "channel_rms": [round(float(x), 6) for x in energy.sqrt()],
                 "mean_plane_energy_share": float(mean.square().mean() / energy.mean()),
             }
-        return found
+        return statistics
 
 
 class LatentSet:
-    """An opened set."""
+    """A latent set, opened for reading. Raises UserError if its index is missing or damaged."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
@@ -135,6 +150,7 @@ class LatentSet:
             self.config = configs.validate(TrainConfig, self.index["config"], str(self.files / INDEX))
 
     def entry(self, name: str) -> Entry:
+        """The entry of a volume. Raises UserError if there is none."""
         for e in self.entries:
             if e.name == name:
                 return e
@@ -142,32 +158,34 @@ class LatentSet:
         raise UserError(f"{self.folder}: no volume {name!r}; it has {names}{', ...' if len(self.entries) > 5 else ''}")
 
     def planes(self, entry: Entry) -> list[Tensor]:
-        """xy, yz, xz: (C, rows, columns)."""
-        held = self.files.read_tensors(_planes(entry.name))
-        return [held[name] for name in PLANE_NAMES]
+        """Planes xy, yz, xz (C, rows, columns) of a volume."""
+        tensors = self.files.read_tensors(_planes(entry.name))
+        return [tensors[name] for name in PLANE_NAMES]
 
     def verify(self, entry: Entry) -> None:
+        """Compare the planes of a volume with their checksum. Raises UserError with the file's name."""
         self.files.verify(_planes(entry.name), entry.sha256)
 
     def decoder(self) -> tcam_ext.TriplaneDecoder:
-        made = make_decoder(self.config, self.entries[0].info.channels).float()
+        """The frozen decoder in float32. Raises UserError if its file is missing or damaged."""
+        decoder = make_decoder(self.config, self.entries[0].info.channels).float()
         with self.files.reading():
-            made.load_state_dict(self.files.read_tensors(DECODER, self.index["decoder_sha256"]))
-        return made.requires_grad_(False)
+            decoder.load_state_dict(self.files.read_tensors(DECODER, self.index["decoder_sha256"]))
+        return decoder.requires_grad_(False)
 
-    def check_decoder(self, other: tcam_ext.TriplaneDecoder, whose: object) -> None:
-        """Raises UserError where this set's planes are of another decoder: they would decode to something else."""
-        mine, theirs = self.decoder().state_dict(), other.state_dict()
-        same = mine.keys() == theirs.keys() and all(
-            v.shape == theirs[k].shape and torch.equal(v, theirs[k].to(v)) for k, v in mine.items()
+    def check_decoder(self, other: tcam_ext.TriplaneDecoder, owner: object) -> None:
+        """Raise UserError if ``other`` is not the decoder of this set. ``owner`` names its folder in the message."""
+        own, others = self.decoder().state_dict(), other.state_dict()
+        same = own.keys() == others.keys() and all(
+            v.shape == others[k].shape and torch.equal(v, others[k].to(v)) for k, v in own.items()
         )
         if not same:
             raise UserError(
-                f"{self.folder}: planes of another decoder than that of {whose}; encode with the same run of stage 1"
+                f"{self.folder}: planes of another decoder than that of {owner}; encode with the same run of stage 1"
             )
 
     def fitted(self, name: str) -> artefact.FittedVolume:
-        """A volume, ready to be decoded."""
+        """Planes of a volume with their decoder. Raises UserError if they are missing or damaged."""
         entry = self.entry(name)
         self.verify(entry)
         planes = [p.unsqueeze(0) for p in self.planes(entry)]

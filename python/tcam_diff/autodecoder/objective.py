@@ -1,4 +1,4 @@
-"""What stage 1 minimises over planes and decoder: one visit of some objects (algorithm.md sections 6 and 7)."""
+"""Training objective of stage 1, minimised over planes and decoder (algorithm.md sections 6 and 7)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import tcam_ext
-from tcam_diff.autodecoder.config import ObjectiveConfig
+from tcam_diff.autodecoder.config import AutodecoderConfig
 from tcam_diff.autodecoder.perceptual import Perceptual, ssim2d
 from tcam_diff.autodecoder.planes import normalise, texel_noise, total_variation
 from tcam_diff.evaluation.metrics import psnr_of_mse
@@ -26,7 +26,7 @@ Size = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Lattice:
-    """The voxels start + stride (i, j, k)."""
+    """Voxels start + stride (i, j, k)."""
 
     start: Size
     stride: int
@@ -37,33 +37,35 @@ Region = Box | Lattice
 
 @dataclass
 class Visit:
-    """An object, the voxels that a step looks at, and the seeds of its noise."""
+    """An object's part in one step: its voxels and the seed of its noise."""
 
     object: int | str
     regions: list[Region]
     noise_seed: int
-    features: list[Box] = field(default_factory=list)  # slices, for SSIM and LPIPS
-    targets: list[Tensor] = field(default_factory=list)  # (1, channels, h, w, d), one a region, then one a feature slice
+    features: list[Box] = field(default_factory=list)  # slices for SSIM and LPIPS
+    targets: list[Tensor] = field(default_factory=list)  # (1, channels, h, w, d) for each region, then for each feature slice
 
     @property
     def voxels(self) -> int:
+        """Number of voxels in the regions."""
         return sum(t.numel() // t.shape[1] for t in self.targets[: len(self.regions)])
 
 
-def compute_dtype(config: ObjectiveConfig, device: torch.device | None = None) -> torch.dtype:
-    """Of the products."""
+def compute_dtype(config: AutodecoderConfig, device: torch.device | None = None) -> torch.dtype:
+    """Type of the products on a device, by default a CPU."""
     if config.compute_dtype == "auto":
         fast = _C.cpu_has_bf16() if device is None or device.type == "cpu" else True
         return torch.bfloat16 if fast else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[config.compute_dtype]
 
 
-def parameter_dtype(config: ObjectiveConfig) -> torch.dtype:
+def parameter_dtype(config: AutodecoderConfig) -> torch.dtype:
+    """Type of planes and weights."""
     return torch.float64 if config.compute_dtype == "float64" else torch.float32
 
 
-def plane_texels(config: ObjectiveConfig, shape: Sequence[int]) -> Size:
-    """Texels along x, y, z of a volume's planes."""
+def plane_texels(config: AutodecoderConfig, shape: Sequence[int]) -> Size:
+    """Texels along x, y, z of the planes of a volume of ``shape`` voxels."""
     if config.plane_size is None:
         x, y, z = (max(1, (n + 1) // 2) for n in shape)
         return x, y, z
@@ -72,8 +74,8 @@ def plane_texels(config: ObjectiveConfig, shape: Sequence[int]) -> Size:
     return config.plane_size
 
 
-def make_decoder(config: ObjectiveConfig, channels: int) -> tcam_ext.TriplaneDecoder:
-    """The decoder at the start of a run: a function of the run's seed alone."""
+def make_decoder(config: AutodecoderConfig, channels: int) -> tcam_ext.TriplaneDecoder:
+    """Initial decoder with ``channels`` outputs. Its weights depend on the configuration's seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(config.seed, "decoder"))
         return tcam_ext.TriplaneDecoder(
@@ -87,7 +89,7 @@ def make_decoder(config: ObjectiveConfig, channels: int) -> tcam_ext.TriplaneDec
 
 
 def interpolation(voxels: int, texels: int) -> Tensor:
-    """(voxels, texels): the linear interpolation along an axis, voxels and texels being cells of the same field of view."""
+    """Matrix (voxels, texels) of linear interpolation along an axis. Voxels and texels are cells of one field of view."""
     below, above, w_below, w_above = linear_taps(0, voxels, voxels, texels, False, "border")
     matrix = torch.zeros(voxels, texels)
     row = torch.arange(voxels)
@@ -95,10 +97,16 @@ def interpolation(voxels: int, texels: int) -> Tensor:
     return matrix.index_put_((row, above), w_above.float(), accumulate=True)
 
 
-class Objective:
-    """The loss of volumes of one size; has no state."""
+class TrainingObjective:
+    """Loss of volumes of one size, without state.
 
-    def __init__(self, config: ObjectiveConfig, size: Size, device: torch.device | None = None) -> None:
+    Args:
+        config: model and loss.
+        size: voxels along x, y, z.
+        device: device of planes and decoder, by default the CPU.
+    """
+
+    def __init__(self, config: AutodecoderConfig, size: Size, device: torch.device | None = None) -> None:
         self.config, self.size = config, size
         self.device = device or torch.device("cpu")
         self.compute = compute_dtype(config, self.device)
@@ -107,27 +115,27 @@ class Objective:
         self.interpolation = [interpolation(n, m).to(self.device, dtype) for n, m in zip(size, self.texels, strict=True)]
         self.perceptual = Perceptual(config.perceptual_weights).to(self.device) if config.perceptual_weight else None
 
-    # ---- what to look at ---------------------------------------------------------------
+    # ---- visits ------------------------------------------------------------------------
 
     def visit(self, name: int | str, count: int) -> Visit:
-        """Visit ``count`` of an object: the same voxels and the same noise whenever and wherever it is asked for."""
+        """Visit number ``count`` of an object, without targets. Voxels and noise depend on seed, name and count alone."""
         c = self.config
-        chosen = rng(c.seed, "region", name, count)
+        generator = rng(c.seed, "region", name, count)
         if c.region == "lattice" and c.stride > 1:
-            block, at = divmod(count, c.stride**3)  # every start comes once before one comes again
+            block, at = divmod(count, c.stride**3)  # a block of visits uses every start once
             order = torch.randperm(c.stride**3, generator=rng(c.seed, "lattice", name, block))
             o, s = int(order[at]), c.stride
             x, y, z = (p % n for p, n in zip((o // (s * s), o // s % s, o % s), self.size, strict=True))
             regions: list[Region] = [Lattice((x, y, z), s)]
         elif c.region == "slices":
-            regions = list(self._slices(c.slices, chosen))
+            regions = list(self._slices(c.slices, generator))
         else:
-            regions = [self._box(chosen)]
-        features = self._slices(c.feature_slices, chosen) if c.ssim_weight or c.perceptual_weight else []
+            regions = [self._box(generator)]
+        features = self._slices(c.feature_slices, generator) if c.ssim_weight or c.perceptual_weight else []
         return Visit(name, regions, seed_of(c.seed, "noise", name, count), features)
 
     def read(self, visit: Visit, volume: np.ndarray) -> Visit:
-        """Fill in what (channels, H, W, D) holds there."""
+        """Set the targets of a visit to its voxels of ``volume`` (channels, H, W, D)."""
         visit.targets = [self._read(volume, r) for r in [*visit.regions, *visit.features]]
         return visit
 
@@ -142,7 +150,7 @@ class Objective:
         target = torch.from_numpy(np.array(part, order="C")).unsqueeze(0)
         return target.pin_memory() if self.device.type == "cuda" else target
 
-    def _box(self, chosen: torch.Generator) -> Box:
+    def _box(self, generator: torch.Generator) -> Box:
         """The whole volume, or a random box of about ``voxels_per_step`` voxels in the volume's proportions."""
         voxels = math.prod(self.size)
         if self.config.region != "box" or voxels <= self.config.voxels_per_step:
@@ -152,42 +160,54 @@ class Objective:
         box = []
         for n in self.size:
             edge = max(1, round(n * scale))
-            lo = int(torch.randint(n - edge + 1, (), generator=chosen))
+            lo = int(torch.randint(n - edge + 1, (), generator=generator))
             box.append((lo, lo + edge))
         return box[0], box[1], box[2]
 
-    def _slices(self, each: int, chosen: torch.Generator) -> list[Box]:
-        found = []
-        for axis, n in enumerate(self.size):
-            for at in torch.randint(n, (each,), generator=chosen).tolist():
-                box = [(0, m) for m in self.size]
-                box[axis] = (at, at + 1)
-                found.append((box[0], box[1], box[2]))
-        return found
+    def _slices(self, each: int, generator: torch.Generator) -> list[Box]:
+        """Random slices, ``each`` along every axis."""
+        return [
+            self._slice(axis, at)
+            for axis, n in enumerate(self.size)
+            for at in torch.randint(n, (each,), generator=generator).tolist()
+        ]
+
+    def _slice(self, axis: int, at: int) -> Box:
+        x, y, z = ((at, at + 1) if a == axis else (0, n) for a, n in enumerate(self.size))
+        return x, y, z
 
     # ---- the loss ----------------------------------------------------------------------
 
     def losses(
         self, raw: Sequence[Tensor], decoder: tcam_ext.TriplaneDecoder, visits: Sequence[Visit], noise: bool = True
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(B,) losses of the objects of a visit, and their terms without gradients. ``raw``: planes (B, C, rows, columns).
+        """Losses data + tv_weight TV + ssim_weight (1 - SSIM) + perceptual_weight LPIPS.
 
-        data + tv_weight TV + ssim_weight (1 - SSIM) + perceptual_weight LPIPS: the first with noise, the last two on decoded
-        slices without. One object is decoded after another.
+        The data term is computed with noise; SSIM and LPIPS are computed on decoded slices without noise. Objects are decoded
+        one after another.
+
+        Args:
+            raw: planes (B, C, rows, columns) before normalisation, one row per visit.
+            decoder: the decoder.
+            visits: B visits with targets.
+            noise: whether to add noise.
+
+        Returns:
+            Losses (B,), and their terms (B,) by name, without gradients.
         """
         c = self.config
         planes = normalise(raw, c.norm)
-        each = [list(own) for own in zip(*(p.split(1) for p in planes), strict=True)]
-        terms = {"data": torch.stack([self._data(own, decoder, visit, noise) for own, visit in zip(each, visits, strict=True)])}
+        objects = list(zip((list(o) for o in zip(*(p.split(1) for p in planes), strict=True)), visits, strict=True))
+        terms = {"data": torch.stack([self._data(o, decoder, visit, noise) for o, visit in objects])}
         total = terms["data"]
         if c.tv_weight:
             terms["tv"] = total_variation(planes, c.tv)
             total = total + c.tv_weight * terms["tv"]
         if c.ssim_weight or c.perceptual_weight:
-            seen = [self._features(own, decoder, visit) for own, visit in zip(each, visits, strict=True)]
+            features = [self._features(o, decoder, visit) for o, visit in objects]
             for name, weight in (("ssim", c.ssim_weight), ("perceptual", c.perceptual_weight)):
                 if weight:
-                    terms[name] = torch.stack([s[name] for s in seen])
+                    terms[name] = torch.stack([f[name] for f in features])
                     total = total + weight * terms[name]
         return total, {name: t.detach() for name, t in terms.items()}
 
@@ -197,7 +217,7 @@ class Objective:
         if noise and c.noise_std and c.noise_mode == "point":
             options |= {"noise_std": c.noise_std, "noise_seed": visit.noise_seed}
         elif noise and c.noise_std and isinstance(visit.regions[0], Lattice):
-            # Planes sampled at the lattice have a texel a voxel: nothing interpolates, so nothing shrinks the noise.
+            # Planes sampled at the lattice have one texel per voxel, so no interpolation reduces the noise.
             options |= {"noise_std": c.noise_std, "noise_seed": visit.noise_seed, "noise_mode": "texel"}
         elif noise and c.noise_std:
             planes = texel_noise(planes, c.noise_std, self.size, visit.noise_seed)
@@ -212,37 +232,33 @@ class Objective:
         return total / len(visit.regions)
 
     def _lattice(self, planes: list[Tensor], at: Lattice) -> list[Tensor]:
-        """Planes that decode to the voxels of a lattice. It is a dense grid of its own: planes sampled at its rows and columns
-        have one texel a voxel, so decoding them at their own resolution interpolates nothing more. Every texel gets a gradient
-        from all over the volume."""
+        """Planes that decode to the voxels of a lattice.
+
+        Planes sampled at the rows and columns of the lattice have one texel per voxel, so they are decoded at their own
+        resolution without further interpolation. Texels all over the planes get gradients.
+        """
         x, y, z = (m[o :: at.stride] for o, m in zip(at.start, self.interpolation, strict=True))
         return [x @ planes[0] @ y.T, y @ planes[1] @ z.T, x @ planes[2] @ z.T]
 
     def _features(self, planes: list[Tensor], decoder: tcam_ext.TriplaneDecoder, visit: Visit) -> dict[str, Tensor]:
-        found: dict[str, list[Tensor]] = {"ssim": [], "perceptual": []}
+        """Mean 1 - SSIM and LPIPS of the feature slices of a visit, as far as they have weights."""
+        losses: dict[str, list[Tensor]] = {"ssim": [], "perceptual": []}
         for box, target in zip(visit.features, visit.targets[len(visit.regions) :], strict=True):
             axis = next(a for a, (lo, hi) in enumerate(box) if hi - lo == 1)
             want = unit(target.to(self.device, non_blocking=True))
             got = decoder(planes, self.size, box=box, compute_dtype=self.compute).to(want.dtype)
             got, want = (v.squeeze(2 + axis).transpose(0, 1) for v in (got, want))  # channels as a batch
             if self.config.ssim_weight:
-                found["ssim"].append(1 - ssim2d(got, want))
+                losses["ssim"].append(1 - ssim2d(got, want))
             if self.perceptual is not None:
-                found["perceptual"].append(self.perceptual(got, want))
-        return {name: torch.stack(values).mean() for name, values in found.items() if values}
+                losses["perceptual"].append(self.perceptual(got, want))
+        return {name: torch.stack(values).mean() for name, values in losses.items() if values}
 
-    # ---- how good planes are -----------------------------------------------------------
+    # ---- evaluation --------------------------------------------------------------------
 
     def check_boxes(self) -> list[Box]:
-        """Nine evenly placed slices, three an axis."""
-        boxes = []
-        for axis in range(3):
-            for part in (0.3, 0.5, 0.7):
-                box = [(0, n) for n in self.size]
-                at = min(int(part * self.size[axis]), self.size[axis] - 1)
-                box[axis] = (at, at + 1)
-                boxes.append((box[0], box[1], box[2]))
-        return boxes
+        """Nine evenly placed slices, three along each axis."""
+        return [self._slice(a, min(int(part * n), n - 1)) for a, n in enumerate(self.size) for part in (0.3, 0.5, 0.7)]
 
     @torch.no_grad()
     def psnr(
@@ -252,7 +268,14 @@ class Objective:
         volume: np.ndarray,
         boxes: Sequence[Box] | None = None,
     ) -> float:
-        """Of normalised planes (1, C, rows, columns), without noise, output clamped; over the whole volume, or boxes."""
+        """PSNR (dB) of decoded planes without noise, clamped to [0, 1].
+
+        Args:
+            planes: (1, C, rows, columns), normalised.
+            decoder: the decoder.
+            volume: target (channels, H, W, D) as in a store.
+            boxes: voxels to compare; None: the whole volume.
+        """
         squared, voxels = 0.0, 0
         for box in self.slabs() if boxes is None else boxes:
             want = unit(self._read(volume, box).to(self.device))
@@ -262,12 +285,12 @@ class Objective:
         return psnr_of_mse(squared / voxels)
 
     def slabs(self) -> list[Box]:
-        """The volume in pieces of some four million voxels."""
+        """Boxes of about four million voxels that cover the volume."""
         h, w, d = self.size
         thick = max(1, (1 << 22) // (w * d))
         return [((x, min(x + thick, h)), (0, w), (0, d)) for x in range(0, h, thick)]
 
 
 def unit(stored: Tensor) -> Tensor:
-    """[0, 1] of what a store holds."""
+    """Values in [0, 1] as float32 of stored voxels in uint8 (255 v) or floats."""
     return stored.float() / 255 if stored.dtype == torch.uint8 else stored.float()

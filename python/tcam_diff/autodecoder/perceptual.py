@@ -1,4 +1,4 @@
-"""Losses of decoded slices that look at more than one voxel: LPIPS and SSIM."""
+"""Losses of decoded slices that depend on neighbourhoods: LPIPS and SSIM."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ from tcam_diff.evaluation.metrics import SIGMA, WINDOW, gaussian, ssim_map
 
 
 class Perceptual(nn.Module):
-    """LPIPS with SqueezeNet (equation 4; Zhang 2018), the package lpips' own. Slices in [0, 1], one channel, become three; like
-    MONAI's PerceptualLoss, and so the paper's lineage, they are not stretched to [-1, 1].
+    """LPIPS with SqueezeNet (equation 4; Zhang 2018) from the package lpips.
 
-    weights: a file with torchvision's squeezenet1_1 state_dict; None: torchvision fetches it. Raises UserError where there are
-    none, or where the package lpips is missing.
+    The channel of slices in [0, 1] is repeated three times. As in MONAI's PerceptualLoss, it is not rescaled to [-1, 1].
+
+    Args:
+        weights: a file with torchvision's squeezenet1_1 state_dict; None: torchvision downloads it.
+
+    Raises:
+        UserError: the package lpips or the weights are missing.
     """
 
     def __init__(self, weights: str | None = None) -> None:
@@ -41,27 +45,27 @@ class Perceptual(nn.Module):
                     self._load(torch.load(weights, map_location="cpu", weights_only=True))
         except (OSError, RuntimeError, KeyError) as error:
             raise UserError(
-                f"perceptual_weight: SqueezeNet's weights could not be had ({error}); fetch torchvision's squeezenet1_1 file "
-                "where there is a network and name it with perceptual_weights=FILE, or take perceptual_weight=0"
+                f"perceptual_weight: SqueezeNet's weights could not be loaded ({error}); download torchvision's squeezenet1_1 "
+                "file on a machine with a network and pass it as perceptual_weights=FILE, or take perceptual_weight=0"
             ) from error
         self.net.requires_grad_(False).eval()
 
     def _load(self, state: dict[str, Tensor]) -> None:
-        """lpips keeps the layers "features.N" in slices, under their numbers."""
-        own = self.net.net.state_dict()
-        renamed = {key: state["features." + key.split(".", 1)[1]] for key in own}
-        self.net.net.load_state_dict(renamed)
+        """Load torchvision's state: lpips names the layers "features.N" "sliceM.N"."""
+        network = self.net.net
+        network.load_state_dict({key: state["features." + key.split(".", 1)[1]] for key in network.state_dict()})
 
     def forward(self, got: Tensor, want: Tensor) -> Tensor:
-        """The mean over (n, 1, rows, columns)."""
+        """Mean LPIPS of slices (n, 1, rows, columns)."""
         value: Tensor = self.net(got.float().expand(-1, 3, -1, -1), want.float().expand(-1, 3, -1, -1))
         return value.mean()
 
 
 def ssim2d(a: Tensor, b: Tensor) -> Tensor:
-    """Mean SSIM of slices (n, 1, rows, columns) in [0, 1], with a gradient: Gaussian window 11 x 11, sigma 1.5, inside only.
+    """Mean SSIM of slices (n, 1, rows, columns) in [0, 1]. Differentiable.
 
-    A slice smaller than the window has one that is cut to fit.
+    The window is Gaussian, 11 x 11 with sigma 1.5, and stays inside the slice. Along an axis shorter than 11 it is the largest
+    odd number of pixels that fits.
     """
     kernels = [gaussian(min(WINDOW, n if n % 2 else n - 1), SIGMA).to(a.device) for n in a.shape[2:]]
     return ssim_map(a.float(), b.float(), kernels).mean()

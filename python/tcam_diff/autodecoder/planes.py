@@ -1,4 +1,4 @@
-"""The three feature planes: normalisation, noise, smoothness (algebra of equations 5 to 8 of the paper)."""
+"""Feature planes: normalisation, noise and total variation (equations 5 to 8 of the paper)."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from torch import Tensor
 from tcam_ext import library
 from tcam_ext.reference import linear_taps
 
-#: A plane's two axes, in the order xy, yz, xz.
+#: Axes of the planes xy, yz, xz along their rows and columns.
 PLANE_AXES = ((0, 1), (1, 2), (0, 2))
 PLANE_NAMES = ("xy", "yz", "xz")
 
 
 def plane_sizes(texels: Sequence[int]) -> list[tuple[int, int]]:
-    """Rows and columns of xy, yz, xz, of texels along x, y, z."""
+    """Rows and columns of the planes xy, yz, xz with ``texels`` along x, y, z."""
     return [(texels[a], texels[b]) for a, b in PLANE_AXES]
 
 
 def init_planes(channels: int, texels: Sequence[int], std: float, generator: torch.Generator, batch: int = 1) -> list[Tensor]:
-    """Planes (batch, C, rows, columns) drawn from N(0, std^2); ``texels`` are those along x, y, z."""
+    """Planes (batch, C, rows, columns) drawn from N(0, std^2), with ``texels`` along x, y, z."""
     return [std * torch.randn(batch, channels, h, w, generator=generator) for h, w in plane_sizes(texels)]
 
 
 def rms_norm(plane: Tensor, dims: Sequence[int] = (-3, -2, -1), eps: float = 1e-8) -> Tensor:
-    """F / sqrt(mean F^2 + eps) over ``dims``, by default all of C, rows, columns of a plane: unit energy (equation 6)."""
+    """F / sqrt(mean F^2 + eps), with the mean over ``dims``, by default C, rows and columns (equation 6)."""
     unit: Tensor = _RMSNorm.apply(plane, tuple(dims), eps)
     return unit
 
 
 class _RMSNorm(torch.autograd.Function):
-    """f = r F, r = (mean F^2 + eps)^(-1/2), and dF = r (df - f mean(f df)): fewer passes over memory than autograd's chain."""
+    """RMSNorm f = r F, r = (mean F^2 + eps)^(-1/2), with dF = r (df - f mean(f df)), in fewer passes than autograd needs."""
 
     @staticmethod
     def forward(ctx: Any, plane: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
@@ -54,8 +54,10 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def normalise(planes: Sequence[Tensor], norm: str = "plane") -> list[Tensor]:
-    """Equation 6 in each of its readings (algorithm.md section 6): unit energy of every plane, texel (C entries), channel,
-    triplane, or none."""
+    """Normalise planes (B, C, rows, columns) by equation 6 (algorithm.md section 6).
+
+    ``norm`` is the part that gets unit energy: plane, texel (C entries), channel, triplane, or none.
+    """
     if norm == "none":
         return list(planes)
     if norm == "triplane":
@@ -67,10 +69,16 @@ def normalise(planes: Sequence[Tensor], norm: str = "plane") -> list[Tensor]:
 
 
 def texel_noise(planes: Sequence[Tensor], std: float, size: Sequence[int], seed: int) -> list[Tensor]:
-    """Planes plus C N(0, I) per texel, scaled so that the noise has standard deviation ``std`` once sampled (equation 7).
+    """Add normal noise to texels, scaled so that its standard deviation at the voxels is ``std`` (equation 7).
 
-    Bilinear interpolation averages neighbours: the variance at a voxel is the product over both axes of
-    w_lo^2 + w_hi^2, whose mean over the voxels of ``size`` is divided out (0.39 when a plane is half as fine as the grid).
+    Bilinear interpolation multiplies the variance by w_lo^2 + w_hi^2 along each axis. The noise is divided by the root of the
+    mean of this factor over the voxels (0.39 for both axes together if a plane has half the resolution of the grid).
+
+    Args:
+        planes: (1, C, rows, columns).
+        std: C of equation 7.
+        size: voxels along x, y, z.
+        seed: seed of the noise.
     """
     texels = (planes[0].shape[2], planes[0].shape[3], planes[1].shape[3])
     kept = [kept_variance(n, m) for n, m in zip(size, texels, strict=True)]
@@ -82,14 +90,14 @@ def texel_noise(planes: Sequence[Tensor], std: float, size: Sequence[int], seed:
 
 @functools.cache
 def kept_variance(voxels: int, texels: int) -> float:
-    """Of noise of texels along an axis, interpolated at voxels: the mean of w_lo^2 + w_hi^2."""
+    """Mean of w_lo^2 + w_hi^2 over the voxels of an axis: the variance of unit noise on texels after interpolation."""
     below, above, w_below, w_above = linear_taps(0, voxels, voxels, texels, False, "border")
     variance = torch.where(below == above, (w_below + w_above).square(), w_below.square() + w_above.square())
     return float(variance.mean())
 
 
 class _MeanAbsoluteDifference(torch.autograd.Function):
-    """(B,): mean |p_{i+1} - p_i| along ``dim`` of (B, ...): half of the passes over memory that autograd's chain takes."""
+    """Mean |p_{i+1} - p_i| (B,) along ``dim`` of (B, C, rows, columns), in half of the passes that autograd needs."""
 
     @staticmethod
     def forward(ctx: Any, p: Tensor, dim: int) -> Tensor:
@@ -108,9 +116,11 @@ class _MeanAbsoluteDifference(torch.autograd.Function):
 
 
 def total_variation(planes: Sequence[Tensor], kind: str = "l1_mean") -> Tensor:
-    """(B,): of each object the sum, over planes (B, C, rows, columns) and both of their axes, of a norm of the differences d.
+    """Total variation (B,) of each object: sum over planes and axes of a norm of the differences d (algorithm.md 6.4).
 
-    l1_mean: mean |d|; l2_mean: mean d^2; rms: sqrt(mean d^2); nfd_sum: sqrt(sum d^2), as NFD has it (algorithm.md 6.4).
+    Args:
+        planes: (B, C, rows, columns).
+        kind: l1_mean: mean |d|; l2_mean: mean d^2; rms: sqrt(mean d^2); nfd_sum: sqrt(sum d^2), as in NFD.
     """
     total = planes[0].new_zeros(planes[0].shape[0])
     for p in planes:

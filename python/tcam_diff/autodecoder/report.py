@@ -1,4 +1,4 @@
-"""Pictures of a training run, and its page."""
+"""Pictures and report of a training run of stage 1."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 
 def slices_picture(truth: np.ndarray, got: np.ndarray, record: Record, caption: str) -> bytes:
-    """A PNG: three orthogonal slices of the truth, the reconstruction and their difference, of the first channel."""
+    """PNG of three orthogonal slices of truth, reconstruction and difference (channels, H, W, D), first channel."""
     figure = comparison(truth[0], got[0], record.info.affine, ("truth", "reconstruction"), f"{record.name}, {caption}")
     return png(figure)
 
 
 def channels_picture(planes: Sequence[Tensor], most: int = 12) -> bytes:
-    """A PNG: the first channels of the three normalised planes (1, C, rows, columns)."""
+    """PNG of the first ``most`` channels of normalised planes (1, C, rows, columns)."""
     count = min(most, planes[0].shape[1])
     figure, axes = plt.subplots(3, count, figsize=(1.1 * count, 3.6), layout="constrained", squeeze=False)
     for row, (name, plane) in enumerate(zip(PLANE_NAMES, planes, strict=True)):
@@ -52,19 +52,18 @@ def channels_picture(planes: Sequence[Tensor], most: int = 12) -> bytes:
 
 
 def rgb(picture: bytes) -> np.ndarray:
-    """(rows, columns, 3) uint8 of a PNG."""
+    """Pixels (rows, columns, 3) uint8 of a PNG."""
     image = plt.imread(io.BytesIO(picture), format="png")
     return (image[..., :3] * 255).round().astype(np.uint8)
 
 
 def write_report(folder: Path, config: TrainConfig, task: AutodecoderTraining, outcome: Outcome) -> None:
-    """report.html: the result, the curves, slices, planes, the settings."""
+    """Write report.html with result, curves, slices, planes and configuration."""
     metrics = read_metrics(folder)
-    found = task.slices()
+    slices = task.slices()
     pictures: list[tuple[str, bytes]] = []
-    if found is not None:
-        truth, got, record = found
-        pictures.append(("Truth and reconstruction", slices_picture(truth, got, record, f"step {outcome.step}")))
+    if slices is not None:
+        pictures.append(("Truth and reconstruction", slices_picture(*slices, f"step {outcome.step}")))
         pictures.append(("Channels of the planes xy, yz, xz of the same volume", channels_picture(next(task.fitted())[1])))
     groups = [["loss", "data"], ["psnr"], ["grad_planes", "grad_decoder"]]
     groups += [[name] for name in ("tv", "ssim", "perceptual") if any(name in m for m in metrics)]
@@ -72,7 +71,7 @@ def write_report(folder: Path, config: TrainConfig, task: AutodecoderTraining, o
     result = {
         "volumes": f"{len(task.records)} of {config.data}, {size_text(task.size)}, {task.channels} channel(s)",
         "fitted PSNR, whole volumes, noise off": f"{outcome.metrics['fitted_psnr']:.2f} dB",
-        "parameters a volume": f"{sum(int(np.prod(s)) for s in task.table.shapes)} for {voxels} voxels",
+        "plane parameters per volume": f"{sum(int(np.prod(s)) for s in task.table.shapes)} for {voxels} voxels",
         **facts(outcome, task.group),
     }
     text = page(

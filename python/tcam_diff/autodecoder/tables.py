@@ -1,8 +1,7 @@
-"""Planes of many objects with their Adam moments: a row an object, touched only when the object is visited.
+"""Tables of planes and Adam moments of many objects, with one row per object.
 
-torch.optim.Adam over one parameter an object would loop over all of them and keep moving those that nobody visits; over one
-dense parameter it would touch every row at every step. Here a step updates the rows it visited, each with a counter of its own
-for the bias corrections (algorithm.md 7.4).
+A step updates only the rows of the objects that it visits, and each row has its own step counter for the bias corrections
+(algorithm.md 7.4). torch.optim.Adam over one dense tensor would touch every row at every step.
 """
 
 from __future__ import annotations
@@ -26,17 +25,27 @@ KINDS = ("value", "exp_avg", "exp_avg_sq")
 
 @dataclass
 class Rows:
-    """Some objects' planes on the device: ``leaves`` (B, C, rows, columns) to differentiate, and what Adam changes in place."""
+    """Rows of some objects on the device."""
 
-    at: list[int]
-    leaves: list[Tensor]
-    state: dict[str, list[list[Tensor]]]  # kind -> plane -> object
+    numbers: list[int]  # of the rows
+    leaves: list[Tensor]  # planes (B, C, rows, columns) with gradients
+    state: dict[str, list[list[Tensor]]]  # tensors that Adam changes, by kind, plane and object
 
 
 class PlaneTable:
-    """Rows for ``objects`` (numbers or names) of planes (C, rows, columns), with moments and counters.
+    """Planes, Adam moments and step counters of objects.
 
-    where: "device"; "host" (pinned beside a GPU; rows travel both ways); "disk" (memory-mapped files in ``folder``).
+    Args:
+        objects: numbers or names of the objects.
+        channels: channels C of the planes.
+        texels: texels along x, y, z.
+        device: device of the fetched rows, by default the CPU.
+        dtype: type of the tables.
+        where: "device", "host" (pinned memory if the device is a GPU) or "disk" (memory-mapped files in ``folder``).
+        folder: folder of the files for "disk".
+
+    Raises:
+        UserError: the files cannot be created.
     """
 
     def __init__(
@@ -67,43 +76,47 @@ class PlaneTable:
                 raise ValueError("where='disk' needs a folder")
             self.folder.mkdir(parents=True, exist_ok=True)
             file = self.folder / f"{kind}-{name}.bin"
-            file.unlink(missing_ok=True)  # zeros
+            file.unlink(missing_ok=True)  # a new file is filled with zeros
             numel = torch.Size(full).numel()
             try:
                 return torch.from_file(str(file), shared=True, size=numel, dtype=self.dtype).view(full)
             except RuntimeError as error:
-                raise UserError(f"{file}: cannot be made: {error}; free some space or take tables=host") from error
+                raise UserError(f"{file}: cannot be created: {error}; free some space or take tables=host") from error
         if self.where == "host":
             return torch.zeros(full, dtype=self.dtype, pin_memory=self.device.type == "cuda")
         return torch.zeros(full, dtype=self.dtype, device=self.device)
 
     def fill(self, make: Callable[[Any], list[Tensor]]) -> None:
-        """Set each object's planes to ``make(object)``, three of (1, C, rows, columns)."""
+        """Set the planes of each object to ``make(object)``, three tensors (1, C, rows, columns)."""
         for o, i in self.row.items():
             for table, plane in zip(self.tables["value"], make(o), strict=True):
                 table[i].copy_(plane[0])
 
     def planes(self, name: Name) -> list[Tensor]:
-        """An object's planes (1, C, rows, columns), on the device."""
+        """Planes (1, C, rows, columns) of an object, on the device."""
         return [t[self.row[name]].unsqueeze(0).to(self.device) for t in self.tables["value"]]
 
     def fetch(self, objects: Sequence[Name]) -> Rows:
-        at = [self.row[o] for o in objects]
-        state = {kind: [[t[i].to(self.device, non_blocking=True) for i in at] for t in self.tables[kind]] for kind in KINDS}
-        return Rows(at, [torch.stack(rows).requires_grad_() for rows in state["value"]], state)
+        """The rows of objects, on the device."""
+        numbers = [self.row[o] for o in objects]
+        state = {
+            kind: [[t[i].to(self.device, non_blocking=True) for i in numbers] for t in self.tables[kind]] for kind in KINDS
+        }
+        return Rows(numbers, [torch.stack(rows).requires_grad_() for rows in state["value"]], state)
 
     @torch.no_grad()
     def update(self, rows: Rows, *, lr: float, beta2: float, eps: float, clip: float) -> Tensor:
-        """One step of Adam with the leaves' gradients, clipped to norm ``clip`` object by object.
+        """Update rows by one step of Adam, with each object's gradients clipped to norm ``clip``.
 
-        Returns the objects' norms before clipping.
+        Returns:
+            The gradient norms (B,) before clipping.
         """
         grads = [leaf.grad for leaf in rows.leaves if leaf.grad is not None]
         norms = torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0).sqrt()
         factor = (clip / (norms + 1e-6)).clamp(max=1).to(grads[0].dtype)
         for g in grads:
             g.mul_(factor.view(-1, 1, 1, 1))
-        counters = [[self.steps[p, i].to(self.device) for i in rows.at] for p in range(3)]
+        counters = [[self.steps[p, i].to(self.device) for i in rows.numbers] for p in range(3)]
         adam(
             [row for plane in rows.state["value"] for row in plane],
             [g for plane in grads for g in plane.unbind(0)],
@@ -123,20 +136,20 @@ class PlaneTable:
         if self.where != "device" and self.device.type != "cpu":
             for kind in KINDS:
                 for table, plane in zip(self.tables[kind], rows.state[kind], strict=True):
-                    for i, row in zip(rows.at, plane, strict=True):
+                    for i, row in zip(rows.numbers, plane, strict=True):
                         table[i].copy_(row, non_blocking=True)
             for p in range(3):
-                for i, c in zip(rows.at, counters[p], strict=True):
+                for i, c in zip(rows.numbers, counters[p], strict=True):
                     self.steps[p, i] = c
         return norms
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint: on the CPU."""
+        """State for a checkpoint, on the CPU."""
         tables = {f"{kind}.{name}": t.cpu() for kind in KINDS for name, t in zip(PLANE_NAMES, self.tables[kind], strict=True)}
         return {"objects": self.objects, "steps": self.steps.cpu(), **tables}
 
     def load(self, shards: Sequence[dict[str, Any]]) -> None:
-        """Take this table's rows from the states of any number of ranks."""
+        """Load the rows from the states of any number of ranks. Raises UserError if an object is in none of them."""
         missing = set(self.row)
         for shard in shards:
             pairs = [(i, self.row[o]) for i, o in enumerate(shard["objects"]) if o in self.row]
@@ -150,10 +163,10 @@ class PlaneTable:
             self.steps[:, target.to(self.steps.device)] = shard["steps"][:, source].to(self.steps)
         if missing:
             raise UserError(
-                f"the checkpoint has no planes of {len(missing)} of the {len(self.row)} objects: not of this data set"
+                f"the checkpoint has no planes of {len(missing)} of the {len(self.row)} objects: it is of another data set"
             )
 
     @staticmethod
     def bytes(count: int, channels: int, texels: Sequence[int], itemsize: int = 4) -> int:
-        """Of the tables of ``count`` objects."""
+        """Bytes of the tables of ``count`` objects."""
         return count * len(KINDS) * channels * sum(h * w for h, w in plane_sizes(texels)) * itemsize

@@ -1,4 +1,4 @@
-"""Stage 1 for a data set: one decoder, and planes for every volume (algorithm.md section 7)."""
+"""Training of stage 1 on a data set: one decoder, and planes for every volume (algorithm.md section 7)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import tcam_ext
 from tcam_diff.autodecoder.config import TrainConfig
-from tcam_diff.autodecoder.objective import Objective, Visit, make_decoder, parameter_dtype
+from tcam_diff.autodecoder.objective import TrainingObjective, Visit, make_decoder, parameter_dtype, unit
 from tcam_diff.autodecoder.planes import init_planes, normalise
 from tcam_diff.autodecoder.report import channels_picture, rgb, slices_picture, write_report
 from tcam_diff.autodecoder.tables import PlaneTable
@@ -33,9 +33,9 @@ from tcam_diff.training.run import train
 
 
 class _Loss(nn.Module):
-    """The objective as the forward of a module whose parameters are the decoder's: what DistributedDataParallel wraps."""
+    """Module that computes the objective and has the decoder's parameters, for DistributedDataParallel to wrap."""
 
-    def __init__(self, decoder: tcam_ext.TriplaneDecoder, objective: Objective) -> None:
+    def __init__(self, decoder: tcam_ext.TriplaneDecoder, objective: TrainingObjective) -> None:
         super().__init__()
         self.decoder = decoder
         self.objective = objective
@@ -45,9 +45,9 @@ class _Loss(nn.Module):
 
 
 class Schedule:
-    """Which objects each step visits. A function of the step: nothing of it is state.
+    """Objects visited by each step, as a function of the step without state.
 
-    Object o belongs to slot o mod batch; a slot goes through its objects in an order that is new every time. A rank has
+    Object o belongs to slot o mod batch. A slot visits its objects in random order, shuffled anew in every epoch. Each rank has
     batch / ranks slots and the planes of their objects, so the objects of a step are the same for any number of ranks.
     """
 
@@ -55,24 +55,25 @@ class Schedule:
         self.objects, self.batch, self.inner, self.seed = objects, batch, inner, seed
 
     def of_slot(self, slot: int) -> range:
+        """Objects of a slot."""
         return range(slot, self.objects, self.batch)
 
     def at(self, step: int, slot: int) -> tuple[int, int]:
-        """(object, how often it was visited before)."""
-        mine = self.of_slot(slot)
+        """Object that a slot visits in a step, and the number of its earlier visits."""
+        objects = self.of_slot(slot)
         turn, inner = divmod(step, self.inner)
-        epoch, at = divmod(turn, len(mine))
-        order = torch.randperm(len(mine), generator=rng(self.seed, "order", slot, epoch))
-        return mine[int(order[at])], epoch * self.inner + inner
+        epoch, at = divmod(turn, len(objects))
+        order = torch.randperm(len(objects), generator=rng(self.seed, "order", slot, epoch))
+        return objects[int(order[at])], epoch * self.inner + inner
 
 
 class AutodecoderTraining(Task):
-    """Parameters, optimiser state and data of a training run of stage 1."""
+    """Training run of stage 1: parameters, optimiser state and data. Raises UserError if configuration and data do not fit."""
 
     def __init__(self, config: TrainConfig, group: Distributed, folder: Path) -> None:
         self.config, self.group, self.steps, self.folder = config, group, config.steps, folder
         self.store = Store(config.data)
-        self.records = self.store.of(config.split)[: config.objects]
+        self.records = self.store.in_split(config.split)[: config.objects]
         channels, h, w, d = one_shape(self.store.folder, self.records)
         self.size, self.channels = (h, w, d), channels
         if channels > 16:
@@ -81,7 +82,7 @@ class AutodecoderTraining(Task):
             raise UserError(f"batch: expected at most the {len(self.records)} objects of {config.data}, got {config.batch}")
         if config.batch % group.world:
             raise UserError(f"batch: expected a multiple of the {group.world} ranks, got {config.batch}")
-        self.objective = Objective(config, self.size, group.device)
+        self.objective = TrainingObjective(config, self.size, group.device)
         self.schedule = Schedule(len(self.records), config.batch, config.inner_steps, config.seed)
         each = config.batch // group.world
         self.slots = range(group.rank * each, (group.rank + 1) * each)
@@ -108,7 +109,7 @@ class AutodecoderTraining(Task):
         self._ahead: dict[int, Future[list[Visit]]] = {}
 
     def place(self, objects: int) -> str:
-        """Where the tables of so many objects go."""
+        """Location of the tables of so many objects: device, host or disk."""
         if self.config.tables != "auto":
             return self.config.tables
         need = PlaneTable.bytes(objects, self.config.channels, self.objective.texels)
@@ -118,7 +119,7 @@ class AutodecoderTraining(Task):
         return "device" if need < 0.6 * available_memory() else "disk"
 
     def start(self, number: int) -> list[Tensor]:
-        """An object's first planes."""
+        """Initial planes of an object."""
         c = self.config
         name: tuple[str | int, ...] = ("planes",) if c.shared_init else ("planes", number)
         return init_planes(c.channels, self.objective.texels, c.plane_init_std, rng(c.seed, *name))
@@ -126,15 +127,15 @@ class AutodecoderTraining(Task):
     # ---- a step ------------------------------------------------------------------------
 
     def _visits(self, step: int) -> list[Visit]:
-        found = []
+        visits = []
         for slot in self.slots:
             number, count = self.schedule.at(step, slot)
             visit = self.objective.visit(number, count)
-            found.append(self.objective.read(visit, self.store.volume(self.records[number])))
-        return found
+            visits.append(self.objective.read(visit, self.store.volume(self.records[number])))
+        return visits
 
     def _next(self, step: int) -> list[Visit]:
-        """The visits of a step; those of the next ones are read meanwhile."""
+        """Visits of a step. Threads read those of the next steps ahead."""
         if self._readers is None:
             return self._visits(step)
         for s in range(step, min(step + 1 + self.config.prefetch, self.steps)):
@@ -143,14 +144,14 @@ class AutodecoderTraining(Task):
         return self._ahead.pop(step).result()
 
     def step(self, index: int) -> dict[str, Tensor]:
-        """One update of the decoder and of the visited planes; returns the loss, its terms and the norms of the gradients."""
+        """Update the decoder and the visited planes once. Returns "loss", its terms and the gradient norms."""
         c = self.config
         visits = self._next(index)
         rows = self.table.fetch([v.object for v in visits])
         noise = index < c.steps * (1 - c.noise_free_fraction)
         losses, terms = self.loss(rows.leaves, visits, noise)
         self.optimiser.zero_grad(set_to_none=True)
-        # Of the sum: an object's planes have the gradient that they would have alone. The decoder's is the mean over all.
+        # The sum gives each object's planes the gradient of their own loss. The decoder gets the mean over the objects.
         losses.sum().backward()
         for p in self.decoder.parameters():
             if p.grad is not None:
@@ -165,11 +166,19 @@ class AutodecoderTraining(Task):
         means = {name: t.mean() for name, t in terms.items()}
         return {"loss": losses.detach().mean(), **means, "grad_planes": norms.mean(), "grad_decoder": decoder_norm}
 
-    # ---- looking -----------------------------------------------------------------------
+    # ---- evaluation --------------------------------------------------------------------
 
     @torch.no_grad()
     def evaluate(self, objects: Sequence[int] | None = None, whole: bool = False) -> dict[str, float]:
-        """Mean PSNR of this run's objects (default: some) under the averaged decoder, without noise, and the planes' energy."""
+        """Evaluate planes under the averaged decoder, without noise.
+
+        Args:
+            objects: numbers of the objects, over all ranks; None: ``evaluate_objects`` of them, evenly spread.
+            whole: use whole volumes instead of nine slices.
+
+        Returns:
+            "psnr" (dB), the mean over the objects, and "plane_rms", the mean root mean square of their planes.
+        """
         if objects is None:
             count = min(self.config.evaluate_objects, len(self.records))
             objects = [round(i * (len(self.records) - 1) / max(1, count - 1)) for i in range(count)]
@@ -188,13 +197,12 @@ class AutodecoderTraining(Task):
 
     @torch.no_grad()
     def slices(self) -> tuple[np.ndarray, np.ndarray, Record] | None:
-        """(truth, reconstruction, record) of this rank's first object, (channels, H, W, D) in [0, 1]: for pictures."""
+        """Truth, reconstruction (channels, H, W, D) in [0, 1] and record of this rank's first object, if it has one."""
         if not self.mine:
             return None
         number = self.mine[0]
         record = self.records[number]
-        stored = self.store.volume(record)
-        truth = stored.astype(np.float32) / (255 if stored.dtype == np.uint8 else 1)
+        truth = unit(torch.tensor(self.store.volume(record))).numpy()
         planes = normalise(self.table.planes(number), self.config.norm)
         got = np.concatenate([
             self.average(planes, self.size, box=box, compute_dtype=self.objective.compute).clamp(0, 1)[0].float().cpu().numpy()
@@ -203,23 +211,23 @@ class AutodecoderTraining(Task):
         return truth, got, record
 
     def fitted(self) -> Iterator[tuple[Record, list[Tensor]]]:
-        """This rank's objects with their normalised planes."""
+        """Records and normalised planes (1, C, rows, columns) of this rank's objects."""
         for o in self.mine:
             yield self.records[o], normalise(self.table.planes(o), self.config.norm)
 
     def draw_pictures(self, step: int, logger: Logger | None) -> None:
-        """Slices of this rank's first object, in samples/ and for TensorBoard, where its planes go too."""
-        if logger is None or (found := self.slices()) is None:
+        """Draw slices of this rank's first object to samples/ and TensorBoard, and its planes to TensorBoard."""
+        if logger is None or (slices := self.slices()) is None:
             return
         samples = self.folder / "samples"
         samples.mkdir(exist_ok=True)
-        picture = slices_picture(*found, f"step {step}")
+        picture = slices_picture(*slices, f"step {step}")
         (samples / f"step-{step:08d}.png").write_bytes(picture)
         logger.picture(step, "slices", rgb(picture))
         logger.picture(step, "planes", rgb(channels_picture(next(self.fitted())[1])))
 
     def finish(self, outcome: Outcome) -> None:
-        """At the last step: "fitted_psnr" of all whole volumes, and report.html."""
+        """Unless the run was stopped, add "fitted_psnr" (dB) of all whole volumes to the metrics and write report.html."""
         if outcome.stopped:
             return
         outcome.metrics["fitted_psnr"] = self.evaluate(range(len(self.records)), whole=True)["psnr"]
@@ -242,14 +250,14 @@ class AutodecoderTraining(Task):
 
     def load_state(self, shared: dict[str, Any], shards: Sequence[dict[str, Any]]) -> None:
         if shared["objects"] != [r.name for r in self.records] or shared["digest"] != self.store.digest:
-            raise UserError(f"{self.config.data}: its cases or their preprocessing are not those that the run was begun with")
+            raise UserError(f"{self.config.data}: its cases or their preprocessing are not those with which the run began")
         self.decoder.load_state_dict(shared["decoder"])
         self.average.load_state_dict(shared["average"])
         self.optimiser.load_state_dict(shared["optimiser"])
         self.table.load(shards)
 
     def finite(self) -> bool:
-        """Whether the decoder is, and the planes visited last would be: NaN spreads through it to every object."""
+        """Whether the decoder is finite. NaN in planes reaches the decoder in the step that visits them."""
         return all(bool(torch.isfinite(p).all()) for p in self.decoder.parameters())
 
     def close(self) -> None:
@@ -266,26 +274,27 @@ def train_autodecoder(
     progress: ProgressCallback | None = None,
     stop: StopCallback | None = None,
 ) -> Outcome:
-    """Train one decoder and planes for every volume of a store, on the processes that torchrun describes, or on this one.
+    """Train one decoder and planes for every volume of a store, on the processes that torchrun started, or on this one.
 
     Args:
-        config: ``TrainConfig.load("fast", ["data=STORE"])``.
+        config: for example ``TrainConfig.load("fast", ["data=STORE"])``.
         out: folder of the run: config.yaml, checkpoints, metrics.jsonl, TensorBoard files, samples (pictures), report.html.
-        resume: "auto": from the last checkpoint in ``out``, if there is one; or a checkpoint's folder; None: from the start.
-        started: is given the training before its first step, on the first process.
+        resume: "auto": continue from the last checkpoint in ``out``, if any; or a checkpoint's folder; None: start anew.
+        started: called with the training before its first step, on the first process.
         progress: called after every step, with "loss" and "psnr" (dB) among the metrics.
-        stop: asked before every step; true: write a checkpoint and return, with ``stopped``.
+        stop: asked before every step; true: write a checkpoint and return.
 
     Returns:
         The last step and its metrics; "fitted_psnr" (dB) is the mean over all whole volumes, without noise.
 
-    Raises UserError where ``out`` holds a run that would be spoilt, the data do not fit, or the loss is no number.
+    Raises:
+        UserError: ``out`` has a run that would be overwritten, configuration and data do not fit, or the loss is not finite.
     """
     return train(AutodecoderTraining, config, Path(out), resume, started, progress, stop)
 
 
 def available_memory() -> float:
-    """Bytes that the machine can still give: MemAvailable, or what the cgroup leaves."""
+    """Bytes of available memory: MemAvailable, or less if the cgroup has a lower limit."""
     free = math.inf
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):

@@ -82,8 +82,8 @@ def _labels(header: Header, scan: Scan) -> list[int]:
 
 
 def check_cases(cases: Sequence[Case], max_voxels: int = VOXEL_BUDGET, jobs: int = 1) -> Iterator[Report]:
-    """In order. Threads: unpacking and numpy both let go of the interpreter."""
-    with ThreadPoolExecutor(jobs) as pool:
+    """Check cases in ``jobs`` threads and yield the reports in order."""
+    with ThreadPoolExecutor(jobs) as pool:  # unpacking and numpy release the interpreter lock
         yield from pool.map(lambda case: check_case(case, max_voxels), cases)
 
 

@@ -91,6 +91,7 @@ class Template(NamedTuple):
 
 @functools.cache
 def template() -> Template:
+    """Load the template from nilearn. Raises UserError if nilearn is not installed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -81,6 +81,7 @@ def read_volume(folder: Path, max_voxels: int = VOXEL_BUDGET) -> Volume:
 
 
 def scan(folder: Path, max_voxels: int = VOXEL_BUDGET) -> Scan:
+    """Range of the voxels of a series. Raises UserError with the folder's name."""
     data = read_volume(folder, max_voxels).data
     return Scan(float(data.min()), float(data.max()), 0, None)
 

@@ -45,6 +45,7 @@ class Header:
 
     @property
     def end(self) -> int:
+        """Bytes of the unpacked file up to the end of the voxels."""
         return self.offset + math.prod(self.info.array_shape) * self.dtype.itemsize
 
 

@@ -1,11 +1,11 @@
-"""Preprocessing: from files in physical units to volumes in [0, 1] of one shape, by named chains of MONAI's transforms.
+"""Preprocessing with MONAI's transforms: files in physical units become volumes in [0, 1] of one shape.
 
-The chains of the paper's data sets are the presets brats-flair-128, brats-4ch-128, pancreas-256 and colon-512 (algorithm.md
-section 8); any other is a configuration of the same few steps.
+The presets brats-flair-128, brats-4ch-128, pancreas-256 and colon-512 prepare the paper's data sets (algorithm.md section 8).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -30,31 +30,34 @@ Size = Annotated[int, Field(ge=1, le=4096)]
 
 
 class PrepareConfig(Config):
-    """In this order: channels, window, orientation, spacing, crop or resize, percentiles."""
+    """Steps of the preprocessing, in this order: channels, window, orientation, spacing, crop or resize, percentiles."""
 
     kind = "prepare"
 
-    channels: Annotated[list[Annotated[int, Field(ge=0)]] | None, Field(description="of the files, from 0; null: all")] = None
-    window: Annotated[
-        tuple[float, float] | None, Field(description="what maps to 0 and 1, clipped, before anything is interpolated (CT: HU)")
+    channels: Annotated[
+        list[Annotated[int, Field(ge=0)]] | None, Field(description="channels of the files, from 0; null: all")
     ] = None
-    orientation: Annotated[str | None, Field(pattern="^[RL][AP][SI]$", description="null: as the file has it")] = "RAS"
-    spacing: Annotated[tuple[Positive, Positive, Positive] | None, Field(description="mm, trilinear; null: as it is")] = None
-    crop: Annotated[tuple[Size, Size, Size] | None, Field(description="voxels about the centre, zeros around")] = None
+    window: Annotated[
+        tuple[float, float] | None,
+        Field(description="values that map to 0 and 1, with clipping, before interpolation (CT: HU)"),
+    ] = None
+    orientation: Annotated[str | None, Field(pattern="^[RL][AP][SI]$", description="axis codes; null: unchanged")] = "RAS"
+    spacing: Annotated[tuple[Positive, Positive, Positive] | None, Field(description="mm, trilinear; null: unchanged")] = None
+    crop: Annotated[tuple[Size, Size, Size] | None, Field(description="voxels about the centre, padded with zeros")] = None
     resize: Annotated[tuple[Size, Size, Size] | None, Field(description="voxels, trilinear with anti-aliasing")] = None
     percentiles: Annotated[
-        tuple[float, float] | None, Field(description="what maps to 0 and 1, clipped, of each channel of the result")
+        tuple[float, float] | None, Field(description="percentiles of each channel that map to 0 and 1, with clipping")
     ] = None
-    dtype: Annotated[Literal["uint8", "float16"], Field(description="of the store")] = "uint8"
+    dtype: Annotated[Literal["uint8", "float16"], Field(description="type of the stored voxels")] = "uint8"
     split: Annotated[
         Literal["listed", "monai"],
         Field(
-            description="listed: as the data set says (the paper: all 484 of imagesTr train); monai: MONAI's DecathlonDataset, "
-            "which holds out a part of imagesTr for validation"
+            description="listed: the split of the data set (the paper trains on all 484 of imagesTr); monai: that of MONAI's "
+            "DecathlonDataset, which takes a part of imagesTr for validation"
         ),
     ] = "listed"
-    val_fraction: Annotated[float, Field(ge=0, lt=1, description="of the split monai")] = 0.2
-    split_seed: Annotated[int, Field(ge=0, description="of the split monai")] = 0
+    val_fraction: Annotated[float, Field(ge=0, lt=1, description="share for validation with split=monai")] = 0.2
+    split_seed: Annotated[int, Field(ge=0, description="seed of split=monai")] = 0
 
     @model_validator(mode="after")
     def _consistent(self) -> PrepareConfig:
@@ -69,8 +72,11 @@ class PrepareConfig(Config):
 
 
 def split_cases(cases: Sequence[Case], config: PrepareConfig) -> list[Case]:
-    """The cases with the split of the configuration. "monai" shuffles those of the split train as DecathlonDataset does
-    (numpy's RandomState(split_seed)) and takes the first val_fraction of them for validation."""
+    """Assign the split of the configuration to cases.
+
+    "monai" shuffles the training cases as DecathlonDataset does (numpy's RandomState(split_seed)) and takes the first
+    val_fraction of them for validation.
+    """
     if config.split == "listed":
         return list(cases)
     train = [i for i, c in enumerate(cases) if c.split == "train"]
@@ -81,7 +87,14 @@ def split_cases(cases: Sequence[Case], config: PrepareConfig) -> list[Case]:
 
 
 def prepare_volume(volume: Volume, config: PrepareConfig) -> tuple[np.ndarray, VolumeInfo]:
-    """(channels, H, W, D) in [0, 1], and where it is and what its intensities stand for."""
+    """Apply the preprocessing to one volume.
+
+    Returns:
+        Float32 voxels (channels, H, W, D) in [0, 1], and their geometry with the physical values at 0 and 1.
+
+    Raises:
+        UserError: the volume lacks one of the channels.
+    """
     from monai.data import MetaTensor
     from monai.transforms import ScaleIntensityRange
 
@@ -131,19 +144,32 @@ def _geometry(config: PrepareConfig) -> list[Any]:
 def prepare_cases(
     cases: Sequence[Case], folder: Path, config: PrepareConfig, jobs: int = 1, max_voxels: int = VOXEL_BUDGET
 ) -> Iterator[Record | Failure]:
-    """Write the store case by case, in order; those that are there already, from equal files, are only looked at. A bad case is
-    a Failure, and stops no other. The store opens once the last is done."""
+    """Write a store case by case, and its index after the last case.
+
+    Cases that an earlier run prepared from the same files with the same preprocessing are kept.
+
+    Args:
+        cases: cases of the data set.
+        folder: folder of the store.
+        config: preprocessing.
+        jobs: processes.
+        max_voxels: largest file to read, in voxels times channels.
+
+    Yields:
+        For each case, in order, its record, or a Failure if it cannot be prepared.
+
+    Raises:
+        UserError: the folder has volumes of another preprocessing, or no case can be prepared.
+    """
     writer = StoreWriter(folder, config.model_dump(mode="json"))
-    listed = split_cases(cases, config)
     work = functools.partial(_prepare_one, writer, config, max_voxels)
     records: list[Record | Failure] = []
-    if jobs > 1:
-        with ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for record in pool.map(work, listed):
-                records.append(record)
-                yield record
-    else:
-        for record in map(work, listed):
+    with contextlib.ExitStack() as stack:
+        run: Any = map
+        if jobs > 1:
+            pool = ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,))
+            run = stack.enter_context(pool).map
+        for record in run(work, split_cases(cases, config)):
             records.append(record)
             yield record
     if all(r.problem for r in records):
@@ -154,13 +180,13 @@ def prepare_cases(
 def _prepare_one(writer: StoreWriter, config: PrepareConfig, max_voxels: int, case: Case) -> Record | Failure:
     try:
         sources = writer.sources(case.images)
-        done = writer.find(case.name, sources)
-        if done is not None:
-            return done.model_copy(update={"split": case.split})
+        prepared = writer.find(case.name, sources)
+        if prepared is not None:
+            return prepared.model_copy(update={"split": case.split})
         array, info = prepare_volume(read_case(case, max_voxels), config)
         return writer.write(case.name, case.split, quantise(array, config.dtype), info, sources)
     except UserError as error:
         return Failure(case.name, case.split, str(error))
-    except (MemoryError, RuntimeError) as error:  # of a transform
+    except (MemoryError, RuntimeError) as error:  # raised by a transform
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         return Failure(case.name, case.split, f"{case.images[0]}: {text}")

@@ -1,4 +1,4 @@
-"""Volumes of a case, whatever they are stored as: NIfTI files, or folders of DICOM slices."""
+"""Readers of a case's files, which are NIfTI files or folders of DICOM slices."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from tcam_diff.errors import UserError
 
 
 def read_header(path: Path, max_voxels: int = VOXEL_BUDGET) -> Header:
-    """No voxel is read. Raises UserError naming the file or folder."""
+    """Read a header. Raises UserError with the name of the file or folder."""
     return dicom.read_header(path, max_voxels) if path.is_dir() else nifti.read_header(path, max_voxels)
 
 
 def scan(header: Header, max_voxels: int = VOXEL_BUDGET) -> Scan:
-    """Range and values. Raises UserError naming the file or folder."""
+    """Find the range and the values of the voxels. Raises UserError with the name of the file or folder."""
     return dicom.scan(header.path, max_voxels) if header.path.is_dir() else nifti.scan_voxels(header)
 
 
 def read_volume(path: Path, max_voxels: int = VOXEL_BUDGET) -> Volume:
-    """With every check. Raises UserError naming the file or folder."""
+    """Read a volume with all checks. Raises UserError with the name of the file or folder."""
     return dicom.read_volume(path, max_voxels) if path.is_dir() else nifti.read_volume(path, max_voxels)
 
 
 def same_grid(first: Header, other: Header) -> None:
-    """Raises UserError where two files of a case differ in size or place."""
+    """Raise UserError if two files of a case differ in shape or affine."""
     if other.info.shape != first.info.shape:
         raise UserError(f"{other.path}: expected the {first.info.shape} voxels of {first.path.name}, got {other.info.shape}")
     if not np.allclose(other.info.affine, first.info.affine, atol=1e-2):
@@ -37,7 +37,7 @@ def same_grid(first: Header, other: Header) -> None:
 
 
 def read_case(case: Case, max_voxels: int = VOXEL_BUDGET) -> Volume:
-    """The channels of a case as one volume. Raises UserError where they are not on one grid."""
+    """Read the channels of a case as one volume. Raises UserError if they are not on one grid."""
     first, *others = (read_header(p, max_voxels) for p in case.images)
     for other in others:
         same_grid(first, other)

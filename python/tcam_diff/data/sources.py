@@ -1,4 +1,4 @@
-"""Where volumes come from: data sets in the layouts that people have, as lists of cases."""
+"""Data sets on disk, in several layouts, as lists of cases."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 from tcam_diff.data.dicom import find_series
 from tcam_diff.errors import UserError
 
-#: Parts of a data set. "test" has no labels in the Decathlon.
+#: Splits of a data set. "test" has no labels in the Decathlon.
 SPLITS = ("train", "validation", "test")
 
-#: The names that BraTS releases give to a case's channels, in the order of the Decathlon's Task01: FLAIR, T1w, T1gd, T2w.
+#: Names of a case's channels in BraTS releases, in the order of the Decathlon's Task01: FLAIR, T1w, T1gd, T2w.
 BRATS_CHANNELS = (("flair", "t2f"), ("t1", "t1n"), ("t1ce", "t1c"), ("t2", "t2w"))
 
 LAYOUTS = (
@@ -26,7 +26,7 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class Case:
-    """A volume: one file, or one a channel; its labels, if there are any."""
+    """Files of one volume: one image or one per channel, and the labels, if any."""
 
     name: str
     images: tuple[Path, ...]
@@ -36,18 +36,20 @@ class Case:
 
 @dataclass(frozen=True)
 class Source:
+    """A data set: its path, its layout and its cases."""
+
     path: Path
     layout: str
     cases: tuple[Case, ...]
 
-    def of(self, split: str) -> list[Case]:
+    def in_split(self, split: str) -> list[Case]:
         return [c for c in self.cases if c.split == split]
 
 
 def find_cases(path: Path) -> Source:
-    """The cases of a data set in any of LAYOUTS. Only lists files: whether they are there and whole is for check-data to say.
+    """List the cases of a data set in one of LAYOUTS, without opening their images.
 
-    Raises UserError where the path is none of them, or where nothing is in it.
+    Raises UserError if the path has none of the layouts, has no case, or has two cases of one name.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; expected {LAYOUTS}")
@@ -75,9 +77,9 @@ def find_cases(path: Path) -> Source:
 
 
 def download_decathlon(path: Path, quiet: bool = False) -> None:
-    """Fetch and unpack a task of the Medical Segmentation Decathlon with MONAI, unless it is there already.
+    """Download and unpack a task of the Medical Segmentation Decathlon with MONAI, unless its dataset.json exists.
 
-    Raises UserError where the name is none of the tasks', or where it cannot be fetched.
+    Raises UserError if the last part of ``path`` is not the name of a task, or the download fails.
     """
     from monai.apps import DecathlonDataset, download_and_extract
 
@@ -92,8 +94,8 @@ def download_decathlon(path: Path, quiet: bool = False) -> None:
         download_and_extract(url, path.parent / f"{task}.tar", path.parent, checksum, progress=not quiet)
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"{task}: could not be fetched from {url} ({error}); where this machine has no network, fetch and unpack it on one "
-            f"that has, put it at {path}, and leave --download out"
+            f"{task}: could not be downloaded from {url} ({error}); without a network, download and unpack it on another "
+            f"machine, put it at {path}, and leave --download out"
         ) from error
 
 
@@ -115,37 +117,38 @@ def _series_name(series: Path, base: Path) -> str:
 
 
 def _brats(folder: Path) -> Case | None:
-    """The channels of a case, or None where the folder has none of them. What is missing is listed: check-data names it."""
+    """A BraTS case, or None if the folder has none of the channels. Missing channels are listed, for check-data to report."""
     files = sorted(p for p in folder.iterdir() if p.name.endswith((".nii", ".nii.gz")))
 
-    def called(*names: str) -> Path | None:
+    def named(*names: str) -> Path | None:
         return next((p for p in files for n in names if _stem(p).lower().endswith((f"_{n}", f"-{n}"))), None)
 
-    found = [called(*names) for names in BRATS_CHANNELS]
-    if not any(found):
+    present = [named(*names) for names in BRATS_CHANNELS]
+    if not any(present):
         return None
     missing = [folder / f"{folder.name}_{names[0]}.nii.gz" for names in BRATS_CHANNELS]
-    images = tuple(f or m for f, m in zip(found, missing, strict=True))
-    return Case(folder.name, images, called("seg"))
+    images = tuple(p or m for p, m in zip(present, missing, strict=True))
+    return Case(folder.name, images, named("seg"))
 
 
 def _datalist(path: Path, base: Path) -> list[Case]:
-    """dataset.json of the Decathlon, or the datalist of MONAI: {"training": [{"image": ..., "label": ...}, ...], "validation":
-    [...], "test": [...]}, paths relative to the file. "image" may be a list, one file a channel; "test" a list of paths.
+    """Cases of a Decathlon dataset.json or a MONAI datalist.
 
-    (MONAI's own load_decathlon_datalist reads one key at a time and says little of what is wrong.)
+    The file is {"training": [{"image": ..., "label": ...}, ...], "validation": [...], "test": [...]} with paths relative to
+    ``base``. "image" may be a list with one file per channel, and "test" a list of paths. MONAI's load_decathlon_datalist
+    reads one key at a time and does not say which entry is wrong.
     """
     try:
-        listed = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: not a readable JSON file: {error}") from error
-    if not isinstance(listed, dict):
+    if not isinstance(content, dict):
         raise UserError(
-            f"{path}: expected an object with lists 'training', 'validation' or 'test', got {type(listed).__name__}"
+            f"{path}: expected an object with lists 'training', 'validation' or 'test', got {type(content).__name__}"
         )
     cases = []
     for key, split in (("training", "train"), ("validation", "validation"), ("test", "test")):
-        entries = listed.get(key, [])
+        entries = content.get(key, [])
         if not isinstance(entries, list):
             raise UserError(f"{path}: {key}: expected a list, got {type(entries).__name__}")
         for i, entry in enumerate(entries):
@@ -153,20 +156,22 @@ def _datalist(path: Path, base: Path) -> list[Case]:
     return cases
 
 
-def _entry(what: str, entry: Any, base: Path, split: str) -> Case:
+def _entry(where: str, entry: Any, base: Path, split: str) -> Case:
+    """The case of an entry. ``where`` names the entry in error messages."""
     image = entry.get("image") if isinstance(entry, dict) else None
     images = [image] if isinstance(image, str) else image
     if not isinstance(images, list) or not images or not all(isinstance(p, str) and p for p in images):
-        raise UserError(f'{what}: expected {{"image": "path", "label": "path"}}, got {json.dumps(entry)[:80]}')
+        raise UserError(f'{where}: expected {{"image": "path", "label": "path"}}, got {json.dumps(entry)[:80]}')
     label = entry.get("label")
     if label is not None and not isinstance(label, str):
-        raise UserError(f"{what}: label: expected a path, got {json.dumps(label)[:80]}")
+        raise UserError(f"{where}: label: expected a path, got {json.dumps(label)[:80]}")
     name = entry.get("name") or _stem(Path(images[0]))
     return Case(str(name), tuple(base / p for p in images), base / label if label else None, split)
 
 
 def _table(path: Path) -> list[Case]:
-    """Columns image (several paths, one a channel, with semicolons between), and where given name, label, split."""
+    """Cases of a CSV file with a column image (one path, or one per channel separated by semicolons) and optional columns name,
+    label and split."""
     try:
         with open(path, newline="") as file:
             reader = csv.DictReader(file)

@@ -1,8 +1,8 @@
-"""The prepared data set on disk: one memory-mapped array a case, which serves boxes and slices without reading the rest.
+"""Prepared data set on disk: one memory-mapped array per case, so that a box or slice can be read alone.
 
-store.json            the preprocessing, the splits, every case with its volume (data/volume.py), source and sha256
+store.json            preprocessing, splits, and for every case its volume (data/volume.py), sources and sha256
 cases/NAME.npy        (channels, H, W, D), uint8 (255 v) or float16, v in [0, 1]
-cases/NAME.json       the case's entry, written once its array is whole: what a run that was stopped goes on from
+cases/NAME.json       entry of the case, written after its array, so that an interrupted run can continue
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ INDEX = "store.json"
 
 
 class Record(VolumeRecord):
-    """A case of the store."""
+    """Entry of a prepared case."""
 
     name: str
     split: str
@@ -38,7 +39,7 @@ class Record(VolumeRecord):
 
 @dataclass(frozen=True)
 class Failure:
-    """A case that could not be prepared, and why."""
+    """Entry of a case that could not be prepared."""
 
     name: str
     split: str
@@ -46,7 +47,15 @@ class Failure:
 
 
 class StoreWriter:
-    """Fills a store. Raises UserError where the folder holds one with another preprocessing."""
+    """Writer of a store.
+
+    Args:
+        folder: a new folder, or a store of the same preprocessing.
+        config: preprocessing, for the index.
+
+    Raises:
+        UserError: the folder has volumes of another preprocessing, or cannot be written.
+    """
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         self.folder, self.config = folder, config
@@ -56,14 +65,15 @@ class StoreWriter:
         writable_folder(folder / "cases")
         self.files = _folder(folder)
         index = self.files / INDEX
-        if index.exists() and (held := self.files.read_json(INDEX).get("digest")) != self.digest:
+        if index.exists() and (digest := self.files.read_json(INDEX).get("digest")) != self.digest:
             raise UserError(
-                f"{folder}: holds volumes that were prepared otherwise"
-                + ("" if held is None else f" (their preprocessing: config in {index})")
+                f"{folder}: contains volumes that were prepared differently"
+                + ("" if digest is None else f" (their preprocessing: config in {index})")
                 + "; choose another folder"
             )
 
     def sources(self, paths: Sequence[Path]) -> list[dict[str, Any]]:
+        """Path, size and modification time of the files of a case. Raises UserError if one is missing."""
         try:
             paths = [f for p in paths for f in (sorted(p.glob("*.dcm")) if p.is_dir() else [p])]
             stats = [p.stat() for p in paths]
@@ -74,7 +84,7 @@ class StoreWriter:
         ]
 
     def find(self, name: str, sources: list[dict[str, Any]]) -> Record | None:
-        """What an earlier run made of the same files with the same preprocessing."""
+        """The record of a case that an earlier run prepared from the same files with the same preprocessing, if any."""
         path, array = self._paths(name)
         if not path.exists() or not array.exists():
             return None
@@ -85,6 +95,7 @@ class StoreWriter:
             return Record.model_validate(entry)
 
     def write(self, name: str, split: str, array: np.ndarray, info: VolumeInfo, sources: list[dict[str, Any]]) -> Record:
+        """Write the array of a case, then its entry. Raises UserError if the array cannot be written."""
         entry, path = self._paths(name)
         entry.unlink(missing_ok=True)
         try:
@@ -97,6 +108,7 @@ class StoreWriter:
         return record
 
     def finish(self, records: Sequence[Record | Failure]) -> None:
+        """Write the index."""
         self.files.write(
             {
                 "digest": self.digest,
@@ -108,12 +120,16 @@ class StoreWriter:
 
     def _paths(self, name: str) -> tuple[Path, Path]:
         if name in ("", ".", "..") or "/" in name or name.startswith("."):
-            raise UserError(f"{name!r}: a case's name becomes that of a file; give it another in a table (.csv)")
+            raise UserError(f"{name!r}: a case's name becomes a file name; give it another name in a table (.csv)")
         return self.folder / "cases" / f"{name}.json", self.folder / "cases" / f"{name}.npy"
 
 
 class Store:
-    """An opened store. Arrays are memory-mapped when first asked for; sizes are checked then, checksums by :meth:`verify`."""
+    """A prepared data set, opened for reading.
+
+    Arrays are memory-mapped at first use, which checks shape and type. :meth:`verify` compares checksums. Raises UserError if
+    the index is missing or damaged.
+    """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
@@ -125,49 +141,49 @@ class Store:
             self.records = [Record.model_validate(entry) for entry in index["cases"]]
         self._arrays: dict[str, np.ndarray] = {}
 
-    def of(self, split: str) -> list[Record]:
-        """The cases of a split. Raises UserError where there is none."""
-        found = [r for r in self.records if r.split == split]
-        if not found:
-            counted = {s: sum(r.split == s for r in self.records) for s in dict.fromkeys(r.split for r in self.records)}
-            shown = ", ".join(f"{s} ({n})" for s, n in counted.items())
+    def in_split(self, split: str) -> list[Record]:
+        """Records of a split. Raises UserError if there are none."""
+        records = [r for r in self.records if r.split == split]
+        if not records:
+            shown = ", ".join(f"{s} ({n})" for s, n in Counter(r.split for r in self.records).items())
             raise UserError(f"{self.folder}: no case of the split {split!r}; it has {shown}")
-        return found
+        return records
 
     def path(self, record: Record) -> Path:
+        """File of a case's array."""
         return self.folder / "cases" / f"{record.name}.npy"
 
     def volume(self, record: Record) -> np.ndarray:
-        """(channels, H, W, D), memory-mapped, read-only."""
-        held = self._arrays.get(record.name)
-        if held is None:
+        """Read-only, memory-mapped array (channels, H, W, D) of a case. Raises UserError if it cannot be read."""
+        array = self._arrays.get(record.name)
+        if array is None:
             path = self.path(record)
             try:
-                held = np.load(path, mmap_mode="r", allow_pickle=False)
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError, EOFError) as error:
                 raise UserError(f"{path}: cannot be read: {error}; run `tcam prepare` again") from error
             shape = record.info.array_shape
-            if held.shape != shape or held.dtype.name != record.dtype:
+            if array.shape != shape or array.dtype.name != record.dtype:
                 raise UserError(
-                    f"{path}: expected {record.dtype} {shape}, got {held.dtype.name} {held.shape}; "
+                    f"{path}: expected {record.dtype} {shape}, got {array.dtype.name} {array.shape}; "
                     "delete it and run `tcam prepare` again"
                 )
-            self._arrays[record.name] = held
-        return held
+            self._arrays[record.name] = array
+        return array
 
     def verify(self, record: Record) -> None:
-        """Compare a case with its checksum. Raises UserError naming the file."""
+        """Compare a case with its checksum. Raises UserError with the file's name."""
         self.volume(record)
         self.files.verify(f"cases/{record.name}.npy", record.sha256)
 
 
 def quantise(array: np.ndarray, dtype: str) -> np.ndarray:
-    """[0, 1] as the store keeps it: uint8 is 255 v, rounded."""
+    """Convert values in [0, 1] to the type of the store: uint8 is 255 v, rounded."""
     return np.rint(array * 255).astype(np.uint8) if dtype == "uint8" else array.astype(np.float16)
 
 
 def one_shape(folder: Path, records: Sequence[Record]) -> tuple[int, int, int, int]:
-    """The shape that all cases share. Raises UserError where they differ."""
+    """The shape (channels, H, W, D) of all records. Raises UserError if they differ."""
     shape = records[0].info.array_shape
     for r in records[1:]:
         if r.info.array_shape != shape:

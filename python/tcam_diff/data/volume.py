@@ -1,4 +1,4 @@
-"""Volumes, and what is known of them beside their voxels: one record, in memory and in JSON files."""
+"""Volumes and their metadata, in memory and in JSON files."""
 
 from __future__ import annotations
 
@@ -24,22 +24,24 @@ def _matrix(affine: Any) -> np.ndarray:
 
 
 class VolumeInfo(BaseModel):
-    """Grid, place in space and intensities of a volume (channels, H, W, D). Other keys of a JSON file are ignored."""
+    """Metadata of a volume (channels, H, W, D): grid, affine and intensities. Other keys of a JSON file are ignored."""
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
 
     channels: Annotated[int, Field(ge=1)]
     shape: tuple[int, int, int]
-    affine: Annotated[np.ndarray, BeforeValidator(_matrix), PlainSerializer(np.ndarray.tolist)]  # voxel index to units[0]
+    affine: Annotated[
+        np.ndarray, BeforeValidator(_matrix), PlainSerializer(np.ndarray.tolist)
+    ]  # (4, 4), voxel index to units[0]
     codes: tuple[int, int] = (0, 2)  # NIfTI's qform and sform codes; (0, 2): aligned to another volume
     units: tuple[str, str] = ("mm", "sec")
-    intensity: list[tuple[float, float]] = []  # per channel: physical values at 0 and at 1; empty where not known
-    source: str = ""  # the file or folder it was read from
+    intensity: list[tuple[float, float]] = []  # physical values at 0 and 1 per channel; empty if unknown
+    source: str = ""  # file or folder of the volume
 
     @model_validator(mode="before")
     @classmethod
     def _format_1(cls, values: Any) -> Any:
-        """Stores and latent sets of format 1 have shape (channels, H, W, D), models call the channels outputs."""
+        """Convert format 1: stores and latent sets with shape (channels, H, W, D), models with "outputs" for channels."""
         if isinstance(values, dict) and "channels" not in values:
             shape = values.get("shape", ())
             if len(shape) == 4:
@@ -64,23 +66,23 @@ class VolumeInfo(BaseModel):
 
     @property
     def spacing(self) -> tuple[float, float, float]:
-        """Of voxels along the array's axes, in units[0]."""
+        """Voxel sizes along the array's axes, in units[0]."""
         x, y, z = nib.affines.voxel_sizes(self.affine).tolist()
         return x, y, z
 
     @property
     def orientation(self) -> str:
-        """Where the array's axes point, e.g. RAS."""
+        """Directions of the array's axes, for example RAS."""
         return "".join(str(c) for c in nib.aff2axcodes(self.affine))
 
     def replaced(self, **changes: Any) -> VolumeInfo:
-        """With other values of some fields, checked."""
+        """A validated copy with other values of some fields."""
         return VolumeInfo(**dict(self) | changes)
 
     def resized(self, shape: tuple[int, int, int]) -> VolumeInfo:
-        """The same field of view with another number of voxels.
+        """The metadata of the same field of view with ``shape`` voxels.
 
-        Voxels are cells, so (i_old + 1/2)/n_old = (i_new + 1/2)/n_new, i_old = s i_new + (s - 1)/2 with s = n_old/n_new.
+        Voxels are cells: (i_old + 1/2)/n_old = (i_new + 1/2)/n_new, so i_old = s i_new + (s - 1)/2 with s = n_old/n_new.
         """
         s = np.asarray(self.shape, float) / np.asarray(shape, float)
         step = np.eye(4)
@@ -89,20 +91,20 @@ class VolumeInfo(BaseModel):
         return self.replaced(shape=shape, affine=self.affine @ step)
 
     def to_unit(self, data: np.ndarray) -> np.ndarray:
-        """Physical intensities (channels, H, W, D) to [0, 1], clipped."""
+        """Map physical intensities (channels, H, W, D) to [0, 1], with clipping."""
         unit = np.empty(data.shape, np.float32)
         for c, (lo, hi) in enumerate(self.intensity):
             np.clip((data[c] - lo) / (hi - lo), 0, 1, out=unit[c])
         return unit
 
     def to_physical(self, values: Tensor) -> Tensor:
-        """Values (..., channels, H, W, D) in [0, 1] to physical intensities."""
+        """Map values (..., channels, H, W, D) in [0, 1] to physical intensities."""
         low, high = values.new_tensor(self.intensity).view(-1, 2, 1, 1, 1).unbind(1)
         return low + (high - low) * values
 
 
 class VolumeRecord(BaseModel):
-    """A record about one volume. In JSON the keys of ``info`` stand beside the record's own."""
+    """Base of records with the metadata of a volume. In JSON the keys of ``info`` are on the level of the record's fields."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -122,14 +124,14 @@ class VolumeRecord(BaseModel):
 
 @dataclass
 class Volume:
-    """Intensities (channels, H, W, D) in float32, in physical units, with the file's geometry."""
+    """Voxels (channels, H, W, D) in float32 and physical units, with their metadata."""
 
     data: np.ndarray
     info: VolumeInfo
 
 
 def oriented(volume: Volume, affine: np.ndarray) -> Volume:
-    """With axes swapped and turned so that they point as those of ``affine`` do: voxels are moved, none is resampled."""
+    """Permute and flip the axes of a volume to the orientation of ``affine``, without resampling."""
     info = volume.info
     turn = nib.orientations.ornt_transform(nib.io_orientation(info.affine), nib.io_orientation(affine))
     data = np.stack([nib.apply_orientation(channel, turn) for channel in volume.data])
@@ -138,9 +140,16 @@ def oriented(volume: Volume, affine: np.ndarray) -> Volume:
 
 
 def intensity_range(data: np.ndarray, low: float = 0.0, high: float = 100.0) -> list[tuple[float, float]]:
-    """Per channel of (channels, H, W, D), the values that map to 0 and to 1: two percentiles, by default min and max.
+    """The values of each channel that map to 0 and 1.
 
     A constant channel gets a range of width one, so that it maps to 0 and back to itself.
+
+    Args:
+        data: (channels, H, W, D).
+        low, high: percentiles, by default the minimum and the maximum.
+
+    Raises:
+        UserError: the range overflows float32.
     """
     ranges = []
     for channel in data:

@@ -44,7 +44,7 @@ def read_set(
         store = stores.Store(path)
         splits = [split] if split else sorted({r.split for r in store.records})
         for s in splits:
-            readers += [lambda r=r: _stored(store.volume(r)) for r in store.of(s)]  # type: ignore[misc]
+            readers += [lambda r=r: _stored(store.volume(r)) for r in store.in_split(s)]  # type: ignore[misc]
     else:
         cases = find_cases(path).cases
         chosen = [c for c in cases if split is None or c.split == split]
