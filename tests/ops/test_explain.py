@@ -29,7 +29,7 @@ def test_products_on_a_cpu():
 def test_why_a_grid_goes_voxel_by_voxel():
     assert "maps" in tcam_ext.explain(DECODER, PLANES, (8, 8, 8))["values"]
     noisy = tcam_ext.explain(DECODER, PLANES, (8, 8, 8), noise_std=0.1, noise_seed=1)["values"]
-    assert "voxel by voxel, as every voxel has noise" in noisy
+    assert "voxel by voxel, as every voxel has its own noise" in noisy
     product = tcam_ext.TriplaneDecoder(4, (16,), reduce="prod")
     assert "planes are multiplied" in tcam_ext.explain(product, PLANES, (8, 8, 8))["values"]
     assert "points" in tcam_ext.explain(DECODER.points, PLANES, torch.zeros(1, 9, 3))["values"]
