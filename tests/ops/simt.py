@@ -17,6 +17,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = ROOT / "tests" / "simt"
 CXX = os.environ.get("CXX") or shutil.which("c++")
+#: Exit status of a process that the emulator ended because a kernel broke a rule (`die` in tests/simt/simt.h).
+DIED = 86
 skip_where_it_cannot_run = [
     pytest.mark.skipif(CXX is None, reason="no C++ compiler"),
     pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulator's fibers are written for x86-64"),
