@@ -12,7 +12,7 @@ from tcam_diff.cli.common import progress_bar, say, stop_on_interrupt
 from tcam_diff.diffusion.config import Method, SampleConfig
 from tcam_diff.diffusion.draw import SHEET, Output, draw_samples
 from tcam_diff.diffusion.guidance import ImageGuidance, read_known
-from tcam_diff.diffusion.model import TriplaneDiffusion, find
+from tcam_diff.diffusion.model import TriplaneDiffusion, find_model
 from tcam_diff.errors import UserError
 from tcam_diff.text import size_text
 from tcam_diff.training.distributed import first_process
@@ -85,7 +85,7 @@ def command(
 
     def started(loaded: TriplaneDiffusion, kept: int) -> None:
         say(
-            f"{find(model)}: {n} volumes, {size_text(size or loaded.geometry.info.shape)}, {solver} with {steps} steps"
+            f"{find_model(model)}: {n} volumes, {size_text(size or loaded.geometry.info.shape)}, {solver} with {steps} steps"
             + (f"; {kept} are there already" if kept else "")
         )
 
