@@ -96,7 +96,7 @@ def test_a_training_run(data):
     assert torch.equal(run.decoder.state_dict()["0.weight"], fitted.decoder().state_dict()["0.weight"])
     resume = ("train-autodecoder", data / "stage1" / "config.yaml", "--out", data / "stage1", "--resume", "auto", "-q")
     tcam(*resume)
-    assert "begun with" in tcam(*resume, "channels=5", fails=True)
+    assert "began with" in tcam(*resume, "channels=5", fails=True)
 
 
 def test_a_latent_set(data):

@@ -249,9 +249,9 @@ def test_killed_at_random_points_a_run_ends_with_the_same_bits(latents, uninterr
 
 
 def test_the_command_protects_a_run(latents, uninterrupted):
-    with pytest.raises(UserError, match=r"holds a run.*--resume auto"):
+    with pytest.raises(UserError, match=r"contains a run.*--resume auto"):
         runs.diffuse(latents, uninterrupted)
-    with pytest.raises(UserError, match=r"lr: the run in .* was begun with 0.002, --resume was given 0.1"):
+    with pytest.raises(UserError, match=r"lr: the run in .* began with 0.002, --resume was given 0.1"):
         runs.diffuse(latents, uninterrupted, ("lr=0.1",), "auto")
 
 
