@@ -24,14 +24,13 @@ from tcam_diff.autodecoder.config import FitConfig, TrainConfig
 from tcam_diff.autodecoder.decode import decode_to_file
 from tcam_diff.autodecoder.encode import export_latents, load_run
 from tcam_diff.autodecoder.fit import fit_volume
-from tcam_diff.autodecoder.objective import unit
 from tcam_diff.autodecoder.planes import texel_noise
 from tcam_diff.autodecoder.train import train_autodecoder
 from tcam_diff.data.cohort import Cohort, make_cohort
 from tcam_diff.data.nifti import read_volume
 from tcam_diff.data.prepare import PrepareConfig, prepare_cases
 from tcam_diff.data.sources import find_cases
-from tcam_diff.data.store import Store
+from tcam_diff.data.store import Store, unit
 from tcam_diff.diffusion.config import DiffusionConfig, SampleConfig
 from tcam_diff.diffusion.draw import SHEET, Output, draw_samples
 from tcam_diff.diffusion.train import train_diffusion
