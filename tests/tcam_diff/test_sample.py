@@ -167,10 +167,10 @@ def test_a_command_goes_on_with_what_is_missing(trained, tmp_path):
     before = kept.stat().st_mtime_ns
     (out / "sample-0001_seed0_heun3.json").unlink()  # as if stopped before it was whole
     (out / "sample-0002_seed0_heun3.nii.gz").unlink()
-    assert "1 are there already" in tcam(*command, "--n", 3)
+    assert "1 already exist" in tcam(*command, "--n", 3)
     assert kept.stat().st_mtime_ns == before
     assert {p.name: p.read_bytes() for p in out.glob("*.nii.gz")} == files
-    assert "3 are there already" in tcam(*command, "--n", 3)
+    assert "3 already exist" in tcam(*command, "--n", 3)
     for other in (("--final", "x"), ("--size", 8, 8, 8), ("--dtype", "uint8"), ("--compute-dtype", "bfloat16")):
         assert "exists with other settings" in tcam(*command, "--n", 3, *other, fails=True)  # nothing is overwritten
     assert {p.name: p.read_bytes() for p in out.glob("*.nii.gz")} == files
@@ -220,8 +220,8 @@ def test_two_processes_draw_the_same_volumes(trained, tmp_path):
         (["--size", 40000, 4, 4], "at most 32767"),
         (["--dtype", "int3"], "int3"),
         (["--device", "tpu9"], "expected auto, cpu, cuda"),
-        (["--guidance-scale", 3], "give --label"),
-        (["--mask", "m.nii.gz"], "give that too"),
+        (["--guidance-scale", 3], "add --label"),
+        (["--mask", "m.nii.gz"], "add --known"),
     ],
 )
 def test_bad_requests_are_refused(trained, tmp_path, arguments, said):
