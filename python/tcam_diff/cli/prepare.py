@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
@@ -67,4 +68,4 @@ def command(
         raise typer.Exit(1)
 
 
-command.__doc__ = f"{command.__doc__}\n    Keys with their defaults, which presets change:\n\n\b\n{KEYS}\n"
+command.__doc__ = f"{inspect.getdoc(command)}\n\nKeys with their defaults, which presets change:\n\n\b\n{KEYS}\n"
