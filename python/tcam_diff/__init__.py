@@ -1,4 +1,4 @@
-"""TCAM-Diff: a triplane autodecoder of 3D medical volumes, and a diffusion model of its planes, on tcam_ext's kernels."""
+"""TCAM-Diff: a triplane autodecoder of 3D medical volumes and a diffusion model of its planes, on the kernels of tcam_ext."""
 
 from tcam_ext import __version__
 

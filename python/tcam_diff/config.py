@@ -1,34 +1,40 @@
-"""Configurations: pydantic models that live beside what they configure, YAML presets in configs/, changes as ``key=value``."""
+"""Configurations: pydantic models with YAML presets in configs/ and changes as ``key=value``."""
 
 from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 from typing_extensions import Self
 
 from tcam_diff.errors import UserError
 
 
 class Config(BaseModel):
-    """A configuration: every key is known and has its type."""
+    """Base of configurations. Unknown keys and wrong types are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    #: Presets are ``configs/KIND-NAME.yaml``.
+    #: KIND of the presets ``configs/KIND-NAME.yaml``.
     kind: ClassVar[str] = ""
 
     @classmethod
     def load(cls, source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Self:
-        """The configuration of a preset or of a YAML file, with ``key=value`` changes (values are YAML; ``key.sub=value`` too).
+        """Load a preset or a YAML file.
 
-        Raises UserError with the key's path and the nearest known key.
+        Args:
+            source: name of a preset, or path of a YAML file.
+            overrides: changes ``key=value`` or ``key.sub=value``, with values in YAML.
+
+        Raises:
+            UserError: the source, a key or a value is wrong; for unknown keys with the nearest known one.
         """
         name, known = os.fspath(source), presets(cls.kind)
         if name in known:
@@ -48,6 +54,7 @@ class Config(BaseModel):
         return validate(cls, _numbers(values), name)
 
     def yaml(self) -> str:
+        """The configuration as YAML, which :meth:`load` reads."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
@@ -61,7 +68,7 @@ def presets(kind: str) -> list[str]:
 
 
 def validate(model: type[C], values: dict[str, Any], name: str) -> C:
-    """``values`` as ``model``. Raises UserError naming the key, and the nearest one where it is unknown."""
+    """Validate values as a configuration. ``name`` is their source, for messages. Raises UserError with the key."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -73,29 +80,27 @@ def validate(model: type[C], values: dict[str, Any], name: str) -> C:
         raise UserError(f"{path}: {first['msg'].lower()}{given}") from error
 
 
-def keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every key of a model, those of models within it with a dot."""
-    found = []
-    for name, field in model.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            found += keys(inner, f"{prefix}{name}.")
-        else:
-            found.append(f"{prefix}{name}")
-    return found
+def keys(model: type[BaseModel]) -> list[str]:
+    """All keys of a model, with those of nested models after a dot."""
+    return [name for name, _ in _fields(model)]
 
 
-def describe(model: type[BaseModel], prefix: str = "") -> str:
-    """Keys, defaults and meanings: for help texts."""
+def describe(model: type[BaseModel]) -> str:
+    """Keys, defaults and descriptions, one per line, for help texts."""
     lines = []
+    for name, field in _fields(model):
+        default = "" if field.is_required() else f" = {field.default}"
+        lines.append(f"  {name}{default}" + (f"   {field.description}" if field.description else ""))
+    return "\n".join(lines)
+
+
+def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     for name, field in model.model_fields.items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
-            lines.append(describe(inner, f"{prefix}{name}."))
+            yield from _fields(inner, f"{prefix}{name}.")
         else:
-            default = "" if field.is_required() else f" = {field.default}"
-            lines.append(f"  {prefix}{name}{default}" + (f"   {field.description}" if field.description else ""))
-    return "\n".join(lines)
+            yield f"{prefix}{name}", field
 
 
 def _change(model: type[BaseModel], values: dict[str, Any], item: str) -> None:
@@ -114,7 +119,7 @@ def _change(model: type[BaseModel], values: dict[str, Any], item: str) -> None:
 
 
 def _numbers(value: Any) -> Any:
-    """YAML 1.1 reads 1e-2 as text."""
+    """Convert numbers such as 1e-2, which YAML 1.1 reads as text."""
     if isinstance(value, dict):
         return {k: _numbers(v) for k, v in value.items()}
     if isinstance(value, list):

@@ -1,7 +1,7 @@
-"""``make demo``: a real MRI becomes three feature planes and comes back as a volume; then new volumes are drawn.
+"""Demo behind ``make demo``: fit planes to an MRI and decode them, then train both stages on a cohort and draw new volumes.
 
-The MRI is the MNI152 T1 template (ICBM 2009a, 1 mm) that nilearn ships, its central 128^3 voxels. The new volumes come from a
-small diffusion model of a cohort made from it. Run with ``python -m tcam_diff.demo [--out FOLDER] [--fit-only]``.
+The MRI is the central 128^3 voxels of the MNI152 T1 template (ICBM 2009a, 1 mm) from nilearn. The cohort is made from the same
+template. Run with ``python -m tcam_diff.demo [--out FOLDER] [--fit-only]``.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ from tcam_diff.autodecoder.config import FitConfig, TrainConfig
 from tcam_diff.autodecoder.decode import decode_to_file
 from tcam_diff.autodecoder.encode import export_latents, load_run
 from tcam_diff.autodecoder.fit import fit_volume
-from tcam_diff.autodecoder.objective import unit
 from tcam_diff.autodecoder.planes import texel_noise
 from tcam_diff.autodecoder.train import train_autodecoder
 from tcam_diff.data.cohort import Cohort, make_cohort
 from tcam_diff.data.nifti import read_volume
 from tcam_diff.data.prepare import PrepareConfig, prepare_cases
 from tcam_diff.data.sources import find_cases
-from tcam_diff.data.store import Store
+from tcam_diff.data.store import Store, unit
 from tcam_diff.diffusion.config import DiffusionConfig, SampleConfig
 from tcam_diff.diffusion.draw import SHEET, Output, draw_samples
 from tcam_diff.diffusion.train import train_diffusion
@@ -49,7 +48,7 @@ JOBS = len(os.sched_getaffinity(0))
 
 
 def write_template(path: Path) -> None:
-    """The central SIZE^3 voxels of the MNI152 template, with the affine that keeps them in place."""
+    """Write the central SIZE^3 voxels of the MNI152 template."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from nilearn.datasets import load_mni152_template
@@ -65,9 +64,9 @@ def write_template(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything the demo makes (default: demo)")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the preset fast")
-    parser.add_argument("--fit-only", action="store_true", help="the MRI alone: no cohort, no new volumes")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the results (default: demo)")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the preset fast of the fit")
+    parser.add_argument("--fit-only", action="store_true", help="only fit the MRI: no cohort, no new volumes")
     arguments = parser.parse_args()
     start = time.monotonic()
     out: Path = arguments.out
@@ -79,12 +78,12 @@ def main() -> None:
     except UserError as error:
         raise SystemExit(f"demo: {error}") from error
     except KeyboardInterrupt:
-        print("\ndemo: interrupted; the same command goes on")
+        print("\ndemo: interrupted; the same command continues")
         raise SystemExit(130) from None
 
 
 def progress(what: str, every: float = 20.0) -> ProgressCallback:
-    """Prints a line every so many seconds, and at the end."""
+    """Callback that prints a line every ``every`` seconds and at the end."""
     last = time.monotonic()
 
     def show(p: Progress) -> None:
@@ -98,14 +97,14 @@ def progress(what: str, every: float = 20.0) -> ProgressCallback:
 
 
 def work_through(items: Iterable[object], total: int, what: str) -> None:
-    """Work through ``items``."""
+    """Consume ``items`` and print the progress."""
     show = progress(what)
     for done, _ in enumerate(items, 1):
         show(Progress(done, total))
 
 
 def fit_one(out: Path, overrides: list[str], start: float) -> None:
-    """The template: planes, and back at two sizes."""
+    """Fit planes to the template, and decode them at two sizes."""
     original, fitted_folder = out / "mni152_128.nii.gz", out / "fitted"
     write_template(original)
     source = read_volume(original)
@@ -119,8 +118,8 @@ def fit_one(out: Path, overrides: list[str], start: float) -> None:
     picture = out / "compare.png"
     print(figures_text(compare_volumes(source, read_volume(same), picture)))
     noisy = noisy_psnr(fitted, source.data)
-    print(f"(those are without noise; decoded with the training noise C = {result.config.noise_std}: {noisy:.2f} dB)")
-    print(f"\n{time.monotonic() - start:.0f} s in all\n")
+    print(f"(without noise; decoded with the training noise C = {result.config.noise_std}: {noisy:.2f} dB)")
+    print(f"\n{time.monotonic() - start:.0f} s in total\n")
     for what, path in (
         ("original, 128^3", original),
         ("planes and decoder", fitted_folder),
@@ -132,13 +131,19 @@ def fit_one(out: Path, overrides: list[str], start: float) -> None:
 
 
 def generate(out: Path, start: float) -> None:
-    """A cohort, both stages on it, four new volumes, and a page with everything: what the commands of commands.txt do."""
+    """Do the same as the commands in commands.txt: make a cohort, train both stages, draw four volumes; then write a page."""
     folders = cohort, store, stage1, latents, stage2, samples = [
         out / n for n in ("cohort", "store", "stage1", "latents", "stage2", "samples")
     ]
     settings = out / "commands.txt"
     changes1 = [f"data={store}", "channels=8", "plane_size=24", "steps=900"]
-    changes2 = [f"latents={latents}", "center=true", "flip=[x]", "network.attention_levels=[1]", "steps=1200"]  # of 12^2 texels
+    changes2 = [
+        f"latents={latents}",
+        "center=true",
+        "flip=[x]",
+        "network.attention_levels=[1]",
+        "steps=1200",
+    ]  # attention on 12^2 texels
 
     def make() -> None:
         work_through(make_cohort(cohort, Cohort(48, 48, 0, 0), JOBS), 48, "cases")
@@ -167,46 +172,47 @@ def generate(out: Path, start: float) -> None:
         ),
     ]
     text = "\n".join(f"tcam {command}" for command, _ in commands)
-    ours = settings.is_file() and settings.read_text().startswith("tcam make-cohort")
-    if ours and settings.read_text() != text:  # of another version of this demo
+    earlier = settings.read_text() if settings.is_file() else ""
+    if not earlier.startswith("tcam make-cohort"):
+        others = [str(f) for f in folders if f.exists()]
+        if others:
+            raise UserError(f"--out {out}: contains {', '.join(others)}, not made by this demo; choose another folder")
+    elif earlier != text:  # results of another version of this demo
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
-    elif not ours:
-        theirs = [str(f) for f in folders if f.exists()]
-        if theirs:
-            raise UserError(f"--out {out}: holds {', '.join(theirs)}, which this demo did not make; choose another folder")
     write_text(settings, text)
     for command, work in commands:
         print(f"\ntcam {command}", flush=True)
         work()
     index = out / "index.html"
     write_text(index, _page(out, store, stage1, stage2, samples, text, time.monotonic() - start))
-    print(f"\n{time.monotonic() - start:.0f} s in all; everything on one page: {index.resolve()}")
+    print(f"\n{time.monotonic() - start:.0f} s in total; report: {index.resolve()}")
 
 
 def _page(out: Path, store: Path, stage1: Path, stage2: Path, samples: Path, commands: str, seconds: float) -> str:
-    opened = Store(store)
-    chosen = opened.records[:4]
-    real = [(r.name, strip(unit(torch.tensor(opened.volume(r)))[0].numpy(), r.info.affine)) for r in chosen]
-    shown = [
-        curves(read_metrics(stage1), [["loss", "data"], ["psnr"]]),
-        curves(read_metrics(stage2), [["loss", "validation_loss"], ["residual"]]),
-    ]
+    data = Store(store)
+    real = [(r.name, strip(unit(torch.tensor(data.volume(r)))[0].numpy(), r.info.affine)) for r in data.records[:4]]
     return page(
         "tcam: from a volume to planes, and from noise to volumes",
         [
             ("One MRI: original, decoded from its planes, difference", (out / "compare.png").read_bytes()),
-            ("Four volumes of the cohort that the model is trained on", png(sheet(real))),
+            ("Four training volumes of the cohort", png(sheet(real))),
             ("Four new volumes", (samples / SHEET).read_bytes()),
-            ("Stage 1: one decoder, planes for every volume", shown[0]),
-            ("Stage 2: the diffusion model of the planes", shown[1]),
-            ("What was run", f"{commands}\n\n{seconds:.0f} s on {torch.get_num_threads()} threads"),
+            (
+                "Stage 1: one decoder, planes for every volume",
+                curves(read_metrics(stage1), [["loss", "data"], ["psnr"]]),
+            ),
+            (
+                "Stage 2: the diffusion model of the planes",
+                curves(read_metrics(stage2), [["loss", "validation_loss"], ["residual"]]),
+            ),
+            ("Commands", f"{commands}\n\n{seconds:.0f} s on {torch.get_num_threads()} threads"),
         ],
     )
 
 
 def noisy_psnr(fitted: artefact.FittedVolume, data: np.ndarray) -> float:
-    """PSNR with the noise of training on the planes."""
+    """PSNR (dB) of the decoded planes with the noise of training."""
     size = fitted.info.shape
     planes = texel_noise(fitted.planes, fitted.config.noise_std, size, 0)
     with torch.no_grad():

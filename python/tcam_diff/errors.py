@@ -1,7 +1,7 @@
-"""Errors that a user can mend: the command line prints them in one line, without a traceback."""
+"""Errors that a user can fix, which the command line prints in one line without a traceback."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Names the file or argument, what was expected, what was found and what to do."""
+    """Error with a message that names the file or argument, what was expected, what was found, and what to do."""

@@ -1,4 +1,4 @@
-"""Files that appear under their names only when they are whole."""
+"""Atomic writing of files, and checksums."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tcam_diff.errors import UserError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file beside ``path`` that takes its name when the block ends well, and vanishes when it does not."""
+    """Open a temporary file that replaces ``path`` when the block ends, or is deleted if the block raises."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -30,11 +30,13 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Replace a file by a text in UTF-8."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
 def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 digest of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):
@@ -43,7 +45,7 @@ def sha256(path: Path) -> str:
 
 
 def writable_folder(path: Path) -> None:
-    """Make it, and find out whether it can be written before hours are spent. Raises UserError."""
+    """Create a folder if it does not exist. Raises UserError if files cannot be written in it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

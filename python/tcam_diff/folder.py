@@ -1,4 +1,4 @@
-"""Folders of results: an index in JSON, with the format's number and checksums, is written last and read first."""
+"""Folders of results with an index: a JSON file with the number of the format and checksums, written last and read first."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from tcam_diff.files import replacing, sha256
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder of one kind, empty, unfinished (without its index) or finished. Errors name the file and what to do."""
+    """A folder of one kind. It is unfinished without its index. Errors name the file and what to do."""
 
     path: Path
-    index: str  # name of the index
-    made_by: str  # the command
-    remedy: str  # against damage
-    formats: tuple[int, ...] = (1,)  # that are read; the last is written
+    index: str  # file name of the index
+    made_by: str  # command that writes the folder, for error messages
+    remedy: str  # advice for damaged files, for error messages
+    formats: tuple[int, ...] = (1,)  # readable formats; the last one is written
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
     def read(self) -> dict[str, Any]:
-        """The index. Raises UserError where it is missing, damaged or has another format."""
+        """Read the index. Raises UserError if it is missing or damaged, or has another format."""
         path = self / self.index
         if not path.is_file():
             raise UserError(f"{self.path}: not a folder that {self.made_by} finished ({self.index} is missing)")
@@ -48,7 +48,7 @@ class Folder:
         return index
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """The object in a JSON file. Raises UserError."""
+        """Read the object in a JSON file. Raises UserError if it is missing or damaged."""
         with self.reading(name):
             content = json.loads((self / name).read_text())
             if not isinstance(content, dict):
@@ -56,14 +56,14 @@ class Folder:
             return content
 
     def read_tensors(self, name: str, checksum: str | None = None) -> dict[str, Tensor]:
-        """All tensors of a safetensors file, once it has its checksum. Raises UserError."""
+        """Read all tensors of a safetensors file and compare it with its checksum. Raises UserError if it is damaged."""
         if checksum is not None:
             self.verify(name, checksum)
         with self.reading(name), safe_open(self / name, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
     def verify(self, name: str, checksum: str) -> None:
-        """Raises UserError where a file is missing, or its SHA-256 is another."""
+        """Raise UserError if a file is missing or has another SHA-256 digest."""
         path = self / name
         if not path.is_file():
             raise UserError(f"{path}: missing; {self.remedy}")
@@ -72,7 +72,7 @@ class Folder:
 
     @contextlib.contextmanager
     def reading(self, name: str | None = None) -> Iterator[None]:
-        """Errors about the content of a file, by default the index, become a UserError."""
+        """Convert errors about the content of a file, by default the index, to UserError."""
         try:
             yield
         except (
@@ -81,16 +81,16 @@ class Folder:
             raise UserError(f"{self / (name or self.index)}: damaged: {reason(error)}; {self.remedy}") from error
 
     def write(self, content: Mapping[str, Any], files: Mapping[str, bytes] | None = None) -> None:
-        """Write an index of ``content``, and beside it ``files`` with their checksums in the index.
+        """Write files, and an index with ``content`` and their checksums.
 
-        Nothing is replaced until everything is written. The old index goes first and the new one comes last, so that there are
-        never old checksums beside new files.
+        Nothing is replaced before everything is written. The old index is deleted first and the new one appears last, so that
+        old checksums never accompany new files.
         """
         index: dict[str, Any] = {"format": self.formats[-1], **content}
         if files:
             index["sha256"] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
         everything = {self.index: json.dumps(index, indent=1).encode(), **(files or {})}
-        with contextlib.ExitStack() as stack:  # leaves in reverse order
+        with contextlib.ExitStack() as stack:  # exits in reverse order
             for name, data in everything.items():
                 file = stack.enter_context(replacing(self / name))
                 file.write(data)
@@ -100,13 +100,15 @@ class Folder:
                 stack.callback((self / self.index).unlink, missing_ok=True)
 
 
-def tensor_bytes(tensors: Mapping[str, Tensor], about: dict[str, str] | None = None, dtype: torch.dtype | None = None) -> bytes:
-    """A safetensors file of ``tensors``, converted to ``dtype`` where that is given, with ``about`` in its header."""
-    return save({name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in tensors.items()}, metadata=about)
+def tensor_bytes(
+    tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None, dtype: torch.dtype | None = None
+) -> bytes:
+    """Content of a safetensors file with ``metadata``, and with tensors converted to ``dtype`` if it is given."""
+    return save({name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in tensors.items()}, metadata=metadata)
 
 
 def reason(error: Exception) -> str:
-    """One line about an error in a file's content."""
+    """Message of an error in a file's content, in one line."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"

@@ -1,4 +1,4 @@
-"""Callbacks of functions that run for long: one reports progress, one asks them to stop."""
+"""Callbacks of long-running functions, to report progress and to stop."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a function is.
+    """Progress of a function.
 
     Args:
-        done: steps, volumes, slices or epochs done, of ``total``.
-        total: those there will be.
-        metrics: the last figures by their names, for example loss and psnr.
-        what: what is being done, where a function does several things one after another.
+        done: number of finished steps, volumes, slices or epochs.
+        total: number of all.
+        metrics: last metrics by name, for example loss and psnr.
+        what: the current part of functions that do several things.
     """
 
     done: int
@@ -23,8 +23,8 @@ class Progress:
     what: str = ""
 
 
-#: Called after every step. In a run of several processes the first one alone calls it.
+#: Callback after every step. With several processes only the first one calls it.
 ProgressCallback = Callable[[Progress], None]
 
-#: Asked before every step; true: stop, and leave everything so that the same call goes on later.
+#: Callback before every step. If it returns true, the function stops in a state from which the same call can continue.
 StopCallback = Callable[[], bool]

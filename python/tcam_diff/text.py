@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Sizes and types as text."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 
 def size_text(shape: Iterable[int]) -> str:
-    """128 x 128 x 64"""
+    """A shape as text, for example "128 x 128 x 64"."""
     return " x ".join(map(str, shape))
 
 
 def dtype_text(dtype: torch.dtype) -> str:
-    """bfloat16"""
+    """A type as text, for example "bfloat16"."""
     return str(dtype).removeprefix("torch.")

@@ -149,7 +149,7 @@ def test_ctrl_c_ends_a_training_run_with_a_checkpoint_and_a_status(tmp_path):
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=200)
     assert process.returncode == 130, out
-    assert "--resume auto goes on" in out
+    assert "--resume auto continues" in out
     assert any((tmp_path / "run" / "checkpoints").iterdir())
 
 
@@ -178,7 +178,7 @@ def test_ctrl_c_ends_the_demo(monkeypatch, tmp_path, capsys):
         demo.main()
     assert ended.value.code == 130
     assert asked == ["make_cohort", "prepare_cases", "train_autodecoder"]
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "the same command continues" in capsys.readouterr().out
 
 
 def test_the_library_does_not_know_its_command_line():

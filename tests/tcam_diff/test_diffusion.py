@@ -440,7 +440,7 @@ def test_bundles_of_the_first_version_name_the_scheduler_otherwise():
 def test_steps_out_of_order_and_outputs_of_one_head_are_refused():
     scheduler = ArcScheduler("heun")
     x = torch.zeros(1, 2)
-    with pytest.raises(ValueError, match="whose turn it is"):
+    with pytest.raises(ValueError, match="the next one"):
         scheduler.step(torch.zeros(1, 4), scheduler.timesteps[3], x)
     with pytest.raises(ValueError, match="expected 4 channels"):
         scheduler.step(torch.zeros(1, 2), scheduler.timesteps[0], x)

@@ -102,7 +102,7 @@ def test_an_encoding_that_was_stopped_goes_on(trained, store, encoded, tmp_path,
     assert "stopped with 3 of 4 volumes; the same command continues" in message
     with pytest.raises(UserError, match=r"latents\.json is missing"):
         LatentSet(out)
-    assert "3 of 4 volumes are there already" in tcam("encode", trained, store, "--out", out, "steps=200", "batch=3", "-q")
+    assert "3 of 4 volumes already exist" in tcam("encode", trained, store, "--out", out, "steps=200", "batch=3", "-q")
     assert calls == [3, 1, 1]
     a, b = LatentSet(encoded), LatentSet(out)
     for x, y in zip(a.entries, b.entries, strict=True):

@@ -22,7 +22,7 @@ def test_the_demo_spares_what_it_did_not_make(tmp_path):
 
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "precious.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"holds .*samples, which this demo did not make"):
+    with pytest.raises(UserError, match=r"contains .*samples, not made by this demo"):
         demo.generate(tmp_path, 0.0)
     assert (tmp_path / "samples" / "precious.txt").read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["samples"]

@@ -79,7 +79,7 @@ def test_a_store_is_gone_on_with(data):
     assert [writer.find(r.name, r.sources) for r in store.records] == store.records
     with pytest.raises(UserError, match="prepared differently"):
         StoreWriter(data / "store", store.config | {"dtype": "float16"})
-    assert "2 of 2 cases have their checksum" in tcam("check-data", data / "store")
+    assert "2 of 2 cases match their checksums" in tcam("check-data", data / "store")
 
 
 def test_a_fitted_volume(data):
@@ -96,7 +96,7 @@ def test_a_training_run(data):
     assert torch.equal(run.decoder.state_dict()["0.weight"], fitted.decoder().state_dict()["0.weight"])
     resume = ("train-autodecoder", data / "stage1" / "config.yaml", "--out", data / "stage1", "--resume", "auto", "-q")
     tcam(*resume)
-    assert "begun with" in tcam(*resume, "channels=5", fails=True)
+    assert "began with" in tcam(*resume, "channels=5", fails=True)
 
 
 def test_a_latent_set(data):
@@ -128,7 +128,7 @@ def test_a_model_with_a_sample_and_an_interpolation(data):
     sidecar = data / "samples" / "sample-0000_seed0_heun2.json"
     before = sidecar.read_bytes()
     assert json.loads(before)["model"] == model.identity
-    assert "1 are there already" in tcam("sample", data / "model", "--out", data / "samples", "--n", 1, "--steps", 2)
+    assert "1 already exist" in tcam("sample", data / "model", "--out", data / "samples", "--n", 1, "--steps", 2)
     assert sidecar.read_bytes() == before
     command = ("interpolate", data / "model", data / "latents", "v0", "v1", "--out", data / "between", "--n", 2, "-q")
     tcam(*command, "--steps", 2)

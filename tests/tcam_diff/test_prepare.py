@@ -198,7 +198,7 @@ def test_damage_to_a_store_is_named(folder, tmp_path):
         store.verify(store.records[1])
     said = CliRunner().invoke(app, ["check-data", str(out)])
     assert said.exit_code == 1
-    assert "4 of 5 cases have their checksum" in said.output
+    assert "4 of 5 cases match their checksums" in said.output
     array.write_bytes(data[:200])
     with pytest.raises(UserError, match=r"c1\.npy"):
         Store(out).volume(store.records[1])

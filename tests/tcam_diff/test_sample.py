@@ -82,13 +82,13 @@ def test_products_in_bfloat16_are_near_those_in_float32(model, trained):
 
 def test_float32_products_are_that_on_gpus_too():
     """No TF32 while they run; what the user had set is back afterwards."""
-    from tcam_diff.diffusion.model import _exact
+    from tcam_diff.diffusion.model import _no_tf32
 
     flags, gpu = torch.backends.cudnn.conv, torch.device("cuda")
     held = flags.fp32_precision
-    with _exact(gpu, torch.float32):
+    with _no_tf32(gpu, torch.float32):
         assert flags.fp32_precision == "ieee"
-    with _exact(gpu, torch.bfloat16):
+    with _no_tf32(gpu, torch.bfloat16):
         assert flags.fp32_precision == held
     assert flags.fp32_precision == held
 
@@ -167,12 +167,12 @@ def test_a_command_goes_on_with_what_is_missing(trained, tmp_path):
     before = kept.stat().st_mtime_ns
     (out / "sample-0001_seed0_heun3.json").unlink()  # as if stopped before it was whole
     (out / "sample-0002_seed0_heun3.nii.gz").unlink()
-    assert "1 are there already" in tcam(*command, "--n", 3)
+    assert "1 already exist" in tcam(*command, "--n", 3)
     assert kept.stat().st_mtime_ns == before
     assert {p.name: p.read_bytes() for p in out.glob("*.nii.gz")} == files
-    assert "3 are there already" in tcam(*command, "--n", 3)
+    assert "3 already exist" in tcam(*command, "--n", 3)
     for other in (("--final", "x"), ("--size", 8, 8, 8), ("--dtype", "uint8"), ("--compute-dtype", "bfloat16")):
-        assert "made with" in tcam(*command, "--n", 3, *other, fails=True)  # nothing is overwritten
+        assert "exists with other settings" in tcam(*command, "--n", 3, *other, fails=True)  # nothing is overwritten
     assert {p.name: p.read_bytes() for p in out.glob("*.nii.gz")} == files
 
 
@@ -220,8 +220,8 @@ def test_two_processes_draw_the_same_volumes(trained, tmp_path):
         (["--size", 40000, 4, 4], "at most 32767"),
         (["--dtype", "int3"], "int3"),
         (["--device", "tpu9"], "expected auto, cpu, cuda"),
-        (["--guidance-scale", 3], "give --label"),
-        (["--mask", "m.nii.gz"], "give that too"),
+        (["--guidance-scale", 3], "add --label"),
+        (["--mask", "m.nii.gz"], "add --known"),
     ],
 )
 def test_bad_requests_are_refused(trained, tmp_path, arguments, said):
@@ -471,7 +471,7 @@ def test_a_bundle_is_verified_and_runs_alone(trained, model, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "project" / "docs").mkdir(parents=True)
     for place in (tmp_path / "file", tmp_path / "project"):
-        assert "is there and no bundle" in tcam("export-bundle", trained, "--out", place, fails=True)
+        assert "exists and is not a bundle" in tcam("export-bundle", trained, "--out", place, fails=True)
 
 
 def test_a_model_loads_in_three_lines(trained):

@@ -59,7 +59,7 @@ def test_data_are_the_planes_of_the_set(latents):
 
 def test_centring_leaves_no_mean_and_unit_energy_and_is_undone(latents):
     data = LatentData(latents)
-    centre = Centre.of(data.planes)
+    centre = Centre.from_planes(data.planes)
     moved = centre.apply(data.rows(range(len(data))))
     for p, q, original in zip(moved, centre.invert(moved), data.planes, strict=True):
         assert float(p.mean(0).abs().max()) < 1e-5
@@ -249,15 +249,15 @@ def test_killed_at_random_points_a_run_ends_with_the_same_bits(latents, uninterr
 
 
 def test_the_command_protects_a_run(latents, uninterrupted):
-    with pytest.raises(UserError, match=r"holds a run.*--resume auto"):
+    with pytest.raises(UserError, match=r"contains a run.*--resume auto"):
         runs.diffuse(latents, uninterrupted)
-    with pytest.raises(UserError, match=r"lr: the run in .* was begun with 0.002, --resume was given 0.1"):
+    with pytest.raises(UserError, match=r"lr: the run in .* began with 0.002, --resume was given 0.1"):
         runs.diffuse(latents, uninterrupted, ("lr=0.1",), "auto")
 
 
 def test_other_latents_are_refused(uninterrupted, tmp_path):
     other = runs.make_latents(tmp_path / "other", seed=3)
-    with pytest.raises(UserError, match="not the planes that the run was begun with"):
+    with pytest.raises(UserError, match="not the planes with which the run began"):
         runs.diffuse(other, uninterrupted, (), "auto")
 
 

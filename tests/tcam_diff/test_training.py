@@ -186,7 +186,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
         write(path, what)
 
     monkeypatch.setattr(checkpoint, "_write", full)
-    with pytest.raises(UserError, match=r"step-00000002.*No space left.*step 1 is whole.*--resume auto"):
+    with pytest.raises(UserError, match=r"step-00000002.*No space left.*step 1 is intact.*--resume auto"):
         save(tmp_path, 2)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     assert checkpoint.load(checkpoint.latest(tmp_path))[0] == 1
@@ -276,9 +276,9 @@ def test_stopping_and_going_on_is_the_same_run(store, uninterrupted, tmp_path):
 
 
 def test_the_command_protects_a_run(store, uninterrupted):
-    with pytest.raises(UserError, match=r"holds a run.*--resume auto"):
+    with pytest.raises(UserError, match=r"contains a run.*--resume auto"):
         runs.run(store, uninterrupted)
-    with pytest.raises(UserError, match=r"channels: the run in .* was begun with 6, --resume was given 8"):
+    with pytest.raises(UserError, match=r"channels: the run in .* began with 6, --resume was given 8"):
         runs.run(store, uninterrupted, ("channels=8",), "auto")
     with pytest.raises(UserError, match="expected auto or a folder"):
         runs.run(store, uninterrupted, (), "nowhere")

@@ -13,10 +13,10 @@ import torch
 
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.encode import load_run
-from tcam_diff.autodecoder.objective import TrainingObjective, unit
+from tcam_diff.autodecoder.objective import TrainingObjective
 from tcam_diff.autodecoder.planes import normalise
 from tcam_diff.autodecoder.train import AutodecoderTraining, train_autodecoder
-from tcam_diff.data.store import Store
+from tcam_diff.data.store import Store, unit
 from tcam_diff.evaluation import metrics
 from tcam_diff.files import writable_folder, write_text
 from tcam_diff.progress import ProgressCallback, StopCallback

@@ -15,6 +15,7 @@ import tcam_ext
 from tcam_diff.autodecoder.config import AutodecoderConfig
 from tcam_diff.autodecoder.perceptual import Perceptual, ssim2d
 from tcam_diff.autodecoder.planes import normalise, texel_noise, total_variation
+from tcam_diff.data.store import unit
 from tcam_diff.evaluation.metrics import psnr_of_mse
 from tcam_diff.training.rng import rng, seed_of
 from tcam_ext import _C
@@ -289,8 +290,3 @@ class TrainingObjective:
         h, w, d = self.size
         thick = max(1, (1 << 22) // (w * d))
         return [((x, min(x + thick, h)), (0, w), (0, d)) for x in range(0, h, thick)]
-
-
-def unit(stored: Tensor) -> Tensor:
-    """Values in [0, 1] as float32 of stored voxels in uint8 (255 v) or floats."""
-    return stored.float() / 255 if stored.dtype == torch.uint8 else stored.float()

@@ -16,11 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import tcam_ext
 from tcam_diff.autodecoder.config import TrainConfig
-from tcam_diff.autodecoder.objective import TrainingObjective, Visit, make_decoder, parameter_dtype, unit
+from tcam_diff.autodecoder.objective import TrainingObjective, Visit, make_decoder, parameter_dtype
 from tcam_diff.autodecoder.planes import init_planes, normalise
 from tcam_diff.autodecoder.report import channels_picture, rgb, slices_picture, write_report
 from tcam_diff.autodecoder.tables import PlaneTable
-from tcam_diff.data.store import Record, Store, one_shape
+from tcam_diff.data.store import Record, Store, one_shape, unit
 from tcam_diff.errors import UserError
 from tcam_diff.progress import ProgressCallback, StopCallback
 from tcam_diff.training.distributed import Distributed

@@ -1,4 +1,4 @@
-"""The command ``tcam``. One file a command; the only place that parses arguments or prints."""
+"""The command ``tcam``, with one module per command. Only these modules parse arguments and print."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Entry point: errors that a user can mend end in one line and exit status 2."""
+    """Entry point. Errors that a user can fix are printed in one line, with exit status 2."""
     try:
         from tcam_diff.cli.app import app
         from tcam_diff.cli.common import INTERRUPTED

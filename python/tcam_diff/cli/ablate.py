@@ -1,4 +1,4 @@
-"""``tcam ablate``: the same training with several values of one key; Table 4 of the paper with channels=18,20,24,42."""
+"""``tcam ablate``: compare training runs that differ in one key; Table 4 of the paper is channels=18,20,24,42."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from tcam_diff.errors import UserError
 
 def command(
     config: Annotated[str, typer.Argument(help=f"A preset ({', '.join(configs.presets('train'))}) or a YAML file.")],
-    values: Annotated[str, typer.Argument(metavar="KEY=V1,V2,...", help="What to vary, e.g. channels=18,20,24,42 (Table 4).")],
-    out: Annotated[Path, typer.Option("--out", help="Folder: a run for each value, ablation.json, ablation.png.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes for all of them.")] = None,
+    values: Annotated[
+        str, typer.Argument(metavar="KEY=V1,V2,...", help="Key and values to vary, e.g. channels=18,20,24,42 (Table 4).")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for a run per value, ablation.json and ablation.png.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes for all runs.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
-    """Train with each value, and compare MSE, PSNR and SSIM of the fitted volumes over parameters per voxel.
+    """Train with each value, and compare MSE, PSNR and SSIM of the fitted volumes over plane parameters per voxel.
 
-    Ctrl-C stops; the same command goes on.
+    Ctrl-C stops; the same command continues.
     """
     key, equals, listed = values.partition("=")
     parsed = [yaml.safe_load(v) for v in listed.split(",")] if "[" not in listed else yaml.safe_load(f"[{listed}]")

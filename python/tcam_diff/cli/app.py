@@ -1,4 +1,4 @@
-"""The commands of ``tcam``."""
+"""The typer application with all commands of ``tcam``."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ app.command("export-bundle")(export_bundle.command)
 app.command("make-cohort")(make_cohort.command)
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(version: bool) -> None:
+    if version:
         print(f"tcam {tcam_ext.__version__}")
         raise typer.Exit
 
@@ -60,7 +60,7 @@ def _print_version(asked: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop."),
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
     pass

@@ -1,4 +1,4 @@
-"""``tcam check-data``: is every case of a data set sound, and what is in it?"""
+"""``tcam check-data``: check every case of a data set."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from tcam_diff.errors import UserError
 
 def command(
     source: Annotated[Path, typer.Argument(help=f"The data set: {LAYOUTS}; or a prepared store.")],
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write what was found here as well.")] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
     max_voxels: Annotated[int, typer.Option(help="Refuse files with more voxels, channels counted.")] = VOXEL_BUDGET,
     jobs: Annotated[
         int | None,
         typer.Option("--jobs", "-j", help="Files read at a time. [default: the machine's cores]", show_default=False),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, and only cases that would fail.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, and only cases that cannot be used.")] = False,
 ) -> None:
-    """Look at every case of SOURCE: shape, spacing, orientation, range, labels, and whether it can be used.
+    """Check every case of SOURCE: shape, spacing, orientation, range, labels, and whether it can be used.
 
-    Exit status 1 where a case cannot; one bad file never stops the others. Memory does not grow with the volumes.
+    The exit status is 1 if a case cannot be used. A bad file does not stop the check. Memory does not grow with the volumes.
     """
     if (source / INDEX).is_file():
         _check_store(source, jobs or cores(), quiet)
         return
-    found = find_cases(source)
-    say(f"{source}: {found.layout}, {len(found.cases)} cases")
+    data = find_cases(source)
+    say(f"{source}: {data.layout}, {len(data.cases)} cases")
     reports: list[check.Report] = []
-    for report in tracked(check.check_cases(found.cases, max_voxels, jobs or cores()), len(found.cases), "checking", quiet):
+    for report in tracked(check.check_cases(data.cases, max_voxels, jobs or cores()), len(data.cases), "checking", quiet):
         reports.append(report)
         if report.problem or not quiet:
             say(_line(report))
@@ -56,12 +56,12 @@ def command(
 
 
 def _check_store(folder: Path, jobs: int, quiet: bool) -> None:
-    """Every case of a prepared store against its checksum."""
+    """Compare every case of a prepared store with its checksum."""
     store = Store(folder)
     problems = list(tracked(check.check_store(store, jobs), len(store.records), "checking", quiet))
     for problem in filter(None, problems):
         say(f"[red]FAILS[/red] {escape(problem)}")
-    say(f"{folder}: a prepared store; {problems.count('')} of {len(problems)} cases have their checksum")
+    say(f"{folder}: a prepared store; {problems.count('')} of {len(problems)} cases match their checksums")
     if any(problems):
         raise typer.Exit(1)
 

@@ -1,4 +1,4 @@
-"""What several commands share: lines, the progress bar, stopping on Ctrl-C."""
+"""Helpers of the commands: output, progress bars, and stopping on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ T = TypeVar("T")
 
 
 def cores() -> int:
+    """Number of CPU cores available to this process."""
     return len(os.sched_getaffinity(0))
 
 
 def say(text: object, **style: object) -> None:
-    """A line, as it is: nothing highlighted, nothing wrapped."""
+    """Print a line without highlighting or wrapping."""
     console.print(text, highlight=False, soft_wrap=True, **style)  # type: ignore[arg-type]
 
 
-#: Label, metric, format and unit of each figure that is shown beside a progress bar.
+#: Label, metric, format and unit of each value beside a progress bar.
 Shown = Sequence[tuple[str, str, str, str]]
 
 
 @contextmanager
 def progress_bar(what: str, quiet: bool = False, shown: Shown = ()) -> Iterator[ProgressCallback]:
-    """A callback that draws a bar on a terminal, and in a log file writes a line every 20 seconds and at the end."""
+    """Callback that draws a bar on a terminal. If the output is a file, it prints a line every 20 seconds and at the end."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -73,7 +74,7 @@ def progress_bar(what: str, quiet: bool = False, shown: Shown = ()) -> Iterator[
 
 
 def tracked(items: Iterable[T], total: int, what: str, quiet: bool) -> Iterator[T]:
-    """The items, with a progress bar."""
+    """Yield the items and show a progress bar."""
     with progress_bar(what, quiet) as show:
         for done, item in enumerate(items, 1):
             yield item
@@ -81,49 +82,55 @@ def tracked(items: Iterable[T], total: int, what: str, quiet: bool) -> Iterator[
 
 
 def bytes_text(count: float) -> str:
+    """A number of bytes as text, for example "1.25 GB"."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
 def folder_size(path: Path) -> int:
+    """Bytes of all files in a folder."""
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
 
 
 def duration(seconds: float) -> str:
+    """A duration as text, for example "45 s", "12 min" or "3.5 h"."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-#: Exit status of a command that was stopped before its end, as a shell has it for Ctrl-C.
+#: Exit status of a command that was stopped, the same as shells use for Ctrl-C.
 INTERRUPTED = 130
 
-
-#: What `stop_on_interrupt` says in a training.
+#: Message of `stop_on_interrupt` in training commands.
 RESUMED = "a checkpoint is written (again: stop at once)"
 
 
 def end_training(out: Path, outcome: Outcome, steps: int, quiet: bool) -> None:
-    """End the command, with its exit status, where the training was stopped."""
+    """End the command with status INTERRUPTED if the training was stopped."""
     if outcome.stopped:
         if not quiet:
-            say(f"{out}: stopped at step {outcome.step} of {steps}; --resume auto goes on")
+            say(f"{out}: stopped at step {outcome.step} of {steps}; --resume auto continues")
         raise typer.Exit(INTERRUPTED)
 
 
 @contextmanager
 def stop_on_interrupt(then: str) -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C (or SIGTERM) asks for a clean stop; the second interrupts at once."""
-    asked = [False]
+    """Callback that tells whether Ctrl-C was pressed or SIGTERM received. The second signal raises KeyboardInterrupt.
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        if asked[0]:
+    ``then`` is printed at the first signal and says what happens after the stop.
+    """
+    stopping = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal stopping
+        if stopping:
             raise KeyboardInterrupt
-        asked[0] = True
+        stopping = True
         say(f"stopping after this step; {then}")
 
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: asked[0]
+        yield lambda: stopping
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""``tcam compare``: MSE, PSNR, 3D SSIM and a picture of two volumes."""
+"""``tcam compare``: compare two volumes by MSE, PSNR, 3D SSIM and a picture."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tcam_diff.evaluation.compare import compare_volumes, figures_text
 
 def command(
     a: Annotated[Path, typer.Argument(help="The reference volume.")],
-    b: Annotated[Path, typer.Argument(help="The volume to judge.")],
-    out: Annotated[Path | None, typer.Option("--out", help="The picture; default: compare.png beside B.")] = None,
+    b: Annotated[Path, typer.Argument(help="The volume to compare with A.")],
+    out: Annotated[Path | None, typer.Option("--out", help="File of the picture; default: compare.png beside B.")] = None,
     channel: Annotated[int, typer.Option(help="Channel of the picture.")] = 0,
-    max_voxels: Annotated[int, typer.Option(help="Refuse larger files.")] = VOXEL_BUDGET,
+    max_voxels: Annotated[int, typer.Option(help="Refuse files with more voxels, channels counted.")] = VOXEL_BUDGET,
 ) -> None:
     """Print MSE, PSNR and 3D SSIM of B against A (intensities scaled by A's range to [0, 1]) and draw both."""
     first, second = read_volume(a, max_voxels), read_volume(b, max_voxels)

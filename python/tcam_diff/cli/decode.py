@@ -1,4 +1,4 @@
-"""``tcam decode``: fitted planes become a NIfTI volume of any size."""
+"""``tcam decode``: decode fitted planes to a NIfTI volume of any size."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def command(
     out: Annotated[Path, typer.Option("--out", help="The volume to write (.nii or .nii.gz).")],
     size: Annotated[
         tuple[int, int, int] | None,
-        typer.Option(help="Voxels along the file's axes; default: those of the volume fitted."),
+        typer.Option(help="Voxels along the file's axes; default: those of the fitted volume."),
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="float32, int16, uint16 or uint8 (integers with scl_slope and scl_inter).")
     ] = "float32",
-    volume: Annotated[str | None, typer.Option(help="Which volume of a latent set.")] = None,
+    volume: Annotated[str | None, typer.Option(help="Name of a volume of a latent set.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
-    """Decode FOLDER to a NIfTI file with the field of view of the original, a slab at a time."""
+    """Decode FOLDER to a NIfTI file with the field of view of the original, one slab at a time."""
     fitted = load_fitted(folder, volume)
     shape = size or fitted.info.shape
     with progress_bar("decoding", quiet) as show:

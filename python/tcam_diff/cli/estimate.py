@@ -1,4 +1,4 @@
-"""``tcam estimate``: memory, disk and time of a training run, before it starts."""
+"""``tcam estimate``: estimate memory, disk space and time of a training run."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ def command(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, as for train-autodecoder.")
     ] = None,
-    seconds: Annotated[float, typer.Option(help="How long the trial may take, about.", min=1)] = 10.0,
+    seconds: Annotated[float, typer.Option(help="Approximate length of the trial.", min=1)] = 10.0,
 ) -> None:
-    """What `tcam train-autodecoder CONFIG` would take on this machine: a short trial of the real thing, then arithmetic."""
-    wanted = TrainConfig.load(config, overrides or [])
-    found = estimate(wanted, seconds)
-    say(
-        f"time         {duration(found.seconds)} ({wanted.steps} steps of {1000 * found.step:.1f} ms, evaluations, checkpoints)"
-    )
-    say(f"host memory  {bytes_text(found.host)} at the peak")
-    if found.device:
-        say(f"device       {bytes_text(found.device)} at the peak")
-    say(f"tables       {bytes_text(found.tables)} of planes and moments, on {found.where}")
-    say(f"disk         {bytes_text(found.disk)} at the end, up to {bytes_text(found.disk_most)} meanwhile")
-    need = found.device if found.device and found.where == "device" else found.tables
-    if found.where != "disk" and need > found.available:
-        say(f"[red]does not fit[/red]: {bytes_text(found.available)} are free; take tables=disk, or fewer channels or objects")
+    """Estimate the requirements of `tcam train-autodecoder CONFIG` on this machine from a short trial."""
+    settings = TrainConfig.load(config, overrides or [])
+    needs = estimate(settings, seconds)
+    steps = f"{settings.steps} steps of {1000 * needs.step:.1f} ms"
+    say(f"time         {duration(needs.seconds)} ({steps}, evaluations, checkpoints)")
+    say(f"host memory  {bytes_text(needs.host)} at the peak")
+    if needs.device:
+        say(f"device       {bytes_text(needs.device)} at the peak")
+    say(f"tables       {bytes_text(needs.tables)} of planes and moments, on {needs.where}")
+    say(f"disk         {bytes_text(needs.disk)} at the end, up to {bytes_text(needs.disk_most)} during the run")
+    memory = needs.device if needs.device and needs.where == "device" else needs.tables
+    if needs.where != "disk" and memory > needs.available:
+        say(f"[red]does not fit[/red]: {bytes_text(needs.available)} are free; take tables=disk, or fewer channels or objects")
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""``tcam export-bundle``: a trained model as a MONAI bundle."""
+"""``tcam export-bundle``: write a trained model as a MONAI bundle."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from tcam_diff.cli.common import bytes_text, folder_size, say
 def command(
     model: Annotated[Path, typer.Argument(help="A run of `tcam train-diffusion`, or a model's folder.")],
     out: Annotated[Path, typer.Option("--out", help="The bundle's folder.")],
-    name: Annotated[str, typer.Option(help="In the metadata.")] = "Triplane diffusion",
+    name: Annotated[str, typer.Option(help="Name of the bundle in its metadata.")] = "Triplane diffusion",
 ) -> None:
     """Write MODEL as a MONAI bundle: configs/metadata.json, configs/inference.json, models, docs.
 
-    python -m monai.bundle run --config_file configs/inference.json, in the bundle's folder, then draws volumes.
+    To draw volumes, run this in the bundle's folder: python -m monai.bundle run --config_file configs/inference.json
     """
     from tcam_diff.diffusion import interop
     from tcam_diff.diffusion.model import TriplaneDiffusion
 
     interop.export_bundle(TriplaneDiffusion.load(model), out, name)
-    say(f"{out}: {bytes_text(folder_size(out))}; there: python -m monai.bundle run --config_file configs/inference.json")
+    say(
+        f"{out}: {bytes_text(folder_size(out))}; to draw volumes, run in it: python -m monai.bundle run --config_file configs/inference.json"
+    )

@@ -1,4 +1,4 @@
-"""``tcam fit``: a volume becomes three feature planes and a decoder."""
+"""``tcam fit``: fit three feature planes and a decoder to a volume."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def command(
     ] = None,
     preset: Annotated[str, typer.Option(help="fast: minutes on two cores; paper: the paper's optimisation.")] = "fast",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a fitted volume in the folder.")] = False,
-    max_voxels: Annotated[int, typer.Option(help="Refuse larger files.")] = VOXEL_BUDGET,
+    max_voxels: Annotated[int, typer.Option(help="Refuse files with more voxels, channels counted.")] = VOXEL_BUDGET,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Fit planes and decoder to VOLUME. Ctrl-C stops and keeps the best result so far.
 
-    Keys of the configuration: see the saved config.yaml, or python/tcam_diff/autodecoder/config.py.
+    The keys of the configuration are in the saved config.yaml and in python/tcam_diff/autodecoder/config.py.
     """
     config = FitConfig.load(preset, overrides or [])
     source = read_volume(volume, max_voxels)

@@ -1,4 +1,4 @@
-"""``tcam interpolate``: volumes between two of a latent set."""
+"""``tcam interpolate``: interpolate between two volumes of a latent set."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ def command(
     model: Annotated[Path, typer.Argument(help="A run of `tcam train-diffusion`, or a model's folder.")],
     latents: Annotated[Path, typer.Argument(help="A latent set of the same decoder.")],
     a: Annotated[str, typer.Argument(help="Name of a volume of LATENTS.")],
-    b: Annotated[str, typer.Argument(help="Name of another.")],
+    b: Annotated[str, typer.Argument(help="Name of another volume.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the volumes.")],
-    n: Annotated[int, typer.Option("--n", min=2, help="How many, the two ends included.")] = 7,
+    n: Annotated[int, typer.Option("--n", min=2, help="Number of volumes, including both ends.")] = 7,
     size: Annotated[
         tuple[int, int, int] | None,
         typer.Option(help="Voxels along the axes. [default: as the training volumes]", show_default=False),
     ] = None,
-    label: Annotated[str | None, typer.Option(help="A class, of a model trained with labels: of both volumes.")] = None,
-    solver: Annotated[Method, typer.Option(help="Of the ODE, both ways.")] = "heun",
-    steps: Annotated[int, typer.Option(min=1, help="Intervals.")] = 50,
+    label: Annotated[str | None, typer.Option(help="Class of both volumes, for models with labels.")] = None,
+    solver: Annotated[Method, typer.Option(help="Solver of the ODE in both directions.")] = "heun",
+    steps: Annotated[int, typer.Option(min=1, help="Intervals of the solver.")] = 50,
     dtype: Annotated[str, typer.Option(help="float32, int16, uint16 or uint8 (integers with a scale).")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
-    """Write volumes from A to B: the noises that their planes come from, the great circle between those, and back.
+    """Write volumes from A to B, along the great circle between the noises of their planes.
 
-    OUT gets NIfTI files, a contact sheet, and interpolation.json, which says how they were made.
+    OUT gets NIfTI files, a contact sheet, and interpolation.json with the settings.
     """
     output = Output(out, size, dtype)
     config = configs.validate(SampleConfig, {"solver": solver, "steps": steps}, "interpolate")

@@ -1,4 +1,4 @@
-"""``tcam make-cohort``: brains with lesions, made from the MNI152 template, in the layout of the Decathlon's Task01."""
+"""``tcam make-cohort``: make brains with lesions from the MNI152 template, in the layout of the Decathlon's Task01."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from tcam_diff.data import cohort
 
 
 def command(
-    out: Annotated[Path, typer.Option("--out", help="Folder for the cohort: empty, or one that this command has begun.")],
-    n: Annotated[int, typer.Option("--n", help="Cases, held-out ones included.")] = 64,
-    size: Annotated[int, typer.Option("--size", help="Voxels an axis, of a cube of 192 mm.")] = 96,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the cohort: empty, or unfinished by this command.")],
+    n: Annotated[int, typer.Option("--n", help="Number of cases, including held-out ones.")] = 64,
+    size: Annotated[int, typer.Option("--size", help="Voxels along each axis of a cube of 192 mm.")] = 96,
     seed: Annotated[int, typer.Option("--seed", help="Equal seeds and options give equal files, byte for byte.")] = 0,
     held_out: Annotated[
-        int | None, typer.Option("--held-out", help="The last cases, listed as test. [default: a fifth]", show_default=False)
+        int | None,
+        typer.Option("--held-out", help="Number of the last cases to list as test. [default: a fifth]", show_default=False),
     ] = None,
     noise: Annotated[
-        float, typer.Option("--noise", help="The most; the noise of a case has a standard deviation from 0 to this.")
+        float,
+        typer.Option("--noise", help="Largest standard deviation of the noise; that of a case is uniform from 0 to this."),
     ] = 0.01,
     jobs: Annotated[
         int | None, typer.Option("--jobs", "-j", help="Processes. [default: the machine's cores]", show_default=False)
@@ -30,8 +32,7 @@ def command(
     """Make a cohort of brains with lesions: four correlated modalities, labels, and dataset.json.
 
     Each case is the MNI152 template under a random affine map and a random deformation, with one or two lesions (oedema,
-    necrotic core, enhancing rim), and with contrasts, a bias field and noise of its own. Ctrl-C stops; the same command goes
-    on.
+    necrotic core, enhancing rim) and with random contrasts, bias fields and noise. Ctrl-C stops; the same command continues.
     """
     recipe = cohort.Cohort(n, size, seed, n // 5 if held_out is None else held_out, noise)
     workers = min(n, jobs or cores())

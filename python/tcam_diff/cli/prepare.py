@@ -1,7 +1,8 @@
-"""``tcam prepare``: a data set becomes a store of volumes in [0, 1]."""
+"""``tcam prepare``: prepare a data set as a store of volumes in [0, 1]."""
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +23,7 @@ KEYS = configs.describe(PrepareConfig)
 
 def command(
     source: Annotated[Path, typer.Argument(help=f"The data set: {LAYOUTS}.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the store: empty, or one that this command has begun.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the store: empty, or unfinished by this command.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, e.g. channels=[3] split=monai dtype=float16.")
     ] = None,
@@ -31,7 +32,7 @@ def command(
     ] = "cohort",
     download: Annotated[
         bool,
-        typer.Option("--download", help="Fetch SOURCE first, a task of the Decathlon by its name: DIR/Task01_BrainTumour."),
+        typer.Option("--download", help="First download SOURCE, a task of the Decathlon, e.g. DIR/Task01_BrainTumour."),
     ] = False,
     max_voxels: Annotated[int, typer.Option(help="Refuse files with more voxels, channels counted.")] = VOXEL_BUDGET,
     jobs: Annotated[
@@ -42,16 +43,16 @@ def command(
 ) -> None:
     """Prepare SOURCE: orient, resample, crop or resize, scale to [0, 1], and store for training.
 
-    Ctrl-C stops; the same command goes on. A bad case is named and stops no other; the exit status is then 1.
+    Ctrl-C stops; the same command continues. Cases that cannot be prepared are reported, and the exit status is then 1.
     """
     config = PrepareConfig.load(preset, overrides or [])
     if download:
         download_decathlon(source, quiet)
-    found = find_cases(source)
-    say(f"{source}: {found.layout}, {len(found.cases)} cases")
-    workers = min(len(found.cases), jobs or cores())
+    data = find_cases(source)
+    say(f"{source}: {data.layout}, {len(data.cases)} cases")
+    workers = min(len(data.cases), jobs or cores())
     records = []
-    for record in tracked(prepare_cases(found.cases, out, config, workers, max_voxels), len(found.cases), "preparing", quiet):
+    for record in tracked(prepare_cases(data.cases, out, config, workers, max_voxels), len(data.cases), "preparing", quiet):
         records.append(record)
         if record.problem:
             say(f"[red]FAILS[/red] {escape(record.name)} [{record.split}]: {escape(record.problem)}")
@@ -67,4 +68,4 @@ def command(
         raise typer.Exit(1)
 
 
-command.__doc__ = f"{command.__doc__}\n    Keys and their defaults, before the preset:\n\n\b\n{KEYS}\n"
+command.__doc__ = f"{inspect.getdoc(command)}\n\nKeys with their defaults, which presets change:\n\n\b\n{KEYS}\n"

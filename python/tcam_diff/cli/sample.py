@@ -1,4 +1,4 @@
-"""``tcam sample``: volumes from a trained diffusion model."""
+"""``tcam sample``: draw volumes from a trained diffusion model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tcam_diff.cli.common import progress_bar, say, stop_on_interrupt
 from tcam_diff.diffusion.config import Method, SampleConfig
 from tcam_diff.diffusion.draw import SHEET, Output, draw_samples
 from tcam_diff.diffusion.guidance import ImageGuidance, read_known
-from tcam_diff.diffusion.model import TriplaneDiffusion, find
+from tcam_diff.diffusion.model import TriplaneDiffusion, find_model
 from tcam_diff.errors import UserError
 from tcam_diff.text import size_text
 from tcam_diff.training.distributed import first_process
@@ -22,60 +22,66 @@ ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
 def command(
     model: Annotated[Path, typer.Argument(help="A run of `tcam train-diffusion`, or a model's folder.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the volumes; those that are there are kept.")],
-    n: Annotated[int, typer.Option("--n", min=1, help="How many.")] = 4,
-    first: Annotated[int, typer.Option(min=0, help="Number of the first: sample i is the same in any command.")] = 0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the volumes; existing ones are kept.")],
+    n: Annotated[int, typer.Option("--n", min=1, help="Number of volumes.")] = 4,
+    first: Annotated[int, typer.Option(min=0, help="Number of the first sample; sample i is the same in any command.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
     size: Annotated[
         tuple[int, int, int] | None,
         typer.Option(help="Voxels along the axes. [default: as the training volumes]", show_default=False),
     ] = None,
-    solver: Annotated[Method, typer.Option(help="Of the ODE; hot is stochastic.")] = "heun",
-    steps: Annotated[int, typer.Option(min=1, help="Intervals, of one evaluation of the network or several (heun: two).")] = 50,
-    final: Annotated[str, typer.Option(help="x0: the last estimate of the planes; x: the integrated state.")] = "x0",
-    label: Annotated[str | None, typer.Option(help="A class, of a model trained with labels.")] = None,
+    solver: Annotated[Method, typer.Option(help="Solver of the ODE; hot is stochastic.")] = "heun",
+    steps: Annotated[
+        int, typer.Option(min=1, help="Intervals, each of one evaluation of the network or several (heun: two).")
+    ] = 50,
+    final: Annotated[str, typer.Option(help="Result; x0: the last estimate of the planes; x: the integrated state.")] = "x0",
+    label: Annotated[str | None, typer.Option(help="Class of the samples, for models with labels.")] = None,
     hot_k: Annotated[int, typer.Option(min=1, help="Intervals that hot jumps ahead before it adds noise.")] = 2,
-    guidance_scale: Annotated[float, typer.Option(min=0, help="Of classifier-free guidance, with --label; 1: none.")] = 1.0,
+    guidance_scale: Annotated[
+        float, typer.Option(min=0, help="Scale of classifier-free guidance, with --label; 1: none.")
+    ] = 1.0,
     known: Annotated[
         Path | None,
-        typer.Option(help="A volume that samples agree with: whole with --mask or --known-channels, or coarse."),
+        typer.Option(help="A volume that guides the samples; it may be coarser than they are."),
     ] = None,
-    mask: Annotated[Path | None, typer.Option(help="A volume on the grid of --known, not 0 where that is known.")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="A volume on the grid of --known, nonzero for known voxels; without it all are known.")
+    ] = None,
     known_channels: Annotated[
-        str | None, typer.Option(help="Channels of --known that are known, e.g. 0,2; others are drawn.")
+        str | None, typer.Option(help="Known channels of --known, e.g. 0,2; without it all are known.")
     ] = None,
     known_range: Annotated[
         tuple[float, float] | None,
         typer.Option(help="Intensities of --known at 0 and 1. [default: the data set's]", show_default=False),
     ] = None,
     known_noise: Annotated[
-        float, typer.Option(min=1e-4, help="How closely it is followed: deviation, of a range of 1.")
+        float, typer.Option(min=1e-4, help="Standard deviation of samples from --known, in a range of 1.")
     ] = 0.02,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Samples at a time; 1 with --known. With 1, a volume is always the same to the bit.")
+        int, typer.Option(min=1, help="Samples at a time (always 1 with --known). Only 1 gives results equal to the bit.")
     ] = 4,
     dtype: Annotated[str, typer.Option(help="float32, int16, uint16 or uint8 (integers with a scale).")] = "float32",
     compute_dtype: Annotated[
         ComputeDtype | None,
-        typer.Option(help="Of the products. [default: as in training; auto: bfloat16 on GPUs]", show_default=False),
+        typer.Option(help="Type of the products; auto: bfloat16 on GPUs. [default: that of training]", show_default=False),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
-    """Draw volumes from MODEL: NIfTI files with the data set's affine and intensities, JSON and a preview for each, and a
-    contact sheet.
+    """Draw volumes from MODEL: a NIfTI file with the affine and intensities of the training data, a JSON file and a preview for
+    each, and a contact sheet.
 
-    Sample i depends on the seed and on i alone. Ctrl-C stops; the same command goes on with those that are missing. Under
-    torchrun they are shared among its processes.
+    Sample i depends on the seed and on i alone. Ctrl-C stops; the same command continues with the missing samples. With
+    torchrun samples are shared among the processes.
     """
     settings = {
         "solver": solver, "steps": steps, "final": final, "guidance_scale": guidance_scale, "seed": seed, "hot_k": hot_k,
     }  # fmt: skip
     config = configs.validate(SampleConfig, settings, "sample")
     if guidance_scale != 1 and label is None:
-        raise UserError(f"--guidance-scale {guidance_scale:g}: guides towards a class: give --label, or leave it out")
+        raise UserError(f"--guidance-scale {guidance_scale:g}: needs a class; add --label, or leave the scale out")
     if known is None and (mask is not None or known_channels is not None or known_range is not None):
-        raise UserError("--mask, --known-channels and --known-range say what of --known is known: give that too")
+        raise UserError("--mask, --known-channels and --known-range describe --known; add --known, or leave them out")
 
     def guide(loaded: TriplaneDiffusion) -> ImageGuidance | None:
         return None if known is None else read_known(loaded, known, mask, known_channels, known_noise, known_range)
@@ -85,11 +91,11 @@ def command(
 
     def started(loaded: TriplaneDiffusion, kept: int) -> None:
         say(
-            f"{find(model)}: {n} volumes, {size_text(size or loaded.geometry.info.shape)}, {solver} with {steps} steps"
-            + (f"; {kept} are there already" if kept else "")
+            f"{find_model(model)}: {n} volumes, {size_text(size or loaded.geometry.info.shape)}, {solver} with {steps} steps"
+            + (f"; {kept} already exist" if kept else "")
         )
 
-    with progress_bar("sampling", quiet) as show, stop_on_interrupt("the same command goes on") as stop:
+    with progress_bar("sampling", quiet) as show, stop_on_interrupt("the same command continues") as stop:
         done = draw_samples(
             model, output, indices, config, label=label, guide=guide, batch_size=batch_size, compute=compute_dtype,
             device=device, started=None if quiet else started, progress=show, stop=stop,

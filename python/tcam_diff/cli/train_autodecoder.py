@@ -1,4 +1,4 @@
-"""``tcam train-autodecoder``: one decoder, and planes for every volume of a store."""
+"""``tcam train-autodecoder``: train one decoder, and planes for every volume of a store."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def command(
     ] = None,
     resume: Annotated[
         str | None,
-        typer.Option("--resume", help="auto: go on from the last checkpoint, if there is one; or a checkpoint's folder."),
+        typer.Option("--resume", help="auto: continue from the last checkpoint, if any; or a checkpoint's folder."),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Train one decoder and planes for every volume of a store (`tcam prepare`).
 
-    Ctrl-C stops and writes a checkpoint; --resume auto goes on, bit for bit on a CPU with as many threads. Under torchrun
-    the objects are shared among its processes. The run's folder gets config.yaml, checkpoints, metrics.jsonl, TensorBoard
-    files, samples (pictures) and report.html.
+    Ctrl-C stops and writes a checkpoint; --resume auto continues, equal to the bit on a CPU with the same number of threads.
+    With torchrun the objects are shared among the processes. The run's folder gets config.yaml, checkpoints, metrics.jsonl,
+    TensorBoard files, samples (pictures) and report.html.
     """
-    wanted = TrainConfig.load(config, overrides or [])
+    settings = TrainConfig.load(config, overrides or [])
     quiet = quiet or not first_process()
     with progress_bar("training", quiet, SHOWN) as show, stop_on_interrupt(RESUMED) as stop:
-        outcome = train_autodecoder(wanted, out, resume, started=None if quiet else announce, progress=show, stop=stop)
-    end_training(out, outcome, wanted.steps, quiet)
+        outcome = train_autodecoder(settings, out, resume, started=None if quiet else announce, progress=show, stop=stop)
+    end_training(out, outcome, settings.steps, quiet)
     if not quiet:
         say(
             f"{out}: {outcome.step} steps in {duration(outcome.seconds)}, fitted PSNR {outcome.metrics['fitted_psnr']:.2f} dB "
@@ -48,7 +48,7 @@ def command(
 
 
 def announce(task: AutodecoderTraining) -> None:
-    """What is about to be trained, on what."""
+    """Print data, planes and machine of a training run."""
     say(
         f"{task.config.data}: {len(task.records)} volumes, {size_text(task.size)}, {task.channels} channel(s); planes "
         f"C = {task.config.channels}, {size_text(task.objective.texels)} texels, tables on {task.table.where}; "

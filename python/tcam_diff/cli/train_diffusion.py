@@ -1,4 +1,4 @@
-"""``tcam train-diffusion``: a diffusion model of the planes of a latent set."""
+"""``tcam train-diffusion``: train a diffusion model of the planes of a latent set."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ def command(
     ] = None,
     resume: Annotated[
         str | None,
-        typer.Option("--resume", help="auto: go on from the last checkpoint, if there is one; or a checkpoint's folder."),
+        typer.Option("--resume", help="auto: continue from the last checkpoint, if any; or a checkpoint's folder."),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Train a diffusion model on a latent set (`tcam export-latents` or `tcam encode`).
 
-    Ctrl-C stops and writes a checkpoint; --resume auto goes on, bit for bit on a CPU with as many threads. Under torchrun a
-    batch is shared among its processes. The run's folder gets config.yaml, checkpoints, model/ (for `tcam sample`),
-    metrics.jsonl, TensorBoard files, samples (pictures) and report.html.
+    Ctrl-C stops and writes a checkpoint; --resume auto continues, equal to the bit on a CPU with the same number of threads.
+    With torchrun a batch is shared among the processes. The run's folder gets config.yaml, checkpoints, model/ (for
+    `tcam sample`), metrics.jsonl, TensorBoard files, samples (pictures) and report.html.
     """
-    wanted = DiffusionConfig.load(config, overrides or [])
+    settings = DiffusionConfig.load(config, overrides or [])
     quiet = quiet or not first_process()
     with progress_bar("training", quiet, SHOWN) as show, stop_on_interrupt(RESUMED) as stop:
-        outcome = train_diffusion(wanted, out, resume, started=None if quiet else announce, progress=show, stop=stop)
-    end_training(out, outcome, wanted.steps, quiet)
+        outcome = train_diffusion(settings, out, resume, started=None if quiet else announce, progress=show, stop=stop)
+    end_training(out, outcome, settings.steps, quiet)
     if not quiet:
         loss = outcome.metrics.get("validation_loss", float("nan"))
         say(
-            f"{out}: {outcome.step} steps in {duration(outcome.seconds)}, loss of the average {loss:.4f} (2 at the start); "
-            f"{out / 'report.html'}; tcam sample {out} --out DIR draws volumes"
+            f"{out}: {outcome.step} steps in {duration(outcome.seconds)}, validation loss {loss:.4f} (2 at the start); "
+            f"{out / 'report.html'}; to draw volumes: tcam sample {out} --out DIR"
         )
 
 
 def announce(task: DiffusionTraining) -> None:
-    """What is about to be trained, on what."""
+    """Print data, network and machine of a training run."""
     sizes = ", ".join(size_text(p.shape[2:]) for p in task.data.planes)
     say(
         f"{task.config.latents}: {len(task.data)} volumes, planes C = {task.data.channels}, {sizes}; network of "

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from tcam_diff.data.volume import VolumeInfo, VolumeRecord
 from tcam_diff.errors import UserError
@@ -180,6 +182,11 @@ class Store:
 def quantise(array: np.ndarray, dtype: str) -> np.ndarray:
     """Convert values in [0, 1] to the type of the store: uint8 is 255 v, rounded."""
     return np.rint(array * 255).astype(np.uint8) if dtype == "uint8" else array.astype(np.float16)
+
+
+def unit(stored: Tensor) -> Tensor:
+    """Values in [0, 1] as float32 of stored voxels in uint8 (255 v) or floats."""
+    return stored.float() / 255 if stored.dtype == torch.uint8 else stored.float()
 
 
 def one_shape(folder: Path, records: Sequence[Record]) -> tuple[int, int, int, int]:

@@ -1,1 +1,1 @@
-"""Stage 2: diffusion over the planes of a latent set."""
+"""Stage 2: diffusion model of the planes of a latent set."""

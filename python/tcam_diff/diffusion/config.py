@@ -1,4 +1,4 @@
-"""Configurations of stage 2: what ``tcam train-diffusion`` trains, and how ``tcam sample`` integrates."""
+"""Configurations of stage 2: ``tcam train-diffusion`` and ``tcam sample``."""
 
 from __future__ import annotations
 
@@ -13,37 +13,38 @@ Method = Literal["euler", "frozen", "ddim", "midpoint", "heun", "rk4", "ab2", "h
 
 
 class NetworkConfig(Config):
-    """The U-Net (algorithm.md section 4; the paper gives no sizes)."""
+    """U-Net (algorithm.md section 4; the paper gives no sizes)."""
 
     weights: Annotated[
         Literal["independent", "shared", "concatenated"],
         Field(
-            description="of the three planes: their own, as the paper has it; one set with a plane embedding; or one network "
-            "that sees the planes as channels of one image (NFD; without cross-attention, planes of one size)"
+            description="weights of the planes: separate, as in the paper; shared, with a plane embedding; or one network that "
+            "takes the planes as channels of one image (as in NFD; no cross-attention, planes of one size)"
         ),
     ] = "independent"
     base: Annotated[int, Field(ge=4, le=1024, description="channels of the first level")] = 96
     multipliers: Annotated[list[Annotated[int, Field(ge=1, le=16)]], Field(min_length=1, max_length=8)] = Field(
-        default=[1, 2, 2, 2], description="of base; each level after the first has half the resolution"
+        default=[1, 2, 2, 2],
+        description="channels of each level as multiples of base; each level halves the resolution of the one before",
     )
-    blocks: Annotated[int, Field(ge=1, le=8, description="residual blocks of a level")] = 2
+    blocks: Annotated[int, Field(ge=1, le=8, description="residual blocks per level")] = 2
     attention_levels: Annotated[
         list[Annotated[int, Field(ge=0)]], Field(description="levels with attention; 0: the finest")
     ] = Field(default=[2, 3])
     cross: Annotated[
         Literal["full", "axis", "none"],
         Field(
-            description="attention to the other two planes: to all their texels, to the lines of the same coordinate, or none "
+            description="cross-attention to all texels of the other two planes, to their lines of the same coordinate, or none "
             "(the paper's ablation)"
         ),
     ] = "full"
     position: Annotated[
         Literal["axis", "none"],
-        Field(description="encoding of attention's texels by the coordinates that planes share, or none"),
+        Field(description="positional encoding of texels in attention, by coordinates in the volume, or none"),
     ] = "axis"
-    head_channels: Count = 64
+    head_channels: Annotated[Count, Field(description="channels of an attention head")] = 64
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    norm_groups: Annotated[int, Field(ge=1, description="of group normalisation, at most")] = 32
+    norm_groups: Annotated[int, Field(ge=1, description="most groups of a group normalisation")] = 32
     execution: Annotated[
         Literal["grouped", "loop"], Field(description="planes of one size in one grouped convolution, or one after another")
     ] = "grouped"
@@ -62,66 +63,62 @@ class NetworkConfig(Config):
 
 
 class DiffusionConfig(RunConfig):
-    """Training. Defaults are those of algorithm.md 4.6, the paper's where it says one."""
+    """Training. Defaults are in algorithm.md 4.6; they follow the paper where it gives a value."""
 
     kind = "diffusion"
     changeable = RunConfig.changeable | {"latents", "validation", "compile", "evaluate_volumes", "preview_steps"}
 
-    latents: Annotated[str, Field(description="a latent set (`tcam export-latents`, `tcam encode`)")]
-    validation: Annotated[
-        str | None, Field(description="a latent set of held-out volumes; null: losses of training volumes")
-    ] = None
-    labels: Annotated[str | None, Field(description="CSV with columns name and label: trains with classes; null: without")] = (
+    latents: Annotated[str, Field(description="latent set of `tcam export-latents` or `tcam encode`")]
+    validation: Annotated[str | None, Field(description="latent set of held-out volumes; null: evaluate training volumes")] = (
         None
     )
-    latent_dtype: Annotated[Literal["float32", "bfloat16"], Field(description="of the planes in memory")] = "float32"
+    labels: Annotated[str | None, Field(description="CSV with columns name and label, for classes; null: no classes")] = None
+    latent_dtype: Annotated[Literal["float32", "bfloat16"], Field(description="type of the planes in memory")] = "float32"
     center: Annotated[
         bool,
         Field(
-            description="subtract the set's mean planes and divide by the rest's RMS: where much of the energy is in the mean "
-            "(algorithm.md 6.5; the paper does not)"
+            description="subtract the set's mean planes and divide by the RMS of the rest; useful if the mean planes have much "
+            "of the energy (algorithm.md 6.5; not in the paper)"
         ),
     ] = False
     network: NetworkConfig = NetworkConfig()
 
     steps: Count = 100000
-    batch: Annotated[int, Field(ge=1, description="volumes of a step, over all processes")] = 32
-    accumulate: Annotated[int, Field(ge=1, description="parts that a process works through one after another in a step")] = 1
+    batch: Annotated[int, Field(ge=1, description="volumes per step, over all processes")] = 32
+    accumulate: Annotated[int, Field(ge=1, description="parts of a process's batch, run one after another to save memory")] = 1
     lr: Rate = 3e-5
-    grad_clip: Annotated[float, Field(gt=0, description="norm")] = 1.0
-    noise_weight: Annotated[float, Field(gt=0, description="of the error of the noise in equation 9")] = 1.0
-    image_weight: Annotated[float, Field(gt=0, description="of the error of the planes; the sampler needs both")] = 1.0
+    grad_clip: Annotated[float, Field(gt=0, description="largest gradient norm")] = 1.0
+    noise_weight: Annotated[float, Field(gt=0, description="weight of the noise error in equation 9")] = 1.0
+    image_weight: Annotated[float, Field(gt=0, description="weight of the error of the planes in equation 9")] = 1.0
     timesteps: Annotated[
         Literal["stratified", "uniform", "integer", "antithetic"],
-        Field(description="of a batch: one in each of its equal parts, independent, of 0 to 999, or pairs t, 999 - t"),
+        Field(description="timesteps of a batch: one in each of B equal intervals, independent, integers, or pairs t, 999 - t"),
     ] = "stratified"
     flip: Annotated[
         list[Literal["x", "y", "z"]],
-        Field(description="axes along which volumes are mirrored at random, exactly, by flipping their planes"),
+        Field(description="axes along which volumes are mirrored at random, by flipping their planes"),
     ] = Field(default=[])
     label_dropout: Annotated[
-        float, Field(gt=0, le=1, description="share trained without its label: for samples without one, and for guidance")
+        float, Field(gt=0, le=1, description="share of labels dropped, for unlabelled samples and for guidance")
     ] = 0.1
-    ema_decay: Annotated[float, Field(ge=0, lt=1, description="of the average that samples are drawn from, with warm-up")] = (
-        0.9999
-    )
+    ema_decay: Annotated[float, Field(ge=0, lt=1, description="decay of the average used for sampling, with warm-up")] = 0.9999
     compute_dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float64"], Field(description="of the products; auto: bfloat16 on GPUs")
+        Literal["auto", "float32", "bfloat16", "float64"], Field(description="type of the products; auto: bfloat16 on GPUs")
     ] = "auto"
-    compile: Annotated[bool, Field(description="torch.compile of the network")] = False
+    compile: Annotated[bool, Field(description="compile the network with torch.compile")] = False
 
-    evaluate_volumes: Annotated[Count, Field(description="whose loss an evaluation takes")] = 64
-    preview_steps: Annotated[int, Field(ge=0, description="of ab2 for the samples shown at evaluations; 0: none")] = 20
+    evaluate_volumes: Annotated[Count, Field(description="volumes of an evaluation")] = 64
+    preview_steps: Annotated[int, Field(ge=0, description="steps of ab2 for samples at evaluations; 0: no samples")] = 20
 
 
 class SampleConfig(Config):
-    """The integration from noise to planes (algorithm.md 2.2)."""
+    """Integration from noise to planes (algorithm.md 2.2)."""
 
     solver: Method = "heun"
-    steps: Annotated[Count, Field(description="intervals from pi/2 to 0; the default: 100 evaluations of the network")] = 50
-    hot_k: Annotated[int, Field(ge=1, description="intervals that hot jumps ahead before noise is added")] = 2
+    steps: Annotated[Count, Field(description="intervals from pi/2 to 0; heun evaluates the network twice in each")] = 50
+    hot_k: Annotated[int, Field(ge=1, description="intervals that hot jumps ahead before it adds noise")] = 2
     final: Annotated[
-        Literal["x0", "x"], Field(description="what is decoded: the last estimate of the planes, or the integrated state")
+        Literal["x0", "x"], Field(description="result: the last estimate of the planes, or the integrated state")
     ] = "x0"
-    guidance_scale: Annotated[float, Field(ge=0, description="of classifier-free guidance; 1: none")] = 1.0
+    guidance_scale: Annotated[float, Field(ge=0, description="scale of classifier-free guidance; 1: none")] = 1.0
     seed: Annotated[int, Field(ge=0)] = 0

@@ -1,4 +1,4 @@
-"""A latent set in memory, as the diffusion model sees it."""
+"""Latent sets in memory, as training data of the diffusion model."""
 
 from __future__ import annotations
 
@@ -21,43 +21,55 @@ from tcam_diff.errors import UserError
 
 @dataclass
 class Centre:
-    """x = (F - mean) / scale, plane by plane, and back (algorithm.md 6.5)."""
+    """Centring x = (F - mean) / scale of planes F, and its inverse (algorithm.md 6.5)."""
 
     mean: list[Tensor]  # (C, rows, columns)
     scale: list[float]
 
     @staticmethod
-    def of(planes: Sequence[Tensor], flips: Sequence[int] = ()) -> Centre:
-        """Of planes (N, C, rows, columns): the mean over volumes, and the root mean square of what is left.
+    def from_planes(planes: Sequence[Tensor], flips: Sequence[int] = ()) -> Centre:
+        """Compute the mean over volumes and the root mean square of the rest.
 
-        ``flips``: axes along which volumes are mirrored at random. The mean is then over mirrored volumes too: it has their
-        symmetry, so that mirrored planes less the mean are the mirrored difference, and decode to the mirrored volume.
+        Args:
+            planes: (N, C, rows, columns).
+            flips: axes along which volumes are mirrored at random. The mean then includes the mirrored volumes, so that
+                centring and mirroring commute.
         """
         mean = []
         for p in planes:
             total = torch.zeros(p.shape[1:], dtype=torch.float64)
-            for one in p:
-                total += one.double()
+            for plane in p:
+                total += plane.double()
             mean.append(total / len(p))
         for axis in flips:
-            mean = [(m + turned) / 2 for m, turned in zip(mean, flip(mean, axis), strict=True)]
+            mean = [(m + flipped) / 2 for m, flipped in zip(mean, flip(mean, axis), strict=True)]
         scale = []
         for p, m in zip(planes, mean, strict=True):
-            squares = sum(float((one.double() - m).square().mean()) for one in p)
+            squares = sum(float((plane.double() - m).square().mean()) for plane in p)
             scale.append(max((squares / len(p)) ** 0.5, 1e-6))
         return Centre([m.float() for m in mean], scale)
 
     def apply(self, planes: Sequence[Tensor]) -> list[Tensor]:
-        """States, of unit energy over the set, of planes (B, C, rows, columns)."""
+        """Centre planes (B, C, rows, columns). Over the set the result has unit energy."""
         return [(p - m.to(p)) / s for p, m, s in zip(planes, self.mean, self.scale, strict=True)]
 
     def invert(self, planes: Sequence[Tensor]) -> list[Tensor]:
-        """Planes of states."""
+        """Invert :meth:`apply`."""
         return [p * s + m.to(p) for p, m, s in zip(planes, self.mean, self.scale, strict=True)]
 
 
 class LatentData:
-    """All planes of a set, with the labels of its volumes."""
+    """All planes of a latent set, with the labels of its volumes.
+
+    Args:
+        folder: latent set.
+        dtype: type of the planes in memory.
+        labels: CSV file with columns name and label; None: no labels.
+        classes: possible labels; None: those of the set, in alphabetical order.
+
+    Raises:
+        UserError: the set is empty or damaged, its planes differ in size, or labels are missing.
+    """
 
     def __init__(
         self,
@@ -66,23 +78,21 @@ class LatentData:
         labels: str | None = None,
         classes: Sequence[str] | None = None,
     ) -> None:
-        """``dtype``: of the planes in memory; ``labels``: a CSV of names and labels; ``classes``: those that there are, None:
-        those of the set. Raises UserError naming the file."""
         self.set = LatentSet(folder)
         entries = self.set.entries
         if not entries:
-            raise UserError(f"{folder}: has no volumes")
+            raise UserError(f"{folder}: the latent set has no volumes")
         first = self.set.planes(entries[0])
         self.planes = [torch.empty(len(entries), *p.shape, dtype=dtype) for p in first]
         for i, entry in enumerate(entries):
             self.set.verify(entry)
-            for name, held, plane in zip(PLANE_NAMES, self.planes, self.set.planes(entry), strict=True):
-                if plane.shape != held.shape[1:]:
+            for name, stack, plane in zip(PLANE_NAMES, self.planes, self.set.planes(entry), strict=True):
+                if plane.shape != stack.shape[1:]:
                     raise UserError(
                         f"{folder}: plane {name} of {entry.name} is {tuple(plane.shape)}, that of {entries[0].name} "
-                        f"{tuple(held.shape[1:])}; volumes of one size are needed"
+                        f"{tuple(stack.shape[1:])}; all volumes must have one size"
                     )
-                held[i] = plane
+                stack[i] = plane
         self.names = [e.name for e in entries]
         self.digest = hashlib.sha256("".join(e.sha256 for e in entries).encode()).hexdigest()
         self.classes: list[str] = []
@@ -95,24 +105,24 @@ class LatentData:
 
     @property
     def channels(self) -> int:
+        """Channels C of the planes."""
         return self.planes[0].shape[1]
 
-    def rows(self, which: Sequence[int] | Tensor) -> list[Tensor]:
-        """Planes of these volumes, in float32."""
-        return [p[which].float() for p in self.planes]
+    def rows(self, indices: Sequence[int] | Tensor) -> list[Tensor]:
+        """Planes (B, C, rows, columns) of some volumes, in float32."""
+        return [p[indices].float() for p in self.planes]
 
 
 def typical(entries: Sequence[Entry]) -> VolumeInfo:
-    """For volumes that resemble the set's: the volume with the affine nearest to the median one, and the median of what 0 and 1
-    stand for."""
+    """Metadata for generated volumes: those of the volume nearest to the median affine, with the median intensity ranges."""
     affines = np.array([e.info.affine for e in entries])
     distance = np.abs(affines - np.median(affines, 0)).sum((1, 2))
     ranges = np.median(np.array([e.info.intensity for e in entries]), 0)
     return entries[int(distance.argmin())].info.replaced(intensity=ranges.tolist(), source="")
 
 
-def _labels(path: str, names: Sequence[str], among: Sequence[str] | None) -> tuple[list[str], Tensor]:
-    """(classes in alphabetical order, or ``among``; the index of each volume's)."""
+def _labels(path: str, names: Sequence[str], known: Sequence[str] | None) -> tuple[list[str], Tensor]:
+    """Read labels. Returns the classes, which are ``known`` or all labels in alphabetical order, and class indices (N,)."""
     try:
         with open(path, newline="") as file:
             table = csv.DictReader(file)
@@ -124,8 +134,8 @@ def _labels(path: str, names: Sequence[str], among: Sequence[str] | None) -> tup
     missing = [n for n in names if not given.get(n)]
     if missing:
         raise UserError(f"labels: {path}: no label for {missing[0]} ({len(missing)} of {len(names)} volumes)")
-    classes = sorted({given[n] for n in names}) if among is None else list(among)
-    foreign = [n for n in names if given[n] not in classes]
-    if foreign:
-        raise UserError(f"labels: {path}: {foreign[0]} is {given[foreign[0]]}, the training volumes {', '.join(classes)}")
+    classes = sorted({given[n] for n in names}) if known is None else list(known)
+    unknown = [n for n in names if given[n] not in classes]
+    if unknown:
+        raise UserError(f"labels: {path}: {unknown[0]} is {given[unknown[0]]}, the training volumes {', '.join(classes)}")
     return classes, torch.tensor([classes.index(given[n]) for n in names])

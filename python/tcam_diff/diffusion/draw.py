@@ -1,4 +1,4 @@
-"""Samples and interpolations as files: volumes, previews, and how they were drawn."""
+"""Samples and interpolations as files: volumes, previews and JSON files with their settings."""
 
 from __future__ import annotations
 
@@ -37,13 +37,16 @@ SHEET = "contact-sheet.png"
 
 @dataclass(frozen=True)
 class Output:
-    """Where samples go, and as what: a folder, voxels along the axes, and the type in the files.
+    """Destination of samples. Raises UserError if files of this size and type cannot be written.
 
-    Raises UserError where such files cannot be written.
+    Args:
+        folder: folder of the files.
+        size: voxels along x, y, z; None: those of the training volumes.
+        dtype: float32, int16, uint16 or uint8.
     """
 
     folder: str | os.PathLike[str]
-    size: tuple[int, int, int] | None = None  # None: as the training volumes
+    size: tuple[int, int, int] | None = None
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -65,48 +68,52 @@ def draw_samples(
     progress: ProgressCallback | None = None,
     stop: StopCallback | None = None,
 ) -> bool:
-    """Draw the samples that a folder lacks: for each a NIfTI file with the data set's affine and intensities, a preview and a
-    JSON file that says how it was drawn; and a contact sheet of all.
+    """Draw the samples that are missing in a folder, and a contact sheet of all.
+
+    Each sample is a NIfTI file with the affine and intensities of the training data, a preview, and a JSON file with its
+    settings.
 
     Args:
-        folder: of a run of stage 2, or of a model.
-        output: the folder for the samples, and their size and type.
-        indices: their numbers: sample i depends on the seed and on i alone.
-        config: of the integration; default: ``SampleConfig()``.
-        label: a class, of a model trained with labels.
-        guide: makes the guidance by an image for the model, for example with ``read_known``; samples are then drawn singly.
-        batch_size: samples drawn at a time; with 1 a volume is always the same to the bit.
-        compute: type of the products: auto, float32 or bfloat16; None: as in training.
+        folder: folder of a run of stage 2, or of a model.
+        output: folder, size and type of the samples.
+        indices: numbers of the samples. Sample i depends on the seed and on i alone.
+        config: integration; default: ``SampleConfig()``.
+        label: a class, for models with labels.
+        guide: function that makes the guidance by an image for the model, for example with ``read_known``. With guidance
+            samples are drawn one at a time.
+        batch_size: samples drawn at a time. Only with 1 are results the same to the bit, whichever samples are drawn.
+        compute: type of the products: auto, float32 or bfloat16; None: that of training.
         device: auto, cpu, cuda, ...
-        started: given the model, and how many of the samples are there already; on the first process.
+        started: called on the first process with the model and the number of samples that already exist.
         progress: called after every sample of the first process.
-        stop: asked at every evaluation of the network; true: samples that are finished are kept.
+        stop: asked at every evaluation of the network; true: stop and keep finished samples.
 
     Returns:
-        Whether all are there; False where ``stop`` said so.
+        Whether all samples were drawn; False if ``stop`` returned true.
 
-    Raises UserError where samples of other settings are in their place, or model and request do not fit.
+    Raises:
+        UserError: the folder has samples with other settings, or model and arguments do not fit.
     """
     config, out = config or SampleConfig(), Path(output.folder)
     with distributed(device, patience=timedelta(days=7)) as group:  # shares differ: the last one may take long
         model = TriplaneDiffusion.load(folder, group.device, compute)
-        chosen, guidance = model.label(label), None if guide is None else guide(model)
+        class_index, guidance = model.label(label), None if guide is None else guide(model)
         writable_folder(out)
         settings = _settings(model, output, config, label, guidance)
         name = f"seed{config.seed}_{config.solver}{config.steps}"
         if label is not None:
             name += "_" + re.sub(r"[^\w.+-]+", "-", label)
-        files = {i: Files.of(out, i, name) for i in indices}
-        missing = [i for i in indices if not files[i].hold(settings)]
+        files = {i: Files.of_sample(out, i, name) for i in indices}
+        missing = [i for i in indices if not files[i].complete(settings)]
         if started is not None and group.first:
             started(model, len(indices) - len(missing))
-        group.barrier()  # all have looked before one writes
+        group.barrier()  # no process writes before all have listed the missing samples
         mine = missing[group.rank :: group.world]
         stopped = False
         try:
-            drawn = _drawn(Sampler(model, config), mine, chosen, guidance, batch_size, stop)
-            for done, (index, planes, about) in enumerate(drawn, 1):
-                files[index].write(planes, model, settings, about)
+            drawn = _draw(Sampler(model, config), mine, class_index, guidance, batch_size, stop)
+            for done, (index, planes, details) in enumerate(drawn, 1):
+                files[index].write(planes, model, settings, details)
                 if progress is not None and group.first:
                     progress(Progress(done, len(mine)))
         except _Stopped:
@@ -122,7 +129,7 @@ def draw_samples(
 def _settings(
     model: TriplaneDiffusion, output: Output, config: SampleConfig, label: str | None, guidance: ImageGuidance | None
 ) -> dict[str, Any]:
-    """What samples are a function of, beside their numbers."""
+    """Settings that determine samples, apart from their numbers, as JSON values."""
     settings = {
         "model": model.identity,
         "sampling": config.model_dump(mode="json"),
@@ -132,15 +139,15 @@ def _settings(
         "dtype": output.dtype,
         "known": None if guidance is None else guidance.provenance,
     }
-    found: dict[str, Any] = json.loads(json.dumps(settings))  # as they are read back
-    return found
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
 
 
 class _Stopped(Exception):
-    """``stop`` said so."""
+    """Raised when ``stop`` returns true."""
 
 
-def _drawn(
+def _draw(
     sampler: Sampler,
     indices: Sequence[int],
     label: int | None,
@@ -148,10 +155,10 @@ def _drawn(
     batch_size: int,
     stop: StopCallback | None,
 ) -> Iterator[tuple[int, list[Tensor], dict[str, Any]]]:
-    """(number, planes (1, C, rows, columns), what its JSON file tells of it alone) of each sample. Raises _Stopped."""
+    """Draw samples. Yields number, planes (1, C, rows, columns) and details for the JSON file of each. Raises _Stopped."""
     correct = None if guidance is None else guidance.bind(sampler.model)
     if guidance is not None:
-        batch_size = 1  # rounding grows in its iterations; and the decoder, which they run, gains nothing by more
+        batch_size = 1  # guidance amplifies rounding differences, and larger batches do not make its decoder faster
 
     def check() -> None:
         if stop is not None and stop():
@@ -169,59 +176,53 @@ def _drawn(
         mean = torch.stack(residuals).double().mean(0).tolist()
         for row, i in enumerate(batch):
             check()
-            about = {"index": i, "batch": len(batch), "residual_mean_square": mean[row]}
-            yield i, [p[row : row + 1] for p in planes], about
+            details = {"index": i, "batch": len(batch), "residual_mean_square": mean[row]}
+            yield i, [p[row : row + 1] for p in planes], details
 
 
 @dataclass(frozen=True)
 class Files:
-    """Of one sample. The JSON file comes last: without it the sample is not there."""
+    """Files of one sample. The JSON file is written last and marks the sample as complete."""
 
     volume: Path
     preview: Path
     sidecar: Path
 
     @staticmethod
-    def of(out: Path, index: int, name: str) -> Files:
+    def of_sample(out: Path, index: int, name: str) -> Files:
+        """The files of sample ``index`` in a folder."""
         stem = f"sample-{index:04d}_{name}"
         return Files(out / f"{stem}.nii.gz", out / f"{stem}.png", out / f"{stem}.json")
 
-    def hold(self, settings: dict[str, Any]) -> bool:
-        """Whether the sample was made before. Raises UserError where one of other settings is in its place."""
+    def complete(self, settings: dict[str, Any]) -> bool:
+        """Whether the sample exists. Raises UserError if it has other settings."""
         try:
-            held = json.loads(self.sidecar.read_text())
-            differ = [k for k, v in settings.items() if held.get(k) != v]
+            existing = json.loads(self.sidecar.read_text())
+            differ = [k for k, v in settings.items() if existing.get(k) != v]
         except (OSError, ValueError, AttributeError):
             return False
         if not (self.volume.is_file() and self.preview.is_file()):
             return False
         if differ:
-            told = []
+            changes = []
             for k in differ:
-                old, new = held.get(k), settings[k]
+                old, new = existing.get(k), settings[k]
                 if isinstance(old, dict) and isinstance(new, dict):
-                    told += [f"{n} {old.get(n)}, now {v}" for n, v in new.items() if old.get(n) != v]
+                    changes += [f"{n} {old.get(n)}, now {v}" for n, v in new.items() if old.get(n) != v]
                 else:
-                    told.append("another model" if k == "model" else f"{k} {old}, now {new}")
-            raise UserError(f"{self.volume}: is there, made with {'; '.join(told)}: choose another folder")
+                    changes.append("another model" if k == "model" else f"{k} {old}, now {new}")
+            raise UserError(f"{self.volume}: exists with other settings ({'; '.join(changes)}); choose another folder")
         return True
 
-    def write(self, planes: list[Tensor], model: TriplaneDiffusion, settings: dict[str, Any], about: dict[str, Any]) -> None:
+    def write(self, planes: list[Tensor], model: TriplaneDiffusion, settings: dict[str, Any], details: dict[str, Any]) -> None:
+        """Decode the planes and write the files."""
         self.sidecar.unlink(missing_ok=True)
         decode_to_file(model.volume(planes), self.volume, tuple(settings["size"]), settings["dtype"])
         with replacing(self.preview) as file:
             file.write(png(sheet([(self.volume.name.removesuffix(".nii.gz"), plane_strip(model, planes))], 1)))
-        found = (
-            settings
-            | about
-            | model.geometry.info.resized(tuple(settings["size"])).model_dump(mode="json", exclude={"source"})
-            | {
-                "device": model.device.type,
-                "sha256": sha256(self.volume),
-                "tcam_ext": tcam_ext.__version__,
-            }
-        )
-        write_text(self.sidecar, json.dumps(found, indent=1))
+        info = model.geometry.info.resized(tuple(settings["size"])).model_dump(mode="json", exclude={"source"})
+        origin = {"device": model.device.type, "sha256": sha256(self.volume), "tcam_ext": tcam_ext.__version__}
+        write_text(self.sidecar, json.dumps(settings | details | info | origin, indent=1))
 
 
 def draw_between(
@@ -237,37 +238,40 @@ def draw_between(
     device: str = "auto",
     progress: ProgressCallback | None = None,
 ) -> None:
-    """Write volumes from one of a latent set to another: the noises that their planes come from, the great circle between
-    them, and back. A contact sheet shows them, and interpolation.json says how they were made.
+    """Interpolate between two volumes of a latent set.
+
+    The planes of both volumes are integrated to noise. Points on the great circle between the two noises are integrated back
+    and decoded. The folder gets the volumes, a contact sheet and interpolation.json with the settings.
 
     Args:
-        folder: of a run of stage 2, or of a model.
+        folder: folder of a run of stage 2, or of a model.
         latents: a latent set of the same decoder.
-        a, b: names of two volumes of it.
-        output: the folder for the volumes, and their size and type.
-        n: volumes, the two ends included.
-        config: of the integration, both ways; default: heun with 50 steps.
-        label: a class of both volumes, of a model trained with labels.
+        a, b: names of two volumes of the set.
+        output: folder, size and type of the volumes.
+        n: number of volumes, including both ends.
+        config: integration in both directions; default: heun with 50 steps.
+        label: the class of both volumes, for models with labels.
         device: auto, cpu, cuda, ...
         progress: called after every volume.
 
-    Raises UserError where the set's planes are not of the model's kind, or the folder has another interpolation.
+    Raises:
+        UserError: the planes do not fit the model, the solver is stochastic, or the folder has another interpolation.
     """
     config = (config or SampleConfig()).model_copy(update={"final": "x"})
     if config.solver == "hot":
-        raise UserError("--solver: hot is stochastic, and has no inverse: take another")
+        raise UserError("--solver: hot is stochastic and has no inverse; choose another solver")
     model = TriplaneDiffusion.load(folder, device_of(device))
-    chosen, latent_set, out = model.label(label), LatentSet(latents), Path(output.folder)
+    class_index, latent_set, out = model.label(label), LatentSet(latents), Path(output.folder)
     latent_set.check_decoder(model.decoder, folder)
     entries = [latent_set.entry(name) for name in (a, b)]
     for entry in entries:
         latent_set.verify(entry)
     ends = [[p.unsqueeze(0) for p in latent_set.planes(entry)] for entry in entries]
-    want = [(1, model.channels, *s) for s in model.geometry.sizes]
+    expected = [(1, model.channels, *s) for s in model.geometry.sizes]
     for name, end in zip((a, b), ends, strict=True):
-        found = [tuple(p.shape) for p in end]
-        if found != want:
-            raise UserError(f"{latents}: its planes are {found} for {name}, those of {folder} {want}")
+        shapes = [tuple(p.shape) for p in end]
+        if shapes != expected:
+            raise UserError(f"{latents}: its planes are {shapes} for {name}, those of {folder} {expected}")
     shape = output.size or model.geometry.info.shape
     settings = {
         "model": model.identity, "a": a, "b": b, "planes": [e.sha256 for e in entries], "n": n, "size": list(shape),
@@ -275,11 +279,11 @@ def draw_between(
     }  # fmt: skip
     record = out / "interpolation.json"
     if record.is_file() and record.read_text() != json.dumps(settings, indent=1):
-        raise UserError(f"{record}: is there, of another interpolation: choose another folder")
+        raise UserError(f"{record}: exists, of another interpolation; choose another folder")
     writable_folder(out)
     write_text(record, json.dumps(settings, indent=1))
     strips: list[tuple[str, np.ndarray]] = []
-    for i, planes in enumerate(Sampler(model, config).interpolate(ends[0], ends[1], n, chosen)):
+    for i, planes in enumerate(Sampler(model, config).interpolate(ends[0], ends[1], n, class_index)):
         decode_to_file(model.volume(planes), out / f"{i:02d}-of-{n}.nii.gz", shape, output.dtype)
         strips.append((f"{i / (n - 1):.2f}", plane_strip(model, planes)))
         if progress is not None:
@@ -289,7 +293,7 @@ def draw_between(
 
 
 def _sheet(path: Path, previews: list[Path], most: int = 64) -> None:
-    """One picture of the previews, at most ``most``."""
+    """Write a picture of the first ``most`` previews."""
     strips = [("", rgb(p.read_bytes()).mean(2).astype(np.uint8)) for p in previews[:most]]
     with replacing(path) as file:
         file.write(png(sheet(strips, min(len(strips), 2 if len(strips) < 9 else 4))))

@@ -1,14 +1,14 @@
-"""Sampling of volumes that agree with known voxels: what is outside a lesion, a coarse scan, the other modalities.
+"""Guidance of samples by known voxels, for example voxels outside a lesion, a coarse scan, or other modalities.
 
-At an angle eta the network's estimate x0 of the planes is what it knows of them; its error has a variance of about sin^2(eta),
-that of planes of unit energy seen through the noise. The estimate that also knows the voxels y is the minimum over z of
+At an angle eta the error of the network's estimate x0 of the planes has a variance of about sin^2(eta). The estimate that also
+takes the known voxels y into account minimises over z
 
     |m (A decode(z) - y)|^2 / (2 s^2)  +  |z - x0|^2 / (2 sin^2(eta))
 
-where A averages over cells (1: none) and m marks what is known. A few steps of conjugate gradients take x0 towards it, through
-the gradient of the fused decoder; the noise is then moved so that cos(eta) x0 + sin(eta) eps stays what it was. As eta goes to
-0 the second term holds z fast, so the drift stays finite. This is DiffPIR's proximal step with PiGDM's variance, on planes, not
-on voxels.
+where A averages over the cells of a coarser grid, m is the mask of known voxels and s is their standard deviation. A few steps
+of conjugate gradients move x0 towards this minimum, and the noise is changed so that cos(eta) x0 + sin(eta) eps stays the same.
+As eta goes to 0 the second term keeps z at x0, so the drift stays finite. The method is DiffPIR's proximal step with PiGDM's
+variance, on planes instead of voxels.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class ImageGuidance:
     """Known voxels of a volume.
 
     Args:
-        known: (channels, h, w, d) in [0, 1]: the volume of the model's size divided by ``factor``; anything where unknown.
-        mask: like ``known``, 1 where it is known; None: everywhere.
-        factor: voxels of the model's volume along x, y, z that a known one is the mean of.
-        noise: s, the standard deviation of known voxels: how closely they are followed.
-        iterations: of conjugate gradients at every evaluation of the network.
-        provenance: for the record.
+        known: voxels (channels, h, w, d) in [0, 1], of the model's size divided by ``factor``; arbitrary if unknown.
+        mask: shape of ``known``, 1 for known voxels and 0 for others; None: all are known.
+        factor: voxels of the model's volume along x, y, z per known voxel, which is their mean.
+        noise: standard deviation s of the known voxels.
+        iterations: iterations of conjugate gradients at every evaluation of the network.
+        provenance: origin of the voxels, for the samples' JSON files.
     """
 
     known: Tensor
@@ -54,11 +54,11 @@ class ImageGuidance:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def bind(self, model: TriplaneDiffusion) -> Guided:
-        """Raises ValueError where the sizes are not the model's."""
+        """Correction of a model's estimates. Raises ValueError if the shapes do not fit the model."""
         info = model.geometry.info
-        want = (info.channels, *(n // f for n, f in zip(info.shape, self.factor, strict=True)))
-        if tuple(self.known.shape) != want or any(n % f for n, f in zip(info.shape, self.factor, strict=True)):
-            raise ValueError(f"known: expected {want}, the model's volumes over {self.factor}, got {tuple(self.known.shape)}")
+        shape = (info.channels, *(n // f for n, f in zip(info.shape, self.factor, strict=True)))
+        if tuple(self.known.shape) != shape or any(n % f for n, f in zip(info.shape, self.factor, strict=True)):
+            raise ValueError(f"known: expected {shape}, the model's volumes over {self.factor}, got {tuple(self.known.shape)}")
         if self.mask is not None and self.mask.shape != self.known.shape:
             raise ValueError(f"mask: expected {tuple(self.known.shape)}, as known, got {tuple(self.mask.shape)}")
         return Guided(self, model)
@@ -72,35 +72,47 @@ def read_known(
     noise: float = 0.02,
     intensity: tuple[float, float] | None = None,
 ) -> ImageGuidance:
-    """Guidance by a file: on the model's grid, or coarser by whole factors; its axes are turned to the model's by its affine.
-    Raises UserError naming the file."""
+    """Read known voxels from files. Axes are permuted and flipped to the model's orientation.
+
+    Args:
+        model: the model.
+        known: volume on the model's grid, or on one that is coarser by integer factors.
+        mask: volume on the grid of ``known``, nonzero for known voxels; None: all.
+        channels: known channels, for example "0,2"; None: all.
+        noise: standard deviation of the known voxels in a range of 1.
+        intensity: physical values of ``known`` at 0 and 1; None: those of the model.
+
+    Raises:
+        UserError: a file cannot be read or does not fit, or no voxel is known.
+    """
     info = model.geometry.info
     volume = oriented(read_volume(known), info.affine)
     shape = volume.info.shape
-    fits = all(n % m == 0 for n, m in zip(info.shape, shape, strict=True))
-    if not fits or volume.info.channels != info.channels:
+    if any(n % m for n, m in zip(info.shape, shape, strict=True)) or volume.info.channels != info.channels:
         raise UserError(
-            f"{known}: expected {info.channels} channel(s) of {size_text(info.shape)} voxels, or whole fractions of these, got "
-            f"{volume.info.channels} of {size_text(shape)}; tcam prepare makes volumes of a data set alike"
+            f"{known}: expected {info.channels} channel(s) of {size_text(info.shape)} voxels or integer fractions, got "
+            f"{volume.info.channels} of {size_text(shape)}; use a volume with the preprocessing of the training data"
         )
     factor = tuple(n // m for n, m in zip(info.shape, shape, strict=True))
-    given = np.ones_like(volume.data)
+    weights = np.ones_like(volume.data)
     if channels is not None:
         try:
-            chosen = {int(c) for c in channels.split(",")}
+            kept = {int(c) for c in channels.split(",")}
         except ValueError:
-            chosen = {-1}
-        if not chosen <= set(range(info.channels)):
+            kept = {-1}
+        if not kept <= set(range(info.channels)):
             raise UserError(f"--known-channels: expected numbers from 0 to {info.channels - 1} with commas, got {channels}")
-        given[[c for c in range(info.channels) if c not in chosen]] = 0
+        weights[[c for c in range(info.channels) if c not in kept]] = 0
     if mask is not None:
-        marked = oriented(read_volume(mask), info.affine)
-        if not np.allclose(marked.info.affine, volume.info.affine, atol=0.01 * max(volume.info.spacing)):
+        mask_volume = oriented(read_volume(mask), info.affine)
+        if not np.allclose(mask_volume.info.affine, volume.info.affine, atol=0.01 * max(volume.info.spacing)):
             raise UserError(f"{mask}: its affine is not that of {known}: save the mask on the grid of that volume")
-        if marked.info.shape != shape or marked.info.channels not in (1, info.channels):
-            raise UserError(f"{mask}: expected the {size_text(shape)} voxels of {known}, got {size_text(marked.info.shape)}")
-        given = given * (marked.data != 0)
-    if not given.any():
+        if mask_volume.info.shape != shape or mask_volume.info.channels not in (1, info.channels):
+            raise UserError(
+                f"{mask}: expected the {size_text(shape)} voxels of {known}, got {size_text(mask_volume.info.shape)}"
+            )
+        weights = weights * (mask_volume.data != 0)
+    if not weights.any():
         raise UserError(f"{mask or known}: nothing is known: the mask is 0 everywhere")
     provenance = {
         "known": sha256(known),
@@ -111,11 +123,11 @@ def read_known(
     }
     scale = info if intensity is None else info.replaced(intensity=[intensity] * info.channels)
     unit = torch.from_numpy(scale.to_unit(volume.data))
-    return ImageGuidance(unit, torch.from_numpy(given), factor, noise, provenance=provenance)  # type: ignore[arg-type]
+    return ImageGuidance(unit, torch.from_numpy(weights), factor, noise, provenance=provenance)  # type: ignore[arg-type]
 
 
 class Guided:
-    """The correction of a model's estimates."""
+    """Correction of a model's estimates by known voxels."""
 
     def __init__(self, guidance: ImageGuidance, model: TriplaneDiffusion) -> None:
         self.guidance, self.model = guidance, model
@@ -126,21 +138,21 @@ class Guided:
         self.box = self._box()
 
     def _box(self) -> list[tuple[int, int]]:
-        """The smallest that holds all that is known, in voxels of the model's volume."""
-        held = self.mask.amax(0) > 0
-        found = []
+        """Smallest box with all known voxels, in voxels of the model's volume."""
+        known = self.mask.amax(0) > 0
+        box = []
         for axis, f in enumerate(self.guidance.factor):
             other = tuple(a for a in range(3) if a != axis)
-            at = held.any(other[1]).any(other[0]).nonzero().flatten().tolist()
-            found.append((at[0] * f, (at[-1] + 1) * f) if at else (0, f))
-        return found
+            at = known.any(other[1]).any(other[0]).nonzero().flatten().tolist()
+            box.append((at[0] * f, (at[-1] + 1) * f) if at else (0, f))
+        return box
 
     def misfit(self, planes: Sequence[Tensor]) -> Tensor:
-        """(B,): the sum over known voxels of the squared difference, of normalised planes."""
+        """Sum of the squared differences (B,) of decoded planes (B, C, rows, columns) from the known voxels."""
         return self._difference(planes).square().sum(1)
 
     def _difference(self, planes: Sequence[Tensor]) -> Tensor:
-        """(B, n): of every voxel of the box that holds all known ones; 0 where it is not known."""
+        """Differences (B, n) of decoded planes from the voxels of the box, 0 for unknown ones."""
         f = self.guidance.factor
         m = self.model
         volume = m.decoder(list(planes), m.geometry.info.shape, box=self.box, compute_dtype=m.decoding).float()
@@ -150,6 +162,7 @@ class Guided:
         return ((volume - self.known[part]) * self.mask[part]).flatten(1)
 
     def __call__(self, estimate: Estimate) -> Estimate:
+        """Correct an estimate. The point x stays the same."""
         sine, cosine = math.sin(estimate.eta), math.cos(estimate.eta)
         if sine < 1e-6:
             return estimate
@@ -157,12 +170,13 @@ class Guided:
         return Estimate(estimate.x, estimate.noise - cosine / sine * (x0 - estimate.x0), x0, estimate.eta)
 
     def _minimise(self, before: Tensor, sine: float) -> Tensor:
-        """Conjugate gradients (Polak-Ribiere) from ``before``, a direction and a step for every sample. Along a direction d the
-        difference r is taken to be linear, its slope J d from r at a point a little ahead, which gives the step
+        """Minimise by conjugate gradients (Polak-Ribiere) from ``before`` (B, M), independently for each sample.
 
-            -g d / (|J d|^2 / s^2 + |d|^2 / sin^2(eta));
+        Along a direction d the difference r is linearised with its slope J d from a finite difference, which gives the step
 
-        where that made the objective larger, the next one is a quarter of it.
+            -g d / (|J d|^2 / s^2 + |d|^2 / sin^2(eta)).
+
+        If a step makes the objective larger, the next one goes a quarter as far from the best point.
         """
         g = self.guidance
         z, best = before, before
@@ -194,5 +208,5 @@ class Guided:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """(B, 1) of (B, M)."""
+    """Inner products (B, 1) of rows (B, M)."""
     return (a * b).sum(1, keepdim=True)

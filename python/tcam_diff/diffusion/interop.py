@@ -1,4 +1,4 @@
-"""For MONAI: a scheduler and adapters with which its LatentDiffusionInferer drives a model, and bundles.
+"""Adapters for MONAI: a scheduler and modules for its LatentDiffusionInferer, and bundles.
 
 model = TriplaneDiffusion.load("run")
 inferer = LatentDiffusionInferer(ArcScheduler("heun"))
@@ -30,75 +30,89 @@ from tcam_diff.errors import UserError
 from tcam_diff.files import replacing, writable_folder, write_text
 from tcam_diff.text import size_text
 
-#: Of the metadata of bundles.
+#: JSON schema of the metadata of bundles.
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 
 
 def latent_shape(model: TriplaneDiffusion) -> tuple[int, ...]:
-    """Of one volume's latent: (3 C, rows, columns), planes xy, yz, xz one after another; (M,) where planes differ in size."""
+    """Shape of a volume's latent: (3 C, rows, columns) with planes xy, yz, xz in this order, or (M,) if they differ in size."""
     sizes = set(model.geometry.sizes)
     return (3 * model.channels, *sizes.pop()) if len(sizes) == 1 else (model.length,)
 
 
 class Network(nn.Module):
-    """The network as MONAI calls it: noisy latents (B, N, ...) to (B, 2N, ...), noise first, then planes."""
+    """The network with MONAI's interface: noisy latents (B, N, ...) to (B, 2N, ...), noise first, then planes."""
 
     def __init__(self, model: TriplaneDiffusion) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
-        """``timesteps``: (1,) or (B,) in [0, 1000]. ``context``: (B, ...), a class number for each, negative for none, as
-        MONAI's ``cfg_fill_value`` has it."""
+        """Estimate noise and planes.
+
+        Args:
+            x: noisy latents (B, N, ...).
+            timesteps: (1,) or (B,) in [0, 1000].
+            context: class numbers (B, ...), negative for no class, as MONAI's ``cfg_fill_value``; None: no classes.
+        """
         labels = None
         if context is not None:
             labels = context.flatten().long()
             labels = torch.where(labels < 0, self.model.network.classes, labels)
-        found = self.model.estimate(x.flatten(1), timesteps.to(x.device).expand(len(x)), labels)
-        return found.view(len(x), 2 * x.shape[1], *x.shape[2:])
+        estimate = self.model.estimate(x.flatten(1), timesteps.to(x.device).expand(len(x)), labels)
+        return estimate.view(len(x), 2 * x.shape[1], *x.shape[2:])
 
 
 class Autoencoder(nn.Module):
-    """Stage 1 as MONAI calls it."""
+    """Stage 1 with the interface of MONAI's autoencoders.
+
+    Args:
+        model: the model.
+        size: voxels of decoded volumes; default: those of the training volumes.
+        encoding: optimisation of planes; default: ``EncodeConfig(init="start")``.
+    """
 
     def __init__(
         self, model: TriplaneDiffusion, size: Sequence[int] | None = None, encoding: EncodeConfig | None = None
     ) -> None:
-        """``size``: voxels of decoded volumes; default: those of the training volumes."""
         super().__init__()
         self.model, self.size, self.encoding = model, size, encoding or EncodeConfig(init="start")
 
     @torch.no_grad()
     def decode_stage_2_outputs(self, z: Tensor) -> Tensor:
-        """(B, channels, H, W, D) in [0, 1] of latents."""
+        """Decode latents to volumes (B, channels, H, W, D) in [0, 1]."""
         return self.model.decode(self.model.planes(z.flatten(1)), self.size)
 
     def encode_stage_2_inputs(self, x: Tensor) -> Tensor:
-        """Latents of volumes (B, channels, H, W, D) in [0, 1]: planes found by optimisation under the frozen decoder."""
+        """Encode volumes (B, channels, H, W, D) in [0, 1] by optimising planes under the frozen decoder."""
         run = TrainedRun(Path(), self.model.stage1, 0, self.model.decoder, [], [], "")
         h, w, d = x.shape[2:]
         with torch.enable_grad():
             encoder = Encoder(run, self.encoding, (h, w, d), x.device)
             volumes = {f"{i}": v.detach().cpu().numpy().astype(np.float16) for i, v in enumerate(x)}
-            found = encoder.encode(volumes)
-        assert found is not None
-        each = [self.model.state(found[name].planes) for name in volumes]
-        return torch.cat(each).view(len(x), *latent_shape(self.model))
+            encoded = encoder.encode(volumes)
+        assert encoded is not None
+        states = [self.model.state(encoded[name].planes) for name in volumes]
+        return torch.cat(states).view(len(x), *latent_shape(self.model))
 
 
 def physical(model: TriplaneDiffusion, volumes: Tensor, numbers: Sequence[int], seed: int) -> list[MetaTensor]:
-    """Volumes in [0, 1] as MetaTensors in physical units, with the data set's affine: for MONAI's SaveImage."""
+    """Convert volumes (B, channels, H, W, D) in [0, 1] to MetaTensors in physical units with affines, for MONAI's SaveImage."""
     h, w, d = volumes.shape[2:]
-    info, found = model.geometry.info.resized((h, w, d)), []
-    for i, volume in zip(numbers, volumes, strict=True):
-        meta = {"filename_or_obj": f"sample-{i:04d}_seed{seed}"}
-        found.append(MetaTensor(info.to_physical(volume).cpu(), affine=torch.tensor(info.affine), meta=meta))
-    return found
+    info = model.geometry.info.resized((h, w, d))
+    return [
+        MetaTensor(
+            info.to_physical(volume).cpu(),
+            affine=torch.tensor(info.affine),
+            meta={"filename_or_obj": f"sample-{i:04d}_seed{seed}"},
+        )
+        for i, volume in zip(numbers, volumes, strict=True)
+    ]
 
 
 @NoiseSchedules.add_def("quarter_circle", "sqrt(alpha_bar) = cos((t / T) pi/2)")
 def _quarter_circle(num_train_timesteps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(betas, alphas, alphas_cumprod) of the quarter circle: for MONAI's own schedulers, which know networks of one head."""
+    """Betas, alphas and cumulative alphas of the quarter circle, for MONAI's own schedulers."""
     eta = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps * (math.pi / 2)
     cumulative = eta.cos().square()
     alphas = cumulative[1:] / cumulative[:-1]
@@ -106,12 +120,15 @@ def _quarter_circle(num_train_timesteps: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class ArcScheduler(Scheduler):
-    """A MONAI scheduler for networks of two heads: ``model_output`` (B, 2M, ...) is noise, then x0, of ``sample`` (B, M, ...).
+    """MONAI scheduler for networks with two heads: ``model_output`` (B, 2M, ...) is noise, then x0, of ``sample`` (B, M, ...).
 
-    ``timesteps`` has one entry for each evaluation of the network, in [0, 1000], not always whole. Methods of several stages
-    keep them between calls of ``step``, which must follow ``timesteps`` in order; after the last one it starts again.
+    ``timesteps`` has one entry in [0, 1000], not always an integer, for each evaluation of the network. ``step`` must be called
+    with them in order, since methods with several stages keep state between the calls. After the last one it starts again.
 
-    Args: those of :class:`~tcam_diff.diffusion.solver.Solver`, ``solver`` being its method.
+    Args:
+        solver: method of :class:`~tcam_diff.diffusion.solver.Solver`.
+        final, hot_k, draw: other arguments of the solver.
+        num_train_timesteps: timestep of pure noise.
     """
 
     def __init__(
@@ -129,8 +146,13 @@ class ArcScheduler(Scheduler):
     def set_timesteps(
         self, num_inference_steps: int, device: torch.device | str | None = None, start: float = 1.0, stop: float = 0.0
     ) -> None:
-        """``num_inference_steps`` equal intervals from ``start`` to ``stop``, shares of the quarter circle, 1 being noise. From
-        0 to 1 planes become the noise that they come from."""
+        """Set the steps of the integration.
+
+        Args:
+            num_inference_steps: number of equal intervals.
+            device: device of ``timesteps``.
+            start, stop: ends in shares of the quarter circle; 1 is noise, 0 planes. From 0 to 1 sampling is inverted.
+        """
         self.num_inference_steps = num_inference_steps
         self.etas = arc(num_inference_steps, start, stop)
         self.visited = self.solver.evaluations(self.etas)
@@ -140,9 +162,18 @@ class ArcScheduler(Scheduler):
         self._index = 0
 
     def step(self, model_output: Tensor, timestep: Tensor | float, sample: Tensor) -> tuple[Tensor, Tensor]:
-        """(next point for the network to look at, estimate of x0); after the last timestep the point is the result.
+        """Take an evaluation of the network.
 
-        ``timestep`` is the one of ``timesteps`` whose turn it is. Raises ValueError where it is not, or shapes differ.
+        Args:
+            model_output: (B, 2M, ...), noise, then x0.
+            timestep: the next entry of ``timesteps``.
+            sample: point (B, M, ...) of the evaluation.
+
+        Returns:
+            The point of the next evaluation, or the result after the last one, and the estimate of x0.
+
+        Raises:
+            ValueError: another timestep is next, or shapes do not fit.
         """
         if self._steps is None:
             self._steps = self.solver.steps(sample, self.etas)
@@ -150,7 +181,7 @@ class ArcScheduler(Scheduler):
         eta = self.visited[self._index]
         if abs(float(timestep) / self.num_train_timesteps * math.pi / 2 - eta) > 1e-4:
             due = float(self.timesteps[self._index])
-            raise ValueError(f"timestep: expected {due:.3f}, whose turn it is, got {float(timestep):.3f}; see set_timesteps")
+            raise ValueError(f"timestep: expected {due:.3f}, the next one, got {float(timestep):.3f}; see set_timesteps")
         if model_output.shape[1] != 2 * sample.shape[1]:
             raise ValueError(
                 f"model_output: expected {2 * sample.shape[1]} channels (noise, x0) for {sample.shape[1]} of sample, got "
@@ -166,11 +197,11 @@ class ArcScheduler(Scheduler):
         return x, x0
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """cos(eta) x0 + sin(eta) eps at timesteps (B,) in [0, 1000], whole or not."""
+        """cos(eta) x0 + sin(eta) eps at timesteps (B,) in [0, 1000]."""
         return mix(original_samples, noise, timesteps.to(original_samples.device) * (TIMESTEPS / self.num_train_timesteps))
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """cos(eta) eps - sin(eta) x0: dx/deta along the path from ``sample``, x0, to ``noise``."""
+        """dx/deta = cos(eta) eps - sin(eta) x0 on the arc from ``sample``, x0, to ``noise``."""
         return mix(noise, -sample, timesteps.to(sample.device) * (TIMESTEPS / self.num_train_timesteps))
 
 
@@ -214,19 +245,21 @@ INFERENCE: dict[str, Any] = {
 
 
 def export_bundle(model: TriplaneDiffusion, folder: Path, name: str, version: str = "0.1.0") -> None:
-    """Write a MONAI bundle: configs, models, docs. Runs where this package is installed, from the bundle alone.
+    """Write a MONAI bundle with configs, models and docs. To run, it needs this package and no other files.
 
-    Raises UserError where the folder holds something else.
+    Raises UserError if the folder has other content.
     """
     metadata = folder / "configs" / "metadata.json"
     if folder.exists() and not metadata.is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: is there and no bundle; choose another folder")
+        raise UserError(f"{folder}: exists and is not a bundle; choose another folder")
     for part in ("configs", "models", "docs"):
         writable_folder(folder / part)
-    write_text(metadata, json.dumps(_metadata(model, name, version), indent=4))  # first: it marks the folder as ours
+    write_text(
+        metadata, json.dumps(_metadata(model, name, version), indent=4)
+    )  # first, because it marks the folder as a bundle
     model.save(folder / "models")
     state = {k: v.detach().cpu().contiguous() for k, v in model.network.state_dict().items()}
-    with replacing(folder / "models" / "model.pt") as file:  # the file that the specification asks for
+    with replacing(folder / "models" / "model.pt") as file:  # required by MONAI's specification
         torch.save(state, file)
     write_text(folder / "configs" / "inference.json", json.dumps(INFERENCE, indent=4))
     write_text(folder / "docs" / "README.md", _readme(model, name))
@@ -283,6 +316,6 @@ Needs the package tcam-ext with its extras `train` and `bundle`.
 
     python -m monai.bundle run --config_file configs/inference.json --bundle_root . --count 4 --seed 0
 
-writes NIfTI volumes with the data set's affine and intensities into `eval`. `--solver`, `--steps` and
-`--size "[256, 256, 256]"` are those of `tcam sample`, for which `models` is a model's folder too.
+writes NIfTI volumes with the affine and intensities of the training data into `eval`. `--solver`, `--steps` and
+`--size "[256, 256, 256]"` are as for `tcam sample`, which also takes `models` as a model's folder.
 """

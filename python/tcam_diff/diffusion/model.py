@@ -1,8 +1,8 @@
-"""A trained model on disk and in hand: the averaged network with the decoder, and all that makes volumes of its planes.
+"""Trained diffusion model: averaged network, decoder and metadata, in memory and on disk.
 
 model.json            format, configurations, geometry, intensities, classes, provenance, checksums
-network.safetensors   the averaged network, and mean planes where the set was centred
-decoder.safetensors   stage 1's decoder
+network.safetensors   averaged network, and mean planes if planes are centred
+decoder.safetensors   decoder of stage 1
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from tcam_diff.files import writable_folder
 from tcam_diff.folder import Folder, tensor_bytes
 
 INDEX, NETWORK, DECODER = "model.json", "network.safetensors", "decoder.safetensors"
-FOLDERS = ("latents", "validation", "labels")  # of a configuration
+PATHS = ("latents", "validation", "labels")  # keys of the configuration
 
 
 class Geometry(VolumeRecord):
-    """Of the volumes that stage 1 was trained on, and of their planes."""
+    """Metadata of the training volumes, texels of their planes, and classes."""
 
     texels: tuple[int, int, int]  # along x, y, z
     classes: list[str]
@@ -49,16 +49,18 @@ class Geometry(VolumeRecord):
 
 
 class TriplaneDiffusion(nn.Module):
-    """Network and decoder: ``TriplaneDiffusion.load(folder)``; ``Sampler`` of tcam_diff.diffusion.sampling draws from it.
+    """Trained model: network and decoder.
+
+    ``TriplaneDiffusion.load`` reads one, and ``tcam_diff.diffusion.sampling.Sampler`` draws samples from it.
 
     Args:
-        network: the trained network, its weights averaged.
-        decoder: stage 1's.
-        config: of the training of the network.
-        stage1: of the training of the decoder: how planes are normalised, in which type it decodes.
-        geometry: of the volumes.
-        centre: what was subtracted from planes, and divided by; None: nothing.
-        provenance: for the record.
+        network: trained network with averaged weights.
+        decoder: decoder of stage 1.
+        config: configuration of the network's training.
+        stage1: configuration of the decoder's training, which sets normalisation and type of the products.
+        geometry: metadata of volumes and planes.
+        centre: centring of the planes; None: planes are not centred.
+        provenance: origin of the model, for its index.
     """
 
     def __init__(
@@ -79,27 +81,29 @@ class TriplaneDiffusion(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Device of the network."""
         return next(self.network.parameters()).device
 
     @property
     def channels(self) -> int:
+        """Channels C of the planes."""
         return self.network.channels
 
     @property
     def length(self) -> int:
-        """M: entries of a volume's planes."""
+        """Number M of entries of a volume's planes."""
         return self.channels * sum(h * w for h, w in self.geometry.sizes)
 
     @property
     def decoding(self) -> torch.dtype | None:
-        """Of the decoder's products."""
+        """Type of the decoder's products; None: float32."""
         return decoding_dtype(self.stage1, self.device)
 
     @property
     def identity(self) -> str:
-        """A digest of network, centre, decoder and geometry: what samples are a function of, beside their settings."""
+        """Digest of network, centring, decoder and geometry. With their settings it determines samples."""
         g, info = self.geometry, self.geometry.info
-        text = (  # as version 0.1.0 wrote it, so that its samples are known again
+        text = (  # the text of version 0.1.0, to recognise its samples
             f"Geometry(texels={g.texels}, shape={info.shape}, outputs={info.channels}, affine={info.affine.tolist()}, "
             f"intensity={info.intensity}, classes={g.classes})"
         )
@@ -112,11 +116,11 @@ class TriplaneDiffusion(nn.Module):
 
     @property
     def computing(self) -> torch.dtype:
-        """Of the network's products."""
+        """Type of the network's products."""
         return network_dtype(self.config.compute_dtype, self.device)
 
     def label(self, name: str | None) -> int | None:
-        """The index of a class. Raises UserError."""
+        """Index of a class, or None for no class. Raises UserError if the model does not have it."""
         if name is None:
             return None
         if name not in self.geometry.classes:
@@ -124,38 +128,47 @@ class TriplaneDiffusion(nn.Module):
             raise UserError(f"label: expected one of {known}, got {name}")
         return self.geometry.classes.index(name)
 
-    # ---- between states of the diffusion and planes --------------------------------------
+    # ---- states and planes ---------------------------------------------------------------
 
     def estimate(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """(B, 2M), noise then planes, for packed states (B, M): what a scheduler's step takes."""
+        """Estimate noise and planes.
+
+        Args:
+            x: states (B, M).
+            t: timesteps (B,) in [0, 1000].
+            labels: class indices (B,); None: no classes.
+
+        Returns:
+            (B, 2M), noise, then planes.
+        """
         products = self.computing
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=products == torch.bfloat16), _exact(x.device, products):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=products == torch.bfloat16), _no_tf32(x.device, products):
             state = x.to(self.network.enter.weight.dtype)
             noise, x0 = self.network(unpack(state, self.channels, self.geometry.sizes), t, labels)
         return torch.cat([pack(noise), pack(x0)], 1).to(x.dtype)
 
     def planes(self, x: Tensor) -> list[Tensor]:
-        """Normalised planes (B, C, rows, columns), as the decoder knows them, of states (B, M)."""
-        found = unpack(x, self.channels, self.geometry.sizes)
-        return normalise(self.centre.invert(found) if self.centre is not None else found, self.stage1.norm)
+        """Convert states (B, M) to normalised planes (B, C, rows, columns) for the decoder."""
+        planes = unpack(x, self.channels, self.geometry.sizes)
+        return normalise(self.centre.invert(planes) if self.centre is not None else planes, self.stage1.norm)
 
     def state(self, planes: Sequence[Tensor]) -> Tensor:
-        """(B, M) of normalised planes."""
+        """Convert normalised planes (B, C, rows, columns) to states (B, M)."""
         return pack(self.centre.apply(planes) if self.centre is not None else planes)
 
     def decode(self, planes: Sequence[Tensor], size: Sequence[int] | None = None) -> Tensor:
-        """(B, channels, H, W, D) in [0, 1], at once; see ``volume`` for large ones."""
+        """Decode planes to volumes (B, channels, H, W, D) in [0, 1] at once. ``volume`` decodes large ones slab by slab."""
         values: Tensor = self.decoder(list(planes), tuple(size or self.geometry.info.shape), compute_dtype=self.decoding)
         return values.float().clamp(0, 1)
 
     def volume(self, planes: Sequence[Tensor]) -> FittedVolume:
-        """One volume's planes (1, C, rows, columns), to be decoded to any size slab by slab, in physical units."""
+        """Planes (1, C, rows, columns) of one volume with the decoder, to decode to any size in physical units."""
         return FittedVolume(list(planes), self.decoder, self.stage1, self.geometry.info)
 
     # ---- files --------------------------------------------------------------------------
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the model. Its files take their names together, the index with the checksums last, when all are on the disk."""
+        """Write the model. Files appear under their names only when all are written, the index last."""
         files = _folder(Path(folder))
         writable_folder(files.path)
         tensors = dict(self.network.state_dict())
@@ -170,19 +183,25 @@ class TriplaneDiffusion(nn.Module):
             "stage1": self.stage1.model_dump(mode="json"),
             "provenance": self.provenance | {"tcam_ext": tcam_ext.__version__},
         }
-        held = {NETWORK: tensors, DECODER: self.decoder.state_dict()}
-        files.write(index, {name: tensor_bytes(t, dtype=torch.float32) for name, t in held.items()})
+        states = {NETWORK: tensors, DECODER: self.decoder.state_dict()}
+        files.write(index, {name: tensor_bytes(t, dtype=torch.float32) for name, t in states.items()})
 
     @staticmethod
     def load(
         folder: str | os.PathLike[str], device: str | torch.device = "cpu", compute: str | None = None
     ) -> TriplaneDiffusion:
-        """A model's folder, or that of a run that holds one. Every file is compared with its checksum. Raises UserError.
+        """Load a model and compare its files with their checksums.
 
-        ``compute``: the type of the products of network and decoder: auto, float32 or bfloat16; None: as in training. In
-        float32 convolutions on GPUs take no TF32; other products follow torch's own switch, which is off by default.
+        Args:
+            folder: folder of a model, or of a run of stage 2.
+            device: device of the model.
+            compute: type of the products of network and decoder: auto, float32 or bfloat16; None: that of training. In float32
+                convolutions on GPUs do not use TF32; other products follow torch's switch, which is off by default.
+
+        Raises:
+            UserError: there is no model, or a file is missing or damaged.
         """
-        files = _folder(find(Path(folder)))
+        files = _folder(find_model(Path(folder)))
         path = str(files / INDEX)
         index = files.read()
         with files.reading():
@@ -207,41 +226,41 @@ class TriplaneDiffusion(nn.Module):
 
 
 @contextlib.contextmanager
-def _exact(device: torch.device, products: torch.dtype) -> Iterator[None]:
-    """Convolutions on GPUs in float32 proper where that is asked for: cuDNN takes TF32 by default."""
+def _no_tf32(device: torch.device, products: torch.dtype) -> Iterator[None]:
+    """Turn off TF32 in cuDNN's convolutions, where it is on by default, if products are in float32."""
     if device.type != "cuda" or products != torch.float32:
         yield
         return
     flags: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    held = flags.fp32_precision
+    before = flags.fp32_precision
     flags.fp32_precision = "ieee"
     try:
         yield
     finally:
-        flags.fp32_precision = held
+        flags.fp32_precision = before
 
 
-def find(folder: Path) -> Path:
-    """The folder of the model: ``folder`` itself, or model/ in it. Raises UserError."""
-    for at in (folder, folder / "model"):
-        if (at / INDEX).is_file():
-            return at
+def find_model(folder: Path) -> Path:
+    """Folder of the model, which is ``folder`` or its subfolder model/. Raises UserError if there is none."""
+    for path in (folder, folder / "model"):
+        if (path / INDEX).is_file():
+            return path
     raise UserError(f"{folder}: no model: expected a run of `tcam train-diffusion` or a model's folder")
 
 
 def _folder(path: Path) -> Folder:
-    remedy = "copy the model again, or `tcam train-diffusion --resume auto` writes it again"
+    remedy = "copy the model again, or write it again with `tcam train-diffusion --resume auto`"
     return Folder(path, INDEX, "`tcam train-diffusion`", remedy, formats=(1, 2))
 
 
-def of_data(
+def assemble(
     network: TriplaneUNet, data: LatentData, config: DiffusionConfig, centre: Centre | None, step: int
 ) -> TriplaneDiffusion:
-    """The model of a network that was trained on ``data``."""
+    """Make the model of a network that was trained on ``data`` for ``step`` steps."""
     (x, y), (_, z) = data.planes[0].shape[2:], data.planes[1].shape[2:]
     geometry = Geometry(info=typical(data.set.entries), texels=(x, y, z), classes=data.classes)
-    # no folders of this machine go with the model
-    config = config.model_copy(update={k: Path(v).name for k in FOLDERS if (v := getattr(config, k)) is not None})
+    # The model does not keep paths of this machine.
+    config = config.model_copy(update={k: Path(v).name for k in PATHS if (v := getattr(config, k)) is not None})
     stage1 = {k: v for k, v in data.set.index["provenance"].items() if k not in ("run", "store")}
     provenance = {"step": step, "volumes": len(data), "latents": data.digest, "stage1": stage1}
     decoder = data.set.decoder().to(network.enter.weight.device)
@@ -249,7 +268,7 @@ def of_data(
 
 
 def network_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Of the network's products. "auto": bfloat16 on GPUs."""
+    """Type of the network's products. "auto" is bfloat16 on GPUs and float32 on CPUs."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[name]

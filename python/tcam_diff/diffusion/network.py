@@ -1,7 +1,8 @@
-"""The U-Net over three planes whose attention lets them read each other (figure 2 of the paper; algorithm.md section 4).
+"""U-Net over three planes with cross-attention between them (figure 2 of the paper; algorithm.md section 4).
 
-Every layer takes a *state*: a list of one tensor that holds all three planes, where they have one size, or of three. With
-independent weights the one tensor has planes along its channels (grouped convolutions); with shared ones along its batch.
+Every layer takes a *state*, a list of tensors: one with all three planes if they have one size, else one per plane. In a single
+tensor planes are stacked along the channels with independent weights (grouped convolutions), and along the batch with shared
+weights.
 """
 
 from __future__ import annotations
@@ -24,13 +25,12 @@ Weights = Literal["independent", "shared", "concatenated"]
 
 
 class Conv(nn.Module):
-    """A convolution of each plane: its own weights, or those of all."""
+    """Convolution of each plane, with independent or shared weights."""
 
     def __init__(self, cin: int, cout: int, kernel: int, weights: Weights, stride: int = 1, zero: bool = False) -> None:
         super().__init__()
         self.stride, self.padding = stride, kernel // 2
-        self.own = weights == "independent"
-        copies = 3 if self.own else 1
+        self.copies = copies = 3 if weights == "independent" else 1
         self.weight = nn.Parameter(torch.empty(copies * cout, cin, kernel, kernel))
         self.bias = nn.Parameter(torch.zeros(copies * cout))
         if zero:
@@ -40,47 +40,44 @@ class Conv(nn.Module):
 
     def forward(self, state: State) -> State:
         if len(state) == 1:
-            groups = 3 if self.own else 1
-            return [F.conv2d(state[0], self.weight, self.bias, self.stride, self.padding, groups=groups)]
-        weights = self.weight.chunk(3) if self.own else [self.weight] * 3
-        biases = self.bias.chunk(3) if self.own else [self.bias] * 3
+            return [F.conv2d(state[0], self.weight, self.bias, self.stride, self.padding, groups=self.copies)]
+        weights, biases = _per_plane(self.weight, self.copies), _per_plane(self.bias, self.copies)
         return [F.conv2d(x, w, b, self.stride, self.padding) for x, w, b in zip(state, weights, biases, strict=True)]
 
 
 class Norm(nn.Module):
-    """Group normalisation of each plane: as many groups as divide its channels, at most ``groups``."""
+    """Group normalisation of each plane. The number of groups is the largest up to ``groups`` that divides the channels."""
 
     def __init__(self, channels: int, groups: int, weights: Weights) -> None:
         super().__init__()
         self.groups = next(g for g in range(min(groups, channels), 0, -1) if channels % g == 0)
-        self.own = weights == "independent"
-        self.weight = nn.Parameter(torch.ones((3 if self.own else 1) * channels))
-        self.bias = nn.Parameter(torch.zeros((3 if self.own else 1) * channels))
+        self.copies = 3 if weights == "independent" else 1
+        self.weight = nn.Parameter(torch.ones(self.copies * channels))
+        self.bias = nn.Parameter(torch.zeros(self.copies * channels))
 
     def forward(self, state: State) -> State:
         if len(state) == 1:
-            return [F.group_norm(state[0], self.groups * (3 if self.own else 1), self.weight, self.bias)]
-        weights = self.weight.chunk(3) if self.own else [self.weight] * 3
-        biases = self.bias.chunk(3) if self.own else [self.bias] * 3
+            return [F.group_norm(state[0], self.groups * self.copies, self.weight, self.bias)]
+        weights, biases = _per_plane(self.weight, self.copies), _per_plane(self.bias, self.copies)
         return [F.group_norm(x, self.groups, w, b) for x, w, b in zip(state, weights, biases, strict=True)]
 
 
 class ResidualBlock(nn.Module):
-    """norm, SiLU, conv, + time, norm, SiLU, dropout, conv (zero at first); + the input."""
+    """Residual block x + conv(dropout(SiLU(norm(conv(SiLU(norm(x))) + time)))), with the last convolution initially zero."""
 
     def __init__(self, cin: int, cout: int, time: int, config: NetworkConfig) -> None:
         super().__init__()
         w = config.weights
-        self.own = w == "independent"
+        self.copies = 3 if w == "independent" else 1
         self.norm1, self.conv1 = Norm(cin, config.norm_groups, w), Conv(cin, cout, 3, w)
-        self.time = nn.Linear(time, (3 if self.own else 1) * cout)
+        self.time = nn.Linear(time, self.copies * cout)
         self.norm2, self.conv2 = Norm(cout, config.norm_groups, w), Conv(cout, cout, 3, w, zero=True)
         self.dropout = nn.Dropout(config.dropout)
         self.skip = Conv(cin, cout, 1, w) if cin != cout else None
 
     def forward(self, state: State, time: State) -> State:
         shifts = [self.time(F.silu(t)) for t in time]
-        if self.own and len(state) == 3:
+        if self.copies == 3 and len(state) == 3:
             shifts = list(shifts[0].chunk(3, 1))
         h = self.conv1([F.silu(x) for x in self.norm1(state)])
         h = [x + s[:, :, None, None] for x, s in zip(h, shifts, strict=True)]
@@ -89,11 +86,11 @@ class ResidualBlock(nn.Module):
 
 
 class TriplaneAttention(nn.Module):
-    """Self-attention of every plane, then cross-attention: each plane's queries to the keys of the other two.
+    """Self-attention of every plane, then cross-attention from each plane to the other two.
 
-    ``cross="full"``: one softmax over all texels of both. "axis": over the lines of the other two with the same coordinate, a
-    softmax for each, summed. "none": self-attention alone. All planes read the same state: the update is simultaneous.
-    Positions: a third of the channels for each of x, y, z; a plane writes its two, so that planes meet on the axis they share.
+    With ``cross="full"`` a softmax runs over all texels of both planes. With "axis" it runs over the line of the same
+    coordinate in each of them, and the two results are added. With "none" there is only self-attention. All planes are updated
+    simultaneously. Positional codes use a third of the channels for each of x, y, z, so that planes agree on shared axes.
     """
 
     def __init__(self, channels: int, config: NetworkConfig) -> None:
@@ -112,43 +109,44 @@ class TriplaneAttention(nn.Module):
             self.kv2, self.out2 = Conv(channels, 2 * channels, 1, w), Conv(channels, channels, 1, w, zero=True)
 
     def forward(self, state: State) -> State:
-        own = self._heads(self.qkv1(self._placed(self.norm1(state))), 3)
-        state = _add(state, self.out1(self._images([_attend(q, k, v) for q, k, v in own], state)))
+        attended = [_attend(q, k, v) for q, k, v in self._heads(self.qkv1(self._with_positions(self.norm1(state))), 3)]
+        state = _add(state, self.out1(self._images(attended, state)))
         if self.cross == "none":
             return state
-        placed = self._placed(self.norm2(state))
-        queries = [q for (q,) in self._heads(self.q2(placed), 1)]
-        sources = self._heads(self.kv2(placed), 2)
+        positioned = self._with_positions(self.norm2(state))
+        queries = [q for (q,) in self._heads(self.q2(positioned), 1)]
+        sources = self._heads(self.kv2(positioned), 2)
         if self.cross == "axis":
-            read = self._lines(queries, sources, state)
+            attended = self._lines(queries, sources, state)
         elif len(state) == 1:
             k, v = (torch.cat([t.roll(-1, 0), t.roll(-2, 0)], 3) for t in sources[0])
-            read = [_attend(queries[0], k, v)]
+            attended = [_attend(queries[0], k, v)]
         else:
-            read = []
+            attended = []
             for p, q in enumerate(queries):
                 a, b = sources[(p + 1) % 3], sources[(p + 2) % 3]
-                read.append(_attend(q, torch.cat([a[0], b[0]], 3), torch.cat([a[1], b[1]], 3)))
-        return _add(state, self.out2(self._images(read, state)))
+                attended.append(_attend(q, torch.cat([a[0], b[0]], 3), torch.cat([a[1], b[1]], 3)))
+        return _add(state, self.out2(self._images(attended, state)))
 
-    def _placed(self, state: State) -> State:
+    def _with_positions(self, state: State) -> State:
+        """Add the positional codes of the texels."""
         if self.position == "none":
             return state
-        of = _positions.__wrapped__ if torch.compiler.is_compiling() else _positions  # Dynamo sees through no cache
-        found = []
+        encode = _positions.__wrapped__ if torch.compiler.is_compiling() else _positions  # Dynamo cannot trace lru_cache
+        encoded = []
         for i, x in enumerate(state):
             planes = range(self.planes) if len(state) == 1 else [i]
             h, w = x.shape[2:]
-            codes = torch.stack([of(self.channels, p, h, w, x.device) for p in planes]).to(x.dtype)
+            codes = torch.stack([encode(self.channels, p, h, w, x.device) for p in planes]).to(x.dtype)
             if self.batched:
-                found.append((x.unflatten(0, (len(planes), -1)) + codes[:, None]).flatten(0, 1))
+                encoded.append((x.unflatten(0, (len(planes), -1)) + codes[:, None]).flatten(0, 1))
             else:
-                found.append(x + codes.flatten(0, 1))
-        return found
+                encoded.append(x + codes.flatten(0, 1))
+        return encoded
 
     def _heads(self, state: State, parts: int) -> list[tuple[Tensor, ...]]:
-        """Of each tensor ``parts`` tensors (planes, B, heads, N, d); N texels, row by row."""
-        found = []
+        """Split each tensor into ``parts`` tensors (planes, B, heads, N, d), with N texels row by row."""
+        split = []
         for x in state:
             planes = self.planes if len(state) == 1 else 1
             tokens = x.flatten(2).transpose(1, 2)  # (.., N, ..)
@@ -157,42 +155,42 @@ class TriplaneAttention(nn.Module):
                 tokens = tokens.unflatten(2, shape).unflatten(0, (planes, -1))  # planes, B, N, parts, heads, d
             else:
                 tokens = tokens.unflatten(2, (planes, *shape)).movedim(2, 0)
-            found.append(tokens.transpose(2, 4).unbind(3))  # planes, B, heads, parts, N, d
-        return found
+            split.append(tokens.transpose(2, 4).unbind(3))  # planes, B, heads, parts, N, d
+        return split
 
     def _images(self, tokens: list[Tensor], like: State) -> State:
-        """(planes, B, heads, N, d) as the tensors of ``like``."""
-        found = []
+        """Tensors (planes, B, heads, N, d) in the layout of ``like``."""
+        images = []
         for t, x in zip(tokens, like, strict=True):
             t = t.permute(0, 1, 3, 2, 4).flatten(3)  # planes, B, N, C
             t = t.flatten(0, 1) if self.batched else t.permute(1, 2, 0, 3).flatten(2)
-            found.append(t.unflatten(1, tuple(x.shape[2:])).permute(0, 3, 1, 2))
-        return found
+            images.append(t.unflatten(1, tuple(x.shape[2:])).permute(0, 3, 1, 2))
+        return images
 
     def _lines(self, queries: list[Tensor], sources: list[tuple[Tensor, ...]], state: State) -> list[Tensor]:
-        """Each plane's queries to the lines of the other two that have their coordinate on the axis that both share."""
+        """Attention from each texel to the lines of the other two planes with the texel's coordinate on the shared axis."""
         fused = len(state) == 1
         sizes = [tuple(x.shape[2:]) for x in state] * (3 if fused else 1)
         q = [queries[0][p] if fused else queries[p][0] for p in range(3)]  # (B, heads, N, d)
         kv = [[part[p] if fused else part[0] for part in sources[0 if fused else p]] for p in range(3)]
-        read = []
+        sums = []
         for p in range(3):
             total: Tensor | None = None
             for o in ((p + 1) % 3, (p + 2) % 3):
                 axis = next(a for a in PLANE_AXES[p] if a in PLANE_AXES[o])
-                mine, theirs = PLANE_AXES[p].index(axis), PLANE_AXES[o].index(axis)
-                k, v = (_by_line(t, sizes[o], theirs) for t in kv[o])
-                found = _softmax(_by_line(q[p], sizes[p], mine), k, v)  # (B S, heads, L, d)
-                found = found.unflatten(0, (-1, sizes[p][mine])).transpose(1, 2)  # (B, heads, S, L, d)
-                found = (found if mine == 0 else found.transpose(2, 3)).flatten(2, 3)
-                total = found if total is None else total + found
+                along, across = PLANE_AXES[p].index(axis), PLANE_AXES[o].index(axis)
+                k, v = (_by_line(t, sizes[o], across) for t in kv[o])
+                read = _softmax(_by_line(q[p], sizes[p], along), k, v)  # (B S, heads, L, d)
+                read = read.unflatten(0, (-1, sizes[p][along])).transpose(1, 2)  # (B, heads, S, L, d)
+                read = (read if along == 0 else read.transpose(2, 3)).flatten(2, 3)
+                total = read if total is None else total + read
             assert total is not None
-            read.append(total)
-        return [torch.stack(read)] if fused else [r.unsqueeze(0) for r in read]
+            sums.append(total)
+        return [torch.stack(sums)] if fused else [s.unsqueeze(0) for s in sums]
 
 
 class Level(nn.Module):
-    """A residual block, attention where the level has it, and, at the end of a level, a change of resolution."""
+    """Residual block with optional attention and upsampling."""
 
     def __init__(self, cin: int, cout: int, time: int, config: NetworkConfig, attention: bool, upsample: bool = False) -> None:
         super().__init__()
@@ -210,12 +208,12 @@ class Level(nn.Module):
 
 
 class TriplaneUNet(nn.Module):
-    """Estimates noise and planes from noisy planes: (x_eta, t) -> (eps, x0), each three planes of C channels (equation 9).
+    """Network that estimates noise and planes from noisy planes, (x_eta, t) -> (eps, x0) (equation 9).
 
     Args:
-        channels: C of the planes.
-        config: sizes and kinds of layers.
-        classes: how many labels; 0: none. Index ``classes`` stands for no label.
+        channels: channels C of the planes.
+        config: architecture; default: ``NetworkConfig()``.
+        classes: number of classes; 0: no labels. Index ``classes`` means no label.
     """
 
     def __init__(self, channels: int, config: NetworkConfig | None = None, classes: int = 0) -> None:
@@ -250,13 +248,24 @@ class TriplaneUNet(nn.Module):
         self.norm, self.leave = Norm(c, config.norm_groups, w), Conv(c, across * 2 * channels, 3, w, zero=True)
 
     def placed(self, device: torch.device, dtype: torch.dtype = torch.float32) -> TriplaneUNet:
-        """On a device, as it is fastest there: channels last on GPUs; CPUs convolve groups faster with channels first."""
+        """Move to a device in its fastest layout: channels last on GPUs, channels first on CPUs."""
         self.to(device, dtype)
         return self.to(memory_format=torch.channels_last) if device.type == "cuda" else self
 
     def forward(self, planes: Sequence[Tensor], t: Tensor, labels: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
-        """``planes``: xy, yz, xz, (B, C, rows, columns) of sizes that are multiples of 2^(levels - 1); ``t``: (B,) in
-        [0, 1000]; ``labels``: (B,), 0 to ``classes`` - 1, or ``classes`` for none. Returns (noise, planes)."""
+        """Estimate noise and planes.
+
+        Args:
+            planes: xy, yz, xz, (B, C, rows, columns), with rows and columns multiples of 2^(levels - 1).
+            t: timesteps (B,) in [0, 1000].
+            labels: (B,), 0 to ``classes`` - 1, or ``classes`` for no label; None: no labels.
+
+        Returns:
+            Noise and planes, each like ``planes``.
+
+        Raises:
+            ValueError: the shapes do not fit the network.
+        """
         self.check([tuple(p.shape[1:]) for p in planes])
         e = self.time(_sinusoids(t, self.config.base).to(self.enter.weight.dtype))
         if self.label is not None:
@@ -280,13 +289,13 @@ class TriplaneUNet(nn.Module):
 
     def _run(self, layer: nn.Module, state: State, time: State) -> State:
         if self.config.checkpointing and self.training and torch.is_grad_enabled():
-            found: State = checkpoint(layer, state, time, use_reentrant=False)
-            return found
-        found = layer(state, time)
-        return found
+            result: State = checkpoint(layer, state, time, use_reentrant=False)
+            return result
+        result = layer(state, time)
+        return result
 
     def check(self, shapes: Sequence[tuple[int, ...]]) -> None:
-        """Raises ValueError where planes of these shapes, (C, rows, columns) each, do not fit the network."""
+        """Raise ValueError if planes of these shapes, each (C, rows, columns), do not fit the network."""
         fold = 2 ** (len(self.config.multipliers) - 1)
         for name, shape in zip(PLANE_NAMES, shapes, strict=True):
             if len(shape) != 3 or shape[0] != self.channels or shape[1] % fold or shape[2] % fold:
@@ -310,7 +319,7 @@ class TriplaneUNet(nn.Module):
         return [h[0] for h in halves], [h[1] for h in halves]
 
     def _join(self, a: State, b: State) -> State:
-        """Skip connections: channels beside channels, plane by plane."""
+        """Concatenate the channels of two states, plane by plane."""
         if len(a) == 1 and self.config.weights == "independent":
             pair = [x.unflatten(1, (3, -1)) for x in (a[0], b[0])]
             return [torch.cat(pair, 2).flatten(1, 2)]
@@ -321,14 +330,21 @@ def _add(a: State, b: State) -> State:
     return [x + y for x, y in zip(a, b, strict=True)]
 
 
+def _per_plane(parameter: Tensor, copies: int) -> Sequence[Tensor]:
+    """The parameters of the three planes, of which there are three copies or one."""
+    return parameter.chunk(3) if copies == 3 else [parameter] * 3
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(planes, B, heads, N, d) each."""
+    """Attention of tensors (planes, B, heads, N, d)."""
     return _softmax(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)).unflatten(0, tuple(q.shape[:2]))
 
 
 def _softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v of (B, heads, N, d) each; in training in float32 on CPUs, where the way back from bfloat16 is
-    slow: five times for few keys."""
+    """softmax(q k^T / sqrt(d)) v of tensors (B, heads, N, d).
+
+    Training on CPUs uses float32, because the backward pass in bfloat16 is slow there, five times slower for few keys.
+    """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
@@ -336,14 +352,14 @@ def _softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _by_line(t: Tensor, size: tuple[int, ...], shared: int) -> Tensor:
-    """(B, heads, h w, d) -> (B S, heads, L, d): the shared axis, of S texels, goes into the batch."""
+    """Move the shared axis of S texels into the batch: (B, heads, h w, d) -> (B S, heads, L, d)."""
     t = t.unflatten(2, size)
     t = t if shared == 0 else t.transpose(2, 3)
     return t.transpose(1, 2).flatten(0, 1)
 
 
 def _sinusoids(t: Tensor, width: int) -> Tensor:
-    """(B, width): sines, then cosines, of t at frequencies 1 to 1e-4."""
+    """Sines, then cosines, of timesteps (B,) at frequencies from 1 to 1e-4: (B, width)."""
     half = width // 2
     frequency = torch.exp(-math.log(1e4) / max(1, half - 1) * torch.arange(half, device=t.device))
     angle = t.float()[:, None] * frequency
@@ -352,15 +368,18 @@ def _sinusoids(t: Tensor, width: int) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _positions(channels: int, plane: int, rows: int, columns: int, device: torch.device) -> Tensor:
-    """(C, rows, columns): of the channels a third for each of x, y, z. A plane has sines and cosines of its two coordinates in
-    their thirds and zeros in the other; coordinates run over the field of view, so that levels and sizes agree."""
+    """Positional codes (C, rows, columns) of a plane, with a third of the channels for each of x, y, z.
+
+    The thirds of the plane's two axes have sines and cosines of the coordinates, the other one has zeros. Coordinates cover the
+    field of view, so codes agree between levels and sizes.
+    """
     width = channels // 3 // 2 * 2
-    found = torch.zeros(channels, rows, columns, device=device)
+    codes = torch.zeros(channels, rows, columns, device=device)
     if width == 0:
-        return found
+        return codes
     frequency = torch.exp(-math.log(1e4) / max(1, width // 2) * torch.arange(width // 2, device=device))
     for axis, n, along in zip(PLANE_AXES[plane], (rows, columns), (1, 2), strict=True):
         angle = frequency[:, None] * ((torch.arange(n, device=device) + 0.5) / n * 64)
         code = torch.cat([angle.sin(), angle.cos()])  # (width, n)
-        found[axis * width : (axis + 1) * width] = code.unsqueeze(2 if along == 1 else 1)
-    return found
+        codes[axis * width : (axis + 1) * width] = code.unsqueeze(2 if along == 1 else 1)
+    return codes

@@ -1,8 +1,8 @@
-"""The quarter circle between planes and noise, and the loss on it (equation 9 of the paper; algorithm.md section 2).
+"""Diffusion process on a quarter circle between planes and noise, and its loss (equation 9; algorithm.md section 2).
 
     eta = (t / 1000) pi/2,    x_eta = cos(eta) x0 + sin(eta) eps,    eps ~ N(0, I)
 
-Planes have unit energy (RMSNorm), so x_eta has it at every angle. A network that estimates both x0 and eps gives the drift
+Planes have unit energy (RMSNorm), and so has x_eta at every angle. A network that estimates both x0 and eps gives the drift
 dx/deta = -sin(eta) x0 + cos(eta) eps without a singularity at either end.
 """
 
@@ -22,14 +22,14 @@ TIMESTEPS = 1000
 
 
 def mix(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_eta of (B, ...) at timesteps (B,)."""
+    """x_eta = cos(eta) x0 + sin(eta) eps of tensors (B, ...) at timesteps (B,) in [0, 1000]."""
     eta = (t.to(x0.dtype) * (math.pi / 2 / TIMESTEPS)).view(-1, *[1] * (x0.dim() - 1))
     return eta.cos() * x0 + eta.sin() * noise
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the network says of a point x at an angle."""
+    """The network's estimates of noise and planes at a point x and an angle eta."""
 
     x: Tensor
     noise: Tensor
@@ -43,51 +43,59 @@ class Estimate:
 
     @property
     def residual(self) -> Tensor:
-        """x - cos(eta) x0 - sin(eta) eps: zero for exact posterior means."""
+        """x - cos(eta) x0 - sin(eta) eps, which is zero for exact posterior means."""
         return self.x - math.cos(self.eta) * self.x0 - math.sin(self.eta) * self.noise
 
 
 def timesteps(kind: str, batch: int, seed: int, step: int) -> Tensor:
-    """(batch,) in [0, 1000): of a whole batch, however processes share it. "stratified": (i + r_i) / batch, shuffled."""
-    chosen = rng(seed, "timesteps", step)
+    """Timesteps (batch,) in [0, 1000) of a whole batch, whatever the number of processes.
+
+    Args:
+        kind: "stratified": 1000 (i + r_i) / batch with uniform r_i, shuffled; "uniform": independent; "integer": independent
+            integers; "antithetic": pairs of integers t, 999 - t.
+        batch: volumes of the batch.
+        seed: seed of the run.
+        step: number of the step.
+    """
+    generator = rng(seed, "timesteps", step)
     if kind == "integer":
-        return torch.randint(TIMESTEPS, (batch,), generator=chosen).float()
+        return torch.randint(TIMESTEPS, (batch,), generator=generator).float()
     if kind == "antithetic":
-        half = torch.randint(TIMESTEPS, ((batch + 1) // 2,), generator=chosen).float()
+        half = torch.randint(TIMESTEPS, ((batch + 1) // 2,), generator=generator).float()
         return torch.cat([half, TIMESTEPS - 1 - half])[:batch]
-    u = torch.rand(batch, generator=chosen, dtype=torch.float64)
+    u = torch.rand(batch, generator=generator, dtype=torch.float64)
     if kind == "stratified":
-        u = (torch.randperm(batch, generator=chosen) + u) / batch
+        u = (torch.randperm(batch, generator=generator) + u) / batch
     return (u * TIMESTEPS).float().clamp_(max=TIMESTEPS * (1 - 2**-24))
 
 
 def errors(
     noise_hat: Sequence[Tensor], x0_hat: Sequence[Tensor], noise: Sequence[Tensor], x0: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """(B,) each: mean squared errors of noise and planes. A plane's mean is over its own entries, then over the three planes,
-    so that planes of different sizes weigh equally."""
+    """Mean squared errors (B,) of noise and planes (B, C, rows, columns). The three planes have equal weight, whatever their
+    sizes."""
 
-    def of(hats: Sequence[Tensor], truths: Sequence[Tensor]) -> Tensor:
+    def error(hats: Sequence[Tensor], truths: Sequence[Tensor]) -> Tensor:
         each = [(h.to(t.dtype) - t).square().mean((1, 2, 3)) for h, t in zip(hats, truths, strict=True)]
         return torch.stack(each).mean(0)
 
-    return of(noise_hat, noise), of(x0_hat, x0)
+    return error(noise_hat, noise), error(x0_hat, x0)
 
 
 def pack(planes: Sequence[Tensor]) -> Tensor:
-    """(B, M): the three planes of each volume in one row; what the samplers integrate."""
+    """States (B, M) with the three planes (B, C, rows, columns) of each volume in one row."""
     return torch.cat([p.flatten(1) for p in planes], 1)
 
 
 def unpack(flat: Tensor, channels: int, texels: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Planes (B, C, rows, columns) of rows that ``pack`` made."""
+    """Planes (B, C, rows, columns) of states (B, M): the inverse of :func:`pack`."""
     parts = flat.split([channels * h * w for h, w in texels], 1)
     return [p.unflatten(1, (channels, h, w)) for p, (h, w) in zip(parts, texels, strict=True)]
 
 
 def flip(planes: Sequence[Tensor], axis: int) -> list[Tensor]:
-    """The planes of the volume mirrored along x (0), y (1) or z (2). Exact: the decoder sees no coordinates."""
-    found = []
-    for plane, axes in zip(planes, PLANE_AXES, strict=True):
-        found.append(plane.flip(plane.dim() - 2 + axes.index(axis)) if axis in axes else plane)
-    return found
+    """Planes of the volume mirrored along x (0), y (1) or z (2). Exact, since the decoder takes no coordinates."""
+    return [
+        plane.flip(plane.dim() - 2 + axes.index(axis)) if axis in axes else plane
+        for plane, axes in zip(planes, PLANE_AXES, strict=True)
+    ]

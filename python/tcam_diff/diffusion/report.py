@@ -1,4 +1,4 @@
-"""Pictures and the page of a training run of stage 2."""
+"""Pictures and report of a training run of stage 2."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def plane_strip(model: TriplaneDiffusion, planes: list[Tensor], longest: int = 128) -> np.ndarray:
-    """Three slices of the first channel of one volume, planes (1, C, rows, columns), decoded to ``longest`` voxels at most."""
+    """Three slices (rows, columns) of the first channel of a volume, decoded to at most ``longest`` voxels along each axis."""
     info = model.geometry.info
     scale = min(1.0, longest / max(info.shape))
     h, w, d = (max(1, round(n * scale)) for n in info.shape)
@@ -34,7 +34,7 @@ def plane_strip(model: TriplaneDiffusion, planes: list[Tensor], longest: int = 1
 
 
 def samples_picture(model: TriplaneDiffusion, steps: int, count: int = 4) -> bytes:
-    """A PNG of the first samples of the model's seed, integrated by ab2; of each class in turn, where there are labels."""
+    """PNG of the first samples with the model's seed, integrated by ab2. With labels the classes take turns."""
     config = SampleConfig(solver="ab2", steps=steps, seed=model.config.seed)
     sampler, classes = Sampler(model, config), model.geometry.classes
     if not classes:
@@ -48,13 +48,12 @@ def samples_picture(model: TriplaneDiffusion, steps: int, count: int = 4) -> byt
 
 
 def write_report(folder: Path, config: DiffusionConfig, task: DiffusionTraining, outcome: Outcome) -> None:
-    """report.html: the result, the curves, samples, the settings."""
+    """Write report.html with result, curves, samples and configuration."""
     metrics = read_metrics(folder)
-    found = outcome.metrics
     result = {
         "volumes": f"{len(task.data)} of {config.latents}, batch {config.batch}",
-        "validation loss (average; 2 at the start)": f"{found.get('validation_loss', float('nan')):.4f}",
-        "residual, mean square": f"{found.get('validation_residual', float('nan')):.4f}",
+        "validation loss (average; 2 at the start)": f"{outcome.metrics.get('validation_loss', float('nan')):.4f}",
+        "residual, mean square": f"{outcome.metrics.get('validation_residual', float('nan')):.4f}",
         "parameters": f"{task.parameters / 1e6:.2f} M, products in {dtype_text(task.compute)}",
         **facts(outcome, task.group),
     }

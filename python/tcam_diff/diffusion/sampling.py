@@ -1,4 +1,4 @@
-"""From noise to planes: sampling, its inverse, and interpolation (algorithm.md 2.2)."""
+"""Sampling of planes from noise, its inverse, and interpolation (algorithm.md 2.2)."""
 
 from __future__ import annotations
 
@@ -14,19 +14,23 @@ from tcam_diff.diffusion.process import TIMESTEPS, Estimate
 from tcam_diff.diffusion.solver import Solver, arc
 from tcam_diff.training.rng import rng
 
-#: Corrects an estimate: guidance by an image (guidance.py).
+#: Function that corrects an estimate, for guidance by an image (guidance.py).
 Correct = Callable[[Estimate], Estimate]
 
 
 class Sampler:
-    """Draws from a model. The i-th sample is a function of (seed, i): which others are drawn with it makes no difference beyond
-    rounding."""
+    """Sampler of a model. Sample i depends on (seed, i) alone, up to rounding, whichever samples are drawn with it.
+
+    Args:
+        model: the model.
+        config: integration; default: ``SampleConfig()``.
+    """
 
     def __init__(self, model: TriplaneDiffusion, config: SampleConfig | None = None) -> None:
         self.model, self.config = model, config or SampleConfig()
 
     def noise(self, indices: Sequence[int]) -> Tensor:
-        """(B, M) standard normals: row i is always the same for the seed."""
+        """Standard normals (B, M) of the samples with these numbers."""
         return self._normals(indices, "sample").to(self.model.device)
 
     def _normals(self, indices: Sequence[int], *purpose: str | int) -> Tensor:
@@ -40,13 +44,17 @@ class Sampler:
         correct: Correct | None = None,
         on_step: Callable[[int, int, Tensor], None] | None = None,
     ) -> list[Tensor]:
-        """Normalised planes (B, C, rows, columns) of the samples of these numbers.
+        """Draw samples.
 
         Args:
-            indices: their numbers.
-            label: a class of the model, for all of them; None: none.
-            correct: a correction of every estimate.
-            on_step: is told (evaluation, evaluations, mean square of each sample's residual, (B,)).
+            indices: numbers of the samples.
+            label: index of a class, for all of them; None: no class.
+            correct: correction of every estimate.
+            on_step: called after every evaluation of the network with its number, the number of all, and the mean square (B,)
+                of the samples' residuals.
+
+        Returns:
+            Normalised planes (B, C, rows, columns).
         """
         return self.model.planes(self.integrate(self.noise(indices), indices, label, correct, on_step))
 
@@ -61,7 +69,10 @@ class Sampler:
         start: float = 1.0,
         stop: float = 0.0,
     ) -> Tensor:
-        """States (B, M) at ``stop``, of states at ``start``, shares of the quarter circle: 1 is noise, 0 planes."""
+        """Integrate states (B, M) from ``start`` to ``stop``, in shares of the quarter circle: 1 is noise, 0 planes.
+
+        The other arguments are those of :meth:`sample`.
+        """
         c, drawn, evaluation = self.config, 0, 0
 
         def draw(like: Tensor) -> Tensor:
@@ -73,19 +84,19 @@ class Sampler:
             nonlocal evaluation
             evaluation += 1
             noise, x0 = self._estimate(x, eta * (TIMESTEPS / (math.pi / 2)), label).chunk(2, 1)
-            found = Estimate(x, noise, x0, eta)
+            result = Estimate(x, noise, x0, eta)
             if correct is not None:
-                found = correct(found)
+                result = correct(result)
             if on_step is not None:
-                on_step(evaluation, evaluations, found.residual.square().mean(1))
-            return found
+                on_step(evaluation, evaluations, result.residual.square().mean(1))
+            return result
 
         solver, etas = Solver(c.solver, c.final, c.hot_k, draw), arc(c.steps, start, stop)
         evaluations = len(solver.evaluations(etas))
         return solver.solve(x, etas, estimate)
 
     def _estimate(self, x: Tensor, t: float, label: int | None) -> Tensor:
-        """With classifier-free guidance: none + s (label - none)."""
+        """Noise and planes (B, 2M), with classifier-free guidance: unlabelled + scale (labelled - unlabelled)."""
         model, scale = self.model, self.config.guidance_scale
         times = torch.full((len(x),), t, device=x.device)
         if label is None:
@@ -93,13 +104,13 @@ class Sampler:
         labels = torch.full((len(x),), label, device=x.device)
         if scale == 1:
             return model.estimate(x, times, labels)
-        none_of_them = torch.full_like(labels, model.network.classes)
-        both = model.estimate(torch.cat([x, x]), torch.cat([times, times]), torch.cat([labels, none_of_them]))
-        given, none = both.chunk(2)
-        return none + scale * (given - none)
+        no_label = torch.full_like(labels, model.network.classes)
+        both = model.estimate(torch.cat([x, x]), torch.cat([times, times]), torch.cat([labels, no_label]))
+        labelled, unlabelled = both.chunk(2)
+        return unlabelled + scale * (labelled - unlabelled)
 
     def invert(self, planes: Sequence[Tensor], label: int | None = None) -> Tensor:
-        """(B, M): the noise from which the ODE leads to these normalised planes."""
+        """Noise (B, M) from which the ODE leads to normalised planes (B, C, rows, columns). For hot, heun is used."""
         x = self.model.state([p.to(self.model.device) for p in planes])
         solver = "heun" if self.config.solver == "hot" else self.config.solver
         deterministic = Sampler(self.model, self.config.model_copy(update={"final": "x", "solver": solver}))
@@ -108,8 +119,11 @@ class Sampler:
     def interpolate(
         self, a: Sequence[Tensor], b: Sequence[Tensor], count: int, label: int | None = None
     ) -> Iterator[list[Tensor]]:
-        """``count`` times normalised planes (1, C, rows, columns), one after another, from those of one volume to those of
-        another, along the great circle between the noises that they come from."""
+        """Interpolate between the planes (1, C, rows, columns) of two volumes, along the great circle between their noises.
+
+        Yields:
+            ``count`` sets of normalised planes (1, C, rows, columns), from ``a`` to ``b``.
+        """
         x, y = self.invert(a, label), self.invert(b, label)
         cosine = torch.nn.functional.cosine_similarity(x, y).clamp(-1, 1).item()
         omega = max(math.acos(cosine), 1e-6)

@@ -1,4 +1,4 @@
-"""The scheduler under the name by which bundles of version 0.1 call it in their configs/inference.json."""
+"""The scheduler under its name in the configs/inference.json of bundles of version 0.1."""
 
 from tcam_diff.diffusion.interop import ArcScheduler
 

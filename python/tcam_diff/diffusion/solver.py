@@ -1,7 +1,7 @@
 """Solvers of dx/deta = -sin(eta) x0 + cos(eta) eps over angles eta of the quarter circle (algorithm.md 2.2).
 
-A method is a generator: it yields the points (x, eta) at which it wants the network's estimates, is sent them, and returns the
-state at the last angle.
+A method is a generator. It yields points (x, eta), receives the network's estimate at each of them through ``send``, and
+returns the state at the last angle.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Steps = Generator[tuple[Tensor, float], Estimate, Tensor]
 
 
 def euler(x: Tensor, etas: Sequence[float]) -> Steps:
-    """x + h f."""
+    """Euler's method, of first order."""
     for a, b in pairwise(etas):
         x = x + (b - a) * (yield x, a).drift
     return x
 
 
 def frozen(x: Tensor, etas: Sequence[float]) -> Steps:
-    """The exact integral with both estimates held over the interval."""
+    """Exact integral of the drift with both estimates constant over the interval."""
     for a, b in pairwise(etas):
         e = yield x, a
         x = x + (math.cos(b) - math.cos(a)) * e.x0 + (math.sin(b) - math.sin(a)) * e.noise
@@ -36,7 +36,7 @@ def frozen(x: Tensor, etas: Sequence[float]) -> Steps:
 
 
 def ddim(x: Tensor, etas: Sequence[float]) -> Steps:
-    """cos x0 + sin eps at the next angle: frozen, less the residual."""
+    """DDIM: cos(eta) x0 + sin(eta) eps at the next angle, which is frozen without the residual."""
     for a, b in pairwise(etas):
         e = yield x, a
         x = math.cos(b) * e.x0 + math.sin(b) * e.noise
@@ -44,7 +44,7 @@ def ddim(x: Tensor, etas: Sequence[float]) -> Steps:
 
 
 def midpoint(x: Tensor, etas: Sequence[float]) -> Steps:
-    """Runge-Kutta of second order: the drift halfway, found by half a step of Euler's."""
+    """Runge-Kutta method of second order with the drift at the midpoint of Euler's step."""
     for a, b in pairwise(etas):
         h = b - a
         k1 = (yield x, a).drift
@@ -53,7 +53,7 @@ def midpoint(x: Tensor, etas: Sequence[float]) -> Steps:
 
 
 def heun(x: Tensor, etas: Sequence[float]) -> Steps:
-    """Runge-Kutta of second order: the mean of the drifts at both ends."""
+    """Runge-Kutta method of second order with the mean of the drifts at both ends of Euler's step."""
     for a, b in pairwise(etas):
         h = b - a
         k1 = (yield x, a).drift
@@ -63,7 +63,7 @@ def heun(x: Tensor, etas: Sequence[float]) -> Steps:
 
 
 def rk4(x: Tensor, etas: Sequence[float]) -> Steps:
-    """Runge-Kutta of fourth order, the classical one."""
+    """Classical Runge-Kutta method of fourth order."""
     for a, b in pairwise(etas):
         h = b - a
         k1 = (yield x, a).drift
@@ -75,7 +75,7 @@ def rk4(x: Tensor, etas: Sequence[float]) -> Steps:
 
 
 def ab2(x: Tensor, etas: Sequence[float]) -> Steps:
-    """Adams-Bashforth of second order, begun with Euler's step."""
+    """Adams-Bashforth method of second order, with Euler's step at the start."""
     before: Tensor | None = None
     for a, b in pairwise(etas):
         k = (yield x, a).drift
@@ -85,7 +85,7 @@ def ab2(x: Tensor, etas: Sequence[float]) -> Steps:
 
 
 def hot(x: Tensor, etas: Sequence[float], k: int, draw: Draw) -> Steps:
-    """Jump k intervals ahead, then add the noise that brings the state back to the next angle (PRDiT)."""
+    """Stochastic method of PRDiT: jump k intervals ahead, then add the noise that takes the state back to the next angle."""
     for i, (a, b) in enumerate(pairwise(etas)):
         drift = (yield x, a).drift
         if i + k < len(etas) - 1:
@@ -101,9 +101,9 @@ METHODS = {f.__name__: f for f in (euler, frozen, ddim, midpoint, heun, rk4, ab2
 
 
 def arc(steps: int, start: float = 1.0, stop: float = 0.0) -> list[float]:
-    """Angles of ``steps`` equal intervals from ``start`` to ``stop``, shares of the quarter circle: 1 is noise, 0 planes.
+    """Angles of ``steps`` equal intervals from ``start`` to ``stop``, in shares of the quarter circle: 1 is noise, 0 planes.
 
-    Raises ValueError where there is no interval, or the ends are equal or not in [0, 1].
+    Raises ValueError for less than one interval, and for ends that are equal or outside [0, 1].
     """
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
@@ -114,14 +114,14 @@ def arc(steps: int, start: float = 1.0, stop: float = 0.0) -> list[float]:
 
 @dataclass(frozen=True)
 class Solver:
-    """A method and how it ends.
+    """A method with its settings. Raises ValueError if one is unknown.
 
     Args:
-        method: a name of METHODS; or hot, which is stochastic.
-        final: the result of an integration that ends at angle 0. "x0": the estimate of x0 at the last angle above 0; "x": the
+        method: a name of METHODS, or hot, which is stochastic.
+        final: result of an integration that ends at angle 0. "x0": the estimate of x0 at the last angle above 0; "x": the
             integrated state.
         hot_k: intervals that hot jumps ahead.
-        draw: standard normals like a tensor, for hot; default: torch's global generator.
+        draw: function that returns standard normals of a tensor's shape, for hot; default: torch's global generator.
     """
 
     method: str = "heun"
@@ -136,7 +136,7 @@ class Solver:
             raise ValueError(f"final: expected x0 or x, got {self.final!r}")
 
     def steps(self, x: Tensor, etas: Sequence[float]) -> Steps:
-        """The integration from ``x`` at the first of ``etas`` to the last, as a generator."""
+        """Generator that integrates from ``x`` at the first of ``etas`` to the last and returns the result."""
         method = hot(x, etas, self.hot_k, self.draw) if self.method == "hot" else METHODS[self.method](x, etas)
         last: Tensor | None = None
         point = next(method)
@@ -151,7 +151,7 @@ class Solver:
                 return last if to_planes else end.value  # type: ignore[return-value]
 
     def solve(self, x: Tensor, etas: Sequence[float], estimate: Callable[[Tensor, float], Estimate]) -> Tensor:
-        """The end of the integration from ``x`` along ``etas``; ``estimate(x, eta)`` is the network's."""
+        """Integrate from ``x`` along ``etas`` with the network's ``estimate(x, eta)``."""
         steps = self.steps(x, etas)
         x, eta = next(steps)
         while True:
@@ -162,7 +162,7 @@ class Solver:
                 return result
 
     def evaluations(self, etas: Sequence[float]) -> list[float]:
-        """The angles at which ``solve`` asks for estimates, in order."""
+        """Angles at which :meth:`solve` evaluates the network, in order."""
         zero, angles = torch.zeros(()), []
 
         def estimate(x: Tensor, eta: float) -> Estimate:

@@ -1,4 +1,4 @@
-"""Stage 2: training of the network on a latent set (algorithm.md 4.6)."""
+"""Training of stage 2 on a latent set (algorithm.md 4.6)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tcam_diff.autodecoder.report import rgb
 from tcam_diff.diffusion.config import DiffusionConfig
 from tcam_diff.diffusion.data import Centre, LatentData
-from tcam_diff.diffusion.model import TriplaneDiffusion, network_dtype, of_data
+from tcam_diff.diffusion.model import TriplaneDiffusion, assemble, network_dtype
 from tcam_diff.diffusion.network import TriplaneUNet
 from tcam_diff.diffusion.process import TIMESTEPS, errors, flip, mix, timesteps
 from tcam_diff.diffusion.report import samples_picture, write_report
@@ -32,36 +32,36 @@ from tcam_diff.training.run import train
 
 
 class _Loss(nn.Module):
-    """The errors as the forward of a module whose parameters are the network's: what DistributedDataParallel wraps."""
+    """Module that computes the errors and has the network's parameters, for DistributedDataParallel to wrap."""
 
     def __init__(self, network: nn.Module, compute: torch.dtype) -> None:
         super().__init__()
         self.network, self.compute = network, compute
 
     def forward(self, x0: list[Tensor], noise: list[Tensor], t: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(B,) each: errors of noise and of planes, and the mean square of x - cos(eta) x0 - sin(eta) eps."""
+        """Errors of noise and of planes, and mean square of x - cos(eta) x0 - sin(eta) eps, each (B,)."""
         x = [mix(p, e, t) for p, e in zip(x0, noise, strict=True)]
         with torch.autocast(x[0].device.type, torch.bfloat16, enabled=self.compute == torch.bfloat16):
             noise_hat, x0_hat = self.network(x, t, labels)
         noise_error, image_error = errors(noise_hat, x0_hat, noise, x0)
         with torch.no_grad():
-            left = [a - mix(p.to(a), e.to(a), t) for a, p, e in zip(x, x0_hat, noise_hat, strict=True)]
-            residual = torch.stack([r.square().mean((1, 2, 3)) for r in left]).mean(0)
+            residuals = [a - mix(p.to(a), e.to(a), t) for a, p, e in zip(x, x0_hat, noise_hat, strict=True)]
+            residual = torch.stack([r.square().mean((1, 2, 3)) for r in residuals]).mean(0)
         return noise_error, image_error, residual
 
 
 class DiffusionTraining(Task):
-    """Network, its average, optimiser and data of a training run of stage 2."""
+    """Training run of stage 2: network, its average, optimiser and data. Raises UserError if the configuration does not fit."""
 
     score = "-validation_loss"
 
     def __init__(self, config: DiffusionConfig, group: Distributed, folder: Path) -> None:
         self.config, self.group, self.steps, self.folder = config, group, config.steps, folder
-        held = torch.bfloat16 if config.latent_dtype == "bfloat16" else torch.float32
-        self.data = LatentData(config.latents, held, config.labels)
+        latent_dtype = torch.bfloat16 if config.latent_dtype == "bfloat16" else torch.float32
+        self.data = LatentData(config.latents, latent_dtype, config.labels)
         self.validation = self.data
         if config.validation is not None:
-            self.validation = LatentData(config.validation, held, config.labels, self.data.classes)
+            self.validation = LatentData(config.validation, latent_dtype, config.labels, self.data.classes)
             if [p.shape[1:] for p in self.validation.planes] != [p.shape[1:] for p in self.data.planes]:
                 raise UserError(f"validation: {config.validation}: its planes have other sizes than those of {config.latents}")
             self.validation.set.check_decoder(self.data.set.decoder(), config.latents)
@@ -72,7 +72,7 @@ class DiffusionTraining(Task):
                 f"{config.batch}"
             )
         flips = ["xyz".index(name) for name in config.flip]
-        self.centre = Centre.of(self.data.planes, flips) if config.center else None
+        self.centre = Centre.from_planes(self.data.planes, flips) if config.center else None
         self.dtype = torch.float64 if config.compute_dtype == "float64" else torch.float32
         self.compute = network_dtype(config.compute_dtype, group.device)
         self.network, self.average = self._network(), self._network().requires_grad_(False).eval()
@@ -88,48 +88,47 @@ class DiffusionTraining(Task):
         self.loss: nn.Module = DistributedDataParallel(loss) if group.world > 1 else loss
 
     def _network(self) -> TriplaneUNet:
-        """At the start of a run: a function of the run's seed alone."""
+        """Initial network. Its weights depend on the configuration's seed alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self.config.seed, "network"))
-            made = TriplaneUNet(self.data.channels, self.config.network, len(self.data.classes))
-        return made.placed(self.group.device, self.dtype)
+            network = TriplaneUNet(self.data.channels, self.config.network, len(self.data.classes))
+        return network.placed(self.group.device, self.dtype)
 
     @property
     def parameters(self) -> int:
+        """Number of parameters of the network."""
         return sum(p.numel() for p in self.network.parameters())
 
     # ---- a step ------------------------------------------------------------------------
 
     def volume(self, position: int) -> int:
-        """Which volume stands at a position of the endless row of shuffled epochs. A function of the position: not state."""
+        """Volume at a position of the sequence of shuffled epochs, as a function without state."""
         epoch, at = divmod(position, len(self.data))
         return int(_shuffled(len(self.data), self.config.seed, epoch)[at])
 
     def _batch(self, step: int, positions: range) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
-        """Planes, noise and labels of the positions within the batch of a step. Each depends on its position alone."""
+        """Planes, noise and labels at positions within the batch of a step. Each depends on step and position alone."""
         c, device = self.config, self.group.device
-        which = [self.volume(step * c.batch + i) for i in positions]
-        planes = self.data.rows(which)
+        indices = [self.volume(step * c.batch + i) for i in positions]
+        planes = self.data.rows(indices)
         if self.centre is not None:
             planes = self.centre.apply(planes)
-        noise, labels = [torch.empty_like(p, device=device) for p in planes], self.data.labels
-        chosen = None if labels is None else labels[which].clone()
+        noise = [torch.empty_like(p, device=device) for p in planes]
+        labels = None if self.data.labels is None else self.data.labels[indices].clone()
         for row, i in enumerate(positions):
-            draw = rng(c.seed, "noise", step, i, device=device)
-            for plane in noise:
-                torch.randn(plane.shape[1:], generator=draw, out=plane[row])
+            _fill_normal(noise, row, rng(c.seed, "noise", step, i, device=device))
             coins = torch.rand(4, generator=rng(c.seed, "coins", step, i)).tolist()
             for axis, name in enumerate("xyz"):
                 if name in c.flip and coins[axis] < 0.5:
-                    for plane, turned in zip(planes, flip([p[row] for p in planes], axis), strict=True):
-                        plane[row] = turned
-            if chosen is not None and coins[3] < c.label_dropout:
-                chosen[row] = len(self.data.classes)
+                    for plane, flipped in zip(planes, flip([p[row] for p in planes], axis), strict=True):
+                        plane[row] = flipped
+            if labels is not None and coins[3] < c.label_dropout:
+                labels[row] = len(self.data.classes)
         moved = [p.to(device, self.dtype) for p in planes]
-        return moved, [n.to(self.dtype) for n in noise], None if chosen is None else chosen.to(device)
+        return moved, [n.to(self.dtype) for n in noise], None if labels is None else labels.to(device)
 
     def step(self, index: int) -> dict[str, Tensor]:
-        """One update; returns the loss, its terms, the residual and the gradient's norm."""
+        """Update the network once. Returns "loss", its terms, the residual and the gradient norm."""
         c, group = self.config, self.group
         each = c.batch // (group.world * c.accumulate)
         t = timesteps(c.timesteps, c.batch, c.seed, index).to(group.device)
@@ -141,10 +140,10 @@ class DiffusionTraining(Task):
             for part in range(c.accumulate):
                 first = (group.rank * c.accumulate + part) * each
                 x0, noise, labels = self._batch(index, range(first, first + each))
-                alone = part + 1 < c.accumulate and isinstance(self.loss, DistributedDataParallel)
-                with self.loss.no_sync() if alone else contextlib.nullcontext():  # type: ignore[operator]
-                    found = self.loss(x0, noise, t[first : first + each], labels)
-                    terms = torch.stack([f.mean() for f in found]) / c.accumulate
+                accumulating = part + 1 < c.accumulate and isinstance(self.loss, DistributedDataParallel)
+                with self.loss.no_sync() if accumulating else contextlib.nullcontext():  # type: ignore[operator]
+                    parts = self.loss(x0, noise, t[first : first + each], labels)
+                    terms = torch.stack([p.mean() for p in parts]) / c.accumulate
                     (c.noise_weight * terms[0] + c.image_weight * terms[1]).backward()
                 sums += terms.detach().float()
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), c.grad_clip)
@@ -155,40 +154,42 @@ class DiffusionTraining(Task):
         loss = c.noise_weight * sums[0] + c.image_weight * sums[1]
         return {"loss": loss, "noise": sums[0], "image": sums[1], "residual": sums[2], "grad": norm.detach()}
 
-    # ---- looking -----------------------------------------------------------------------
+    # ---- evaluation --------------------------------------------------------------------
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The average's loss on the validation set, at timesteps and with noise that are always the same."""
+        """Evaluate the averaged network on the validation set, with fixed timesteps and noise.
+
+        Returns:
+            "validation_loss", which is 2 before training with weights 1, and "validation_residual".
+        """
         c, device = self.config, self.group.device
         count = min(c.evaluate_volumes, len(self.validation))
-        of_average = _Loss(self.average, self.compute)
+        average_loss = _Loss(self.average, self.compute)
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         mine, each = range(self.group.rank, count, self.group.world), c.batch // (self.group.world * c.accumulate)
         for first in range(0, len(mine), each):
-            which = list(mine[first : first + each])
-            x0 = self.validation.rows(which)
+            indices = list(mine[first : first + each])
+            x0 = self.validation.rows(indices)
             if self.centre is not None:
                 x0 = self.centre.apply(x0)
             noise = [torch.empty_like(p) for p in x0]
-            for row, i in enumerate(which):
-                draw = rng(c.seed, "validation", i)
-                for plane in noise:
-                    torch.randn(plane.shape[1:], generator=draw, out=plane[row])
-            t = (torch.tensor(which, device=device) + 0.5) / count * TIMESTEPS
-            labels = None if self.validation.labels is None else self.validation.labels[which].to(device)
-            found = of_average(*([p.to(device, self.dtype) for p in held] for held in (x0, noise)), t, labels)
-            sums += torch.stack([f.double().sum() for f in found])
+            for row, i in enumerate(indices):
+                _fill_normal(noise, row, rng(c.seed, "validation", i))
+            t = (torch.tensor(indices, device=device) + 0.5) / count * TIMESTEPS
+            labels = None if self.validation.labels is None else self.validation.labels[indices].to(device)
+            parts = average_loss(*([p.to(device, self.dtype) for p in planes] for planes in (x0, noise)), t, labels)
+            sums += torch.stack([p.double().sum() for p in parts])
         noise_error, image_error, residual = (self.group.sum(sums) / count).tolist()
         loss = c.noise_weight * noise_error + c.image_weight * image_error
         return {"validation_loss": loss, "validation_residual": residual}
 
     def model(self, step: int) -> TriplaneDiffusion:
-        """The average, with all that makes volumes of it."""
-        return of_data(self.average, self.data, self.config, self.centre, step)
+        """Model with the averaged network."""
+        return assemble(self.average, self.data, self.config, self.centre, step)
 
     def draw_pictures(self, step: int, logger: Logger | None) -> None:
-        """The model, in model/, and samples from it, in samples/ and for TensorBoard."""
+        """Save the model to model/, and draw samples from it to samples/ and TensorBoard."""
         if logger is None:
             return
         model, samples = self.model(step), self.folder / "samples"
@@ -200,7 +201,7 @@ class DiffusionTraining(Task):
             logger.picture(step, "samples", rgb(picture))
 
     def finish(self, outcome: Outcome) -> None:
-        """The model as it is; at the last step report.html."""
+        """Save the model, and write report.html unless the run was stopped."""
         if self.group.first:
             self.model(outcome.step).save(self.folder / "model")
             if not outcome.stopped:
@@ -221,13 +222,19 @@ class DiffusionTraining(Task):
 
     def load_state(self, shared: dict[str, Any], shards: Sequence[dict[str, Any]]) -> None:
         if shared["latents"] != self.data.digest:
-            raise UserError(f"{self.config.latents}: not the planes that the run was begun with")
+            raise UserError(f"{self.config.latents}: not the planes with which the run began")
         self.network.load_state_dict(shared["network"])
         self.average.load_state_dict(shared["average"])
         self.optimiser.load_state_dict(shared["optimiser"])
 
     def finite(self) -> bool:
         return all(bool(torch.isfinite(p).all()) for p in self.network.parameters())
+
+
+def _fill_normal(planes: Sequence[Tensor], row: int, generator: torch.Generator) -> None:
+    """Fill a row of each plane with standard normals."""
+    for plane in planes:
+        torch.randn(plane.shape[1:], generator=generator, out=plane[row])
 
 
 @functools.lru_cache(maxsize=4)
@@ -244,20 +251,21 @@ def train_diffusion(
     progress: ProgressCallback | None = None,
     stop: StopCallback | None = None,
 ) -> Outcome:
-    """Train a diffusion model on a latent set, on the processes that torchrun describes, or on this one.
+    """Train a diffusion model on a latent set, on the processes that torchrun started, or on this one.
 
     Args:
-        config: ``DiffusionConfig.load("small", ["latents=LATENTS"])``.
+        config: for example ``DiffusionConfig.load("small", ["latents=LATENTS"])``.
         out: folder of the run: config.yaml, checkpoints, model/ (for ``TriplaneDiffusion.load(out)``), metrics.jsonl,
             TensorBoard files, samples (pictures), report.html.
-        resume: "auto": from the last checkpoint in ``out``, if there is one; or a checkpoint's folder; None: from the start.
-        started: is given the training before its first step, on the first process.
+        resume: "auto": continue from the last checkpoint in ``out``, if any; or a checkpoint's folder; None: start anew.
+        started: called with the training before its first step, on the first process.
         progress: called after every step, with "loss" and "validation_loss" among the metrics.
-        stop: asked before every step; true: write a checkpoint and return, with ``stopped``.
+        stop: asked before every step; true: write a checkpoint and return.
 
     Returns:
-        The last step and its metrics; "validation_loss" is 2 before training.
+        The last step and its metrics; "validation_loss" is 2 before training with weights 1.
 
-    Raises UserError where ``out`` holds a run that would be spoilt, the latents do not fit, or the loss is no number.
+    Raises:
+        UserError: ``out`` has a run that would be overwritten, configuration and data do not fit, or the loss is not finite.
     """
     return train(DiffusionTraining, config, Path(out), resume, started, progress, stop)

@@ -1,4 +1,4 @@
-"""Two volumes side by side: figures and a picture."""
+"""Comparison of two volumes by metrics and a picture."""
 
 from __future__ import annotations
 
@@ -13,16 +13,25 @@ from tcam_diff.evaluation.picture import compare_picture
 
 
 def compare_volumes(first: Volume, second: Volume, picture: Path | None = None, channel: int = 0) -> dict[str, float]:
-    """MSE, PSNR (dB) and SSIM of ``second`` against ``first``, intensities scaled by the range of ``first`` to [0, 1], as
-    "mse", "psnr" and, where every axis has at least 11 voxels, "ssim".
+    """Compare ``second`` with ``first``, with intensities scaled to [0, 1] by the range of ``first``.
 
-    ``picture``: a PNG of slices of ``channel`` of both, and their difference. Raises UserError where the shapes differ.
+    Args:
+        first: reference.
+        second: volume of the same shape.
+        picture: PNG to write, of slices of both volumes and their difference; None: no picture.
+        channel: channel of the picture.
+
+    Returns:
+        "mse", "psnr" (dB) and, if every axis has at least 11 voxels, "ssim".
+
+    Raises:
+        UserError: the shapes differ, or there is no such channel.
     """
     a, b = first.info, second.info
     if a.array_shape != b.array_shape:
         raise UserError(
             f"{b.source}: shape {b.shape} with {b.channels} channel(s), but {a.source} has {a.shape} with {a.channels}; "
-            "`tcam decode --size` gives any size"
+            "`tcam decode --size` decodes to any size"
         )
     if not 0 <= channel < a.channels:
         raise UserError(f"--channel: expected 0 to {a.channels - 1}, got {channel}")
@@ -39,6 +48,6 @@ def compare_volumes(first: Volume, second: Volume, picture: Path | None = None, 
 
 
 def figures_text(figures: dict[str, float]) -> str:
-    """The figures of ``compare_volumes`` as a line."""
+    """One line with the metrics of ``compare_volumes``."""
     ssim = f"{figures['ssim']:.4f}" if "ssim" in figures else f"not defined (an axis is shorter than {metrics.WINDOW} voxels)"
     return f"MSE {figures['mse']:.6f}  PSNR {figures['psnr']:.2f} dB  SSIM {ssim}"

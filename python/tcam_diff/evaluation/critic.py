@@ -1,8 +1,8 @@
-"""The Wasserstein distance of generated volumes from real ones, by a critic (WGAN-GP; algorithm.md 5.1; the paper's table 3).
+"""Wasserstein distance of generated volumes from real ones by a critic (WGAN-GP; algorithm.md 5.1; table 3 of the paper).
 
-A critic f is trained to tell real volumes from fake ones, max E f(real) - E f(fake) - lambda (|grad f| - 1)^2, and then scores
-volumes that it never saw: W = mean f(real) - mean f(fake). Generators that are compared share one critic. Values depend on the
-size and scale of the volumes and on the critic: those of different runs are not comparable.
+A critic f is trained to distinguish real volumes from fake ones, max E f(real) - E f(fake) - lambda (|grad f| - 1)^2. The
+distance is W = mean f(real) - mean f(fake) of volumes held out from its training. Generators to be compared share one critic.
+Values depend on the size and scale of the volumes and on the critic, so those of different runs are not comparable.
 """
 
 from __future__ import annotations
@@ -27,34 +27,37 @@ from tcam_diff.training.rng import rng, seed_of
 
 
 class CriticConfig(Config):
-    """Defaults are those of the released protocol, the split shuffled and no volume stretched by itself."""
+    """Critic and its training. Defaults are those of the released protocol, with a shuffled split and unscaled volumes."""
 
     kind = "critic"
 
-    size: Annotated[
-        int, Field(ge=16, le=512, description="voxels along each axis to which volumes are resampled: 8 times a power of 2")
-    ] = 128
+    size: Annotated[int, Field(ge=16, le=512, description="voxels along each axis after resampling: 8 times a power of 2")] = (
+        128
+    )
     ndim: Annotated[Literal[2, 3], Field(description="3: volumes; 2: their middle axial slices")] = 3
     width: Annotated[int | None, Field(ge=4, description="channels of the first layer; null: size / 2, 32 to 128")] = None
     epochs: Count = 200
     batch: Count = 4
     lr: Rate = 5e-5
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    grad_clip: Annotated[float, Field(gt=0, description="norm")] = 1.0
+    grad_clip: Annotated[float, Field(gt=0, description="largest gradient norm")] = 1.0
     constraint: Annotated[
         Literal["penalty", "clip"],
-        Field(description="gradient penalty; or clipped weights, with which only ratios of distances mean anything"),
+        Field(description="gradient penalty, or clipped weights, with which only ratios of distances are meaningful"),
     ] = "penalty"
-    penalty: Annotated[float, Field(ge=0, description="lambda")] = 30.0
-    clip: Annotated[float, Field(gt=0, description="of the weights, with constraint=clip")] = 0.01
-    train_share: Annotated[float, Field(gt=0, lt=1, description="of every set; the rest is scored")] = 0.6
-    tolerance: Annotated[float, Field(gt=0, description="epochs with mean gradient norm 1 +- this may be kept")] = 0.2
-    window: Annotated[int, Field(ge=2, description="epochs over which the distance must hold still to stop early")] = 10
+    penalty: Annotated[float, Field(ge=0, description="weight lambda of the gradient penalty")] = 30.0
+    clip: Annotated[float, Field(gt=0, description="largest absolute weight with constraint=clip")] = 0.01
+    train_share: Annotated[float, Field(gt=0, lt=1, description="share of every set for training; the rest is scored")] = 0.6
+    tolerance: Annotated[float, Field(gt=0, description="largest deviation from 1 of a valid epoch's gradient norm")] = 0.2
+    window: Annotated[int, Field(ge=2, description="epochs with a steady distance before an early stop")] = 10
     device: str = "auto"
 
 
 class Critic(nn.Module):
-    """Strided convolutions down to 8 voxels an axis, then one number. (B, channels, size, size, size) -> (B,); no sigmoid."""
+    """Critic (B, channels, size, size, size) -> (B,): strided convolutions down to 8 voxels along each axis, then one number.
+
+    Raises UserError if the size is not 8 times a power of 2.
+    """
 
     def __init__(self, channels: int, config: CriticConfig) -> None:
         super().__init__()
@@ -82,41 +85,47 @@ class Critic(nn.Module):
         self.layers = nn.Sequential(*layers, last)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.layers(x)
-        return found.flatten()
+        scores: Tensor = self.layers(x)
+        return scores.flatten()
 
 
 @dataclass
 class Score:
-    """Of one seed."""
+    """Result of one critic."""
 
-    distance: dict[str, float]  # W on volumes that were held back, by the fakes' name
-    train_distance: float  # on those it was trained with, all fakes pooled
+    distance: dict[str, float]  # W on held-out volumes, by the name of the set
+    train_distance: float  # W on the training volumes, with all fakes pooled
     gradient_norm: float
-    epoch: int  # that was kept, from 1
-    epochs: int  # that were run
+    epoch: int  # the epoch used, from 1
+    epochs: int  # number of epochs run
     valid: bool  # whether an epoch had a gradient norm within the tolerance
-    counts: dict[str, int] = field(default_factory=dict)  # volumes scored, by the fakes' name
-    real_count: int = 0
+    counts: dict[str, int] = field(default_factory=dict)  # number of scored volumes, by the name of the set
+    real_count: int = 0  # number of scored real volumes
 
 
 def prepare(volumes: Tensor, config: CriticConfig) -> Tensor:
-    """(N, channels, size, size[, size]) in [-1, 1], float16, of (N, channels, H, W, D) in [0, 1]: means over cells, trilinear
-    where the size is larger."""
+    """Resample volumes for the critic, by means over cells, or trilinearly to a larger size.
+
+    Args:
+        volumes: (N, channels, H, W, D) in [0, 1].
+        config: size and number of dimensions.
+
+    Returns:
+        (N, channels, size, size[, size]) in [-1, 1], float16.
+    """
     if config.ndim == 2:
         volumes = volumes[..., volumes.shape[-1] // 2 : volumes.shape[-1] // 2 + 1]
     target = (config.size,) * 3 if config.ndim == 3 else (config.size, config.size, 1)
-    moved = volumes.float()
-    h, w, d = (min(n, t) for n, t in zip(moved.shape[2:], target, strict=True))
-    moved = F.adaptive_avg_pool3d(moved, (h, w, d))
+    h, w, d = (min(n, t) for n, t in zip(volumes.shape[2:], target, strict=True))
+    resampled = F.adaptive_avg_pool3d(volumes.float(), (h, w, d))
     if (h, w, d) != target:
-        moved = F.interpolate(moved, target, mode="trilinear")
-    moved = moved.clamp(0, 1) * 2 - 1
-    return (moved if config.ndim == 3 else moved[..., 0]).half()
+        resampled = F.interpolate(resampled, target, mode="trilinear")
+    resampled = resampled.clamp(0, 1) * 2 - 1
+    return (resampled if config.ndim == 3 else resampled[..., 0]).half()
 
 
 def blurred(volumes: Tensor, sigma: float) -> Tensor:
-    """(N, channels, H, W, D), each axis smoothed by a Gaussian of ``sigma`` voxels."""
+    """Smooth volumes (N, channels, H, W, D) with a Gaussian of ``sigma`` voxels."""
     taps = 2 * max(1, round(3 * sigma)) + 1
     kernel, x = gaussian(taps, sigma), volumes.float().flatten(0, 1).unsqueeze(1)
     for axis in range(3):
@@ -135,24 +144,34 @@ def score(
     device: torch.device,
     progress: ProgressCallback | None = None,
 ) -> Score:
-    """Train a critic on real against pooled fakes, and score what was held back. Sets: as ``prepare`` makes them.
+    """Train a critic on real volumes against all fakes, and score the held-out volumes.
 
-    ``progress`` is called after every epoch with "distance", on the training volumes, and "gradient_norm", their mean. Raises
-    UserError where a set is small.
+    Args:
+        real: real volumes from ``prepare``.
+        fakes: sets of generated volumes from ``prepare``, by name.
+        config: critic and training.
+        seed: seed of split, critic and training.
+        device: device of the critic.
+        progress: called after every epoch with "distance" and "gradient_norm" of the training volumes.
+
+    Raises:
+        UserError: a set is too small.
     """
     if not fakes:
         raise ValueError("fakes: expected one or more sets, got none")
 
-    def split(name: str, held: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        order = torch.randperm(len(held), generator=rng(seed, "critic split", number))
-        cut = round(config.train_share * len(held))
-        if cut < 1 or cut == len(held):
-            raise UserError(f"{name}: {len(held)} volumes are too few to train on {config.train_share:.0%} and score the rest")
-        return held[order[:cut]], held[order[cut:]]
+    def split(name: str, volumes: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        order = torch.randperm(len(volumes), generator=rng(seed, "critic split", number))
+        cut = round(config.train_share * len(volumes))
+        if cut < 1 or cut == len(volumes):
+            raise UserError(
+                f"{name}: {len(volumes)} volumes are too few to train on {config.train_share:.0%} and score the rest"
+            )
+        return volumes[order[:cut]], volumes[order[cut:]]
 
-    truth, real_left = split("real", real, 0)
-    parts = {name: split(name, held[: len(real)], i) for i, (name, held) in enumerate(fakes.items(), 1)}
-    pools, left = [train for train, _ in parts.values()], {name: rest for name, (_, rest) in parts.items()}
+    real_train, real_test = split("real", real, 0)
+    parts = {name: split(name, volumes[: len(real)], i) for i, (name, volumes) in enumerate(fakes.items(), 1)}
+    fakes_train, fakes_test = [train for train, _ in parts.values()], {name: test for name, (_, test) in parts.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "critic"))
         critic = Critic(real.shape[1], config).to(device)
@@ -166,27 +185,24 @@ def score(
     history: list[tuple[float, float, float]] = []  # W, gradient norm, penalty
     epoch = 0
     for epoch in range(1, config.epochs + 1):
-        found = _epoch(critic, optimiser, truth, pools, config, seed, epoch, device)
-        history.append(found)
-        distance, norm, _ = found
+        history.append(_epoch(critic, optimiser, real_train, fakes_train, config, seed, epoch, device))
+        distance, norm, _ = history[-1]
         if progress is not None:
             progress(Progress(epoch, config.epochs, {"distance": distance, "gradient_norm": norm}))
         valid = clipped or abs(norm - 1) <= config.tolerance
         if valid and (best is None or distance > best[0]):
             best = (distance, epoch, {k: v.clone() for k, v in critic.state_dict().items()}, norm)
-        if _still(history[-config.window :], config) or all(n > 2 for _, n, _ in _last(history, config.window)):
+        if _steady(history[-config.window :], config) or all(n > 2 for _, n, _ in _last(history, config.window)):
             break
-    was_valid = best is not None
     if best is not None:
         critic.load_state_dict(best[2])
     critic.eval()
     with torch.no_grad():
-        mean = _mean(critic, real_left, config.batch, device)
-        distances = {k: mean - _mean(critic, v, config.batch, device) for k, v in left.items()}
+        mean = _mean(critic, real_test, config.batch, device)
+        distances = {k: mean - _mean(critic, v, config.batch, device) for k, v in fakes_test.items()}
     kept = best or (history[-1][0], epoch, {}, history[-1][1])
-    return Score(
-        distances, kept[0], kept[3], kept[1], epoch, was_valid, {k: len(v) for k, v in left.items()}, len(real_left),
-    )  # fmt: skip
+    counts = {k: len(v) for k, v in fakes_test.items()}
+    return Score(distances, kept[0], kept[3], kept[1], epoch, best is not None, counts, len(real_test))
 
 
 def _epoch(
@@ -199,18 +215,22 @@ def _epoch(
     epoch: int,
     device: torch.device,
 ) -> tuple[float, float, float]:
-    """One pass over the real volumes, with as many fakes, drawn equally from every set. (W, gradient norm, penalty), means."""
-    chosen = rng(seed, "critic epoch", epoch)
-    order = torch.randperm(len(real), generator=chosen)
-    turns = [torch.randperm(len(f), generator=chosen) for f in fakes]
-    which = torch.arange(len(real)) % len(fakes)  # set of the i-th fake
-    pool = torch.stack([fakes[int(k)][turns[int(k)][(i // len(fakes)) % len(fakes[int(k)])]] for i, k in enumerate(which)])
-    pool = pool[torch.randperm(len(pool), generator=chosen)]
+    """Train for one pass over the real volumes, with as many fakes, drawn equally from every set.
+
+    Returns:
+        Means over the batches of W, gradient norm and penalty.
+    """
+    generator = rng(seed, "critic epoch", epoch)
+    order = torch.randperm(len(real), generator=generator)
+    orders = [torch.randperm(len(f), generator=generator) for f in fakes]
+    sets = [i % len(fakes) for i in range(len(real))]  # set of the i-th fake
+    pool = torch.stack([fakes[k][orders[k][(i // len(fakes)) % len(fakes[k])]] for i, k in enumerate(sets)])
+    pool = pool[torch.randperm(len(pool), generator=generator)]
     sums, batches = torch.zeros(3, dtype=torch.float64), 0
     for at in range(0, len(real), config.batch):
         a = real[order[at : at + config.batch]].to(device, torch.float32)
         b = pool[at : at + config.batch].to(device, torch.float32)
-        u = torch.rand(len(a), generator=chosen).to(device).view(-1, *[1] * (a.dim() - 1))
+        u = torch.rand(len(a), generator=generator).to(device).view(-1, *[1] * (a.dim() - 1))
         distance = critic(a).mean() - critic(b).mean()
         between = (u * a + (1 - u) * b).requires_grad_()
         (slope,) = torch.autograd.grad(critic(between).sum(), between, create_graph=config.constraint == "penalty")
@@ -232,12 +252,12 @@ def _epoch(
 
 
 def _last(history: Sequence[tuple[float, float, float]], count: int) -> Sequence[tuple[float, float, float]]:
-    """The last ``count``, or, where there are fewer, one that stands for no reason to stop."""
+    """The last ``count`` entries, or, if there are fewer, an entry that does not cause a stop."""
     return history[-count:] if len(history) >= count else [(0.0, 1.0, 0.0)]
 
 
-def _still(window: Sequence[tuple[float, float, float]], config: CriticConfig) -> bool:
-    """Whether the distance holds still, with good gradient norms and small penalties."""
+def _steady(window: Sequence[tuple[float, float, float]], config: CriticConfig) -> bool:
+    """Whether the distance is steady, with valid gradient norms and small penalties."""
     if len(window) < config.window or config.constraint == "clip":
         return False
     distances = [w for w, _, _ in window]
@@ -253,6 +273,6 @@ def _mean(critic: Critic, volumes: Tensor, batch: int, device: torch.device) -> 
 
 
 def halves(real: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """For the controls: two halves of the real volumes, at random."""
+    """Two random halves of the real volumes, for the controls."""
     order = torch.randperm(len(real), generator=rng(seed, "critic halves"))
     return real[order[: len(real) // 2]], real[order[len(real) // 2 :]]

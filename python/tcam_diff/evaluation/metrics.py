@@ -28,7 +28,7 @@ def psnr_of_mse(error: float) -> float:
 
 
 def gaussian(taps: int, sigma: float) -> Tensor:
-    """(taps,), of sum 1."""
+    """Gaussian kernel (taps,) with sum 1 and standard deviation ``sigma`` in samples."""
     x = torch.arange(taps, dtype=torch.float32) - (taps - 1) / 2
     kernel = torch.exp(-x.square() / (2 * sigma**2))
     return kernel / kernel.sum()
@@ -37,13 +37,15 @@ def gaussian(taps: int, sigma: float) -> Tensor:
 def ssim3d(a: Tensor, b: Tensor, slab: int = 32) -> float:
     """Mean structural similarity (Wang 2004) of two volumes (channels, H, W, D) with data range 1.
 
-    Gaussian window 11^3 with sigma 1.5, K1 = 0.01, K2 = 0.03, windows inside the volume only: MONAI's SSIMMetric, with the
-    window as three 1D passes and in slabs of x, so that memory stays flat. An axis shorter than the window raises ValueError.
+    The window is Gaussian, 11^3 with sigma 1.5, and stays inside the volume; K1 = 0.01, K2 = 0.03. The result is that of
+    MONAI's SSIMMetric. Separable convolutions over slabs of ``slab`` windows along x keep memory constant.
+
+    Raises ValueError if the shapes differ or an axis is shorter than the window.
     """
     if a.shape != b.shape or a.dim() != 4:
         raise ValueError(f"a, b: expected equal shapes (channels, H, W, D), got {tuple(a.shape)} and {tuple(b.shape)}")
     if min(a.shape[1:]) < WINDOW:
-        raise ValueError(f"a, b: SSIM needs at least {WINDOW} voxels an axis, got {tuple(a.shape[1:])}")
+        raise ValueError(f"a, b: SSIM needs at least {WINDOW} voxels along each axis, got {tuple(a.shape[1:])}")
     kernels = [gaussian(WINDOW, SIGMA)] * 3
     total, count = 0.0, 0
     rows = a.shape[1] - WINDOW + 1
@@ -57,8 +59,10 @@ def ssim3d(a: Tensor, b: Tensor, slab: int = 32) -> float:
 
 
 def ssim_map(a: Tensor, b: Tensor, kernels: Sequence[Tensor]) -> Tensor:
-    """The SSIM of every window inside images (n, 1, rows, columns) or volumes (n, 1, H, W, D), data range 1; ``kernels``: the
-    window along each axis. Differentiable."""
+    """SSIM of every window inside images (n, 1, rows, columns) or volumes (n, 1, H, W, D) with data range 1. Differentiable.
+
+    ``kernels`` are the factors of the window along each axis.
+    """
     convolve = F.conv2d if len(kernels) == 2 else F.conv3d
 
     def blur(v: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
-"""Pictures of volumes: two of them and their difference; strips of three orthogonal slices; sheets of strips."""
+"""Pictures of volumes: comparisons of two volumes, strips of three orthogonal slices, and sheets of strips."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,16 +14,18 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from tcam_diff.files import replacing
+
 
 def canonical(volume: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, tuple[float, float, float]]:
-    """(H, W, D) with axes reordered and flipped to right, anterior, superior; and the spacings along them."""
+    """Permute and flip the axes of a volume (H, W, D) to right, anterior, superior. Returns it and the spacings along them."""
     orientation = nib.io_orientation(affine)
     x, y, z = nib.affines.voxel_sizes(affine)[np.argsort(orientation[:, 0])]
     return nib.apply_orientation(volume, orientation), (float(x), float(y), float(z))
 
 
 def compare_picture(
-    path: str | os.PathLike[str],
+    path: Path,
     a: np.ndarray,
     b: np.ndarray,
     affine: np.ndarray,
@@ -32,17 +33,17 @@ def compare_picture(
     caption: str,
 ) -> None:
     """Write :func:`comparison` as a PNG."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.part")
     figure = comparison(a, b, affine, names, caption)
-    figure.savefig(temporary, dpi=110, format="png")
+    with replacing(path) as file:
+        figure.savefig(file, dpi=110, format="png")
     plt.close(figure)
-    os.replace(temporary, path)
 
 
 def comparison(a: np.ndarray, b: np.ndarray, affine: np.ndarray, names: tuple[str, str], caption: str) -> Figure:
-    """A figure of a, b (H, W, D) in [0, 1] and their difference: slices through the centre, anatomical directions up to the
-    rotation of an oblique affine, voxels in their true proportions."""
+    """Figure of central slices of a, b (H, W, D) in [0, 1] and their difference.
+
+    Axes point in the nearest anatomical directions, and voxels have their true proportions.
+    """
     a, spacing = canonical(a, affine)
     b, _ = canonical(b, affine)
     middle = [n // 2 for n in a.shape]
@@ -81,16 +82,19 @@ def comparison(a: np.ndarray, b: np.ndarray, affine: np.ndarray, names: tuple[st
 
 
 def strip(volume: np.ndarray, affine: np.ndarray, height: int = 128) -> np.ndarray:
-    """(rows, columns) uint8: sagittal, coronal and axial slices through the centre of (H, W, D) in [0, 1], side by side, in
-    their true proportions; black outside."""
+    """Central sagittal, coronal and axial slices of (H, W, D) in [0, 1], side by side in their true proportions.
+
+    Returns:
+        (height, columns) uint8, black outside the slices.
+    """
     volume, spacing = canonical(volume, affine)
     extent = [n * s for n, s in zip(volume.shape, spacing, strict=True)]
     scale = height / max(extent[1], extent[2])
     x, y, z = (n // 2 for n in volume.shape)
     parts = []
     for cut, across, up in ((volume[x], 1, 2), (volume[:, y], 0, 2), (volume[:, :, z], 0, 1)):
-        want = [max(1, round(extent[a] * scale)) for a in (across, up)]
-        sampled = ndimage.zoom(cut.astype(np.float32), [w / n for w, n in zip(want, cut.shape, strict=True)], order=1)
+        size = [max(1, round(extent[a] * scale)) for a in (across, up)]
+        sampled = ndimage.zoom(cut.astype(np.float32), [s / n for s, n in zip(size, cut.shape, strict=True)], order=1)
         image = np.zeros((height, sampled.shape[0]), dtype=np.uint8)
         upright = (sampled.T[::-1].clip(0, 1) * 255).round().astype(np.uint8)[:height]
         first = (height - upright.shape[0]) // 2
@@ -100,7 +104,7 @@ def strip(volume: np.ndarray, affine: np.ndarray, height: int = 128) -> np.ndarr
 
 
 def sheet(strips: Sequence[tuple[str, np.ndarray]], per_row: int = 2) -> Figure:
-    """A figure of titled strips."""
+    """Figure of titled strips."""
     rows = -(-len(strips) // per_row)
     h, w = strips[0][1].shape
     width = 4.6

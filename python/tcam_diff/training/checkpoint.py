@@ -1,6 +1,6 @@
-"""Checkpoints: folders that appear under their names only when every rank's part is on the disk.
+"""Checkpoints: folders that appear under their names only when the parts of all ranks are on disk.
 
-checkpoints/step-00001200/   shared.pt (the same on every rank), shard-R-of-W.pt (a rank's own), manifest.json (sha256)
+checkpoints/step-00001200/   shared.pt (equal on all ranks), shard-R-of-W.pt (part of a rank), manifest.json (sha256)
 """
 
 from __future__ import annotations
@@ -32,9 +32,22 @@ def save(
     score: float | None = None,
     keep: int = 2,
 ) -> Path:
-    """Write the checkpoint of ``step``; every rank calls it. Keeps the last ``keep`` and the one of the highest score.
+    """Write a checkpoint. Every rank calls this function.
 
-    Raises UserError where it cannot be written; what was there before is then still there.
+    Args:
+        folder: folder of the checkpoints.
+        step: number of the step.
+        shared: state that is equal on all ranks.
+        shard: state of this rank.
+        group: the ranks.
+        score: the higher, the better the checkpoint; None: not evaluated.
+        keep: number of last checkpoints to keep, in addition to the one with the highest score.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        UserError: the checkpoint cannot be written; earlier ones are then intact.
     """
     final = folder / f"step-{step:08d}"
     staging = folder / f".writing-{final.name}"
@@ -51,7 +64,7 @@ def save(
             shutil.rmtree(staging, ignore_errors=True)
         raise UserError(
             f"{final}: could not be written: {error or 'see the message of the rank that failed'}; "
-            f"{_last(folder)}make room, then --resume auto goes on from there"
+            f"{_last(folder)}free some space, then continue with --resume auto"
         ) from error
     if group.first:
         sums = {p.name: sha256(p) for p in sorted(staging.glob("*.pt"))}
@@ -66,30 +79,37 @@ def save(
 
 
 def prune(folder: Path, keep: int) -> None:
-    found = steps(folder)
-    scores = {s: _files(folder / f"step-{s:08d}").read().get("score") for s in found}
-    best = max((s for s in found if scores[s] is not None), key=lambda s: (scores[s], s), default=None)
-    for s in found[:-keep]:
+    """Delete all checkpoints but the last ``keep`` and the one with the highest score."""
+    complete = steps(folder)
+    scores = {s: _files(folder / f"step-{s:08d}").read().get("score") for s in complete}
+    best = max((s for s in complete if scores[s] is not None), key=lambda s: (scores[s], s), default=None)
+    for s in complete[:-keep]:
         if s != best:
             shutil.rmtree(folder / f"step-{s:08d}", ignore_errors=True)
 
 
 def steps(folder: Path) -> list[int]:
-    """Of the checkpoints that are whole, in order."""
+    """Steps of the complete checkpoints, in order."""
     if not folder.is_dir():
         return []
-    found = [int(m.group(1)) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name)) and (p / MANIFEST).is_file()]
-    return sorted(found)
+    return sorted(int(m.group(1)) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name)) and (p / MANIFEST).is_file())
 
 
 def load(path: Path) -> tuple[int, dict[str, Any], list[dict[str, Any]]]:
-    """(step, shared, every rank's shard). Each file is compared with its checksum. Raises UserError saying what to do."""
+    """Load a checkpoint and compare its files with their checksums.
+
+    Returns:
+        The step, the shared state, and the states of all ranks that wrote it.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
     files = _files(path)
     manifest = files.read()
     parts: dict[str, Any] = {}
     with files.reading():
-        for name, want in manifest["sha256"].items():
-            files.verify(name, want)
+        for name, checksum in manifest["sha256"].items():
+            files.verify(name, checksum)
             with files.reading(name):
                 parts[name] = torch.load(path / name, map_location="cpu", weights_only=True)
         step, world = int(manifest["step"]), int(manifest["world"])
@@ -97,26 +117,27 @@ def load(path: Path) -> tuple[int, dict[str, Any], list[dict[str, Any]]]:
 
 
 def latest(folder: Path) -> Path | None:
-    found = steps(folder)
-    return folder / f"step-{found[-1]:08d}" if found else None
+    """Folder of the last complete checkpoint, if any."""
+    complete = steps(folder)
+    return folder / f"step-{complete[-1]:08d}" if complete else None
 
 
 def clear_unfinished(folder: Path) -> None:
-    """What a run that was killed left behind."""
-    for left in folder.glob(".writing-*"):
-        shutil.rmtree(left, ignore_errors=True)
+    """Delete unfinished checkpoints of a killed run."""
+    for partial in folder.glob(".writing-*"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _files(path: Path) -> Folder:
-    named = _NAME.fullmatch(path.name)
-    before = [s for s in steps(path.parent) if named and s < int(named.group(1))]
-    remedy = f"delete {path}: --resume auto then goes on from step {before[-1]}" if before else "there is none before it"
+    name = _NAME.fullmatch(path.name)
+    earlier = [s for s in steps(path.parent) if name and s < int(name.group(1))]
+    remedy = f"delete {path}; --resume auto then continues from step {earlier[-1]}" if earlier else "there is no earlier one"
     return Folder(path, MANIFEST, "training", remedy)
 
 
-def _write(path: Path, what: dict[str, Any]) -> None:
+def _write(path: Path, state: dict[str, Any]) -> None:
     with replacing(path) as file:
-        torch.save(what, file)
+        torch.save(state, file)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -128,5 +149,5 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _last(folder: Path) -> str:
-    found = steps(folder)
-    return f"the checkpoint of step {found[-1]} is whole; " if found else ""
+    complete = steps(folder)
+    return f"the checkpoint of step {complete[-1]} is intact; " if complete else ""

@@ -1,4 +1,4 @@
-"""What the configurations of all trainings share."""
+"""Common parts of the configurations of training."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Rate = Annotated[float, Field(gt=0)]
 
 
 class OptimiserConfig(Config):
-    """Steps of Adam."""
+    """Optimisation with Adam."""
 
     steps: Count = 20000
-    beta2: Annotated[float, Field(ge=0, lt=1, description="Adam's second decay")] = 0.999
+    beta2: Annotated[float, Field(ge=0, lt=1, description="beta2 of Adam")] = 0.999
     adam_eps: Rate = 1e-8
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -24,23 +24,23 @@ class OptimiserConfig(Config):
 
 
 class RunConfig(OptimiserConfig):
-    """A run with a folder: where it computes, and how often it logs, evaluates and writes checkpoints."""
+    """Run in a folder: device, and intervals of logging, evaluation and checkpoints."""
 
-    #: Keys that may change when a run is resumed: they decide when things happen, or where, not what is computed.
+    #: Keys that may change when a run is resumed, because they do not change what is computed.
     changeable: ClassVar[frozenset[str]] = frozenset({"device", "log_every", "evaluate_every", "checkpoint_every", "keep"})
 
     device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, ...")] = "auto"
-    log_every: Annotated[Count, Field(description="steps")] = 50
-    evaluate_every: Annotated[int | None, Field(ge=1, description="steps; null: a tenth of all")] = None
+    log_every: Annotated[Count, Field(description="steps between records of the log")] = 50
+    evaluate_every: Annotated[int | None, Field(ge=1, description="steps between evaluations; null: a tenth of all")] = None
     checkpoint_every: Annotated[
-        int | None, Field(ge=1, description="steps, beside every evaluation; null: a twentieth of all")
+        int | None, Field(ge=1, description="steps between checkpoints, also written at evaluations; null: a twentieth of all")
     ] = None
-    keep: Annotated[Count, Field(description="checkpoints, beside the best")] = 2
+    keep: Annotated[Count, Field(description="checkpoints to keep, in addition to the best")] = 2
 
     def evaluation_steps(self) -> int:
-        """Between evaluations."""
+        """Steps between evaluations."""
         return self.evaluate_every or max(1, self.steps // 10)
 
     def checkpoint_steps(self) -> int:
-        """Between checkpoints."""
+        """Steps between checkpoints."""
         return self.checkpoint_every or max(1, self.steps // 20)

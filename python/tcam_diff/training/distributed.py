@@ -1,4 +1,4 @@
-"""Several processes, as torchrun starts them: gloo on CPUs, NCCL on GPUs."""
+"""Process groups started by torchrun, with gloo on CPUs and NCCL on GPUs."""
 
 from __future__ import annotations
 
@@ -16,38 +16,42 @@ from tcam_diff.errors import UserError
 
 @dataclass(frozen=True)
 class Distributed:
+    """A process of a group: its rank, the number of processes, and its device."""
+
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def first(self) -> bool:
+        """Whether this is the first process."""
         return self.rank == 0
 
     def barrier(self) -> None:
+        """Wait for all ranks."""
         if self.world > 1:
             dist.barrier()
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
-        """Over the ranks, in place."""
+        """Sum a tensor over the ranks, in place."""
         if self.world > 1:
             dist.all_reduce(value)
         return value
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true on any rank: for decisions that all must take alike."""
+        """Whether a flag is true on any rank, for decisions that all ranks must share."""
         if self.world == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
 
 
 def first_process() -> bool:
-    """Whether this is the process, of those that torchrun started, that writes and prints."""
+    """Whether this is the process that writes and prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def device_of(name: str, local_rank: int = 0) -> torch.device:
-    """ "auto": a GPU where there is one. Raises UserError where the device is not there."""
+    """Device of a name such as cuda:1; "auto" is a GPU if there is one. Raises UserError if the device does not exist."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -63,9 +67,14 @@ def device_of(name: str, local_rank: int = 0) -> torch.device:
 
 @contextmanager
 def distributed(device: str = "auto", patience: timedelta = timedelta(minutes=10)) -> Iterator[Distributed]:
-    """The process group that torchrun describes, or this process alone. What fails in one ends all: torchrun sees to that.
+    """Join the process group that torchrun started, or run as a single process. If one process fails, torchrun ends all.
 
-    ``patience``: how long a rank waits for the others. Raises UserError in the ranks that are left where one is gone.
+    Args:
+        device: auto, cpu, cuda, ...
+        patience: longest time that a rank waits for the others.
+
+    Raises:
+        UserError: the device does not exist, or another rank has ended.
     """
     world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")))
     where = device_of(device, local)
@@ -81,7 +90,7 @@ def distributed(device: str = "auto", patience: timedelta = timedelta(minutes=10
         if not any(word in str(error).lower() for word in ("gloo", "nccl", "process group")):
             raise
         raise UserError(
-            f"rank {rank}: another rank is gone ({str(error).splitlines()[0]}); see its message. Start again, training with "
+            f"rank {rank}: another rank has ended ({str(error).splitlines()[0]}); see its message. Start again, training with "
             "--resume auto, with any number of processes that divides batch"
         ) from error
     finally:

@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl and TensorBoard."""
+"""Log of a run in metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ METRICS = "metrics.jsonl"
 
 
 class Logger:
-    """Scalars and pictures of a run, for metrics.jsonl and, where the package is there, TensorBoard."""
+    """Log of scalars and pictures, in metrics.jsonl and, if the package is installed, in TensorBoard.
+
+    Args:
+        folder: folder of the run.
+        first_step: step at which the run starts. Records of later steps, from before an interruption, are deleted.
+    """
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        """Lines of steps after ``first_step``, of a run that was stopped, are dropped: they will come again."""
         self.path = folder / METRICS
         kept = [r for r in read_metrics(folder) if r["step"] <= first_step]
         write_text(self.path, "".join(json.dumps(r) + "\n" for r in kept))
@@ -33,6 +37,7 @@ class Logger:
             pass
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write a record. Values that are not finite become null in metrics.jsonl."""
         plain = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
         self.file.write(json.dumps({"step": step, **plain}) + "\n")
         self.file.flush()
@@ -41,7 +46,7 @@ class Logger:
                 self.board.add_scalar(name, value, step)
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
-        """(rows, columns, 3), uint8."""
+        """Write a picture (rows, columns, 3) uint8 to TensorBoard."""
         if self.board is not None:
             self.board.add_image(name, image, step, dataformats="HWC")
 
@@ -52,12 +57,12 @@ class Logger:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last one that was cut off is left out."""
+    """Records of metrics.jsonl, without a truncated last one. Empty if there is no file."""
     path = folder / METRICS
-    found = []
+    records = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            found.append(json.loads(line))
+            records.append(json.loads(line))
         except ValueError:
             break
-    return found
+    return records

@@ -1,4 +1,4 @@
-"""The loop of all trainings: steps, log, evaluations, checkpoints, a way to stop and to go on."""
+"""Training loop: steps, log, evaluations, checkpoints, stop and resume."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ from tcam_diff.training.logger import Logger, read_metrics
 
 
 class Task:
-    """A training: parameters, optimiser, data. All randomness comes from training/rng.py, so the states below are complete."""
+    """Parameters, optimiser and data of a training. Random numbers come from training/rng.py and are no part of its state."""
 
     steps: int
 
-    #: The metric of ``evaluate`` that is high for good checkpoints, or, with a minus before it, low.
+    #: Metric of ``evaluate`` that is high for good checkpoints, or low if a minus precedes its name.
     score = "psnr"
 
     def step(self, index: int) -> Mapping[str, Tensor]:
-        """Update the parameters; returns "loss" and whatever else should be logged."""
+        """Update the parameters once. Returns "loss" and other values to log."""
         raise NotImplementedError
 
     def evaluate(self) -> dict[str, float]:
-        """Metrics of the parameters as they are."""
+        """Metrics of the current parameters."""
         raise NotImplementedError
 
     def draw_pictures(self, step: int, logger: Logger | None) -> None:
-        """Called after every evaluation, on every process; ``logger``: on the first one, where there is a folder."""
+        """Draw pictures after an evaluation. Called on every process; only the first one has a logger, if there is a folder."""
 
     def shared_state(self) -> dict[str, Any]:
-        """What is equal on all processes, for a checkpoint."""
+        """State for a checkpoint that is equal on all processes."""
         return {}
 
     def shard_state(self) -> dict[str, Any]:
-        """What this process alone has."""
+        """State for a checkpoint of this process."""
         return {}
 
     def load_state(self, shared: dict[str, Any], shards: Sequence[dict[str, Any]]) -> None:
-        """Take the states of a checkpoint: ``shards`` are those of all processes that wrote it."""
+        """Load the state of a checkpoint. ``shards`` are the states of all processes that wrote it."""
 
     def finite(self) -> bool:
-        """Whether the parameters are."""
+        """Whether the parameters are finite."""
         return True
 
     def finish(self, outcome: Outcome) -> None:
-        """Called after the last step, or the stop: for results that are written beside the checkpoints."""
+        """Write results after the last step or the stop."""
 
     def close(self) -> None:
         """Release threads and files."""
@@ -64,17 +64,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Cadence:
-    """In steps."""
+    """Intervals of a run in steps."""
 
     log: int
     evaluate: int
     checkpoint: int
-    keep: int = 2
+    keep: int = 2  # number of last checkpoints to keep
 
 
 @dataclass
 class Outcome:
-    """How a run ended: after which step, after how many seconds (those before a restart too), and with which metrics."""
+    """End of a run: its last step, its seconds (including those before a restart), whether it was stopped, and its metrics."""
 
     step: int
     seconds: float
@@ -92,12 +92,20 @@ def run(
     progress: ProgressCallback | None = None,
     stop: StopCallback | None = None,
 ) -> Outcome:
-    """Train from the start, or from the checkpoint ``resume``, to the last step, or until ``stop``.
+    """Train to the last step, or until ``stop`` returns true.
 
-    ``folder`` gets metrics.jsonl, TensorBoard files and checkpoints: at the end, at the cadence asked for, and at every
-    evaluation, so that the best can be kept. None: nothing is written, and a loss that is no number does not end the run.
+    Args:
+        task: the training.
+        folder: folder for metrics.jsonl, TensorBoard files and checkpoints. Checkpoints are written at their interval, at
+            every evaluation and at the end. None: nothing is written, and the loss may be NaN or infinite.
+        cadence: intervals.
+        group: the processes; default: this one.
+        resume: checkpoint to continue from; None: start anew.
+        progress: called after every step on the first process.
+        stop: asked before every step.
 
-    Raises UserError where the loss is no number, or a checkpoint cannot be written or read; earlier ones are then intact.
+    Raises:
+        UserError: the loss is NaN or infinite, or a checkpoint cannot be written or read; earlier ones are then intact.
     """
     loop = _Loop(task, folder, cadence, group or Distributed(), resume)
     try:
@@ -108,7 +116,7 @@ def run(
 
 
 class _Loop:
-    """The state of a run."""
+    """State of a run."""
 
     def __init__(self, task: Task, folder: Path | None, cadence: Cadence, group: Distributed, resume: Path | None) -> None:
         self.task, self.cadence, self.group = task, cadence, group
@@ -126,7 +134,7 @@ class _Loop:
         self.measured: dict[int, float] = {}  # the score at the last step that was evaluated
         self.finite = torch.ones((), dtype=torch.bool, device=group.device)
         self.began = time.monotonic()
-        self.mark = (self.step, self.began)  # from which the rate is measured
+        self.mark = (self.step, self.began)  # start of the measurement of steps per second
 
     def train(self, progress: ProgressCallback | None, stop: StopCallback | None) -> Outcome:
         task, group, cadence, stopped = self.task, self.group, self.cadence, False
@@ -134,12 +142,12 @@ class _Loop:
             if stop is not None and (group.world == 1 or self.step % 10 == 0) and group.any(stop()):
                 stopped = True
                 break
-            found = task.step(self.step)
+            values = task.step(self.step)
             self.step += 1
-            self.finite &= torch.isfinite(found["loss"])
+            self.finite &= torch.isfinite(values["loss"])
             last = self.step == task.steps
             if self.step % cadence.log == 0 or last:
-                self.log(found)
+                self.log(values)
             if self.step % cadence.evaluate == 0 or last:
                 self.evaluate()
             if progress is not None and group.first:
@@ -153,9 +161,9 @@ class _Loop:
     def seconds(self) -> float:
         return self.before + time.monotonic() - self.began
 
-    def log(self, found: Mapping[str, Tensor]) -> None:
+    def log(self, values: Mapping[str, Tensor]) -> None:
         now, group = time.monotonic(), self.group
-        logged = {name: float(group.sum(v.clone().to(group.device)) / group.world) for name, v in found.items()}
+        logged = {name: float(group.sum(v.clone().to(group.device)) / group.world) for name, v in values.items()}
         logged["steps_per_second"] = (self.step - self.mark[0]) / max(now - self.mark[1], 1e-9)
         logged["seconds"] = self.seconds()
         logged["memory_gb"] = peak_memory(group.device) / 1e9
@@ -167,12 +175,12 @@ class _Loop:
             self.logger.scalars(self.step, logged)
 
     def evaluate(self) -> None:
-        found, score = self.task.evaluate(), self.task.score
-        self.metrics |= found
-        value = found.get(score.lstrip("-"))
+        metrics, score = self.task.evaluate(), self.task.score
+        self.metrics |= metrics
+        value = metrics.get(score.lstrip("-"))
         self.measured = {} if value is None else {self.step: -value if score.startswith("-") else value}
         if self.logger is not None:
-            self.logger.scalars(self.step, found)
+            self.logger.scalars(self.step, metrics)
         self.task.draw_pictures(self.step, self.logger)
         self.mark = (self.step, time.monotonic())
 
@@ -189,18 +197,18 @@ class _Loop:
 
 
 def _last_metrics(folder: Path, step: int) -> dict[str, float]:
-    """Those that the run had at ``step``, when it was stopped."""
-    found: dict[str, float] = {}
+    """Last metrics up to ``step`` in the log of a stopped run."""
+    metrics: dict[str, float] = {}
     for record in read_metrics(folder):
         if record["step"] <= step:
-            found |= {k: math.nan if v is None else v for k, v in record.items() if k != "step"}
-    return found
+            metrics |= {k: math.nan if v is None else v for k, v in record.items() if k != "step"}
+    return metrics
 
 
 def _not_a_number(step: int, metrics: Mapping[str, float], checkpoints: Path) -> UserError:
     shown = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if not k.startswith(("seconds", "steps", "memory")))
     last = checkpoint.latest(checkpoints)
-    where = f"{last} is good: --resume auto goes on from it" if last else "there is no checkpoint yet"
+    where = f"{last} is good: --resume auto continues from it" if last else "there is no checkpoint yet"
     return UserError(
         f"step {step}: the loss or a parameter is NaN or infinite ({shown or 'before the first record'}); {where}. "
         "Lower the learning rates, raise warmup_steps, or take compute_dtype=float32"
@@ -208,7 +216,7 @@ def _not_a_number(step: int, metrics: Mapping[str, float], checkpoints: Path) ->
 
 
 def peak_memory(device: torch.device) -> float:
-    """Bytes: of the device's allocator, or of this process on a CPU."""
+    """Peak memory in bytes of the device's allocator, or of this process for a CPU."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,4 +1,4 @@
-"""Pictures and the HTML page that a run ends with."""
+"""Plots and HTML reports of runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from matplotlib import pyplot as plt
 
 
 def facts(outcome: Outcome, group: Distributed) -> dict[str, object]:
-    """Rows of a report's table that all runs have."""
+    """Rows of the result table that all reports have."""
     return {
         "steps": outcome.step,
         "time": f"{outcome.seconds / 60:.1f} min",
@@ -34,7 +34,7 @@ def facts(outcome: Outcome, group: Distributed) -> dict[str, object]:
 
 
 def curves(metrics: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]]) -> bytes:
-    """A PNG: one panel for each group of names, over steps."""
+    """PNG of metrics over steps, with one panel per group of names."""
     figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3), layout="constrained", squeeze=False)
     for axis, group in zip(axes[0], names, strict=True):
         lowest = math.inf
@@ -54,6 +54,7 @@ def curves(metrics: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]])
 
 
 def png(figure: Any) -> bytes:
+    """PNG of a matplotlib figure, which is closed."""
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=100)
     plt.close(figure)
@@ -61,7 +62,7 @@ def png(figure: Any) -> bytes:
 
 
 def page(title: str, sections: Sequence[tuple[str, str | bytes | Mapping[str, object]]]) -> str:
-    """One self-contained page: each section text (shown as it is), a PNG, or a table of two columns."""
+    """Self-contained HTML page. A section is preformatted text, a PNG, or a table with two columns."""
     parts = []
     for heading, content in sections:
         parts.append(f"<h2>{html.escape(heading)}</h2>")

@@ -1,4 +1,4 @@
-"""A training run in a folder, from its configuration to its report: what stage 1 and stage 2 do alike."""
+"""Training run in a folder, from configuration to report, for both stages."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def train(
     progress: ProgressCallback | None,
     stop: StopCallback | None,
 ) -> Outcome:
-    """Train what ``make(config, group, out)`` makes, on the processes that torchrun describes; see the functions of the stages.
+    """Train the task ``make(config, group, out)`` on the processes that torchrun started.
 
-    ``started`` is given the task before the first step, on the first process.
+    The other arguments are those of ``train_autodecoder`` and ``train_diffusion``.
     """
     with distributed(config.device) as group:
-        at = prepare_folder(out, config, resume, group)
+        path = prepare_folder(out, config, resume, group)
         task = make(config, group, out)
         try:
             if started is not None and group.first:
                 started(task)
             cadence = Cadence(config.log_every, config.evaluation_steps(), config.checkpoint_steps(), config.keep)
-            outcome = run(task, out, cadence, group, resume=at, progress=progress, stop=stop)
+            outcome = run(task, out, cadence, group, resume=path, progress=progress, stop=stop)
             task.finish(outcome)
             return outcome
         finally:
@@ -48,25 +48,33 @@ def train(
 
 
 def prepare_folder(out: Path, config: RunConfig, resume: str | None, group: Distributed) -> Path | None:
-    """The checkpoint to go on from. Raises UserError where the folder holds a run that this command would spoil."""
+    """Write the configuration to the folder of a run.
+
+    Returns:
+        The checkpoint to resume from, if any.
+
+    Raises:
+        UserError: the folder has a run that would be overwritten, there is no checkpoint at ``resume``, or a key changed that
+            must not.
+    """
     settings = out / "config.yaml"
-    found = checkpoint.latest(out / "checkpoints")
-    at: Path | None = None
-    if resume is None and found is not None:
-        raise UserError(f"{out}: holds a run (up to {found.name}); add --resume auto to go on, or choose another folder")
+    last = checkpoint.latest(out / "checkpoints")
+    path: Path | None = None
+    if resume is None and last is not None:
+        raise UserError(f"{out}: contains a run (up to {last.name}); add --resume auto to continue, or choose another folder")
     if resume == "auto":
-        at = found
+        path = last
     elif resume is not None:
-        at = Path(resume)
-        if not (at / checkpoint.MANIFEST).is_file():
+        path = Path(resume)
+        if not (path / checkpoint.MANIFEST).is_file():
             raise UserError(f"--resume {resume}: expected auto or a folder of a checkpoint, such as {out}/checkpoints/step-...")
-    if at is not None and settings.is_file():
+    if path is not None and settings.is_file():
         before, now = yaml.safe_load(settings.read_text()), config.model_dump(mode="json")
         for key in now:
             if key not in config.changeable and before.get(key) != now[key]:
-                raise UserError(f"{key}: the run in {out} was begun with {before.get(key)}, --resume was given {now[key]}")
+                raise UserError(f"{key}: the run in {out} began with {before.get(key)}, --resume was given {now[key]}")
     if group.first:
         writable_folder(out)
         write_text(settings, config.yaml())
     group.barrier()
-    return at
+    return path
