@@ -3,8 +3,9 @@ name, what was expected and what was given."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,10 +13,37 @@ from torch import Tensor
 
 from tcam_ext import _C
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MAX_AXIS = 2**31 - 1  # voxels or texels
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 PlaneAxes = tuple[tuple[int, int], ...]
+
+
+def plain(value: Any) -> Any:
+    """Tensors of subclasses that add metadata, as MONAI's MetaTensor does, as plain tensors; also in a list or tuple.
+
+    Gradients flow to the given tensors. Subclasses that stand for other storage (``__torch_dispatch__``) stay as they are.
+    """
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value] if any(plain(v) is not v for v in value) else value
+    if not isinstance(value, Tensor) or type(value) in (Tensor, torch.nn.Parameter):
+        return value
+    if type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return value
+    with torch._C.DisableTorchFunctionSubclass():
+        return value.as_subclass(Tensor)
+
+
+def takes_plain_tensors(check: F) -> F:
+    """A decorator for the checks of a call: tensors of subclasses become plain ones first."""
+
+    @functools.wraps(check)
+    def wrapped(*values: Any, **named: Any) -> Any:
+        return check(*map(plain, values), **{name: plain(value) for name, value in named.items()})
+
+    return wrapped  # type: ignore[return-value]
 
 
 def choice(name: str, value: Any, allowed: Any) -> None:

@@ -122,6 +122,7 @@ def decoder_options(given: Any, layers: int) -> Options:
     return o
 
 
+@arguments.takes_plain_tensors
 def grid_request(
     planes: Any,
     weights: Any,
@@ -138,6 +139,7 @@ def grid_request(
     return GridRequest(checked, mlp, _grid(checked, size, box, kind, bounds, extra))
 
 
+@arguments.takes_plain_tensors
 def points_request(
     planes: Any,
     weights: Any,
@@ -321,6 +323,7 @@ def objective(
     return Objective(loss, cast(float, beta) * 1.0, reduction, count)
 
 
+@arguments.takes_plain_tensors
 def target_and_size(target: Any, size: Any, box: Any) -> tuple[Tensor, Any]:
     target = arguments.tensor("target", target, 5, "(B, C_out, H, W, D)")
     if size is None and box is not None:

@@ -165,3 +165,31 @@ def test_an_object_that_is_not_there():
     for more in ({}, {"bounds": [(0.0, 1.0)] * 3}, {"impl": "reference"}):
         with pytest.raises(IndexError, match=r"batch_index\[2\].*0 to 1.*2"):
             tcam_ext.decode_points(PAIR.planes, PAIR.weights, PAIR.biases, XYZ[0], batch_index=index, **more)
+
+
+class Annotated(torch.Tensor):
+    """A tensor with metadata, as MONAI's MetaTensor: its functions return such tensors again."""
+
+
+@pytest.mark.parametrize("op", ["decode_grid", "decode_grid_loss", "decode_points", "sample_grid", "sample_points"])
+def test_subclasses_with_metadata_are_taken_as_plain_tensors(op):
+    p = problems.make(batch=2).to(torch.float32)
+    xyz, target = torch.rand(2, 9, 3) * 2 - 1, torch.rand(2, p.weights[-1].shape[0], *p.size)
+
+    def call(wrap):
+        planes = [wrap(t.clone()).requires_grad_() for t in p.planes]
+        weights, biases = [wrap(w) for w in p.weights], [wrap(b) for b in p.biases]
+        arguments = {
+            "decode_grid": (planes, weights, biases, p.size),
+            "decode_grid_loss": (planes, weights, biases, wrap(target)),
+            "decode_points": (planes, weights, biases, wrap(xyz)),
+            "sample_grid": (planes, p.size),
+            "sample_points": (planes, wrap(xyz)),
+        }[op]
+        options = p.options if op.startswith("decode") else {}
+        out = getattr(tcam_ext, op)(*arguments, **options)
+        return [out, *torch.autograd.grad(out.square().sum(), planes)]
+
+    want, got = call(lambda t: t), call(lambda t: t.as_subclass(Annotated))
+    assert type(got[0]) is torch.Tensor
+    assert all(torch.equal(torch.as_tensor(a), b) for a, b in zip(got, want, strict=True))

@@ -44,7 +44,7 @@ def blobs(number: int, size: tuple[int, int, int]) -> np.ndarray:
 
 
 #: NIfTI's codes and units of the volumes: others than the defaults.
-SPACE: Any = {"codes": (1, 3), "units": ("micron", "msec")}
+SPACE: Any = {"codes": (1, 3), "units": ("mm", "msec")}
 
 
 def has_space(image: Any) -> bool:

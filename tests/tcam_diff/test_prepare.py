@@ -39,7 +39,7 @@ def write(path, v):
     data = np.moveaxis(v.data, 0, -1)
     image = nib.Nifti1Image(data[..., 0] if data.shape[-1] == 1 else data, v.info.affine)
     image.set_qform(v.info.affine, code=1)
-    image.header.set_xyzt_units("micron", "msec")
+    image.header.set_xyzt_units("mm", "msec")
     nib.save(image, path)
 
 
@@ -151,7 +151,7 @@ def test_a_store_serves_what_was_prepared(folder, tmp_path, dtype):
         np.testing.assert_allclose(part, want[:, 3:7, :, 5], atol=0.5 / 255 + 1e-6 if dtype == "uint8" else 5e-4)
         np.testing.assert_allclose(record.info.affine, info.affine)
         np.testing.assert_allclose(record.info.intensity, info.intensity)
-        assert (record.info.codes, record.info.units) == ((1, 2), ("micron", "msec"))  # of the file
+        assert (record.info.codes, record.info.units) == ((1, 2), ("mm", "msec"))  # of the file
     assert one_shape(store.folder, store.records) == (1, 20, 24, 16)
 
 
@@ -224,76 +224,3 @@ def test_download_says_what_to_do(tmp_path, monkeypatch):
         download_decathlon(tmp_path / "Task01_BrainTumour")
     with pytest.raises(UserError, match="Task10_Colon"):
         download_decathlon(tmp_path / "Task99")
-
-
-# ---- DICOM -----------------------------------------------------------------------------
-
-
-def write_series(folder, data, spacing=(1.5, 2.0, 3.0), origin=(10.0, -20.0, 30.0), uid="1.2.3", order=None):
-    """(columns, rows, slices) of HU as CT slices, with slope and intercept; axial, in the patient's LPS."""
-    import pydicom
-    from pydicom.dataset import FileDataset, FileMetaDataset
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for k in order or range(data.shape[2]):
-        meta = FileMetaDataset()
-        meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-        meta.MediaStorageSOPClassUID = pydicom.uid.CTImageStorage
-        meta.MediaStorageSOPInstanceUID = f"{uid}.{k}"
-        s = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
-        s.SOPClassUID, s.SOPInstanceUID, s.SeriesInstanceUID, s.Modality = pydicom.uid.CTImageStorage, f"{uid}.{k}", uid, "CT"
-        s.Columns, s.Rows = data.shape[:2]
-        s.PixelSpacing = [spacing[1], spacing[0]]
-        s.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
-        s.ImagePositionPatient = [origin[0], origin[1], origin[2] + k * spacing[2]]
-        s.InstanceNumber = data.shape[2] - k
-        s.RescaleSlope, s.RescaleIntercept = 1, -1024
-        s.BitsAllocated, s.BitsStored, s.HighBit, s.PixelRepresentation, s.SamplesPerPixel = 16, 16, 15, 0, 1
-        s.PhotometricInterpretation = "MONOCHROME2"
-        s.PixelData = (data[:, :, k].T + 1024).astype("<u2").tobytes()
-        s.save_as(folder / f"{k:03d}.dcm", enforce_file_format=True)
-
-
-def test_a_dicom_series_is_the_volume_that_its_slices_are(tmp_path):
-    """Values in HU, and voxel (i, j, k) where the slices say it is."""
-    pytest.importorskip("pydicom")
-    from tcam_diff.data import dicom
-    from tcam_diff.data.check import check_cases
-
-    data = np.random.default_rng(0).integers(-1000, 1000, (6, 5, 4)).astype(np.float32)
-    write_series(tmp_path / "ct" / "patient1", data)
-    write_series(tmp_path / "ct" / "patient2" / "a", data + 1, uid="1.2.4")
-    found = find_cases(tmp_path / "ct")
-    assert found.layout == "DICOM"
-    assert [c.name for c in found.cases] == ["patient1", "patient2-a"]
-    first, second = check_cases(found.cases)
-    assert (first.problem, first.shape, first.orientation, second.low) == ("", (6, 5, 4), "LPS", float(data.min()) + 1)
-    volume = dicom.read_volume(tmp_path / "ct" / "patient1")
-    header = dicom.read_header(tmp_path / "ct" / "patient1")
-    for v in (volume, header):
-        np.testing.assert_allclose(v.info.spacing, (1.5, 2.0, 3.0))
-        for i, j, k in ((0, 0, 0), (5, 1, 2)):
-            x, y, z = 10 + 1.5 * i, -20 + 2 * j, 30 + 3 * k
-            want = data[i, j, k]
-            at = np.linalg.inv(v.info.affine) @ [-x, -y, z, 1]  # NIfTI's world is right, anterior, superior
-            got = volume.data[(0, *np.rint(at[:3]).astype(int))] if v is volume else want
-            assert got == want
-    records = list(prepare_cases(found.cases, tmp_path / "store", load("colon-512", "resize=[8, 8, 8]")))
-    assert [r.problem for r in records] == ["", ""]
-    assert Store(tmp_path / "store").records[0].info.array_shape == (1, 8, 8, 8)
-
-
-def test_faults_of_a_dicom_series(tmp_path):
-    pytest.importorskip("pydicom")
-    from tcam_diff.data.check import check_cases
-
-    data = np.zeros((6, 5, 4), np.float32)
-    write_series(tmp_path / "s" / "gap", data, order=(0, 1, 3))
-    write_series(tmp_path / "s" / "two", data)
-    write_series(tmp_path / "s" / "two", data[:, :, :2], uid="9.9", origin=(0, 0, 500.0))
-    write_series(tmp_path / "s" / "broken", data)
-    (tmp_path / "s" / "broken" / "001.dcm").write_bytes(b"no")
-    problems = {r.name: r.problem for r in check_cases(find_cases(tmp_path / "s").cases)}
-    assert "gaps between slices from 3 to 6 mm" in problems["gap"]
-    assert "slices of 2 series" in problems["two"]
-    assert "001.dcm: not a readable DICOM file" in problems["broken"]

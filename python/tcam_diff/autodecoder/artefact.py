@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from tcam_diff.autodecoder.objective import make_decoder
 from tcam_diff.autodecoder.planes import PLANE_NAMES
 from tcam_diff.data.volume import VolumeInfo
 from tcam_diff.errors import UserError
-from tcam_diff.files import writable_folder
+from tcam_diff.files import reason, writable_folder
 from tcam_diff.folder import Folder, tensor_bytes
 
 if TYPE_CHECKING:
@@ -83,6 +85,29 @@ def save(path: str | os.PathLike[str], result: FitResult, info: VolumeInfo) -> N
         _CONFIG: result.config.yaml().encode(),
     }
     folder.write({"tcam": metadata, "fit": fit}, files)
+
+
+def save_somewhere(path: str | os.PathLike[str], result: FitResult, info: VolumeInfo) -> None:
+    """Write the artefact. Where its folder cannot be written, write it to the temporary folder or the home folder.
+
+    Raises UserError if its folder cannot be written, with the folder that has the artefact instead.
+    """
+    try:
+        return save(path, result, info)
+    except OSError as error:
+        text = f"{path}: cannot be written: {reason(error)}"
+        for place in (Path(tempfile.gettempdir()), Path.home(), Path.cwd()):
+            try:
+                rescue = Path(tempfile.mkdtemp(prefix="tcam-fit-", dir=place))
+            except OSError:
+                continue
+            try:
+                save(rescue, result, info)
+            except OSError:
+                shutil.rmtree(rescue, ignore_errors=True)
+                continue
+            raise UserError(f"{text}; the fitted volume is in {rescue}") from error
+        raise UserError(f"{text}, nor can {tempfile.gettempdir()}, the home folder or {Path.cwd()}") from error
 
 
 def load(path: str | os.PathLike[str]) -> FittedVolume:

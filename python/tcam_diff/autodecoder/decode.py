@@ -13,6 +13,9 @@ from tcam_diff.data.nifti import Quantiser, write_volume
 from tcam_diff.errors import UserError
 from tcam_diff.progress import Progress, ProgressCallback
 
+#: Least levels of an integer type that each channel of a file must keep.
+LEAST_LEVELS = 32
+
 
 def load_fitted(folder: Path, volume: str | None = None) -> artefact.FittedVolume:
     """Load a folder of `tcam fit`, or one volume of a latent set.
@@ -64,6 +67,12 @@ def decode_to_file(
     check_output(size, dtype)
     info = fitted.info.resized(size)
     quantiser = Quantiser(dtype, min(lo for lo, _ in info.intensity), max(hi for _, hi in info.intensity))
+    for channel, (lo, hi) in enumerate(info.intensity):
+        if quantiser.dtype.kind != "f" and (hi - lo) / quantiser.slope < LEAST_LEVELS:
+            raise UserError(
+                f"{out}: channel {channel} ({lo:g} to {hi:g}) would keep {(hi - lo) / quantiser.slope:.0f} levels of {dtype} "
+                "beside the other channels, which share one slope; choose float32"
+            )
 
     def slabs() -> Iterator[np.ndarray]:
         done = 0

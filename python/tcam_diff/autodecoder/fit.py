@@ -139,7 +139,7 @@ def fit_volume(
         UserError: the volume has more than 16 channels.
     """
     check_channels(source)
-    ranges = intensity_range(source.data, 0, 100 if config.intensity == "minmax" else 99.5)
+    ranges = intensity_range(source.data, 0, 100 if config.intensity == "minmax" else 99.5, source.info.source)
     info = source.info.replaced(intensity=ranges, source=Path(source.info.source).name)
     return Fitter(info.to_unit(source.data), config).run(progress, stop), info
 

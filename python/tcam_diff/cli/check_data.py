@@ -16,6 +16,7 @@ from tcam_diff.data.nifti import VOXEL_BUDGET
 from tcam_diff.data.sources import LAYOUTS, find_cases
 from tcam_diff.data.store import INDEX, Store
 from tcam_diff.errors import UserError
+from tcam_diff.files import reason
 
 
 def command(
@@ -50,7 +51,7 @@ def command(
         try:
             json_out.write_text(json.dumps([r.plain() for r in reports], indent=1) + "\n")
         except OSError as error:
-            raise UserError(f"--json {json_out}: cannot be written: {error.strerror}") from error
+            raise UserError(f"--json {json_out}: cannot be written: {reason(error)}") from error
     if bad:
         raise typer.Exit(1)
 

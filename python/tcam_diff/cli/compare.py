@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from tcam_diff.cli.common import say
-from tcam_diff.data.nifti import VOXEL_BUDGET, read_volume
+from tcam_diff.data.nifti import VOXEL_BUDGET
+from tcam_diff.data.readers import read_volume
 from tcam_diff.evaluation.compare import compare_volumes, figures_text
 
 

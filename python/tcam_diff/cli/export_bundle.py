@@ -24,5 +24,6 @@ def command(
 
     interop.export_bundle(TriplaneDiffusion.load(model), out, name)
     say(
-        f"{out}: {bytes_text(folder_size(out))}; to draw volumes, run in it: python -m monai.bundle run --config_file configs/inference.json"
+        f"{out}: {bytes_text(folder_size(out))}; to draw volumes, run in it: "
+        "python -m monai.bundle run --config_file configs/inference.json"
     )

@@ -12,12 +12,15 @@ from tcam_diff.autodecoder.config import FitConfig
 from tcam_diff.autodecoder.fit import check_channels, fit_volume
 from tcam_diff.autodecoder.objective import compute_dtype, plane_texels
 from tcam_diff.cli.common import progress_bar, say, stop_on_interrupt
-from tcam_diff.data.nifti import VOXEL_BUDGET, read_volume
+from tcam_diff.data.nifti import VOXEL_BUDGET
+from tcam_diff.data.readers import read_volume
 from tcam_diff.text import dtype_text, size_text
 
 
 def command(
-    volume: Annotated[Path, typer.Argument(help="A 3D NIfTI file, or 4D with channels last (.nii, .nii.gz).")],
+    volume: Annotated[
+        Path, typer.Argument(help="A NIfTI file, 3D or 4D with channels last, or a folder with one DICOM series.")
+    ],
     out: Annotated[Path, typer.Option("--out", help="Folder for planes, decoder, configuration and metadata.")],
     overrides: Annotated[
         list[str] | None,
@@ -45,7 +48,7 @@ def command(
     then = "the best result is kept (again: stop at once, keep nothing)"
     with progress_bar("fitting", quiet, shown) as show, stop_on_interrupt(then) as stop:
         result, info = fit_volume(source, config, progress=show, stop=stop)
-    artefact.save(out, result, info)
+    artefact.save_somewhere(out, result, info)
     time = f"{result.seconds:.0f} s" if result.seconds < 600 else f"{result.seconds / 60:.0f} min"
     state = f"stopped after {result.steps_done} steps" if result.stopped else f"{result.steps_done} steps"
     say(f"{out}: {state} in {time}, PSNR {result.psnr:.2f} dB on the check slices, noise off")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import math
 import os
+import re
 import tempfile
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,10 +25,29 @@ from tcam_diff.files import replacing
 #: Default limit of the voxels (times channels) of a file: 1024^3.
 VOXEL_BUDGET = 2**30
 
+#: Millimetres in NIfTI's units of space.
+MILLIMETRES = {"mm": 1.0, "meter": 1000.0, "micron": 0.001, "unknown": 1.0}
+
 #: Types in which a volume can be written. NIfTI has no float16.
 WRITE_DTYPES = ("float32", "int16", "uint16", "uint8")
 
 _CHUNK = 1 << 20
+
+
+def is_nifti(path: Path) -> bool:
+    """Whether a file is called as NIfTI files are, and is not hidden (as the ``._`` files of a Mac are)."""
+    return path.name.lower().endswith((".nii", ".nii.gz")) and not path.name.startswith(".")
+
+
+def stem(path: Path) -> str:
+    """The name of a NIfTI file without its ending."""
+    return re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
+
+
+def is_singular(affine: np.ndarray) -> bool:
+    """Whether the axes of an affine do not span space, whatever the size of a voxel."""
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    return not (sizes.min() > 0 and abs(np.linalg.det(affine[:3, :3] / sizes)) > 1e-6)
 
 
 # ---- reading ---------------------------------------------------------------------------
@@ -66,7 +87,8 @@ MOST_VALUES = 64
 def read_header(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) -> Header:
     """Read the header of a 3D or 4D (last axis: channels) NIfTI file.
 
-    Checks rank, sizes, voxel budget, data type, affine and spacing. Raises UserError with the file's name.
+    Checks rank, sizes, voxel budget, data type, affine and spacing. Lengths are converted to mm; a file with unknown units is
+    taken to be in mm, with a warning for the first. Raises UserError with the file's name.
     """
     path = Path(path)
     image = _open(path)
@@ -78,7 +100,7 @@ def read_header(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) ->
     affine = np.asarray(image.affine, float)
     if not np.isfinite(affine).all():
         raise UserError(f"{path}: the affine has NaN or infinite entries")
-    if abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+    if is_singular(affine):
         raise UserError(f"{path}: the affine is singular: its axes do not span space")
     with nib.openers.ImageOpener(str(path)) as file:  # the raw header: nibabel replaces spacings of 0 by 1
         stored = type(header).from_fileobj(file, check=False)
@@ -88,17 +110,34 @@ def read_header(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) ->
     for field in ("scl_slope", "scl_inter"):
         if np.isinf(float(stored[field])):
             raise UserError(f"{path}: {field} is infinite")
-    units = header.get_xyzt_units()
+    space, time = map(str, header.get_xyzt_units())
+    if space == "unknown":
+        _say_units_are_unknown(path)
+    to_mm = np.diag([MILLIMETRES[space]] * 3 + [1.0])
+    qform, codes = header.get_qform(), (int(header["qform_code"]), int(header["sform_code"]))
+    two = codes[0] > 0 and codes[1] > 0 and not np.allclose(qform, affine, rtol=1e-4, atol=1e-4 * float(zooms.min()))
     info = VolumeInfo(
         channels=math.prod(shape[3:]),
         shape=(shape[0], shape[1], shape[2]),
-        affine=affine,
-        codes=(int(header["qform_code"]), int(header["sform_code"])),
-        units=(str(units[0]), str(units[1])),
+        affine=to_mm @ affine,
+        codes=codes,
+        qform=to_mm @ qform if two else None,
+        units=("mm", time),
         source=str(path),
     )
     packed = image.dataobj
     return Header(path, info, dtype, float(packed.slope), float(packed.inter), int(packed.offset))
+
+
+_said_units = False
+
+
+def _say_units_are_unknown(path: Path) -> None:
+    """Warn about the first file without units: many files of a data set lack them."""
+    global _said_units
+    if not _said_units:
+        warnings.warn(f"{path}: its units are unknown; this and other such files are taken to be in mm", stacklevel=3)
+    _said_units = True
 
 
 def read_volume(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) -> Volume:
@@ -108,7 +147,7 @@ def read_volume(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) ->
     Raises UserError with the file's name.
     """
     header = read_header(path, max_voxels)
-    if header.path.suffix == ".gz":
+    if _packed(header.path):
         for _ in _unpacked(header):
             pass
     elif (size := header.path.stat().st_size) < header.end:
@@ -207,7 +246,7 @@ def _unpacked(header: Header) -> Iterator[bytes]:
     Raises UserError if the file is shorter than its header promises, unpacks to much more, or has a wrong gzip checksum.
     """
     path, total = header.path, 0
-    packed = path.suffix == ".gz"
+    packed = _packed(path)
     try:
         with gzip.open(path, "rb") if packed else open(path, "rb") as stream:
             while piece := stream.read(_CHUNK):
@@ -223,8 +262,12 @@ def _unpacked(header: Header) -> Iterator[bytes]:
         raise _truncated(header, total)
 
 
+def _packed(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
+
+
 def _truncated(header: Header, size: int) -> UserError:
-    has = "unpacks to" if header.path.suffix == ".gz" else "has"
+    has = "unpacks to" if _packed(header.path) else "has"
     return UserError(f"{header.path}: truncated: the header promises {header.end} bytes, the file {has} {size}")
 
 
@@ -272,7 +315,7 @@ def write_volume(path: str | os.PathLike[str], slabs: Iterator[np.ndarray], info
         UserError: wrong file name, missing folder, or an axis above 32767 voxels.
     """
     path = Path(path)
-    if not path.name.endswith((".nii", ".nii.gz")):
+    if not is_nifti(path):
         raise UserError(f"{path}: expected a name ending in .nii or .nii.gz")
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such folder")
@@ -300,12 +343,15 @@ def write_volume(path: str | os.PathLike[str], slabs: Iterator[np.ndarray], info
 def _header(path: Path, info: VolumeInfo, quantiser: Quantiser) -> bytes:
     if max(info.array_shape) > 32767:
         raise UserError(f"{path}: NIfTI-1 axes end at 32767 voxels, got {info.shape}")
-    header, (qform, sform), (space, time) = nib.Nifti1Header(), info.codes, info.units
+    header, (qcode, scode), (space, time) = nib.Nifti1Header(), info.codes, info.units
+    qform = info.affine if info.qform is None else info.qform
     header.set_data_dtype(quantiser.dtype)
     header.set_data_shape(info.shape if info.channels == 1 else (*info.shape, info.channels))
     header.set_zooms(info.spacing if info.channels == 1 else (*info.spacing, 1.0))
-    header.set_qform(info.affine, code=qform or (0 if sform else 1), strip_shears=True)
-    header.set_sform(info.affine, code=sform or 2)  # always set: the qform cannot represent shears
+    axes = qform[:3, :3] / np.linalg.norm(qform[:3, :3], axis=0)
+    sheared = not np.allclose(axes.T @ axes, np.eye(3), atol=1e-4)
+    header.set_qform(qform, code=0 if sheared else qcode or (0 if scode else 1), strip_shears=True)
+    header.set_sform(info.affine, code=scode or 2)  # always set: the qform cannot represent shears
     header.set_xyzt_units(space if space != "unknown" else "mm", time if time != "unknown" else "sec")
     header.set_slope_inter(quantiser.slope, quantiser.inter)
     header["descrip"] = b"tcam"
@@ -316,7 +362,7 @@ def _header(path: Path, info: VolumeInfo, quantiser: Quantiser) -> bytes:
 
 @contextmanager
 def _stream(path: Path, file: IO[bytes]) -> Iterator[IO[bytes]]:
-    if path.suffix != ".gz":
+    if not _packed(path):
         yield file
         return
     with gzip.GzipFile(filename="", mode="wb", compresslevel=1, fileobj=file, mtime=0) as packed:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import nibabel as nib
 import numpy as np
 import torch
 from pydantic import Field, model_validator
@@ -86,14 +88,14 @@ def split_cases(cases: Sequence[Case], config: PrepareConfig) -> list[Case]:
     return [replace(c, split="validation") if i in held_out else c for i, c in enumerate(cases)]
 
 
-def prepare_volume(volume: Volume, config: PrepareConfig) -> tuple[np.ndarray, VolumeInfo]:
+def prepare_volume(volume: Volume, config: PrepareConfig, max_voxels: int = VOXEL_BUDGET) -> tuple[np.ndarray, VolumeInfo]:
     """Apply the preprocessing to one volume.
 
     Returns:
         Float32 voxels (channels, H, W, D) in [0, 1], and their geometry with the physical values at 0 and 1.
 
     Raises:
-        UserError: the volume lacks one of the channels.
+        UserError: the volume lacks one of the channels, or would have more than ``max_voxels`` voxels.
     """
     from monai.data import MetaTensor
     from monai.transforms import ScaleIntensityRange
@@ -108,16 +110,30 @@ def prepare_volume(volume: Volume, config: PrepareConfig) -> tuple[np.ndarray, V
     if config.window:
         image = ScaleIntensityRange(*config.window, b_min=0.0, b_max=1.0, clip=True)(image)
     for step in _geometry(config):
+        if config.spacing and type(step).__name__ == "Spacing":
+            _check_size(volume.info, image.affine.numpy(), image.shape, config.spacing, max_voxels)
         image = step(image)
     array = np.ascontiguousarray(image.numpy(), dtype=np.float32)
     if config.percentiles:
         low, high = config.percentiles
-        ranges = intensity_range(array, low, high)
+        ranges = intensity_range(array, low, high, volume.info.source)
         array = np.stack(
             [ScaleIntensityRange(lo, hi, b_min=0.0, b_max=1.0, clip=True)(c) for c, (lo, hi) in zip(array, ranges, strict=True)]
         )
     info = volume.info.replaced(channels=len(array), shape=array.shape[1:], affine=np.asarray(image.affine), intensity=ranges)
     return array.clip(0, 1), info
+
+
+def _check_size(info: VolumeInfo, affine: np.ndarray, shape: Sequence[int], spacing: Sequence[float], max_voxels: int) -> None:
+    """Raise UserError if a volume of another spacing has more voxels than are allowed."""
+    sizes = nib.affines.voxel_sizes(affine)
+    voxels = shape[0] * math.prod(math.ceil(n * a / b) for n, a, b in zip(shape[1:], sizes, spacing, strict=True))
+    if voxels > max_voxels:
+        have, want = (" x ".join(f"{x:.4g}" for x in s) for s in (sizes, spacing))
+        raise UserError(
+            f"{info.source}: spacing {want} mm makes {voxels} voxels of its {have} mm, more than the {max_voxels} allowed "
+            "(--max-voxels)"
+        )
 
 
 def _geometry(config: PrepareConfig) -> list[Any]:
@@ -183,7 +199,7 @@ def _prepare_one(writer: StoreWriter, config: PrepareConfig, max_voxels: int, ca
         prepared = writer.find(case.name, sources)
         if prepared is not None:
             return prepared.model_copy(update={"split": case.split})
-        array, info = prepare_volume(read_case(case, max_voxels), config)
+        array, info = prepare_volume(read_case(case, max_voxels), config, max_voxels)
         return writer.write(case.name, case.split, quantise(array, config.dtype), info, sources)
     except UserError as error:
         return Failure(case.name, case.split, str(error))

@@ -32,7 +32,7 @@ def same_grid(first: Header, other: Header) -> None:
     """Raise UserError if two files of a case differ in shape or affine."""
     if other.info.shape != first.info.shape:
         raise UserError(f"{other.path}: expected the {first.info.shape} voxels of {first.path.name}, got {other.info.shape}")
-    if not np.allclose(other.info.affine, first.info.affine, atol=1e-2):
+    if not other.info.same_grid(first.info):
         raise UserError(f"{other.path}: its affine is not that of {first.path.name}; resample one to the other first")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tcam_diff.data.dicom import find_series
+from tcam_diff.data.nifti import is_nifti, stem
 from tcam_diff.errors import UserError
 
 #: Splits of a data set. "test" has no labels in the Decathlon.
@@ -20,7 +21,7 @@ BRATS_CHANNELS = (("flair", "t2f"), ("t1", "t1n"), ("t1ce", "t1c"), ("t2", "t2w"
 LAYOUTS = (
     "a Decathlon task folder (dataset.json, imagesTr, labelsTr, imagesTs), a datalist (.json), a folder of BraTS cases "
     "(CASE/CASE_flair.nii.gz or CASE/CASE-t2f.nii.gz, ...), a folder of NIfTI files, a table (.csv) with a column image, a "
-    "NIfTI file, or folders of DICOM series (.dcm)"
+    "NIfTI file, an nnU-Net folder (imagesTr/CASE_0000.nii.gz, ...), or folders of DICOM series"
 )
 
 
@@ -55,8 +56,8 @@ def find_cases(path: Path) -> Source:
         raise UserError(f"{path}: no such file or folder; expected {LAYOUTS}")
     if path.is_dir():
         layout, cases = _folder(path)
-    elif path.name.endswith((".nii", ".nii.gz")):
-        layout, cases = "file", [Case(_stem(path), (path,))]
+    elif is_nifti(path):
+        layout, cases = "file", [Case(stem(path), (path,))]
     elif path.suffix == ".json":
         layout, cases = "datalist", _datalist(path, path.parent)
     elif path.suffix == ".csv":
@@ -101,15 +102,54 @@ def download_decathlon(path: Path, quiet: bool = False) -> None:
 
 def _folder(path: Path) -> tuple[str, list[Case]]:
     if (path / "dataset.json").exists():
+        content = _json(path / "dataset.json")
+        if "training" not in content and (path / "imagesTr").is_dir():
+            return "nnU-Net", _nnunet(path)
         return "Decathlon", _datalist(path / "dataset.json", path)
-    files = sorted(p for p in path.iterdir() if p.name.endswith((".nii", ".nii.gz")) and not p.name.startswith("."))
+    files = sorted(p for p in path.iterdir() if is_nifti(p))
     if files:
-        return "folder", [Case(_stem(p), (p,)) for p in files]
+        return _flat(files)
     brats = [case for folder in sorted(path.iterdir()) if folder.is_dir() and (case := _brats(folder))]
     if brats:
         return "BraTS", brats
     series = find_series(path)
     return ("DICOM", [Case(_series_name(p, path), (p,)) for p in series]) if series else ("folder", [])
+
+
+def _flat(files: list[Path]) -> tuple[str, list[Case]]:
+    """A folder of NIfTI files: one case each, or one channel each where several cases have the same channels as in nnU-Net."""
+    cases = _channels(files)
+    numbers = {len(c) for c in cases.values()}
+    if len(cases) > 1 and len(numbers) == 1 and numbers != {1}:
+        return "folder of nnU-Net cases", [Case(name, images) for name, images in cases.items()]
+    return "folder", [Case(stem(p), (p,)) for p in files]
+
+
+def _nnunet(folder: Path) -> list[Case]:
+    """Cases of an nnU-Net folder: imagesTr/CASE_0000.nii.gz, CASE_0001.nii.gz, ..., labelsTr/CASE.nii.gz, imagesTs.
+
+    Raises UserError if an image is not called so.
+    """
+    cases = []
+    for part, split in (("imagesTr", "train"), ("imagesTs", "test")):
+        files = sorted(p for p in (folder / part).iterdir() if is_nifti(p)) if (folder / part).is_dir() else []
+        labels = {stem(p): p for p in (folder / "labelsTr").iterdir() if is_nifti(p)} if (folder / "labelsTr").is_dir() else {}
+        grouped = _channels(files)
+        if not grouped and files:
+            raise UserError(f"{folder / part}: expected CASE_0000.nii.gz, CASE_0001.nii.gz, ..., got {files[0].name}")
+        cases += [Case(name, images, labels.get(name), split) for name, images in grouped.items()]
+    return cases
+
+
+def _channels(files: list[Path]) -> dict[str, tuple[Path, ...]]:
+    """The files of each case by its name, channels _0000, _0001, ... in order; empty if a file is not called so."""
+    cases: dict[str, list[Path]] = {}
+    for file in files:
+        name, _, number = stem(file).rpartition("_")
+        if not name or number != f"{len(cases.get(name, ())):04d}":
+            return {}
+        cases.setdefault(name, []).append(file)
+    return {name: tuple(images) for name, images in cases.items()}
 
 
 def _series_name(series: Path, base: Path) -> str:
@@ -118,10 +158,10 @@ def _series_name(series: Path, base: Path) -> str:
 
 def _brats(folder: Path) -> Case | None:
     """A BraTS case, or None if the folder has none of the channels. Missing channels are listed, for check-data to report."""
-    files = sorted(p for p in folder.iterdir() if p.name.endswith((".nii", ".nii.gz")))
+    files = sorted(p for p in folder.iterdir() if is_nifti(p))
 
     def named(*names: str) -> Path | None:
-        return next((p for p in files for n in names if _stem(p).lower().endswith((f"_{n}", f"-{n}"))), None)
+        return next((p for p in files for n in names if stem(p).lower().endswith((f"_{n}", f"-{n}"))), None)
 
     present = [named(*names) for names in BRATS_CHANNELS]
     if not any(present):
@@ -138,15 +178,7 @@ def _datalist(path: Path, base: Path) -> list[Case]:
     ``base``. "image" may be a list with one file per channel, and "test" a list of paths. MONAI's load_decathlon_datalist
     reads one key at a time and does not say which entry is wrong.
     """
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: not a readable JSON file: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(
-            f"{path}: expected an object with lists 'training', 'validation' or 'test', got {type(content).__name__}"
-        )
-    cases = []
+    content, cases = _json(path), []
     for key, split in (("training", "train"), ("validation", "validation"), ("test", "test")):
         entries = content.get(key, [])
         if not isinstance(entries, list):
@@ -154,6 +186,19 @@ def _datalist(path: Path, base: Path) -> list[Case]:
         for i, entry in enumerate(entries):
             cases.append(_entry(f"{path}: {key}[{i}]", {"image": entry} if isinstance(entry, str) else entry, base, split))
     return cases
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, which may begin with a byte order mark. Raises UserError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: not a readable JSON file: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path}: expected an object with lists 'training', 'validation' or 'test', got {type(content).__name__}"
+        )
+    return content
 
 
 def _entry(where: str, entry: Any, base: Path, split: str) -> Case:
@@ -165,7 +210,7 @@ def _entry(where: str, entry: Any, base: Path, split: str) -> Case:
     label = entry.get("label")
     if label is not None and not isinstance(label, str):
         raise UserError(f"{where}: label: expected a path, got {json.dumps(label)[:80]}")
-    name = entry.get("name") or _stem(Path(images[0]))
+    name = entry.get("name") or stem(Path(images[0]))
     return Case(str(name), tuple(base / p for p in images), base / label if label else None, split)
 
 
@@ -173,7 +218,7 @@ def _table(path: Path) -> list[Case]:
     """Cases of a CSV file with a column image (one path, or one per channel separated by semicolons) and optional columns name,
     label and split."""
     try:
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             columns, rows = reader.fieldnames or [], list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -189,7 +234,3 @@ def _table(path: Path) -> list[Case]:
         entry = {"image": images, "label": (row.get("label") or "").strip() or None, "name": (row.get("name") or "").strip()}
         cases.append(_entry(f"{path}, line {number}", entry, path.parent, split))
     return cases
-
-
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(".gz").removesuffix(".nii")

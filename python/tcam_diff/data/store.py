@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tcam_diff.data import dicom
 from tcam_diff.data.volume import VolumeInfo, VolumeRecord
 from tcam_diff.errors import UserError
-from tcam_diff.files import replacing, sha256, writable_folder, write_text
+from tcam_diff.files import reason, replacing, sha256, writable_folder, write_text
 from tcam_diff.folder import Folder
 
 INDEX = "store.json"
@@ -77,10 +78,10 @@ class StoreWriter:
     def sources(self, paths: Sequence[Path]) -> list[dict[str, Any]]:
         """Path, size and modification time of the files of a case. Raises UserError if one is missing."""
         try:
-            paths = [f for p in paths for f in (sorted(p.glob("*.dcm")) if p.is_dir() else [p])]
+            paths = [f for p in paths for f in (dicom.files(p) if p.is_dir() else [p])]
             stats = [p.stat() for p in paths]
         except OSError as error:
-            raise UserError(f"{error.filename}: {error.strerror}") from error
+            raise UserError(f"{error.filename}: {reason(error)}") from error
         return [
             {"path": str(p.resolve()), "bytes": s.st_size, "mtime_ns": s.st_mtime_ns} for p, s in zip(paths, stats, strict=True)
         ]
@@ -104,7 +105,7 @@ class StoreWriter:
             with replacing(path) as file:
                 np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
         except OSError as error:
-            raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+            raise UserError(f"{path}: cannot be written: {reason(error)}") from error
         record = Record(info=info, name=name, split=split, dtype=array.dtype.name, sources=sources, sha256=sha256(path))
         write_text(entry, json.dumps(record.model_dump(mode="json") | {"digest": self.digest}))
         return record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +24,10 @@ def _matrix(affine: Any) -> np.ndarray:
     return matrix
 
 
+def _optional_matrix(matrix: Any) -> np.ndarray | None:
+    return None if matrix is None else _matrix(matrix)
+
+
 class VolumeInfo(BaseModel):
     """Metadata of a volume (channels, H, W, D): grid, affine and intensities. Other keys of a JSON file are ignored."""
 
@@ -34,6 +39,9 @@ class VolumeInfo(BaseModel):
         np.ndarray, BeforeValidator(_matrix), PlainSerializer(np.ndarray.tolist)
     ]  # (4, 4), voxel index to units[0]
     codes: tuple[int, int] = (0, 2)  # NIfTI's qform and sform codes; (0, 2): aligned to another volume
+    qform: Annotated[
+        np.ndarray | None, BeforeValidator(_optional_matrix), PlainSerializer(lambda q: None if q is None else q.tolist())
+    ] = None  # (4, 4), where it differs from the affine, which is then the sform
     units: tuple[str, str] = ("mm", "sec")
     intensity: list[tuple[float, float]] = []  # physical values at 0 and 1 per channel; empty if unknown
     source: str = ""  # file or folder of the volume
@@ -56,6 +64,11 @@ class VolumeInfo(BaseModel):
             raise ValueError(f"intensity: expected a pair for each of {self.channels} channels, got {len(self.intensity)}")
         return self
 
+    @model_serializer(mode="wrap")
+    def _without_absent_qform(self, handler: Any) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        return {k: v for k, v in values.items() if k != "qform" or v is not None}
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, VolumeInfo) and self.model_dump() == other.model_dump()
 
@@ -76,8 +89,19 @@ class VolumeInfo(BaseModel):
         return "".join(str(c) for c in nib.aff2axcodes(self.affine))
 
     def replaced(self, **changes: Any) -> VolumeInfo:
-        """A validated copy with other values of some fields."""
+        """A validated copy with other values of some fields. A new affine moves the qform with it."""
+        if self.qform is not None and "affine" in changes:
+            moved = self.qform @ np.linalg.inv(self.affine) @ np.asarray(changes["affine"], float)
+            changes = {"qform": moved, **changes}
         return VolumeInfo(**dict(self) | changes)
+
+    def same_grid(self, other: VolumeInfo) -> bool:
+        """Whether two volumes have one shape, and their corner voxels lie within a tenth of a voxel of each other."""
+        if self.shape != other.shape:
+            return False
+        corners = np.array([(*np.multiply(c, np.subtract(self.shape, 1)), 1) for c in np.ndindex(2, 2, 2)], float)
+        off = corners @ (self.affine - other.affine).T
+        return bool(np.linalg.norm(off[:, :3], axis=1).max() <= 0.1 * min(self.spacing))
 
     def resized(self, shape: tuple[int, int, int]) -> VolumeInfo:
         """The metadata of the same field of view with ``shape`` voxels.
@@ -139,23 +163,38 @@ def oriented(volume: Volume, affine: np.ndarray) -> Volume:
     return Volume(data, info.replaced(shape=data.shape[1:], affine=moved))
 
 
-def intensity_range(data: np.ndarray, low: float = 0.0, high: float = 100.0) -> list[tuple[float, float]]:
-    """The values of each channel that map to 0 and 1.
+def intensity_range(data: np.ndarray, low: float = 0.0, high: float = 100.0, source: str = "") -> list[tuple[float, float]]:
+    """Choose the physical values that map to 0 and 1 for each channel.
 
-    A constant channel gets a range of width one, so that it maps to 0 and back to itself.
+    The voxels above the lower percentile are the foreground. Where more than half of it would be clipped at the upper end, as
+    in a volume of a few vessels, the upper end is the percentile of the foreground alone, with a warning. A constant channel
+    gets a range of width one.
 
     Args:
-        data: (channels, H, W, D).
-        low, high: percentiles, by default the minimum and the maximum.
+        data: intensities (channels, H, W, D).
+        low, high: percentiles of a channel; 0 and 100 are its least and largest value.
+        source: name of the volume, for messages.
+
+    Returns:
+        A pair of physical values per channel.
 
     Raises:
         UserError: the range overflows float32.
     """
     ranges = []
-    for channel in data:
+    for number, channel in enumerate(data):
         lo = float(channel.min() if low == 0 else np.percentile(channel, low))
         hi = float(channel.max() if high == 100 else np.percentile(channel, high))
         if not np.isfinite(hi - lo):
-            raise UserError(f"intensities from {lo:g} to {hi:g} overflow float32")
+            raise UserError(f"{source or 'a volume'}: intensities from {lo:g} to {hi:g} overflow float32")
+        if high < 100 and np.count_nonzero(channel > hi) > 0.5 * np.count_nonzero(channel > lo):
+            others = channel[channel > lo]
+            hi = float(np.percentile(others, high))
+            share = f"{100 * others.size / channel.size:.2g} %"
+            warnings.warn(
+                f"{source or 'a volume'}: channel {number}: only {share} of the voxels are above {lo:g}; the value at 1 is the "
+                f"percentile {high:g} of these, {hi:g}",
+                stacklevel=2,
+            )
         ranges.append((lo, hi if hi > lo else lo + 1.0))
     return ranges

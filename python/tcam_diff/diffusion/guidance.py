@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tcam_diff.data.nifti import read_volume
+from tcam_diff.data.readers import read_volume
 from tcam_diff.data.volume import oriented
 from tcam_diff.diffusion.model import TriplaneDiffusion
 from tcam_diff.diffusion.process import Estimate

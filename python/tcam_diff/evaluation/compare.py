@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tcam_diff.data.volume import Volume, intensity_range
+from tcam_diff.data.volume import Volume, intensity_range, oriented
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation import metrics
 from tcam_diff.evaluation.picture import compare_picture
@@ -27,12 +27,16 @@ def compare_volumes(first: Volume, second: Volume, picture: Path | None = None, 
     Raises:
         UserError: the shapes differ, or there is no such channel.
     """
-    a, b = first.info, second.info
+    a = first.info
+    second = oriented(second, a.affine)
+    b = second.info
     if a.array_shape != b.array_shape:
         raise UserError(
             f"{b.source}: shape {b.shape} with {b.channels} channel(s), but {a.source} has {a.shape} with {a.channels}; "
             "`tcam decode --size` decodes to any size"
         )
+    if not a.same_grid(b):
+        raise UserError(f"{b.source}: its affine is not that of {a.source}: the voxels are elsewhere; resample one first")
     if not 0 <= channel < a.channels:
         raise UserError(f"--channel: expected 0 to {a.channels - 1}, got {channel}")
     scale = a.replaced(intensity=intensity_range(first.data))
