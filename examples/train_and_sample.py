@@ -14,7 +14,8 @@ from tcam_diff.autodecoder.config import EncodeConfig, TrainConfig
 from tcam_diff.autodecoder.encode import encode_store, export_latents, load_run
 from tcam_diff.autodecoder.train import train_autodecoder
 from tcam_diff.data.cohort import Cohort, make_cohort
-from tcam_diff.data.prepare import PrepareConfig, prepare_cases
+from tcam_diff.data.config import PrepareConfig
+from tcam_diff.data.prepare import prepare_cases
 from tcam_diff.data.sources import find_cases
 from tcam_diff.data.store import Store
 from tcam_diff.diffusion.config import DiffusionConfig, SampleConfig

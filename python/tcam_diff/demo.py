@@ -27,7 +27,8 @@ from tcam_diff.autodecoder.fit import fit_volume
 from tcam_diff.autodecoder.planes import texel_noise
 from tcam_diff.autodecoder.train import train_autodecoder
 from tcam_diff.data.cohort import Cohort, make_cohort
-from tcam_diff.data.prepare import PrepareConfig, prepare_cases
+from tcam_diff.data.config import PrepareConfig
+from tcam_diff.data.prepare import prepare_cases
 from tcam_diff.data.readers import read_volume
 from tcam_diff.data.sources import find_cases
 from tcam_diff.data.store import Store, unit

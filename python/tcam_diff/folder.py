@@ -10,16 +10,17 @@ import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from tcam_diff.errors import UserError
 from tcam_diff.files import replacing, sha256
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ def tensor_bytes(
     tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None, dtype: torch.dtype | None = None
 ) -> bytes:
     """Content of a safetensors file with ``metadata``, and with tensors converted to ``dtype`` if it is given."""
+    from safetensors.torch import save
+
     return save({name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in tensors.items()}, metadata=metadata)
 
 

@@ -19,6 +19,7 @@ import pytest
 import runs
 import tcam_diff
 from tcam_diff.cli import main
+from tcam_diff.cli.app import app
 
 FAST = ["steps=12", "channels=6", "widths=[24]"]
 OBLIQUE = np.array([[0.9, 0.1, 0.3, -20.0], [-0.1, 1.8, 0.2, 7.0], [-0.2, 0.3, 2.9, 3.0], [0, 0, 0, 1]])
@@ -195,6 +196,32 @@ def test_help_and_version():
     assert tcam("--version").stdout.startswith("tcam ")
     for command in ("fit", "decode", "compare"):
         assert "--out" in tcam(command, "-h").stdout
+
+
+QUICK = """
+import sys
+sys.argv = ["tcam", *sys.argv[1:]]
+from tcam_diff.cli import main
+try:
+    main()
+finally:
+    print("imported:", *({"torch", "monai", "scipy.ndimage", "matplotlib", "nibabel", "numpy"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version", "--nothing"], ["fit"], *([c.name, "-h"] for c in app.registered_commands)], ids=str
+)
+def test_help_and_usage_errors_import_no_large_package(arguments):
+    done = subprocess.run([sys.executable, "-c", QUICK, *arguments], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "imported:"
+
+
+def test_check_data_needs_no_torch(tmp_path):
+    (tmp_path / "a.nii").write_bytes(b"no volume")
+    done = subprocess.run([sys.executable, "-c", QUICK, "check-data", str(tmp_path)], capture_output=True, text=True)
+    assert "not a readable NIfTI file" in done.stdout
+    assert not {"torch", "monai", "matplotlib"} & set(done.stdout.splitlines()[-1].split())
 
 
 def test_without_the_extra_packages_one_sentence_says_so(tmp_path):

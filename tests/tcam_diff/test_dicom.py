@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from tcam_diff.data.check import check_cases
-from tcam_diff.data.prepare import PrepareConfig, prepare_cases
+from tcam_diff.data.config import PrepareConfig
+from tcam_diff.data.prepare import prepare_cases
 from tcam_diff.data.readers import read_volume
 from tcam_diff.data.sources import find_cases
 from tcam_diff.data.store import Store

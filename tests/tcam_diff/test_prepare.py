@@ -13,7 +13,8 @@ from monai.data import MetaTensor
 from monai.transforms import CenterSpatialCrop, Compose, Orientation, ScaleIntensityRangePercentiles, Spacing
 from tcam_diff import config as configs
 from tcam_diff.cli.app import app
-from tcam_diff.data.prepare import PrepareConfig, prepare_cases, prepare_volume, split_cases
+from tcam_diff.data.config import PrepareConfig
+from tcam_diff.data.prepare import prepare_cases, prepare_volume, split_cases
 from tcam_diff.data.sources import Case, download_decathlon, find_cases
 from tcam_diff.data.store import Store, one_shape
 from tcam_diff.data.volume import Volume, VolumeInfo

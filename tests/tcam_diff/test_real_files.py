@@ -15,8 +15,9 @@ from tcam_diff.autodecoder.config import FitConfig
 from tcam_diff.autodecoder.decode import decode_to_file
 from tcam_diff.autodecoder.fit import fit_volume
 from tcam_diff.data.check import check_case
+from tcam_diff.data.config import PrepareConfig
 from tcam_diff.data.nifti import Quantiser, read_header, read_volume, write_volume
-from tcam_diff.data.prepare import PrepareConfig, prepare_cases, prepare_volume
+from tcam_diff.data.prepare import prepare_cases, prepare_volume
 from tcam_diff.data.sources import find_cases
 from tcam_diff.data.volume import VolumeInfo, intensity_range
 from tcam_diff.errors import UserError

@@ -10,7 +10,6 @@ import typer
 import yaml
 
 from tcam_diff import config as configs
-from tcam_diff.autodecoder.ablation import ablate
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.cli.common import INTERRUPTED, RESUMED, duration, progress_bar, say, stop_on_interrupt
 from tcam_diff.cli.train_autodecoder import SHOWN, announce
@@ -30,6 +29,8 @@ def command(
 
     Ctrl-C stops; the same command continues.
     """
+    from tcam_diff.autodecoder.ablation import ablate
+
     key, equals, listed = values.partition("=")
     parsed = [yaml.safe_load(v) for v in listed.split(",")] if "[" not in listed else yaml.safe_load(f"[{listed}]")
     if not equals or len(parsed) < 2:

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-import tcam_ext
 from tcam_diff.cli import (
     ablate,
     check_data,
@@ -52,7 +51,9 @@ app.command("make-cohort")(make_cohort.command)
 
 def _print_version(version: bool) -> None:
     if version:
-        print(f"tcam {tcam_ext.__version__}")
+        import tcam_diff
+
+        print(f"tcam {tcam_diff.__version__}")
         raise typer.Exit
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from tcam_diff.cli.common import cores, say, tracked
-from tcam_diff.data import check
-from tcam_diff.data.nifti import VOXEL_BUDGET
-from tcam_diff.data.sources import LAYOUTS, find_cases
-from tcam_diff.data.store import INDEX, Store
+from tcam_diff.data import LAYOUTS, VOXEL_BUDGET
 from tcam_diff.errors import UserError
 from tcam_diff.files import reason
+
+if TYPE_CHECKING:
+    from tcam_diff.data import check
 
 
 def command(
@@ -33,6 +33,10 @@ def command(
 
     The exit status is 1 if a case cannot be used. A bad file does not stop the check. Memory does not grow with the volumes.
     """
+    from tcam_diff.data import check
+    from tcam_diff.data.sources import find_cases
+    from tcam_diff.data.store import INDEX
+
     if (source / INDEX).is_file():
         _check_store(source, jobs or cores(), quiet)
         return
@@ -58,6 +62,9 @@ def command(
 
 def _check_store(folder: Path, jobs: int, quiet: bool) -> None:
     """Compare every case of a prepared store with its checksum."""
+    from tcam_diff.data import check
+    from tcam_diff.data.store import Store
+
     store = Store(folder)
     problems = list(tracked(check.check_store(store, jobs), len(store.records), "checking", quiet))
     for problem in filter(None, problems):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import typer
 from rich.console import Console
@@ -18,7 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from tcam_diff.progress import Progress, ProgressCallback
-from tcam_diff.training.loop import Outcome
+
+if TYPE_CHECKING:
+    from tcam_diff.training.loop import Outcome
 
 console = Console()
 

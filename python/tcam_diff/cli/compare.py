@@ -8,9 +8,7 @@ from typing import Annotated
 import typer
 
 from tcam_diff.cli.common import say
-from tcam_diff.data.nifti import VOXEL_BUDGET
-from tcam_diff.data.readers import read_volume
-from tcam_diff.evaluation.compare import compare_volumes, figures_text
+from tcam_diff.data import VOXEL_BUDGET
 
 
 def command(
@@ -21,6 +19,9 @@ def command(
     max_voxels: Annotated[int, typer.Option(help="Refuse files with more voxels, channels counted.")] = VOXEL_BUDGET,
 ) -> None:
     """Print MSE, PSNR and 3D SSIM of B against A (intensities scaled by A's range to [0, 1]) and draw both."""
+    from tcam_diff.data.readers import read_volume
+    from tcam_diff.evaluation.compare import compare_volumes, figures_text
+
     first, second = read_volume(a, max_voxels), read_volume(b, max_voxels)
     picture = out or b.parent / "compare.png"
     say(figures_text(compare_volumes(first, second, picture, channel)))

@@ -12,8 +12,6 @@ import typer
 
 from tcam_diff.cli.common import progress_bar, say
 from tcam_diff.errors import UserError
-from tcam_diff.evaluation.critic import CriticConfig
-from tcam_diff.evaluation.distances import distances
 from tcam_diff.files import writable_folder, write_text
 
 
@@ -47,6 +45,9 @@ def command(
 
     Values depend on size, scale and critic, so compare only those of one run.
     """
+    from tcam_diff.evaluation.critic import CriticConfig
+    from tcam_diff.evaluation.distances import distances
+
     others = [m for m in more or [] if "=" not in m]
     if len(others) > 1:
         raise UserError(f"expected at most two generators, FAKE and FAKE2, got {' '.join([str(fake), *others])}")

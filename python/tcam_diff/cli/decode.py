@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from tcam_diff.autodecoder.decode import decode_to_file, load_fitted
 from tcam_diff.cli.common import progress_bar, say
 from tcam_diff.text import size_text
 
@@ -26,6 +25,8 @@ def command(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Decode FOLDER to a NIfTI file with the field of view of the original, one slab at a time."""
+    from tcam_diff.autodecoder.decode import decode_to_file, load_fitted
+
     fitted = load_fitted(folder, volume)
     shape = size or fitted.info.shape
     with progress_bar("decoding", quiet) as show:

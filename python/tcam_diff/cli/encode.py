@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tcam_diff.autodecoder.config import EncodeConfig
-from tcam_diff.autodecoder.encode import encode_store, export_latents, load_run
-from tcam_diff.autodecoder.latents import LatentSet
 from tcam_diff.cli.common import duration, progress_bar, say, stop_on_interrupt
-from tcam_diff.data.store import Store
+
+if TYPE_CHECKING:
+    from tcam_diff.autodecoder.latents import LatentSet
 
 
 def encode_command(
@@ -35,6 +35,9 @@ def encode_command(
 
     Ctrl-C stops; the same command continues with the missing volumes.
     """
+    from tcam_diff.autodecoder.encode import encode_store, load_run
+    from tcam_diff.data.store import Store
+
     config = EncodeConfig.load("default", overrides or [])
     kept = 0
 
@@ -70,6 +73,9 @@ def export_command(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Write the planes of RUN's training volumes as a latent set."""
+    from tcam_diff.autodecoder.encode import export_latents, load_run
+    from tcam_diff.data.store import Store
+
     with progress_bar("exporting", quiet) as show:
         latents = export_latents(load_run(run, checkpoint), out, None if store is None else Store(store), show)
     say(summary(latents))

@@ -8,7 +8,6 @@ import typer
 
 from tcam_diff import config as configs
 from tcam_diff.autodecoder.config import TrainConfig
-from tcam_diff.autodecoder.estimate import estimate
 from tcam_diff.cli.common import bytes_text, duration, say
 
 
@@ -20,6 +19,8 @@ def command(
     seconds: Annotated[float, typer.Option(help="Approximate length of the trial.", min=1)] = 10.0,
 ) -> None:
     """Estimate the requirements of `tcam train-autodecoder CONFIG` on this machine from a short trial."""
+    from tcam_diff.autodecoder.estimate import estimate
+
     settings = TrainConfig.load(config, overrides or [])
     needs = estimate(settings, seconds)
     steps = f"{settings.steps} steps of {1000 * needs.step:.1f} ms"

@@ -7,13 +7,9 @@ from typing import Annotated
 
 import typer
 
-from tcam_diff.autodecoder import artefact
 from tcam_diff.autodecoder.config import FitConfig
-from tcam_diff.autodecoder.fit import check_channels, fit_volume
-from tcam_diff.autodecoder.objective import compute_dtype, plane_texels
 from tcam_diff.cli.common import progress_bar, say, stop_on_interrupt
-from tcam_diff.data.nifti import VOXEL_BUDGET
-from tcam_diff.data.readers import read_volume
+from tcam_diff.data import VOXEL_BUDGET
 from tcam_diff.text import dtype_text, size_text
 
 
@@ -35,6 +31,11 @@ def command(
 
     The keys of the configuration are in the saved config.yaml and in python/tcam_diff/autodecoder/config.py.
     """
+    from tcam_diff.autodecoder import artefact
+    from tcam_diff.autodecoder.fit import check_channels, fit_volume
+    from tcam_diff.autodecoder.objective import compute_dtype, plane_texels
+    from tcam_diff.data.readers import read_volume
+
     config = FitConfig.load(preset, overrides or [])
     source = read_volume(volume, max_voxels)
     check_channels(source)

@@ -10,7 +10,6 @@ import typer
 from tcam_diff import config as configs
 from tcam_diff.cli.common import progress_bar, say
 from tcam_diff.diffusion.config import Method, SampleConfig
-from tcam_diff.diffusion.draw import SHEET, Output, draw_between
 
 
 def command(
@@ -35,6 +34,8 @@ def command(
 
     OUT gets NIfTI files, a contact sheet, and interpolation.json with the settings.
     """
+    from tcam_diff.diffusion.draw import SHEET, Output, draw_between
+
     output = Output(out, size, dtype)
     config = configs.validate(SampleConfig, {"solver": solver, "steps": steps}, "interpolate")
     with progress_bar("interpolating", quiet) as show:

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from tcam_diff.cli.common import cores, say, tracked
-from tcam_diff.data import cohort
 
 
 def command(
@@ -34,6 +33,8 @@ def command(
     Each case is the MNI152 template under a random affine map and a random deformation, with one or two lesions (oedema,
     necrotic core, enhancing rim) and with random contrasts, bias fields and noise. Ctrl-C stops; the same command continues.
     """
+    from tcam_diff.data import cohort
+
     recipe = cohort.Cohort(n, size, seed, n // 5 if held_out is None else held_out, noise)
     workers = min(n, jobs or cores())
     for _ in tracked(cohort.make_cohort(out, recipe, workers), n, "cases", quiet):

@@ -12,10 +12,8 @@ from rich.markup import escape
 
 from tcam_diff import config as configs
 from tcam_diff.cli.common import bytes_text, cores, folder_size, say, tracked
-from tcam_diff.data.nifti import VOXEL_BUDGET
-from tcam_diff.data.prepare import PrepareConfig, prepare_cases
-from tcam_diff.data.sources import LAYOUTS, download_decathlon, find_cases
-from tcam_diff.data.store import Record
+from tcam_diff.data import LAYOUTS, VOXEL_BUDGET
+from tcam_diff.data.config import PrepareConfig
 from tcam_diff.text import size_text
 
 KEYS = configs.describe(PrepareConfig)
@@ -45,6 +43,10 @@ def command(
 
     Ctrl-C stops; the same command continues. Cases that cannot be prepared are reported, and the exit status is then 1.
     """
+    from tcam_diff.data.prepare import prepare_cases
+    from tcam_diff.data.sources import download_decathlon, find_cases
+    from tcam_diff.data.store import Record
+
     config = PrepareConfig.load(preset, overrides or [])
     if download:
         download_decathlon(source, quiet)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from tcam_diff import config as configs
 from tcam_diff.cli.common import progress_bar, say, stop_on_interrupt
 from tcam_diff.diffusion.config import Method, SampleConfig
-from tcam_diff.diffusion.draw import SHEET, Output, draw_samples
-from tcam_diff.diffusion.guidance import ImageGuidance, read_known
-from tcam_diff.diffusion.model import TriplaneDiffusion, find_model
 from tcam_diff.errors import UserError
 from tcam_diff.text import size_text
-from tcam_diff.training.distributed import first_process
+
+if TYPE_CHECKING:
+    from tcam_diff.diffusion.guidance import ImageGuidance
+    from tcam_diff.diffusion.model import TriplaneDiffusion
+
 
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
@@ -74,6 +75,11 @@ def command(
     Sample i depends on the seed and on i alone. Ctrl-C stops; the same command continues with the missing samples. With
     torchrun samples are shared among the processes.
     """
+    from tcam_diff.diffusion.draw import SHEET, Output, draw_samples
+    from tcam_diff.diffusion.guidance import read_known
+    from tcam_diff.diffusion.model import find_model
+    from tcam_diff.training.distributed import first_process
+
     settings = {
         "solver": solver, "steps": steps, "final": final, "guidance_scale": guidance_scale, "seed": seed, "hot_k": hot_k,
     }  # fmt: skip

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tcam_diff import config as configs
 from tcam_diff.autodecoder.config import TrainConfig
-from tcam_diff.autodecoder.train import AutodecoderTraining, train_autodecoder
 from tcam_diff.cli.common import RESUMED, duration, end_training, progress_bar, say, stop_on_interrupt
 from tcam_diff.text import dtype_text, size_text
-from tcam_diff.training.distributed import first_process
+
+if TYPE_CHECKING:
+    from tcam_diff.autodecoder.train import AutodecoderTraining
+
 
 SHOWN = [("loss", "loss", ".5f", ""), ("PSNR", "psnr", ".2f", " dB"), ("", "steps_per_second", ".1f", " steps/s")]
 
@@ -35,6 +37,9 @@ def command(
     With torchrun the objects are shared among the processes. The run's folder gets config.yaml, checkpoints, metrics.jsonl,
     TensorBoard files, samples (pictures) and report.html.
     """
+    from tcam_diff.autodecoder.train import train_autodecoder
+    from tcam_diff.training.distributed import first_process
+
     settings = TrainConfig.load(config, overrides or [])
     quiet = quiet or not first_process()
     with progress_bar("training", quiet, SHOWN) as show, stop_on_interrupt(RESUMED) as stop:

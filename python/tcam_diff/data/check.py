@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from tcam_diff.data.nifti import VOXEL_BUDGET, Header, Scan
+from tcam_diff.data import VOXEL_BUDGET
+from tcam_diff.data.nifti import Header, Scan
 from tcam_diff.data.readers import read_header, same_grid, scan
 from tcam_diff.data.sources import Case
 from tcam_diff.data.store import Record, Store

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from tcam_diff.data.nifti import VOXEL_BUDGET, Header, Scan, is_singular
+from tcam_diff.data import VOXEL_BUDGET
+from tcam_diff.data.nifti import Header, Scan, is_singular
 from tcam_diff.data.volume import Volume, VolumeInfo
 from tcam_diff.errors import UserError
 

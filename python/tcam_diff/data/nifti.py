@@ -18,12 +18,10 @@ from typing import IO, Any
 import nibabel as nib
 import numpy as np
 
+from tcam_diff.data import VOXEL_BUDGET
 from tcam_diff.data.volume import Volume, VolumeInfo
 from tcam_diff.errors import UserError
 from tcam_diff.files import replacing
-
-#: Default limit of the voxels (times channels) of a file: 1024^3.
-VOXEL_BUDGET = 2**30
 
 #: Millimetres in NIfTI's units of space.
 MILLIMETRES = {"mm": 1.0, "meter": 1000.0, "micron": 0.001, "unknown": 1.0}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tcam_diff.data import dicom, nifti
-from tcam_diff.data.nifti import VOXEL_BUDGET, Header, Scan
+from tcam_diff.data import VOXEL_BUDGET, dicom, nifti
+from tcam_diff.data.nifti import Header, Scan
 from tcam_diff.data.sources import Case
 from tcam_diff.data.volume import Volume
 from tcam_diff.errors import UserError

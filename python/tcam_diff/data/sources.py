@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tcam_diff.data import LAYOUTS
 from tcam_diff.data.dicom import find_series
 from tcam_diff.data.nifti import is_nifti, stem
 from tcam_diff.errors import UserError
@@ -17,12 +18,6 @@ SPLITS = ("train", "validation", "test")
 
 #: Names of a case's channels in BraTS releases, in the order of the Decathlon's Task01: FLAIR, T1w, T1gd, T2w.
 BRATS_CHANNELS = (("flair", "t2f"), ("t1", "t1n"), ("t1ce", "t1c"), ("t2", "t2w"))
-
-LAYOUTS = (
-    "a Decathlon task folder (dataset.json, imagesTr, labelsTr, imagesTs), a datalist (.json), a folder of BraTS cases "
-    "(CASE/CASE_flair.nii.gz or CASE/CASE-t2f.nii.gz, ...), a folder of NIfTI files, a table (.csv) with a column image, a "
-    "NIfTI file, an nnU-Net folder (imagesTr/CASE_0000.nii.gz, ...), or folders of DICOM series"
-)
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,18 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from tcam_diff.data import dicom
 from tcam_diff.data.volume import VolumeInfo, VolumeRecord
 from tcam_diff.errors import UserError
 from tcam_diff.files import reason, replacing, sha256, writable_folder, write_text
 from tcam_diff.folder import Folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INDEX = "store.json"
 
@@ -187,7 +188,7 @@ def quantise(array: np.ndarray, dtype: str) -> np.ndarray:
 
 def unit(stored: Tensor) -> Tensor:
     """Values in [0, 1] as float32 of stored voxels in uint8 (255 v) or floats."""
-    return stored.float() / 255 if stored.dtype == torch.uint8 else stored.float()
+    return stored.float() / 255 if not stored.is_floating_point() else stored.float()
 
 
 def one_shape(folder: Path, records: Sequence[Record]) -> tuple[int, int, int, int]:
