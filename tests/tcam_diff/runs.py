@@ -1,4 +1,4 @@
-"""Small training runs, in processes of their own where a test kills them or wants several."""
+"""Helpers for tests: small stores, latent sets and training runs, in separate processes if a test kills or distributes them."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ SMALL = (
     "ema_decay=0.9", "ssim_weight=0.05",
 )  # fmt: skip
 
-#: Forks of a server that has imported everything and has never started a thread: each process costs milliseconds.
+#: Processes fork from a server without threads that has imported everything, so that each starts in milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tcam_diff.autodecoder.train", "tcam_diff.diffusion.train", "tcam_diff.diffusion.draw"])
 
 
 def blobs(number: int, size: tuple[int, int, int]) -> np.ndarray:
-    """(1, H, W, D) in [0, 1], smooth, different for every number."""
+    """Smooth volume (1, H, W, D) in [0, 1], different for every number."""
     rng = np.random.default_rng(number)
     axes = np.meshgrid(*[(np.arange(n) + 0.5) / n * 2 - 1 for n in size], indexing="ij")
     total = np.zeros(size)
@@ -43,12 +43,12 @@ def blobs(number: int, size: tuple[int, int, int]) -> np.ndarray:
     return total.clip(0, 1).astype(np.float32)[None]
 
 
-#: NIfTI's codes and units of the volumes: others than the defaults.
+#: NIfTI codes and units of the volumes, different from the defaults.
 SPACE: Any = {"codes": (1, 3), "units": ("mm", "msec")}
 
 
 def has_space(image: Any) -> bool:
-    """Whether an image of nibabel has these codes and units."""
+    """Whether an image of nibabel has the codes and units of SPACE."""
     codes = int(image.header["qform_code"]), int(image.header["sform_code"])
     return (codes, image.header.get_xyzt_units()) == (SPACE["codes"], SPACE["units"])
 
@@ -69,24 +69,24 @@ def config(store: Path, *overrides: str) -> TrainConfig:
 
 
 def run(store: Path, out: Path, overrides: tuple[str, ...] = (), resume: str | None = None) -> None:
-    """As ``tcam train-autodecoder`` does, on one thread."""
+    """Run ``train_autodecoder`` on one thread."""
     torch.set_num_threads(1)
     train_autodecoder(config(store, "device=cpu", *overrides), out, resume)
 
 
 def steps(store: Path, out: Path, count: int, overrides: tuple[str, ...] = ()) -> None:
-    """``count`` steps; every rank writes the decoder's gradients of the last one, and the decoder."""
+    """Train for ``count`` steps. Every rank writes the decoder, its last gradients and the planes."""
     torch.set_num_threads(1)
     with distributed("cpu") as group:
         task = AutodecoderTraining(config(store, *overrides), group, out)
         for i in range(count):
             task.step(i)
-        found = {
+        state = {
             "gradients": [p.grad for p in task.decoder.parameters()],
             "decoder": list(task.decoder.state_dict().values()),
             "planes": {o: task.table.planes(o) for o in task.table.objects},
         }
-        torch.save(found, out / f"rank-{group.rank}.pt")
+        torch.save(state, out / f"rank-{group.rank}.pt")
         task.close()
 
 
@@ -106,17 +106,17 @@ def make_latents(
     split: str = "train",
     decoder_seed: int = 0,
 ) -> Path:
-    """A latent set of smooth planes that vary in a few ways, C = 4."""
+    """Latent set of smooth planes with C = 4, random combinations of a few patterns."""
     stage1 = config(folder / "no-store", "channels=4", f"plane_size={list(texels)}", "widths=[8]")
     g = torch.Generator().manual_seed(0)
     decoder = make_decoder(stage1.model_copy(update={"seed": decoder_seed}), 1)
     shapes = [(4, *size) for size in plane_sizes(texels)]
     common = [[torch.nn.functional.avg_pool2d(torch.randn(s, generator=g), 3, 1, 1) for s in shapes] for _ in range(4)]
-    own = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     writer = LatentWriter(folder, stage1, decoder, {"made": "for a test"})
     entries = []
     for i in range(count):
-        weights = torch.cat([torch.ones(1), torch.randn(3, generator=own)])
+        weights = torch.cat([torch.ones(1), torch.randn(3, generator=generator)])
         planes = [sum(w * part[p] for w, part in zip(weights, common, strict=True)) for p in range(3)]
         shape = tuple(2 * n for n in texels)
         affine = np.diag([1.0, 1.5, 2.0, 1.0])
@@ -133,28 +133,28 @@ def diffusion_config(latents: Path, *overrides: str) -> DiffusionConfig:
 
 
 def diffuse(latents: Path, out: Path, overrides: tuple[str, ...] = (), resume: str | None = None) -> None:
-    """As ``tcam train-diffusion`` does, on one thread."""
+    """Run ``train_diffusion`` on one thread."""
     torch.set_num_threads(1)
     train_diffusion(diffusion_config(latents, "device=cpu", *overrides), out, resume)
 
 
 def diffusion_steps(latents: Path, out: Path, count: int, overrides: tuple[str, ...] = ()) -> None:
-    """``count`` steps; every rank writes the gradients of the last one, and the network."""
+    """Train for ``count`` steps. Every rank writes the network and its last gradients."""
     torch.set_num_threads(1)
     with distributed("cpu") as group:
         task = DiffusionTraining(diffusion_config(latents, *overrides), group, out)
         for i in range(count):
             task.step(i)
-        found = {
+        state = {
             "gradients": [p.grad for p in task.network.parameters()],
             "network": list(task.network.state_dict().values()),
             "checked": task.evaluate(),
         }
-        torch.save(found, out / f"rank-{group.rank}.pt")
+        torch.save(state, out / f"rank-{group.rank}.pt")
 
 
 def sample(folder: Path, out: Path) -> None:
-    """As ``tcam sample`` does, five volumes one by one, on one thread."""
+    """Draw five samples one at a time, on one thread."""
     torch.set_num_threads(1)
     draw_samples(folder, Output(out), range(5), SampleConfig(steps=3), batch_size=1, device="cpu")
 
@@ -169,14 +169,14 @@ def _rank(rank: int, world: int, port: int, function, arguments) -> None:
 
 
 def start(function, *arguments, world: int = 1) -> list:
-    """Processes of ``world`` ranks."""
+    """Start a process for each of ``world`` ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    found = [CONTEXT.Process(target=_rank, args=(r, world, port, function, arguments)) for r in range(world)]
-    for process in found:
+    processes = [CONTEXT.Process(target=_rank, args=(r, world, port, function, arguments)) for r in range(world)]
+    for process in processes:
         process.start()
-    return found
+    return processes
 
 
 def finish(processes) -> None:

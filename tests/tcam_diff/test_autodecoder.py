@@ -1,4 +1,4 @@
-"""Normalisation, noise, smoothness, and a fit of a small volume (algorithm.md section 9)."""
+"""Normalisation, noise, total variation, and the fit of a small volume (algorithm.md section 9)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_rms_norm_has_unit_energy_and_ignores_scale():
 
 @pytest.mark.parametrize("size", [(16, 16, 16), (32, 32, 32), (24, 40, 17), (8, 8, 8)])
 def test_texel_noise_has_its_standard_deviation_at_the_voxels(size):
-    """Through the real op: a one-layer identity decoder returns the sampled features."""
+    """Measured with decode_grid: a decoder with one identity layer returns the sampled features."""
     channels, texels = 12, (16, 16, 16)
     zero = [torch.zeros(1, channels, 16, 16) for _ in range(3)]
     sampled = []
@@ -103,8 +103,8 @@ def test_numbers_in_any_notation():
 
 
 def test_a_small_volume_is_fitted():
-    """MSE below 5e-4 on a smooth 24^3 volume with noise on (algorithm.md 9.5 asks as much of 32^3)."""
-    fitter = Fitter(ellipsoids(), FitConfig.load("fast", [*SMALL, "steps=300"]))  # half of the steps that 9.5 grants
+    """MSE below 5e-4 on a smooth 24^3 volume with noise; algorithm.md 9.5 requires it of a 32^3 volume."""
+    fitter = Fitter(ellipsoids(), FitConfig.load("fast", [*SMALL, "steps=300"]))  # half of the steps in 9.5
     result = fitter.run()
     assert result.steps_done == fitter.config.steps
     assert result.psnr > psnr_of_mse(5e-4)
@@ -163,13 +163,13 @@ def test_slices_lie_across_the_volume():
     assert o.visit(3, 5).regions != boxes
 
 
-def test_a_lattice_holds_the_voxels_of_the_volume():
-    """Every voxel once a round, with the value that decoding the whole volume gives it."""
+def test_lattices_cover_the_volume():
+    """Every voxel is visited once per round, with the value that decoding the whole volume gives it."""
     o = objective((13, 12, 14), "region=lattice", "stride=3", "plane_size=[7, 5, 6]")
     volume = np.random.default_rng(0).random((1, *o.size)).astype(np.float32)
     planes = init_planes(4, o.texels, 1.0, torch.Generator().manual_seed(0))
     decoder = make_decoder(o.config, 1)
-    for first in (0, 27):  # the second round too
+    for first in (0, 27):  # two rounds
         seen = torch.zeros(1, 1, *o.size)
         with torch.no_grad():
             whole = decoder(planes, o.size)
@@ -186,7 +186,7 @@ def test_a_lattice_holds_the_voxels_of_the_volume():
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float16])
 @pytest.mark.parametrize("region", ["volume", "box", "slices", "lattice"])
-def test_stored_volumes_are_read_as_what_they_mean(region, dtype):
+def test_stored_volumes_are_converted_to_the_unit_range(region, dtype):
     """The loss of a stored volume is that of its float32 values."""
     o = objective((10, 9, 8), f"region={region}", "voxels_per_step=200", "stride=2", "noise_std=0.1")
     stored = (np.random.default_rng(1).random((2, 10, 9, 8)) * (255 if dtype == np.uint8 else 1)).astype(dtype)
@@ -210,7 +210,7 @@ def test_several_objects_have_the_losses_of_each():
 
 
 @pytest.mark.parametrize("norm", ["plane", "texel", "channel", "triplane", "none"])
-def test_the_readings_of_equation_6(norm):
+def test_variants_of_equation_6(norm):
     f = [3 * torch.randn(2, 5, 6, 7), torch.randn(2, 5, 7, 4), torch.randn(2, 5, 6, 4)]
     got = planes.normalise(f, norm)
     if norm == "plane":
@@ -247,7 +247,7 @@ def test_variants_of_total_variation(kind, want):
 
 
 def test_ssim_of_slices_is_that_of_the_metric():
-    """In two dimensions what MONAI's SSIMMetric says."""
+    """In two dimensions the value is that of MONAI's SSIMMetric."""
     from monai.metrics import SSIMMetric
 
     a, b = torch.rand(2, 1, 24, 20), torch.rand(2, 1, 24, 20)
@@ -270,8 +270,8 @@ def test_the_perceptual_loss_takes_a_local_file_and_says_what_is_missing(tmp_pat
     value.backward()
     assert float(value.detach()) > 0
     assert float(y.grad.abs().sum()) > 0
-    own = lpips.LPIPS(net="squeeze", verbose=False, pnet_rand=True)
-    for key, tensor in own.net.state_dict().items():  # the weights went where they belong
+    reference = lpips.LPIPS(net="squeeze", verbose=False, pnet_rand=True)
+    for key, tensor in reference.net.state_dict().items():
         assert torch.equal(ours.net.net.state_dict()[key], net.state_dict()["features." + key.split(".", 1)[1]])
         assert tensor.shape == ours.net.net.state_dict()[key].shape
     with pytest.raises(UserError, match=r"perceptual_weights.*gone\.pt: no such file"):
@@ -366,7 +366,7 @@ def test_a_changed_byte_or_a_missing_file_is_noticed(fitted, name):
         artefact.load(folder)
 
 
-def test_a_folder_that_is_no_artefact(tmp_path):
+def test_a_folder_without_an_artefact_is_refused(tmp_path):
     with pytest.raises(UserError, match="not a folder that"):
         artefact.load(tmp_path)
     (tmp_path / "manifest.json").write_text("{}")

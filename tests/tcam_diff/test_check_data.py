@@ -1,4 +1,4 @@
-"""Data sets as people have them: found, looked at, and refused with a reason."""
+"""Layouts of data sets, their checks, and reasons for refusal."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def test_a_decathlon_folder(tmp_path):
     write(tmp_path / "imagesTs" / "b.nii.gz")
     training = [{"image": f"./imagesTr/a_{i}.nii.gz", "label": f"./labelsTr/a_{i}.nii.gz"} for i in range(2)]
     (tmp_path / "dataset.json").write_text(json.dumps({"training": training, "test": ["./imagesTs/b.nii.gz"]}))
-    found = find_cases(tmp_path)
-    assert (found.layout, [c.name for c in found.in_split("train")], len(found.in_split("test"))) == (
+    data = find_cases(tmp_path)
+    assert (data.layout, [c.name for c in data.in_split("train")], len(data.in_split("test"))) == (
         "Decathlon",
         ["a_0", "a_1"],
         1,
     )
-    reports = list(check_cases(found.cases, jobs=2))
+    reports = list(check_cases(data.cases, jobs=2))
     assert [r.problem for r in reports] == [""] * 3
     assert reports[0].labels == [0, 1, 3]
     assert reports[2].labels is None
@@ -56,8 +56,8 @@ def test_a_decathlon_folder(tmp_path):
 def test_a_datalist_with_a_file_for_each_channel(tmp_path):
     for name in ("flair", "t1"):
         write(tmp_path / "x" / f"{name}.nii.gz")
-    listed = {"validation": [{"image": ["x/flair.nii.gz", "x/t1.nii.gz"], "name": "first"}]}
-    (tmp_path / "list.json").write_text(json.dumps(listed))
+    datalist = {"validation": [{"image": ["x/flair.nii.gz", "x/t1.nii.gz"], "name": "first"}]}
+    (tmp_path / "list.json").write_text(json.dumps(datalist))
     (case,) = find_cases(tmp_path / "list.json").cases
     assert (case.name, case.split, len(case.images)) == ("first", "validation", 2)
     assert check_case(case).channels == 2
@@ -69,11 +69,11 @@ def test_brats_folders(tmp_path, names):
         write(tmp_path / "BraTS_1" / f"BraTS_1{name}.nii.gz", np.full((6, 5, 4), names.index(name)))
     labels(tmp_path / "BraTS_1" / f"BraTS_1{names[4]}.nii.gz")
     write(tmp_path / "BraTS_2" / f"BraTS_2{names[0]}.nii.gz")
-    found = find_cases(tmp_path)
-    assert found.layout == "BraTS"
-    first, second = check_cases(found.cases)
+    data = find_cases(tmp_path)
+    assert data.layout == "BraTS"
+    first, second = check_cases(data.cases)
     assert (first.channels, first.low, first.high, first.problem) == (4, 0, 3, "")
-    order = [float(nib.load(p).get_fdata().max()) for p in found.cases[0].images]
+    order = [float(nib.load(p).get_fdata().max()) for p in data.cases[0].images]
     assert order == [0, 1, 2, 3]  # FLAIR, T1w, T1gd, T2w, as in the Decathlon
     assert "BraTS_2_t1.nii.gz: no such file" in second.problem
 
@@ -104,7 +104,7 @@ def test_a_table_and_a_flat_folder(tmp_path):
         ("a.txt", "", r"a\.txt.*Decathlon"),
     ],
 )
-def test_what_is_none_of_these(tmp_path, name, text, message):
+def test_other_layouts_are_refused(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
         find_cases(tmp_path / name)
@@ -125,7 +125,7 @@ def test_empty_folders_dicom_and_nothing(tmp_path):
 
 
 def damaged(path, change):
-    """A packed file with its unpacked bytes changed."""
+    """Change the unpacked bytes of a gzip file."""
     raw = bytearray(gzip.decompress(write(path).read_bytes()))
     change(raw)
     path.write_bytes(gzip.compress(bytes(raw)))
@@ -160,7 +160,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", sorted(FAULTS))
-def test_a_fault_is_named_and_stops_nothing(tmp_path, fault):
+def test_a_fault_is_reported_and_does_not_stop_the_check(tmp_path, fault):
     make, message = FAULTS[fault]
     bad, good = tmp_path / "bad.nii.gz", write(tmp_path / "good.nii.gz")
     make(bad)
@@ -180,13 +180,13 @@ def test_a_fault_is_named_and_stops_nothing(tmp_path, fault):
         (lambda p: labels(p, range(100)), "more than 64"),
     ],
 )
-def test_labels_that_do_not_belong(tmp_path, make, message):
+def test_labels_that_do_not_fit(tmp_path, make, message):
     image, label = write(tmp_path / "a.nii.gz"), tmp_path / "seg.nii.gz"
     make(label)
     assert re.search(message, check_case(Case("a", (image,), label)).problem)
 
 
-def test_what_is_odd_is_said(tmp_path):
+def test_oddities_are_reported(tmp_path):
     image, label = write(tmp_path / "a.nii.gz", np.full((6, 5, 4), 3)), labels(tmp_path / "seg.nii.gz", (0,))
     report = check_case(Case("a", (image,), label))
     assert report.problem == ""
@@ -195,7 +195,7 @@ def test_what_is_odd_is_said(tmp_path):
     assert differences([report, other]) == ["shape differs: 6 x 5 x 4 (1), 7 x 5 x 4 (1)"]
 
 
-def test_a_scan_equals_numpy_and_holds_a_piece_at_a_time(tmp_path):
+def test_a_scan_equals_numpy_in_bounded_memory(tmp_path):
     data = np.random.default_rng(1).integers(-900, 3000, (200, 210, 220)).astype(np.int16)
     image = nib.Nifti1Image(data, AFFINE)
     image.header.set_slope_inter(0.5, -7)
@@ -229,6 +229,6 @@ def test_the_command(tmp_path):
     assert done.returncode == 1
     assert "FAILS bad [train]" in done.stdout
     assert "1 of 2 cases can be used" in done.stdout
-    found = json.loads((tmp_path / "out.json").read_text())
-    assert [bool(r["problem"]) for r in found] == [True, False]
-    assert found[1]["shape"] == [6, 5, 4]
+    reports = json.loads((tmp_path / "out.json").read_text())
+    assert [bool(r["problem"]) for r in reports] == [True, False]
+    assert reports[1]["shape"] == [6, 5, 4]

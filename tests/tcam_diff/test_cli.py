@@ -1,4 +1,4 @@
-"""The commands, as a user types them."""
+"""Commands with the arguments that a user types."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OBLIQUE = np.array([[0.9, 0.1, 0.3, -20.0], [-0.1, 1.8, 0.2, 7.0], [-0.2, 0.3, 2
 
 
 def tcam(*arguments, check=True):
-    """As the command runs, in this process: its first seconds are imports."""
+    """Run a command in this process, which saves seconds of imports."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with redirect_stdout(out), redirect_stderr(err), mock.patch.object(sys, "argv", ["tcam", *map(str, arguments)]):
         try:
@@ -40,7 +40,7 @@ def tcam(*arguments, check=True):
 
 @pytest.fixture(scope="module")
 def volume(tmp_path_factory):
-    """Anisotropic, oblique, stored as scaled int16: nothing is convenient."""
+    """Anisotropic, oblique volume, stored as scaled int16."""
     x, y, z = np.meshgrid(*[np.linspace(-1, 1, n) for n in (20, 16, 12)], indexing="ij")
     data = 800 * np.exp(-3 * (x**2 + y**2 + z**2)) - 100
     image = nib.Nifti1Image(data.astype(np.float32), OBLIQUE)
@@ -155,14 +155,14 @@ def test_ctrl_c_ends_a_training_run_with_a_checkpoint_and_a_status(tmp_path):
 
 
 def test_ctrl_c_ends_the_demo(monkeypatch, tmp_path, capsys):
-    """A command that was stopped is its last."""
+    """No command runs after one that was interrupted."""
     from tcam_diff import demo
 
-    asked = []
+    calls = []
 
     def work(name, stops=False):
         def run(*arguments, **options):
-            asked.append(name)
+            calls.append(name)
             if stops:
                 raise KeyboardInterrupt
             return []
@@ -178,11 +178,11 @@ def test_ctrl_c_ends_the_demo(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         demo.main()
     assert ended.value.code == 130
-    assert asked == ["make_cohort", "prepare_cases", "train_autodecoder"]
+    assert calls == ["make_cohort", "prepare_cases", "train_autodecoder"]
     assert "the same command continues" in capsys.readouterr().out
 
 
-def test_the_library_does_not_know_its_command_line():
+def test_the_library_does_not_import_the_command_line():
     package = Path(tcam_diff.__file__).parent
     for path in package.rglob("*.py"):
         if "cli" not in path.relative_to(package).parts:
@@ -224,7 +224,7 @@ def test_check_data_needs_no_torch(tmp_path):
     assert not {"torch", "monai", "matplotlib"} & set(done.stdout.splitlines()[-1].split())
 
 
-def test_without_the_extra_packages_one_sentence_says_so(tmp_path):
+def test_missing_extra_packages_are_reported_in_one_line(tmp_path):
     (tmp_path / "typer.py").write_text("raise ModuleNotFoundError(\"No module named 'typer'\", name='typer')")
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-m", "tcam_diff.cli"], env=env, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The cohort that anyone can make."""
+"""Synthetic cohort."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def test_the_layout_is_that_of_the_decathlon(made):
         assert set(np.unique(np.asarray(label.dataobj))) <= {0, 1, 2, 3}
     described = json.loads((made / "dataset.json").read_text())
     assert described["modality"]["0"] == "FLAIR"
-    assert described["labels"]["1"] == "edema"  # the mapping that a well-known tutorial has wrong
+    assert described["labels"]["1"] == "edema"  # a well-known tutorial has this mapping wrong
     assert len(described["test"]) == 2
     for name in described["test"]:
-        volume = read_volume(made / name)  # by the strict reader
+        volume = read_volume(made / name)  # with all checks
         assert volume.data.shape == (4, 40, 40, 40)
 
 
@@ -53,14 +53,14 @@ def test_files_depend_on_the_recipe_alone(made, tmp_path):
     again = tmp_path / "again"
     list(make_cohort(again, SMALL, jobs=1))
     assert checksums(again) == checksums(made)
-    case = make_case(replace(SMALL, n=1, held_out=0), 0)  # whatever the others are
+    case = make_case(replace(SMALL, n=1, held_out=0), 0)  # a cohort of another size
     stored = np.asarray(nib.load(made / "imagesTr" / "cohort_0000.nii.gz").dataobj)
     np.testing.assert_array_equal(np.rint(1000 * case.image), np.moveaxis(stored, -1, 0))
     other = make_case(replace(SMALL, seed=4), 0)
     assert np.abs(other.image - case.image).mean() > 0.02
 
 
-def test_a_cohort_cut_short_goes_on(made, tmp_path):
+def test_an_interrupted_cohort_is_completed(made, tmp_path):
     folder = tmp_path / "cut"
     cases = make_cohort(folder, SMALL, jobs=1)
     next(cases)
@@ -92,7 +92,7 @@ def test_brains_differ_and_modalities_belong_together():
     assert (masks.any(0) & ~masks.all(0)).mean() > 0.02  # no two heads are alike
 
 
-def test_noise_is_of_the_case():
+def test_noise_changes_only_the_image():
     quiet = make_case(Cohort(n=1, size=32, held_out=0, noise=0), 0)
     noisy = make_case(Cohort(n=1, size=32, held_out=0, noise=0.2), 0)
     np.testing.assert_array_equal(quiet.labels, noisy.labels)

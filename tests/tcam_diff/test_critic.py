@@ -1,4 +1,4 @@
-"""The critic's distance: its network, its sets, and that it orders what is ordered (algorithm.md 5.1 and 9.9)."""
+"""Distance of the critic: network, sets, and order of the distances (algorithm.md 5.1 and 9.9)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ CPU = torch.device("cpu")
 
 
 def blob_set(count: int, seed: int, shift: float = 0.0, size: int = 16) -> torch.Tensor:
-    """(N, 1, size^3) in [0, 1]: a Gaussian blob whose place varies, and whose height is moved by ``shift``."""
+    """Volumes (N, 1, size, size, size) in [0, 1] of Gaussian blobs at random places, with heights raised by ``shift``."""
     rng = np.random.default_rng(seed)
     axes = np.meshgrid(*[np.linspace(-1, 1, size)] * 3, indexing="ij")
-    found = []
+    volumes = []
     for _ in range(count):
         centre, height = rng.normal(0, 0.2, 3), 0.5 + rng.normal(0, 0.05) + shift
-        found.append(height * np.exp(-4 * sum((a - c) ** 2 for a, c in zip(axes, centre, strict=True))))
-    return torch.from_numpy(np.stack(found)[:, None].astype(np.float32))
+        volumes.append(height * np.exp(-4 * sum((a - c) ** 2 for a, c in zip(axes, centre, strict=True))))
+    return torch.from_numpy(np.stack(volumes)[:, None].astype(np.float32))
 
 
 @pytest.mark.parametrize(("size", "count"), [(128, 6.95e6), (64, 0.72e6)])
@@ -37,7 +37,7 @@ def test_the_critic_has_the_protocols_size(size, count):
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
-def test_a_critic_gives_a_number_a_volume(ndim):
+def test_a_critic_gives_one_number_per_volume(ndim):
     config = CriticConfig(size=32, width=4, ndim=ndim)
     volumes = prepare(torch.rand(3, 2, 20, 40, 33), config)
     assert volumes.shape == (3, 2, *(32,) * ndim)
@@ -52,10 +52,10 @@ def test_sizes_that_cannot_be_halved_are_refused(size):
 
 def test_preparing_keeps_means_and_maps_the_unit_interval():
     volumes = torch.rand(2, 1, 32, 32, 32)
-    found = prepare(volumes, SMALL).float()
-    assert found.shape == (2, 1, 16, 16, 16)
-    torch.testing.assert_close(found.mean((1, 2, 3, 4)), volumes.mean((1, 2, 3, 4)) * 2 - 1, rtol=0, atol=1e-3)
-    assert prepare(torch.full((1, 1, 8, 8, 8), 7.0), SMALL).unique().tolist() == [1.0]  # clamped, and made larger
+    prepared = prepare(volumes, SMALL).float()
+    assert prepared.shape == (2, 1, 16, 16, 16)
+    torch.testing.assert_close(prepared.mean((1, 2, 3, 4)), volumes.mean((1, 2, 3, 4)) * 2 - 1, rtol=0, atol=1e-3)
+    assert prepare(torch.full((1, 1, 8, 8, 8), 7.0), SMALL).unique().tolist() == [1.0]  # clamped and enlarged
 
 
 def test_blurring_keeps_constants_and_lowers_variation():
@@ -66,7 +66,7 @@ def test_blurring_keeps_constants_and_lowers_variation():
 
 
 def test_the_distance_grows_with_the_shift():
-    """Sets whose mean moves away, each with a critic of its own; and the same sets before one critic, in the same order."""
+    """Distances grow with the shift of the sets, with one critic per set and with one for all sets."""
     real = prepare(blob_set(40, 0), SMALL)
     fakes = {f"{s}": prepare(blob_set(40, 1, s), SMALL) for s in (0.0, 0.15, 0.4)}
     alone = [score(real, {k: v}, SMALL, 0, CPU).distance[k] for k, v in fakes.items()]
@@ -90,8 +90,8 @@ def test_a_score_is_a_function_of_its_seed():
 
 def test_fakes_beyond_the_number_of_reals_are_left_out():
     real = prepare(blob_set(10, 0), SMALL)
-    found = score(real, {"x": prepare(blob_set(30, 1), SMALL)}, SMALL.model_copy(update={"epochs": 1}), 0, CPU)
-    assert (found.real_count, found.counts) == (4, {"x": 4})
+    result = score(real, {"x": prepare(blob_set(30, 1), SMALL)}, SMALL.model_copy(update={"epochs": 1}), 0, CPU)
+    assert (result.real_count, result.counts) == (4, {"x": 4})
     with pytest.raises(ValueError, match="one or more sets"):
         score(real, {}, SMALL, 0, CPU)
     with pytest.raises(UserError, match="x: 1 volumes are too few"):
@@ -131,13 +131,13 @@ def test_sets_come_from_stores_samples_and_files(tmp_path):
     volumes = blob_set(3, 0, size=12)
     samples = write(tmp_path / "samples", volumes, -1000.0, 400.0)
     torch.testing.assert_close(read_set(samples, lambda v: v), volumes, rtol=0, atol=1e-5)
-    told = read_set(samples, lambda v: v, intensity=(0, 200))  # what files say of themselves counts
-    torch.testing.assert_close(told, volumes, rtol=0, atol=1e-5)
+    unchanged = read_set(samples, lambda v: v, intensity=(0, 200))  # the JSON files have priority
+    torch.testing.assert_close(unchanged, volumes, rtol=0, atol=1e-5)
     plain = write(tmp_path / "plain", volumes, -1000.0, 400.0, sidecars=False)
     with pytest.raises(UserError, match=r"s0\.nii\.gz: values from .*--intensity"):
         read_set(plain, lambda v: v)
     torch.testing.assert_close(read_set(plain, lambda v: v, intensity=(-1000, 400)), volumes, rtol=0, atol=1e-5)
-    (plain / "s0.json").write_text(json.dumps({"EchoTime": 0.03}))  # as BIDS has it
+    (plain / "s0.json").write_text(json.dumps({"EchoTime": 0.03}))  # as in BIDS
     torch.testing.assert_close(read_set(plain, lambda v: v, intensity=(-1000, 400)), volumes, rtol=0, atol=1e-5)
     (plain / "s0.json").write_text("{")
     with pytest.raises(UserError, match=r"s0\.json: damaged"):
@@ -154,14 +154,14 @@ def test_the_command_prints_a_line_for_every_set(tmp_path):
         write(tmp_path / name, blob_set(12, seed, shift), 0.0, 1.0)
         for name, seed, shift in (("truth", 0, 0.0), ("real", 1, 0.05), ("far", 2, 0.4))
     )
-    found = tmp_path / "scores.json"
-    command = ["critic", real, near, far, "size=16", "width=8", "epochs=10", "lr=1e-3", "--seeds", 2, "--json", found, "-q"]
+    path = tmp_path / "scores.json"
+    command = ["critic", real, near, far, "size=16", "width=8", "epochs=10", "lr=1e-3", "--seeds", 2, "--json", path, "-q"]
     done = CliRunner().invoke(app, [str(c) for c in command])
     assert done.exit_code == 0, (done.output, done.exception)
     assert [line.split(":")[0] for line in done.output.splitlines()] == [
         "real", str(near), str(far), "control", "control", "control",
     ]  # fmt: skip
-    scores = json.loads(found.read_text())["scores"]
+    scores = json.loads(path.read_text())["scores"]
     assert all(len(v) == 2 for v in scores.values())
     assert scores[str(far)][0]["distance"][str(far)] > scores[str(far)][0]["distance"][str(near)]
     done = CliRunner().invoke(app, ["critic", str(real), str(near), str(near)])

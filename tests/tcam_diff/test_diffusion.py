@@ -1,4 +1,4 @@
-"""The U-Net over three planes, the quarter circle, and its solvers (algorithm.md sections 2, 4 and 9)."""
+"""U-Net, diffusion process and solvers (algorithm.md sections 2, 4 and 9)."""
 
 import math
 from collections.abc import Callable
@@ -24,13 +24,13 @@ OBLONG = [(16, 24), (24, 8), (16, 8)]
 
 
 def network(channels: int = 6, seed: int = 0, classes: int = 0, **changes) -> TriplaneUNet:
-    """With the weights that begin at zero drawn too: the network then does something."""
+    """Network with random weights also in the layers that are initially zero."""
     torch.manual_seed(seed)
-    made = TriplaneUNet(channels, NetworkConfig(**TINY | changes), classes)
-    for p in made.parameters():
+    net = TriplaneUNet(channels, NetworkConfig(**TINY | changes), classes)
+    for p in net.parameters():
         if not p.abs().max():
             torch.nn.init.normal_(p, std=0.1)
-    return made.eval()
+    return net.eval()
 
 
 def planes(sizes, channels: int = 6, batch: int = 2, seed: int = 1):
@@ -52,8 +52,8 @@ T = torch.tensor([3.5, 700.0])
 def test_presets_have_the_designed_parameter_counts(preset, channels, millions):
     config = DiffusionConfig.load(preset)
     with torch.device("meta"):
-        made = TriplaneUNet(channels, config.network)
-    count = sum(p.numel() for p in made.parameters())
+        net = TriplaneUNet(channels, config.network)
+    count = sum(p.numel() for p in net.parameters())
     assert count / 1e6 == pytest.approx(millions, abs=0.05 if millions > 10 else 0.005)
 
 
@@ -61,8 +61,8 @@ def test_presets_have_the_designed_parameter_counts(preset, channels, millions):
 @pytest.mark.parametrize("weights", ["independent", "shared"])
 @pytest.mark.parametrize("cross", ["full", "axis", "none"])
 def test_output_has_the_shapes_of_the_input(sizes, weights, cross):
-    found = network(weights=weights, cross=cross)(planes(sizes), T)
-    for half in found:
+    estimates = network(weights=weights, cross=cross)(planes(sizes), T)
+    for half in estimates:
         assert [tuple(p.shape) for p in half] == [(2, 6, h, w) for h, w in sizes]
 
 
@@ -80,14 +80,14 @@ def test_grouped_and_looped_execution_agree(weights, cross):
 
 @pytest.mark.parametrize("cross", ["full", "axis"])
 def test_gradients_in_bfloat16_are_near_those_in_float32(cross):
-    found = []
+    gradients = []
     for enabled in (False, True):
         net = network(cross=cross)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             halves = net(planes(SQUARE), T)
         sum(p.float().square().mean() for half in halves for p in half).backward()
-        found.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
-    exact, rough = found
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
+    exact, rough = gradients
     assert 0 < float((rough - exact).norm()) < 0.05 * float(exact.norm())
 
 
@@ -120,8 +120,8 @@ def test_heads_begin_at_zero_so_the_loss_begins_at_two(weights):
     net = TriplaneUNet(6, NetworkConfig(**TINY | {"weights": weights}))
     x0, noise = planes(SQUARE, batch=8, seed=2), planes(SQUARE, batch=8, seed=3)
     t = timesteps("stratified", 8, 0, 0)
-    found = net([mix(a, b, t) for a, b in zip(x0, noise, strict=True)], t)
-    assert float(sum(e.mean() for e in errors(*found, noise, x0)).detach()) == pytest.approx(2, abs=0.05)
+    estimates = net([mix(a, b, t) for a, b in zip(x0, noise, strict=True)], t)
+    assert float(sum(e.mean() for e in errors(*estimates, noise, x0)).detach()) == pytest.approx(2, abs=0.05)
 
 
 def test_axis_attention_reads_the_line_of_the_shared_coordinate():
@@ -136,8 +136,8 @@ def test_axis_attention_reads_the_line_of_the_shared_coordinate():
     before = block(x)
     # brute force: every texel of plane p against the texels of the others on its lines
     with torch.no_grad():
-        own = block._heads(block.qkv1(block.norm1(x)), 3)
-        state = _add(x, block.out1(block._images([_attend(q, k, v) for q, k, v in own], x)))
+        heads = block._heads(block.qkv1(block.norm1(x)), 3)
+        state = _add(x, block.out1(block._images([_attend(q, k, v) for q, k, v in heads], x)))
         normed = block.norm2(state)
         q = [t[0][0, 0] for t in block._heads(block.q2(normed), 1)]  # heads, N, d
         kv = [[t[0, 0] for t in pair] for pair in block._heads(block.kv2(normed), 2)]
@@ -147,10 +147,10 @@ def test_axis_attention_reads_the_line_of_the_shared_coordinate():
                 if o == p:
                     continue
                 shared = (set(axes[p]) & set(axes[o])).pop()
-                mine, theirs = axes[p].index(shared), axes[o].index(shared)
+                along, across = axes[p].index(shared), axes[o].index(shared)
                 for n in range(q[p].shape[1]):
-                    at = divmod(n, sizes[p][1])[mine]
-                    keys = [m for m in range(kv[o][0].shape[1]) if divmod(m, sizes[o][1])[theirs] == at]
+                    at = divmod(n, sizes[p][1])[along]
+                    keys = [m for m in range(kv[o][0].shape[1]) if divmod(m, sizes[o][1])[across] == at]
                     k, v = kv[o][0][:, keys], kv[o][1][:, keys]
                     weight = torch.softmax(torch.einsum("hd,hkd->hk", q[p][:, n], k) / k.shape[-1] ** 0.5, 1)
                     want[:, n] += torch.einsum("hk,hkd->hd", weight, v)
@@ -171,7 +171,7 @@ def test_positions_agree_on_the_axis_that_planes_share():
     assert not xz[8:16].any()
 
 
-def test_labels_matter_and_none_is_a_label_of_its_own():
+def test_labels_matter_and_no_label_is_another_label():
     net = network(classes=3)
     x = planes(SQUARE)
     none, explicit, one = (net(x, T, c)[0][0] for c in (None, torch.tensor([3, 3]), torch.tensor([1, 1])))
@@ -181,12 +181,12 @@ def test_labels_matter_and_none_is_a_label_of_its_own():
 
 def test_checkpointing_changes_memory_not_gradients():
     x = planes(SQUARE)
-    found = []
+    gradients = []
     for checkpointing in (False, True):
         net = network(checkpointing=checkpointing).train()
         sum(p.square().sum() for half in net(x, T) for p in half).backward()
-        found.append([p.grad for p in net.parameters()])
-    for a, b in zip(*found, strict=True):
+        gradients.append([p.grad for p in net.parameters()])
+    for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(a.abs().max()))
 
 
@@ -197,7 +197,7 @@ def test_compiled_network_agrees():
     for a, b in zip(net(x, T), compiled(x, T), strict=True):
         for p, q in zip(a, b, strict=True):
             torch.testing.assert_close(p, q)
-    torch._dynamo.reset()  # what it leaves behind, Python 3.11's ast trips over when it is collected
+    torch._dynamo.reset()  # otherwise garbage collection fails in the ast module of Python 3.11
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def mixture(x: np.ndarray, eta: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def integrate(solver: str, steps: int, x: np.ndarray, estimate, **options) -> torch.Tensor:
-    """(N, 1) float64 from noise to data."""
+    """Integrate from noise to data (N,), in float64."""
     scheduler = ArcScheduler(solver, final=options.pop("final", "x"), **options)
     scheduler.set_timesteps(steps)
     state = torch.from_numpy(x)[:, None]
@@ -336,7 +336,7 @@ def test_errors_on_the_closed_form_mixture(solver, normals, exact):
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("ab2", 2), ("heun", 2), ("midpoint", 2), ("rk4", 4)])
 def test_order_of_convergence(solver, order, normals):
-    """Where the posterior is smooth: one normal, off the middle."""
+    """Orders hold where the posterior is smooth, as for one normal distribution with a mean that is not zero."""
 
     def smooth(x: np.ndarray, eta: float) -> tuple[np.ndarray, np.ndarray]:
         c, s = math.cos(eta), math.sin(eta)
@@ -394,7 +394,7 @@ def test_solvers_evaluate_from_pure_noise_and_return_the_last_estimate(solver):
     scheduler = ArcScheduler(solver)
     assert float(scheduler.timesteps[0]) == 1000
     assert len(scheduler.timesteps) == 50 * STAGES.get(solver, 1)
-    for _ in range(2):  # begins again after the end
+    for _ in range(2):  # the scheduler starts again after the last step
         x = torch.zeros(2, 3)
         for number, t in enumerate(scheduler.timesteps):
             value = torch.full((2, 3), float(number))
@@ -407,7 +407,7 @@ def test_solvers_evaluate_from_pure_noise_and_return_the_last_estimate(solver):
 @pytest.mark.parametrize("method", [*METHODS, "hot"])
 @pytest.mark.parametrize("final", ["x0", "x"])
 def test_monais_scheduler_and_the_solver_are_one_integration(method, final):
-    """Equal bits, whoever drives it."""
+    """The scheduler and the solver give equal bits."""
 
     def network(x: torch.Tensor, eta: float) -> torch.Tensor:
         return torch.cat([x.sin(), (x + eta).cos()], 1)
@@ -431,7 +431,7 @@ def test_every_method_has_its_name_in_the_configuration():
     assert set(get_args(Method)) == {*METHODS, "hot"}
 
 
-def test_bundles_of_the_first_version_name_the_scheduler_otherwise():
+def test_the_scheduler_has_its_name_in_bundles_of_version_0_1():
     from tcam_diff.diffusion import schedulers
 
     assert schedulers.ArcScheduler is ArcScheduler

@@ -1,4 +1,4 @@
-"""From a training run to latents, and from latents to volumes."""
+"""Encoding and export of latents, and decoding of latents to volumes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def encoded(trained, store, tmp_path_factory):
 
 
 def test_held_out_volumes_are_encoded(encoded, store):
-    """Under the frozen decoder; the PSNR of the index is that of the volumes decoded from the files."""
+    """The PSNR in the index is that of the volumes decoded from the files."""
     latents = LatentSet(encoded)
     assert [e.name for e in latents.entries] == [r.name for r in Store(store).in_split("test")]
     for entry in latents.entries:
@@ -68,15 +68,15 @@ def test_held_out_volumes_are_encoded(encoded, store):
 
 
 def test_statistics_of_the_set(encoded):
-    """Equal to their definitions."""
+    """Statistics equal their definitions."""
     latents = LatentSet(encoded)
     for p, name in enumerate(PLANE_NAMES):
         stacked = torch.stack([latents.planes(e)[p] for e in latents.entries]).double()
-        found = latents.index["statistics"][name]
-        assert found["rms"] == pytest.approx(1, rel=1e-3)
-        np.testing.assert_allclose(found["channel_rms"], stacked.square().mean((0, 2, 3)).sqrt(), atol=1e-5)
+        statistics = latents.index["statistics"][name]
+        assert statistics["rms"] == pytest.approx(1, rel=1e-3)
+        np.testing.assert_allclose(statistics["channel_rms"], stacked.square().mean((0, 2, 3)).sqrt(), atol=1e-5)
         share = stacked.mean(0).square().mean() / stacked.square().mean()
-        assert found["mean_plane_energy_share"] == pytest.approx(float(share), rel=1e-4)
+        assert statistics["mean_plane_energy_share"] == pytest.approx(float(share), rel=1e-4)
         assert 0 < share < 1
     assert latents.index["provenance"]["preprocessing"]["percentiles"] == [0.0, 100.0]
 
@@ -89,8 +89,8 @@ def test_encoding_does_not_touch_the_decoder(trained, encoded):
     assert all(not p.requires_grad for p in run.decoder.parameters())
 
 
-def test_an_encoding_that_was_stopped_goes_on(trained, store, encoded, tmp_path, monkeypatch):
-    """Equal files: a volume's streams are named by its name, whatever group it is in."""
+def test_a_stopped_encoding_continues(trained, store, encoded, tmp_path, monkeypatch):
+    """The planes do not depend on the interruption, because random numbers depend on a volume's name and not on its group."""
     out, encode, calls = tmp_path / "latents", Encoder.encode, []
 
     def stopping(self, volumes, *callbacks):
@@ -122,7 +122,7 @@ def test_a_plateau_ends_a_volume(trained, store):
     assert steps == {0.0: 100, 100.0: 40}  # the first check has nothing to compare with; three poor ones follow
 
 
-def test_planes_that_become_no_numbers_name_their_volume(trained, store):
+def test_planes_that_become_nan_name_their_volume(trained, store):
     record = Store(store).in_split("test")[0]
     encoder = Encoder(load_run(trained), EncodeConfig(steps=4, check_every=2, lr=1e38), SIZE, torch.device("cpu"))
     with pytest.raises(UserError, match=f"{record.name}: its planes became NaN"):
@@ -147,7 +147,7 @@ def test_a_latent_decodes_to_a_file_in_physical_units(encoded, store, tmp_path):
     tcam("decode", encoded, "--volume", name, "--out", tmp_path / "x.nii.gz", "--size", 24, 20, 28, "-q")
     image = nib.load(tmp_path / "x.nii.gz")
     assert image.shape == (24, 20, 28)
-    assert runs.has_space(image)  # as the store has them
+    assert runs.has_space(image)  # those of the store
     np.testing.assert_allclose(image.header.get_zooms(), (0.5, 0.75, 1.0))
     values = image.get_fdata()
     assert values.min() >= 10

@@ -1,4 +1,4 @@
-"""From volumes to new volumes (algorithm.md 9.10): samples are nearer to the data than decoded noise is."""
+"""Both stages together (algorithm.md 9.10): samples are closer to the data than decoded noise."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tcam_diff.evaluation.sets import read_set
 COUNT = 24
 
 
-def test_the_demo_spares_what_it_did_not_make(tmp_path):
+def test_the_demo_keeps_files_that_it_did_not_make(tmp_path):
     from tcam_diff import demo
 
     (tmp_path / "samples").mkdir()
@@ -30,7 +30,7 @@ def test_the_demo_spares_what_it_did_not_make(tmp_path):
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    """(data, samples, decoded noise), (N, 1, H, W, D) each."""
+    """Data, samples and decoded noise, each (N, 1, H, W, D)."""
     work = tmp_path_factory.mktemp("whole")
     store = runs.make_store(work / "store", count=COUNT, held_out=2, size=(16, 16, 16)).folder
     stage1 = ("channels=6", "widths=[24]", "stride=2", "steps=250", "batch=4", "plane_size=8")
@@ -50,7 +50,7 @@ def sets(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_samples_have_the_datas_mean_and_spread(sets):
+def test_samples_have_the_mean_and_spread_of_the_data(sets):
     data, samples, noise = sets
     for moment in (torch.mean, torch.std):
         want = moment(data, 0)
@@ -59,7 +59,7 @@ def test_samples_have_the_datas_mean_and_spread(sets):
 
 
 @pytest.mark.slow
-def test_a_critic_finds_samples_nearer_than_noise(sets):
+def test_a_critic_scores_samples_closer_than_noise(sets):
     config = CriticConfig(size=16, width=8, epochs=12, lr=1e-3)
     data, samples, noise = (prepare(s, config) for s in sets)
     distances = [score(data, {"fake": s}, config, 0, torch.device("cpu")).distance["fake"] for s in (samples, noise)]

@@ -1,4 +1,4 @@
-"""A folder with an index is whole or unfinished, and errors about it name the file and what to do."""
+"""Folders with an index: atomic writing, and errors that name the file and what to do."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from tcam_diff.folder import Folder, tensor_bytes
 
 @pytest.fixture
 def folder(tmp_path):
-    made = Folder(tmp_path, "index.json", "`tcam make`", "make it again", formats=(1, 2))
-    made.write({"what": "a test"}, {"a.safetensors": tensor_bytes({"x": torch.arange(3)}, {"k": "v"}), "b.txt": b"text"})
-    return made
+    folder = Folder(tmp_path, "index.json", "`tcam make`", "make it again", formats=(1, 2))
+    folder.write({"what": "a test"}, {"a.safetensors": tensor_bytes({"x": torch.arange(3)}, {"k": "v"}), "b.txt": b"text"})
+    return folder
 
 
 def test_what_is_written_is_read(folder):
@@ -54,15 +54,15 @@ def test_a_changed_file_and_a_missing_one(folder):
         folder.verify("a.safetensors", index["sha256"]["a.safetensors"])
 
 
-def test_a_write_that_fails_leaves_what_was_there(folder):
+def test_a_failed_write_changes_nothing(folder):
     before = {p.name: p.read_bytes() for p in folder.path.iterdir()}
     with pytest.raises(TypeError):
         folder.write({"what": "new"}, {"b.txt": b"new", "a.safetensors": "no bytes"})  # the second one fails
     assert {p.name: p.read_bytes() for p in folder.path.iterdir()} == before
 
 
-def test_a_write_that_is_cut_short_leaves_no_index(folder, monkeypatch):
-    """Never old checksums beside new files."""
+def test_an_interrupted_write_leaves_no_index(folder, monkeypatch):
+    """Old checksums never accompany new files."""
     from tcam_diff import files
 
     replace = files.os.replace

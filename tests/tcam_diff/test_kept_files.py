@@ -1,6 +1,6 @@
-"""Folders that version 0.1.0 wrote, in data/: they load, and the commands that wrote them go on with them.
+"""Folders of version 0.1.0, in data/, load, and their commands continue with them. They were written by:
 
-tcam prepare list.csv --out store crop=[8,8,8] channels=null           (v0.nii.gz, v1.nii.gz, and one that was missing)
+tcam prepare list.csv --out store crop=[8,8,8] channels=null           (v0.nii.gz, v1.nii.gz and a missing file)
 tcam fit v0.nii.gz --out fitted steps=20 channels=3 widths=[8]
 tcam train-autodecoder fast data=store channels=4 widths=[8] plane_size=8 stride=2 steps=8 batch=2 ssim_weight=0 --out stage1
 tcam export-latents stage1 --out latents
@@ -29,7 +29,7 @@ from tcam_diff.errors import UserError
 from tcam_diff.evaluation.sets import read_set
 from typer.testing import CliRunner
 
-CORNER = (-6.0199334, 9.6281231, -9.2373648)  # mm, of the first voxel of what was prepared
+CORNER = (-6.0199334, 9.6281231, -9.2373648)  # position in mm of the first voxel of the prepared volumes
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def tcam(*arguments, fails=False):
 
 
 def looks_like(path, shape, mean, std, corner=CORNER, codes=(0, 2)):
-    """A NIfTI file of two channels."""
+    """Check a NIfTI file with two channels."""
     image = nib.load(path)
     voxels = image.get_fdata()
     assert voxels.shape == (*shape, 2)
@@ -73,7 +73,7 @@ def test_a_store(data):
     np.testing.assert_allclose(store.records[1].info.intensity, [(0.0452967, 91.4524307), (37.3512115, 62.6487885)], rtol=1e-6)
 
 
-def test_a_store_is_gone_on_with(data):
+def test_a_store_is_continued(data):
     store = Store(data / "store")
     writer = StoreWriter(data / "store", store.config)
     assert [writer.find(r.name, r.sources) for r in store.records] == store.records
@@ -112,17 +112,17 @@ def test_a_latent_set(data):
     looks_like(data / "x.nii.gz", (8, 8, 8), (48.9778, 48.2866), (2.50264, 0.84717))
 
 
-def test_a_latent_set_is_gone_on_with(data):
+def test_a_latent_set_is_continued(data):
     latents, records = LatentSet(data / "latents"), Store(data / "store").records
     writer = LatentWriter(data / "latents", latents.config, latents.decoder(), latents.index["provenance"])
     for entry, record in zip(latents.entries, records, strict=True):
-        found = writer.find(record)
-        assert found is not None
-        assert (found.name, found.psnr, found.info) == (entry.name, entry.psnr, entry.info)
+        existing = writer.find(record)
+        assert existing is not None
+        assert (existing.name, existing.psnr, existing.info) == (entry.name, entry.psnr, entry.info)
 
 
 def test_a_model_with_a_sample_and_an_interpolation(data):
-    """The model is the one that both were made with, so neither is made again or refused."""
+    """The model is recognised as that of the sample and the interpolation, so both are kept."""
     model = TriplaneDiffusion.load(data / "model")
     assert (model.geometry.texels, model.geometry.info.array_shape) == ((8, 8, 8), (2, 8, 8, 8))
     sidecar = data / "samples" / "sample-0000_seed0_heun2.json"

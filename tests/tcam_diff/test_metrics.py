@@ -1,4 +1,4 @@
-"""SSIM equals MONAI's dense one; PSNR and the picture."""
+"""SSIM, PSNR and pictures."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_limits():
 
 
 def test_canonical_puts_anatomy_upright():
-    """An image stored left-anterior-inferior comes out right-anterior-superior, spacings along."""
+    """An image stored as anterior, left, inferior is reoriented to right, anterior, superior, with its spacings."""
     volume = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4)
     ras = nib.Nifti1Image(volume, np.diag([1.0, 2, 3, 1]))
     lai = ras.as_reoriented(

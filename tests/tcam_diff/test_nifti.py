@@ -1,4 +1,4 @@
-"""Reading refuses what nibabel accepts; writing streams, keeps the geometry and never wraps an integer."""
+"""NIfTI files: checks beyond those of nibabel, and streamed writing that keeps the geometry and never wraps integers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def save(path, data, affine=OBLIQUE, **header):
 
 
 def patch(path, offset, raw):
-    """Overwrite bytes of an uncompressed file: what nibabel would refuse to write."""
+    """Overwrite bytes of an uncompressed file, for headers that nibabel does not write."""
     data = bytearray(path.read_bytes())
     data[offset : offset + len(raw)] = raw
     path.write_bytes(bytes(data))
@@ -66,10 +66,10 @@ def test_reads_channels_and_scaling(tmp_path):
     np.testing.assert_array_equal(nifti.read_volume(path).data, np.moveaxis(want, -1, 0))
 
 
-# ---- files that must end in one line ---------------------------------------------------
+# ---- refused files ---------------------------------------------------------------------
 
 
-def test_refuses_what_is_no_nifti(tmp_path):
+def test_refuses_other_files(tmp_path):
     refuse(tmp_path / "absent.nii", "no such file")
     refuse(tmp_path, "folder")
     for name, content in (
@@ -94,13 +94,13 @@ def test_refuses_types_without_intensities(tmp_path):
     refuse(save(tmp_path / "rgb.nii", rgb), "RGB")
 
 
-def test_refuses_a_header_that_claims_gigabytes_at_once(good):
-    """A few hundred bytes that promise 32767^3 voxels: refused from the header, before any allocation."""
+def test_refuses_a_header_that_promises_terabytes(good):
+    """A file of a few hundred bytes with a header of 32767^3 voxels is refused before any allocation."""
     patch(good, 42, struct.pack("<hhh", 32767, 32767, 32767))
     refuse(good, "more than")
 
 
-def test_the_budget_is_the_callers(good):
+def test_the_voxel_budget_is_an_argument(good):
     refuse(good, "--max-voxels", max_voxels=100)
 
 
@@ -133,7 +133,7 @@ def test_refuses_truncated_and_damaged_files(tmp_path):
 
 
 def test_refuses_a_gzip_bomb_in_bounded_memory(tmp_path, good):
-    """A gigabyte of zeros behind a small header: reading stops just beyond what the header promises."""
+    """Reading stops just beyond the promised size if a gigabyte of zeros follows a small header."""
     path = tmp_path / "bomb.nii.gz"
     with gzip.open(path, "wb", compresslevel=1) as out:
         out.write(good.read_bytes())
@@ -179,14 +179,14 @@ def test_what_is_written_in_slabs_reads_back_whole(tmp_path, name, channels, thi
     back = nifti.read_volume(tmp_path / name)
     np.testing.assert_array_equal(back.data, data)
     np.testing.assert_allclose(back.info.affine, OBLIQUE, atol=1e-5)
-    assert [p.name for p in tmp_path.iterdir()] == [name]  # nothing temporary stays
+    assert [p.name for p in tmp_path.iterdir()] == [name]  # no temporary file is left
 
 
 @pytest.mark.parametrize(("dtype", "steps"), [("uint8", 255), ("int16", 65535), ("uint16", 65535)])
 @pytest.mark.parametrize(("lo", "hi"), [(0.0, 1.0), (-1024.0, 3071.0), (5.0, 5.0)])
 def test_integers_keep_half_a_step_and_do_not_wrap(tmp_path, dtype, steps, lo, hi):
     data = np.linspace(lo, hi, 4 * 5 * 6, dtype=np.float32).reshape(1, 4, 5, 6)
-    data[0, 0, 0, 0], data[0, 3, 4, 5] = lo - 1000, hi + 1000  # beyond the range: clamped
+    data[0, 0, 0, 0], data[0, 3, 4, 5] = lo - 1000, hi + 1000  # outside the range
     nifti.write_volume(tmp_path / "i.nii.gz", slabs(data, 2), unit((4, 5, 6)), nifti.Quantiser(dtype, lo, hi))
     assert nib.load(tmp_path / "i.nii.gz").get_data_dtype() == np.dtype(dtype)
     back = nifti.read_volume(tmp_path / "i.nii.gz").data
@@ -216,7 +216,7 @@ def test_float16_is_refused():
 
 @pytest.mark.parametrize("new", [(12, 10, 8), (3, 5, 9)])
 def test_a_resized_affine_keeps_the_field_of_view(new):
-    """Corners of the outermost voxels stay where they are in space."""
+    """The corners of the outermost voxels keep their positions in space."""
     old = (6, 5, 4)
     affine = VolumeInfo(channels=1, shape=old, affine=OBLIQUE).resized(new).affine
     for corner in np.ndindex(2, 2, 2):

@@ -1,4 +1,4 @@
-"""From files to a store of volumes in [0, 1]."""
+"""Preprocessing of files to a store of volumes in [0, 1]."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def write(path, v):
 
 
 def test_brats_is_the_authors_chain_of_monai_transforms():
-    """algorithm.md section 8, written with MONAI alone."""
+    """The preset equals the chain of algorithm.md section 8, written with MONAI."""
     v = volume((60, 56, 40), 4, (1.2, 1.0, 1.5), flip=True)
     got, info = prepare_volume(v, load("brats-flair-128", "crop=[32, 40, 24]"))
     theirs = Compose([
@@ -110,8 +110,8 @@ def test_bad_configuration(override, message):
         load("cohort", override)
 
 
-def test_monais_split_is_monais(tmp_path):
-    """DecathlonDataset itself, on a task folder of empty names."""
+def test_split_monai_is_that_of_monai(tmp_path):
+    """The split equals that of DecathlonDataset on a task folder without images."""
     from monai.apps import DecathlonDataset
 
     folder = tmp_path / "Task01_BrainTumour"
@@ -145,18 +145,18 @@ def test_a_store_serves_what_was_prepared(folder, tmp_path, dtype):
     for i, record in enumerate(store.in_split("train")):
         store.verify(record)
         want, info = prepare_volume(volume(seed=i), config)
-        held = store.volume(record)
-        assert isinstance(held, np.memmap)
-        assert held.dtype == dtype
-        part = held[:, 3:7, :, 5].astype(np.float32) / (255 if dtype == "uint8" else 1)
+        array = store.volume(record)
+        assert isinstance(array, np.memmap)
+        assert array.dtype == dtype
+        part = array[:, 3:7, :, 5].astype(np.float32) / (255 if dtype == "uint8" else 1)
         np.testing.assert_allclose(part, want[:, 3:7, :, 5], atol=0.5 / 255 + 1e-6 if dtype == "uint8" else 5e-4)
         np.testing.assert_allclose(record.info.affine, info.affine)
         np.testing.assert_allclose(record.info.intensity, info.intensity)
-        assert (record.info.codes, record.info.units) == ((1, 2), ("mm", "msec"))  # of the file
+        assert (record.info.codes, record.info.units) == ((1, 2), ("mm", "msec"))  # those of the file
     assert one_shape(store.folder, store.records) == (1, 20, 24, 16)
 
 
-def test_one_bad_file_stops_no_other(folder, tmp_path):
+def test_a_bad_file_does_not_stop_the_others(folder, tmp_path):
     (folder / "c2.nii.gz").write_bytes((folder / "c2.nii.gz").read_bytes()[:3000])
     records = list(prepare_cases(find_cases(folder).cases, tmp_path / "store", load("cohort"), jobs=2))
     assert [bool(r.problem) for r in records] == [False, False, True, False, False]
@@ -166,7 +166,7 @@ def test_one_bad_file_stops_no_other(folder, tmp_path):
     assert json.loads((tmp_path / "store" / "store.json").read_text())["failed"][0]["name"] == "c2"
 
 
-def test_a_run_that_was_stopped_goes_on(folder, tmp_path, monkeypatch):
+def test_an_interrupted_run_continues(folder, tmp_path, monkeypatch):
     cases, out, config = find_cases(folder).cases, tmp_path / "store", load("cohort")
     steps = prepare_cases(cases, out, config)
     next(steps), next(steps)
@@ -178,7 +178,7 @@ def test_a_run_that_was_stopped_goes_on(folder, tmp_path, monkeypatch):
     after = {p.name: p.stat().st_mtime_ns for p in (out / "cases").glob("*.npy")}
     assert len(after) == 5
     assert all(after[n] == t for n, t in before.items())
-    write(folder / "c0.nii.gz", volume(seed=77))  # a source that changed is prepared again
+    write(folder / "c0.nii.gz", volume(seed=77))  # changed sources are prepared again
     list(prepare_cases(cases, out, config))
     changed = [n for n, t in after.items() if (out / "cases" / n).stat().st_mtime_ns != t]
     assert changed == ["c0.npy"]

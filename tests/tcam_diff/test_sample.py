@@ -1,4 +1,4 @@
-"""From a trained model to volumes: samples that depend on their number alone, guidance, interpolation, MONAI."""
+"""Sampling from a trained model: files, guidance, interpolation, MONAI."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def latents(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(latents, tmp_path_factory):
-    """With two classes."""
+    """Run with two classes."""
     out = tmp_path_factory.mktemp("trained") / "run"
     table = out.parent / "labels.csv"
     table.write_text("name,label\n" + "".join(f"v0-{i},{'ab'[i % 2]}\n" for i in range(6)))
@@ -80,17 +80,17 @@ def test_products_in_bfloat16_are_near_those_in_float32(model, trained):
     assert 0 < float((exact - rough).abs().max()) < 0.1
 
 
-def test_float32_products_are_that_on_gpus_too():
-    """No TF32 while they run; what the user had set is back afterwards."""
+def test_float32_products_use_no_tf32_on_gpus():
+    """TF32 is off during the products, and the previous setting is restored."""
     from tcam_diff.diffusion.model import _no_tf32
 
     flags, gpu = torch.backends.cudnn.conv, torch.device("cuda")
-    held = flags.fp32_precision
+    before = flags.fp32_precision
     with _no_tf32(gpu, torch.float32):
         assert flags.fp32_precision == "ieee"
     with _no_tf32(gpu, torch.bfloat16):
-        assert flags.fp32_precision == held
-    assert flags.fp32_precision == held
+        assert flags.fp32_precision == before
+    assert flags.fp32_precision == before
 
 
 def test_planes_of_samples_have_unit_energy(model):
@@ -98,23 +98,23 @@ def test_planes_of_samples_have_unit_energy(model):
         torch.testing.assert_close(p.square().mean((1, 2, 3)), torch.ones(2), rtol=0, atol=1e-4)
 
 
-def test_classifier_free_guidance_is_what_it_says(model):
-    """Scale 1 is the conditional estimate, 0 the unconditional one, and the estimate is linear in the scale."""
+def test_classifier_free_guidance_is_linear_in_the_scale(model):
+    """Scale 1 gives the conditional estimate and 0 the unconditional one."""
     x = sampler(model).noise([0, 1])
-    found = {s: sampler(model, guidance_scale=s)._estimate(x, 500.0, 1) for s in (0.0, 1.0, 2.0)}
+    estimates = {s: sampler(model, guidance_scale=s)._estimate(x, 500.0, 1) for s in (0.0, 1.0, 2.0)}
     times = torch.full((2,), 500.0)
-    torch.testing.assert_close(found[0.0], model.estimate(x, times))
-    torch.testing.assert_close(found[1.0], model.estimate(x, times, torch.tensor([1, 1])))
-    torch.testing.assert_close(found[2.0], 2 * found[1.0] - found[0.0])
-    assert not torch.equal(found[0.0], found[1.0])
+    torch.testing.assert_close(estimates[0.0], model.estimate(x, times))
+    torch.testing.assert_close(estimates[1.0], model.estimate(x, times, torch.tensor([1, 1])))
+    torch.testing.assert_close(estimates[2.0], 2 * estimates[1.0] - estimates[0.0])
+    assert not torch.equal(estimates[0.0], estimates[1.0])
 
 
 def test_there_and_back(model, latents):
-    """Planes to noise and to planes again: the ODE is one to one."""
+    """Sampling undoes the inversion."""
     from tcam_diff.autodecoder.latents import LatentSet
 
-    held = LatentSet(latents)
-    planes = [p[None] for p in held.planes(held.entries[0])]
+    latent_set = LatentSet(latents)
+    planes = [p[None] for p in latent_set.planes(latent_set.entries[0])]
     s = sampler(model, solver="rk4", steps=40, final="x")
     again = model.planes(s.integrate(s.invert(planes), [0]))
     error = torch.cat([(a - b).flatten() for a, b in zip(again, planes, strict=True)]).square().mean().sqrt()
@@ -124,48 +124,48 @@ def test_there_and_back(model, latents):
 def test_interpolation_begins_and_ends_at_its_volumes(model, latents):
     from tcam_diff.autodecoder.latents import LatentSet
 
-    held = LatentSet(latents)
-    a, b = ([p[None] for p in held.planes(e)] for e in held.entries[:2])
-    found = list(sampler(model, solver="rk4", steps=30, final="x").interpolate(a, b, 3))
-    for planes, want in ((found[0], a), (found[2], b)):
+    latent_set = LatentSet(latents)
+    a, b = ([p[None] for p in latent_set.planes(e)] for e in latent_set.entries[:2])
+    points = list(sampler(model, solver="rk4", steps=30, final="x").interpolate(a, b, 3))
+    for planes, want in ((points[0], a), (points[2], b)):
         for p, q in zip(planes, want, strict=True):
             assert float((p - q).square().mean().sqrt()) < 0.05
-    assert float((found[1][0] - found[0][0]).square().mean()) > 1e-3
+    assert float((points[1][0] - points[0][0]).square().mean()) > 1e-3
 
 
 # ---- the command ---------------------------------------------------------------------------
 
 
-def test_what_a_sample_leaves(trained, model, tmp_path):
+def test_files_of_a_sample(trained, model, tmp_path):
     out = tmp_path / "samples"
     tcam("sample", trained, "--out", out, "--n", 2, "--seed", 3, "--steps", 4, "--size", 20, 16, 12, "-q")
     stem = "sample-0001_seed3_heun4"
     image = nib.load(out / f"{stem}.nii.gz")
     assert image.shape == (20, 16, 12)
-    assert runs.has_space(image)  # as the training volumes
+    assert runs.has_space(image)  # those of the training volumes
     # the field of view is that of the training volumes
     spacing = np.asarray(image.header.get_zooms()) * image.shape
     np.testing.assert_allclose(spacing, np.array([1.0, 1.5, 2.0]) * SIZE, rtol=1e-5)
     lo, hi = model.geometry.info.intensity[0]
     data = image.get_fdata()
     assert lo - 1e-3 <= data.min() < data.max() <= hi + 1e-3
-    held = json.loads((out / f"{stem}.json").read_text())
-    assert held["index"] == 1
-    assert held["sampling"]["seed"] == 3
-    assert held["intensity"] == [[lo, hi]]
-    assert (held["shape"], held["codes"]) == ([20, 16, 12], [1, 3])
+    sidecar = json.loads((out / f"{stem}.json").read_text())
+    assert sidecar["index"] == 1
+    assert sidecar["sampling"]["seed"] == 3
+    assert sidecar["intensity"] == [[lo, hi]]
+    assert (sidecar["shape"], sidecar["codes"]) == ([20, 16, 12], [1, 3])
     assert (out / f"{stem}.png").is_file()
     assert (out / "contact-sheet.png").is_file()
 
 
-def test_a_command_goes_on_with_what_is_missing(trained, tmp_path):
+def test_a_command_draws_the_missing_samples(trained, tmp_path):
     out = tmp_path / "samples"
     command = ("sample", trained, "--out", out, "--steps", 3, "--batch-size", 1)
     tcam(*command, "--n", 3)
     files = {p.name: p.read_bytes() for p in out.glob("*.nii.gz")}
     kept = out / "sample-0000_seed0_heun3.nii.gz"
     before = kept.stat().st_mtime_ns
-    (out / "sample-0001_seed0_heun3.json").unlink()  # as if stopped before it was whole
+    (out / "sample-0001_seed0_heun3.json").unlink()  # as after an interruption
     (out / "sample-0002_seed0_heun3.nii.gz").unlink()
     assert "1 already exist" in tcam(*command, "--n", 3)
     assert kept.stat().st_mtime_ns == before
@@ -176,7 +176,7 @@ def test_a_command_goes_on_with_what_is_missing(trained, tmp_path):
     assert {p.name: p.read_bytes() for p in out.glob("*.nii.gz")} == files
 
 
-def test_drawing_stops_when_asked_and_goes_on(trained, tmp_path):
+def test_drawing_stops_and_continues(trained, tmp_path):
     reports, kept = [], []
     request = (trained, Output(tmp_path), range(3), SampleConfig(steps=2))
     assert not draw_samples(*request, batch_size=1, progress=reports.append, stop=lambda: len(reports) == 2)
@@ -188,14 +188,14 @@ def test_drawing_stops_when_asked_and_goes_on(trained, tmp_path):
 
 
 def test_the_mean_residual_is_that_of_the_sample(trained, tmp_path):
-    """Whatever else was in its batch."""
-    found = []
+    """It does not depend on the batch size."""
+    residuals = []
     for size in (1, 3):
         out = tmp_path / f"{size}"
         tcam("sample", trained, "--out", out, "--n", 3, "--steps", 3, "--batch-size", size, "-q")
-        found.append([json.loads(p.read_text())["residual_mean_square"] for p in sorted(out.glob("*.json"))])
-    assert found[0] == pytest.approx(found[1], rel=1e-4)
-    assert len(set(found[0])) == 3
+        residuals.append([json.loads(p.read_text())["residual_mean_square"] for p in sorted(out.glob("*.json"))])
+    assert residuals[0] == pytest.approx(residuals[1], rel=1e-4)
+    assert len(set(residuals[0])) == 3
 
 
 def test_two_processes_draw_the_same_volumes(trained, tmp_path):
@@ -205,7 +205,7 @@ def test_two_processes_draw_the_same_volumes(trained, tmp_path):
     assert len(one) == 5
     assert one == two
     assert (tmp_path / "2" / "contact-sheet.png").is_file()
-    for number in (1, 3):  # both of the second process, as the samples were first dealt
+    for number in (1, 3):  # samples of the second process
         next((tmp_path / "2").glob(f"sample-000{number}*.json")).unlink()
     runs.finish(runs.start(runs.sample, trained, tmp_path / "2", world=2))
     assert len(list((tmp_path / "2").glob("*.json"))) == 5
@@ -254,12 +254,12 @@ def test_interpolate(trained, latents, tmp_path):
 
 @pytest.fixture(scope="module")
 def truth(model):
-    """A volume that the model can make: a sample of another seed."""
+    """Volume that the model can generate: a sample with another seed."""
     return model.decode(sampler(model, seed=77, final="x").sample([0]))[0]
 
 
 @pytest.mark.parametrize("what", ["half", "coarse"])
-def test_guided_samples_follow_what_is_known(model, truth, what):
+def test_guided_samples_follow_known_voxels(model, truth, what):
     s = sampler(model, steps=20, solver="euler")
     if what == "half":
         mask = torch.zeros_like(truth)
@@ -268,25 +268,25 @@ def test_guided_samples_follow_what_is_known(model, truth, what):
     else:
         guidance = ImageGuidance(torch.nn.functional.avg_pool3d(truth, 4), factor=(4, 4, 4), noise=0.005, iterations=10)
     guided = guidance.bind(model)
-    free, held = s.sample([0, 1]), s.sample([0, 1], correct=guided)
-    before, after = guided.misfit(free), guided.misfit(held)
+    free, samples = s.sample([0, 1]), s.sample([0, 1], correct=guided)
+    before, after = guided.misfit(free), guided.misfit(samples)
     assert float((after / before).max()) < 0.2
-    assert float((held[0][0] - held[0][1]).square().mean()) > 1e-4  # what is not known still varies
+    assert float((samples[0][0] - samples[0][1]).square().mean()) > 1e-4  # unknown voxels still vary
 
 
-def test_guidance_keeps_the_state_where_it_is(model, truth):
-    """The noise moves with the planes: cos x0 + sin eps is as before."""
+def test_guidance_keeps_the_state(model, truth):
+    """The noise changes with the planes, so that cos(eta) x0 + sin(eta) eps stays the same."""
     from tcam_diff.diffusion.process import Estimate
 
     x = sampler(model).noise([0])
     estimate = Estimate(x, torch.randn_like(x), torch.randn_like(x), 0.9)
-    found = ImageGuidance(truth).bind(model)(estimate)
-    torch.testing.assert_close(found.residual, estimate.residual, rtol=0, atol=1e-4)
-    assert not torch.equal(found.x0, estimate.x0)
+    corrected = ImageGuidance(truth).bind(model)(estimate)
+    torch.testing.assert_close(corrected.residual, estimate.residual, rtol=0, atol=1e-4)
+    assert not torch.equal(corrected.x0, estimate.x0)
 
 
-def test_guidance_approaches_the_minimum_and_moves_what_is_known(model, truth):
-    """Texels far from all known voxels stay, but for the common scale of the normalisation."""
+def test_guidance_approaches_the_minimum_near_known_voxels(model, truth):
+    """Texels far from all known voxels change only by the common scale of the normalisation."""
     from tcam_diff.diffusion.process import Estimate, unpack
 
     mask = torch.zeros_like(truth)
@@ -300,16 +300,16 @@ def test_guidance_approaches_the_minimum_and_moves_what_is_known(model, truth):
         return float(guided.misfit(model.planes(z)) / 0.02**2 + ((z - before) / math.sin(eta)).square().sum()) / 2
 
     few, many = (ImageGuidance(truth, mask, iterations=n).bind(model)(estimate).x0 for n in (5, 100))
-    start, found, least = objective(before), objective(few), objective(many)
-    assert least <= found < start
-    assert found - least < 0.1 * (start - least)
+    start, reached, least = objective(before), objective(few), objective(many)
+    assert least <= reached < start
+    assert reached - least < 0.1 * (start - least)
     for plane in unpack(few - before, model.channels, model.geometry.sizes):
         near, far = plane[..., :3, :3], plane[..., 5:, 5:]
         assert float(far.square().mean()) < 0.01 * float(near.square().mean())
 
 
 def test_guided_samples_depend_on_their_numbers_alone(trained, model, truth, tmp_path):
-    """The command draws them one by one."""
+    """The command draws them one at a time."""
     path = tmp_path / "known.nii.gz"
     lo, hi = model.geometry.info.intensity[0]
     nib.save(nib.Nifti1Image(lo + (hi - lo) * torch.nn.functional.avg_pool3d(truth, 4)[0].numpy(), np.eye(4)), path)
@@ -340,9 +340,9 @@ def test_known_files(model, trained, truth, tmp_path):
     marked = np.zeros(SIZE, np.uint8)
     marked[:8] = 1
     nib.save(nib.Nifti1Image(marked, np.eye(4)), mask)
-    found = read_known(model, path, mask)
-    torch.testing.assert_close(found.known, truth, rtol=0, atol=1e-5)
-    assert found.mask.sum() == 8 * 16 * 16
+    guidance = read_known(model, path, mask)
+    torch.testing.assert_close(guidance.known, truth, rtol=0, atol=1e-5)
+    assert guidance.mask.sum() == 8 * 16 * 16
     out = tmp_path / "samples"
     tcam("sample", trained, "--out", out, "--n", 1, "--steps", 3, "--known", path, "--mask", mask, "-q")
     assert json.loads(next(out.glob("*.json")).read_text())["known"]["mask"] is not None
@@ -355,23 +355,23 @@ def test_known_files(model, trained, truth, tmp_path):
         read_known(model, path, channels="1")
 
 
-def test_known_files_are_turned_to_the_models_axes(model, truth, tmp_path):
-    """A file that holds the same anatomy along other axes is known to be the same."""
+def test_known_files_are_reoriented_to_the_model(model, truth, tmp_path):
+    """A file with other axes and the same anatomy gives the same known voxels."""
     lo, hi = model.geometry.info.intensity[0]
     path, mask = tmp_path / "known.nii.gz", tmp_path / "mask.nii.gz"
     marked = np.zeros(SIZE, np.uint8)
     marked[:5, :, 2:] = 1
     affine = np.diag([1.0, 1.0, 1.0, 1.0])
-    turned = affine.copy()  # x is backward, y and z are swapped
+    turned = affine.copy()  # x is flipped, y and z are swapped
     turned[0, 0], turned[0, 3] = -1.0, SIZE[0] - 1
     turned[1:3, 1:3] = [[0, 1], [1, 0]]
     for target, values in ((path, lo + (hi - lo) * truth[0].numpy()), (mask, marked)):
         nib.save(nib.Nifti1Image(values[::-1].transpose(0, 2, 1), turned), target)
-    found = read_known(model, path, mask)
-    torch.testing.assert_close(found.known, truth, rtol=0, atol=1e-5)
-    assert torch.equal(found.mask[0] != 0, torch.from_numpy(marked != 0))
-    told = read_known(model, path, intensity=(lo, lo + 2 * (hi - lo)))
-    torch.testing.assert_close(told.known, truth / 2, rtol=0, atol=1e-5)
+    guidance = read_known(model, path, mask)
+    torch.testing.assert_close(guidance.known, truth, rtol=0, atol=1e-5)
+    assert torch.equal(guidance.mask[0] != 0, torch.from_numpy(marked != 0))
+    scaled = read_known(model, path, intensity=(lo, lo + 2 * (hi - lo)))
+    torch.testing.assert_close(scaled.known, truth / 2, rtol=0, atol=1e-5)
     nib.save(nib.Nifti1Image(marked, affine @ np.diag([1, 1, 1.5, 1])), mask)
     with pytest.raises(UserError, match=r"mask\.nii\.gz: its affine is not that of"):
         read_known(model, path, mask)
@@ -390,8 +390,8 @@ def test_monais_inferer_draws_our_samples(model):
     inferer = LatentDiffusionInferer(scheduler)
     noise = s.noise([4, 2]).view(2, *latent_shape(model))
     assert noise.shape == (2, 12, 8, 8)
-    found = inferer.sample(noise, Autoencoder(model), Network(model), verbose=False)
-    torch.testing.assert_close(found, model.decode(s.sample([4, 2])), rtol=0, atol=1e-4)
+    volumes = inferer.sample(noise, Autoencoder(model), Network(model), verbose=False)
+    torch.testing.assert_close(volumes, model.decode(s.sample([4, 2])), rtol=0, atol=1e-4)
     context = torch.full((2, 1, 1), 1.0)
     guided = inferer.sample(noise, Autoencoder(model), Network(model), verbose=False, conditioning=context, cfg=2.0)
     ours = sampler(model, steps=5, guidance_scale=2.0).sample([4, 2], label=1)
@@ -413,7 +413,7 @@ def test_monais_inferer_trains_on_our_latents(model, truth):
     assert prediction.shape == (1, 24, 8, 8)
 
 
-#: The keys that MONAI's bundle specification calls mandatory, as a JSON schema: the published one needs a network.
+#: JSON schema of the mandatory keys of MONAI's bundle specification. The published schema needs network access.
 SPECIFICATION = {
     "type": "object",
     "required": [
@@ -467,7 +467,7 @@ def test_a_bundle_is_verified_and_runs_alone(trained, model, tmp_path):
     want = lo + (hi - lo) * model.decode(sampler(model, steps=4, seed=3).sample([0, 1]))[1, 0]
     np.testing.assert_allclose(image.get_fdata(), want.numpy(), atol=0.1)
     np.testing.assert_allclose(image.affine, model.geometry.info.affine, atol=1e-5)
-    tcam("export-bundle", trained, "--out", bundle)  # over a bundle, whole or not
+    tcam("export-bundle", trained, "--out", bundle)  # replaces a complete or incomplete bundle
     (tmp_path / "file").write_text("")
     (tmp_path / "project" / "docs").mkdir(parents=True)
     for place in (tmp_path / "file", tmp_path / "project"):

@@ -1,4 +1,4 @@
-"""Training of stage 2: data, steps, runs that survive, ranks, and the model that is left."""
+"""Training of stage 2: data, steps, interrupted runs, ranks and models."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def equal(a, b):
 
 
 def test_data_are_the_planes_of_the_set(latents):
-    data, held = LatentData(latents), LatentSet(latents)
-    assert data.names == [e.name for e in held.entries]
-    for i, entry in enumerate(held.entries):
-        for a, b in zip(data.rows([i]), held.planes(entry), strict=True):
+    data, latent_set = LatentData(latents), LatentSet(latents)
+    assert data.names == [e.name for e in latent_set.entries]
+    for i, entry in enumerate(latent_set.entries):
+        for a, b in zip(data.rows([i]), latent_set.planes(entry), strict=True):
             assert torch.equal(a[0], b)
 
 
@@ -118,7 +118,7 @@ def test_every_epoch_visits_every_volume(latents):
 
 @pytest.mark.parametrize("centre", ["center=false", "center=true"])
 def test_flips_are_those_of_the_volume_and_only_along_the_axes_asked(latents, centre):
-    """States that were turned decode to the volume mirrored along x, or to the volume itself."""
+    """States decode to the volume mirrored along x, or to the volume itself."""
     still = DiffusionTraining(runs.diffusion_config(latents, centre), Distributed(), latents)
     turning = DiffusionTraining(runs.diffusion_config(latents, centre, "flip=[x]"), Distributed(), latents)
     turned = 0
@@ -160,12 +160,12 @@ def test_training_lowers_the_loss_of_held_out_volumes(latents, tmp_path):
 @pytest.mark.parametrize("overrides", [("accumulate=2",), ("accumulate=4", "network.checkpointing=true")])
 def test_accumulated_gradients_are_those_of_the_batch(latents, tmp_path, overrides):
     plain = ("network.dropout=0", "compute_dtype=float64")
-    found = []
+    gradients = []
     for more in ((), overrides):
         task = DiffusionTraining(runs.diffusion_config(latents, *plain, *more), Distributed(), tmp_path)
         task.step(0)
-        found.append([p.grad for p in task.network.parameters()])
-    for a, b in zip(*found, strict=True):
+        gradients.append([p.grad for p in task.network.parameters()])
+    for a, b in zip(*gradients, strict=True):
         assert float((a - b).norm()) <= 1e-9 * float(a.norm() + 1e-12)
 
 
@@ -195,19 +195,19 @@ def uninterrupted(latents, tmp_path_factory):
     return out
 
 
-def test_what_a_run_leaves(uninterrupted):
+def test_files_of_a_run(uninterrupted):
     assert sorted(p.name for p in uninterrupted.iterdir()) == [
         "checkpoints", "config.yaml", "metrics.jsonl", "model", "report.html", "samples", "tensorboard",
     ]  # fmt: skip
-    found = read_metrics(uninterrupted)
-    assert [m["step"] for m in found if "loss" in m] == [4, 8, 12, 16]
-    assert [m["step"] for m in found if "validation_loss" in m] == [8, 16]
+    metrics = read_metrics(uninterrupted)
+    assert [m["step"] for m in metrics if "loss" in m] == [4, 8, 12, 16]
+    assert [m["step"] for m in metrics if "validation_loss" in m] == [8, 16]
     page = (uninterrupted / "report.html").read_text()
     assert page.count("data:image/png") == 2
     assert len(list((uninterrupted / "samples").glob("*.png"))) == 2
 
 
-def test_a_finished_run_stays_as_it_is(latents, uninterrupted):
+def test_a_finished_run_does_not_change(latents, uninterrupted):
     page = (uninterrupted / "report.html").read_text()
     weights = states(uninterrupted)
     runs.finish(runs.start(runs.diffuse, latents, uninterrupted, (), "auto"))
@@ -216,7 +216,7 @@ def test_a_finished_run_stays_as_it_is(latents, uninterrupted):
 
 
 def test_the_best_checkpoint_is_one_that_was_evaluated(latents, tmp_path):
-    """Its score is that of its own step, not of the evaluation before it."""
+    """The score of a checkpoint is that of its step, not of an earlier evaluation."""
     runs.finish(runs.start(runs.diffuse, latents, tmp_path, ("keep=9", "checkpoint_every=3", "evaluate_every=4")))
     scores = {s: json.loads((tmp_path / "checkpoints" / f"step-{s:08d}" / "manifest.json").read_text())["score"]
               for s in checkpoint.steps(tmp_path / "checkpoints")}  # fmt: skip
@@ -285,7 +285,7 @@ def test_a_batch_that_cannot_be_shared(latents, tmp_path):
         DiffusionTraining(runs.diffusion_config(latents, "accumulate=2"), Distributed(0, 3), tmp_path)
 
 
-# ---- the model that is left ----------------------------------------------------------------
+# ---- models --------------------------------------------------------------------------------
 
 
 def test_a_model_trained_in_float64_draws(latents, tmp_path):
@@ -300,7 +300,7 @@ def test_a_model_is_read_back_as_it_was(latents, tmp_path, overrides):
         task.step(i)
     model = task.model(3)
     model.save(tmp_path / "model")
-    again = TriplaneDiffusion.load(tmp_path)  # a run's folder
+    again = TriplaneDiffusion.load(tmp_path)  # from the folder of the run
     assert again.geometry == model.geometry
     x, t = torch.randn(2, model.length), torch.tensor([100.0, 800.0])
     assert torch.equal(model.estimate(x, t), again.estimate(x, t))
@@ -310,9 +310,9 @@ def test_a_model_is_read_back_as_it_was(latents, tmp_path, overrides):
     torch.testing.assert_close(again.state(again.planes(again.state(task.data.rows([1])))), again.state(task.data.rows([1])))
 
 
-def test_a_models_geometry_is_that_of_the_middle_volume(latents):
+def test_the_geometry_of_a_model_is_that_of_the_middle_volume(latents):
     model = DiffusionTraining(runs.diffusion_config(latents), Distributed(), latents).model(0)
-    assert model.geometry.info.affine[0][3] in (2.0, 3.0)  # volumes 0 to 5 begin at their number
+    assert model.geometry.info.affine[0][3] in (2.0, 3.0)  # the affine of volume i starts at i
     assert model.geometry.info.intensity == [(-12.5, 92.5)]
     assert model.geometry.info.shape == (16, 16, 16)
 

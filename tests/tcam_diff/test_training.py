@@ -1,4 +1,4 @@
-"""Training on a data set: tables, schedule, checkpoints, ranks, and runs that survive."""
+"""Training of stage 1: tables, schedule, checkpoints, ranks and interrupted runs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def store(tmp_path_factory):
 
 
 def test_streams_are_functions_of_their_names():
-    assert seed_of(0, "noise", 3, 4) == 6754865986189519899  # runs that were begun before go on with the same numbers
+    assert seed_of(0, "noise", 3, 4) == 6754865986189519899  # resumed runs depend on these numbers
     names = [(s, n, o, v) for s in (0, 1) for n in ("noise", "region") for o in (1, 12) for v in (1, 2, 21)]
     assert len({seed_of(s, n, o, v) for s, n, o, v in names}) == len(names)
     assert seed_of(0, "a", 12, 1) != seed_of(0, "a", 1, 21)
@@ -46,7 +46,7 @@ def test_streams_are_functions_of_their_names():
 
 
 @pytest.mark.parametrize(("objects", "batch", "inner"), [(7, 3, 1), (8, 4, 2), (5, 5, 1), (64, 8, 1), (3, 1, 3)])
-def test_a_schedule_visits_every_object_of_a_slot_once_a_round(objects, batch, inner):
+def test_a_schedule_visits_every_object_of_a_slot_once_per_round(objects, batch, inner):
     schedule = Schedule(objects, batch, inner, seed=1)
     for slot in range(batch):
         mine = list(schedule.of_slot(slot))
@@ -54,7 +54,7 @@ def test_a_schedule_visits_every_object_of_a_slot_once_a_round(objects, batch, i
         for round_ in range(3):
             part = seen[round_ * inner * len(mine) : (round_ + 1) * inner * len(mine)]
             assert sorted(o for o, _ in part) == sorted(mine * inner)
-        assert len(set(seen)) == len(seen)  # (object, count) never comes twice
+        assert len(set(seen)) == len(seen)  # no visit occurs twice
         assert max(v for _, v in seen) == 3 * inner - 1
     assert sorted(o for s in range(batch) for o in schedule.of_slot(s)) == list(range(objects))
 
@@ -66,7 +66,7 @@ def test_every_round_has_an_order_of_its_own():
 
 
 def test_the_last_steps_have_no_noise(store, tmp_path):
-    """From equal parameters the noise changes the loss of a step before them and not that of one of them."""
+    """With equal parameters the noise changes the loss of an early step and not that of one of the last steps."""
     losses = {}
     for std in (0.0, 0.3):
         for index in (0, 23):  # of 24, a quarter without noise
@@ -82,7 +82,7 @@ def test_the_last_steps_have_no_noise(store, tmp_path):
 
 @pytest.mark.parametrize("where", ["device", "host", "disk"])
 def test_a_table_is_adam_object_by_object(where, tmp_path):
-    """Each object as torch.optim.Adam alone would have it, moved only by the steps that visit it (algorithm.md 9.4)."""
+    """Each object is updated as by its own torch.optim.Adam, only in the steps that visit it (algorithm.md 9.4)."""
     objects = [3, 5, 9]
     table = PlaneTable(objects, 4, (5, 6, 7), where=where, folder=tmp_path / "t", dtype=torch.float64)
     start = {o: [p.double() for p in init_planes(4, (5, 6, 7), 1.0, torch.Generator().manual_seed(o))] for o in objects}
@@ -217,7 +217,7 @@ def uninterrupted(store, tmp_path_factory):
     return out
 
 
-def test_what_a_run_leaves(uninterrupted):
+def test_files_of_a_run(uninterrupted):
     assert sorted(p.name for p in uninterrupted.iterdir()) == [
         "checkpoints", "config.yaml", "metrics.jsonl", "report.html", "samples", "tensorboard",
     ]  # fmt: skip
@@ -232,7 +232,7 @@ def test_what_a_run_leaves(uninterrupted):
 
 
 def test_killed_at_random_points_a_run_ends_with_the_same_bits(store, uninterrupted, tmp_path):
-    """SIGKILL again and again, and --resume auto: parameters, moments, counters, averages."""
+    """Parameters, moments, counters and averages are equal after repeated SIGKILL and --resume auto."""
     out, chance = tmp_path / "run", random.Random(0)
 
     def reached():
@@ -241,7 +241,7 @@ def test_killed_at_random_points_a_run_ends_with_the_same_bits(store, uninterrup
     kills = 0
     while reached() < 20:
         (process,) = runs.start(runs.run, store, out, (), "auto")
-        goal = reached() + chance.choice((0, 3, 3))  # while it starts, soon after a checkpoint, or while one is written
+        goal = reached() + chance.choice((0, 3, 3))  # at the start, after a checkpoint, or while one is written
         while process.is_alive() and reached() < goal:
             time.sleep(0.002)
         process.join(chance.uniform(0, 0.1))
@@ -252,7 +252,7 @@ def test_killed_at_random_points_a_run_ends_with_the_same_bits(store, uninterrup
     assert kills >= 4
     assert equal(states(out), states(uninterrupted))
     steps = [m["step"] for m in read_metrics(out) if "loss" in m]
-    assert steps == sorted(set(steps))  # no line twice
+    assert steps == sorted(set(steps))  # no step twice
     assert not list((out / "checkpoints").glob(".writing-*"))
 
 
@@ -260,8 +260,8 @@ def _exhausted(left):
     return next(left, None) is None
 
 
-def test_stopping_and_going_on_is_the_same_run(store, uninterrupted, tmp_path):
-    """The loop's own way to stop, in this process, at a step that is no checkpoint's."""
+def test_a_stopped_and_resumed_run_is_the_same(store, uninterrupted, tmp_path):
+    """The stop comes from the callback, at a step without a checkpoint."""
     torch.set_num_threads(1)
     config = runs.config(store)
     for stop_at in (5, 13, 99):
@@ -284,18 +284,18 @@ def test_the_command_protects_a_run(store, uninterrupted):
         runs.run(store, uninterrupted, (), "nowhere")
 
 
-@pytest.mark.parametrize("cadence", [Cadence(4, 8, 3), Cadence(100, 100, 3)])  # a record comes first, or a checkpoint
-def test_a_loss_that_is_no_number_ends_the_run(store, tmp_path, cadence):
+@pytest.mark.parametrize("cadence", [Cadence(4, 8, 3), Cadence(100, 100, 3)])  # NaN is noticed at a record or at a checkpoint
+def test_a_loss_of_nan_ends_the_run(store, tmp_path, cadence):
     torch.set_num_threads(1)
     task = AutodecoderTraining(runs.config(store), Distributed(), tmp_path)
     step = task.step
 
     def poisoned(index):
-        found = step(index)
+        values = step(index)
         if index == 9:
             with torch.no_grad():
                 task.decoder.layers()[0].weight[0, 0] = math.nan
-        return found
+        return values
 
     task.step = poisoned
     with pytest.raises(UserError, match=r"NaN.*step-00000009 is good: --resume auto.*learning rates"):
@@ -305,14 +305,14 @@ def test_a_loss_that_is_no_number_ends_the_run(store, tmp_path, cadence):
     task.close()
 
 
-def test_a_store_that_is_not_the_runs(store, uninterrupted, tmp_path):
+def test_another_store_is_refused(store, uninterrupted, tmp_path):
     other = runs.make_store(tmp_path / "other", count=6).folder
     with pytest.raises(UserError, match="not those with which the run began"):
         runs.run(other, uninterrupted, (), "auto")
 
 
 def test_training_fits_every_object(store, tmp_path):
-    """Noise on, lattices: all seven beyond 30 dB."""
+    """All seven objects reach 30 dB, with noise and lattices."""
     task = AutodecoderTraining(runs.config(store, "steps=600", "channels=8", "widths=[32, 32]"), Distributed(), tmp_path)
     for i in range(task.steps):
         task.step(i)
@@ -325,11 +325,11 @@ def test_training_fits_every_object(store, tmp_path):
 
 
 def load_ranks(out, world):
-    found = [torch.load(out / f"rank-{r}.pt") for r in range(world)]
+    ranks = [torch.load(out / f"rank-{r}.pt") for r in range(world)]
     planes = {}
-    for f in found:
+    for f in ranks:
         planes |= f["planes"]
-    return found[0], planes
+    return ranks[0], planes
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def load_ranks(out, world):
     [((), 1, 1e-6), (("noise_mode=point",), 1, 1e-6), (("compute_dtype=float64",), 20, 1e-9)],
 )
 def test_two_processes_are_one(store, tmp_path, overrides, count, tolerance):
-    """The all-reduced gradients of a step in float32, the decoder and the planes after twenty in float64."""
+    """Compared are the gradients of a step in float32, and the decoder and planes after twenty steps in float64."""
     for world in (1, 2):
         (tmp_path / str(world)).mkdir()
         runs.finish(runs.start(runs.steps, store, tmp_path / str(world), count, overrides, world=world))
@@ -362,7 +362,7 @@ def test_a_rank_that_dies_and_a_resume_with_another_number(store, tmp_path):
         assert all(p.is_alive() for p in processes)
     processes[1].kill()
     processes[0].join(60)
-    assert processes[0].exitcode not in (0, None)  # brought down with it
+    assert processes[0].exitcode not in (0, None)  # ended by the death of the other rank
     before = checkpoint.steps(out / "checkpoints")[-1]
     (alone,) = runs.start(runs.run, store, out, slow, "auto")
     while checkpoint.steps(out / "checkpoints")[-1] <= before:
@@ -382,7 +382,7 @@ def test_a_batch_that_the_ranks_cannot_share(store, tmp_path):
 
 def test_the_average_moves_by_its_warmed_up_decay():
     average, module = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
-    for index, decay in ((0, 0.1), (8, 0.5), (10_000, 0.99)):  # (1 + n)/(10 + n) up to the decay asked for
+    for index, decay in ((0, 0.1), (8, 0.5), (10_000, 0.99)):  # (1 + n)/(10 + n), at most the configured decay
         want = [decay * a + (1 - decay) * p for a, p in zip(average.parameters(), module.parameters(), strict=True)]
         update_average(average, module, 0.99, index)
         for got, expected in zip(average.parameters(), want, strict=True):

@@ -1,4 +1,4 @@
-"""The record of a volume: in JSON and back, of other sizes, and between physical units and [0, 1]."""
+"""Metadata of volumes: JSON, resizing, and conversion between physical units and [0, 1]."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def info():
     )  # fmt: skip
 
 
-def test_json_brings_back_the_record(info):
+def test_json_round_trip(info):
     assert VolumeInfo.model_validate(json.loads(json.dumps(info.model_dump(mode="json")))) == info
     named = Named(name="a", info=info)
-    told = json.loads(json.dumps(named.model_dump(mode="json")))
-    assert told == {"name": "a", **info.model_dump(mode="json")}  # side by side
-    assert Named.model_validate(told) == named
+    content = json.loads(json.dumps(named.model_dump(mode="json")))
+    assert content == {"name": "a", **info.model_dump(mode="json")}  # on one level
+    assert Named.model_validate(content) == named
 
 
-def test_what_format_1_lacks_has_its_default(info):
+def test_fields_missing_in_format_1_have_defaults(info):
     old = {"shape": [2, 6, 5, 4], "affine": AFFINE.tolist(), "intensity": [[-1000, 400], [0, 0.1]]}
     want = info.replaced(codes=(0, 2), units=("mm", "sec"), source="")
     assert VolumeInfo.model_validate(old) == want
@@ -71,7 +71,7 @@ def test_physical_and_unit_are_inverse(info):
     assert info.to_unit(np.full(info.array_shape, 1e6, np.float32)).max() == 1  # clipped
 
 
-def test_a_turned_volume_stays_where_it_is(info):
+def test_a_reoriented_volume_keeps_its_position(info):
     data = np.arange(120, dtype=np.float32).reshape(1, 6, 5, 4)
     volume = Volume(data, info.replaced(channels=1, intensity=[]))
     turned = oriented(volume, np.diag([-1.0, -1.0, 1.0, 1.0])[[1, 0, 2, 3]])

@@ -23,7 +23,5 @@ def command(
     from tcam_diff.diffusion.model import TriplaneDiffusion
 
     interop.export_bundle(TriplaneDiffusion.load(model), out, name)
-    say(
-        f"{out}: {bytes_text(folder_size(out))}; to draw volumes, run in it: "
-        "python -m monai.bundle run --config_file configs/inference.json"
-    )
+    run = "python -m monai.bundle run --config_file configs/inference.json"
+    say(f"{out}: {bytes_text(folder_size(out))}; to draw volumes, run in it: {run}")

@@ -53,7 +53,7 @@ def check_case(case: Case, max_voxels: int = VOXEL_BUDGET) -> Report:
         if label is not None:
             same_grid(first, label)
             if label.info.channels != 1:
-                raise UserError(f"{label.path}: expected one label a voxel, got {label.info.channels} channels")
+                raise UserError(f"{label.path}: expected one label per voxel, got {label.info.channels} channels")
         scans = [scan(h, max_voxels) for h in headers]
         report.low, report.high = min(s.low for s in scans), max(s.high for s in scans)
         report.not_finite = sum(s.not_finite for s in scans)

@@ -229,7 +229,7 @@ def _shape(path: Path, header: Any, max_voxels: int) -> tuple[int, ...]:
     if len(shape) not in (3, 4):
         raise UserError(f"{path}: expected a 3D volume, or 4D with channels last, got shape {shape}")
     if any(n < 1 for n in shape):
-        raise UserError(f"{path}: expected at least one voxel an axis, got shape {shape}")
+        raise UserError(f"{path}: expected at least one voxel along each axis, got shape {shape}")
     voxels = 1
     for n in shape:
         voxels *= n

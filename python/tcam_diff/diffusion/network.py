@@ -331,7 +331,7 @@ def _add(a: State, b: State) -> State:
 
 
 def _per_plane(parameter: Tensor, copies: int) -> Sequence[Tensor]:
-    """The parameters of the three planes, of which there are three copies or one."""
+    """Parameters of the three planes, from three copies or a shared one."""
     return parameter.chunk(3) if copies == 3 else [parameter] * 3
 
 
