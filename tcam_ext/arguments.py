@@ -21,16 +21,24 @@ Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 PlaneAxes = tuple[tuple[int, int], ...]
 
 
+#: Types of arguments that need no look: tensors without metadata, and what is no tensor.
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str, dict, torch.dtype, torch.Size}
+
+
 def plain(value: Any) -> Any:
     """Tensors of subclasses that add metadata, as MONAI's MetaTensor does, as plain tensors; also in a list or tuple.
 
     Gradients flow to the given tensors. Subclasses that stand for other storage (``__torch_dispatch__``) stay as they are.
     """
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value] if any(plain(v) is not v for v in value) else value
-    if not isinstance(value, Tensor) or type(value) in (Tensor, torch.nn.Parameter):
+    kind = type(value)
+    if kind in _PLAIN:
         return value
-    if type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if kind is list or kind is tuple:
+        for each in value:
+            if type(each) not in _PLAIN:
+                return kind(plain(v) for v in value)
+        return value
+    if not isinstance(value, Tensor) or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return value
     with torch._C.DisableTorchFunctionSubclass():
         return value.as_subclass(Tensor)
@@ -41,7 +49,8 @@ def takes_plain_tensors(check: F) -> F:
 
     @functools.wraps(check)
     def wrapped(*values: Any, **named: Any) -> Any:
-        return check(*map(plain, values), **{name: plain(value) for name, value in named.items()})
+        values = tuple([plain(v) for v in values])
+        return check(*values, **{name: plain(v) for name, v in named.items()}) if named else check(*values)
 
     return wrapped  # type: ignore[return-value]
 
