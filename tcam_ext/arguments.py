@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tcam_ext import _C
+from tcam_ext.options import PLANE_AXES
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -61,6 +62,8 @@ def choice(name: str, value: Any, allowed: Any) -> None:
 
 
 def integer(name: str, value: Any) -> int:
+    if type(value) is int:
+        return value
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, np.integer)):
         raise TypeError(f"{name}: expected an integer, got {value!r}")
     return int(value) if isinstance(value, np.integer) else value  # type: ignore[return-value]
@@ -108,6 +111,8 @@ def planes(planes: Any, plane_axes: Any) -> list[Tensor]:
 
 
 def plane_axes(plane_axes: Any, count: int, axes: int) -> PlaneAxes:
+    if plane_axes is PLANE_AXES and axes > 2:
+        return PLANE_AXES
     checked = []
     for i, pair in enumerate(plane_axes):
         if not isinstance(pair, Sequence) or len(pair) != 2 or isinstance(pair, str):

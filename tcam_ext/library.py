@@ -159,7 +159,9 @@ class _Call:
             compute = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "float32"
 
         def dense(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.detach().to(self.dtype).contiguous()
+            if t is None or (t.dtype is self.dtype and t.is_contiguous()):  # most are: a conversion costs a microsecond
+                return None if t is None else t.detach()
+            return t.detach().to(self.dtype).contiguous()
 
         self.tensors = KernelTensors(*([dense(t) for t in group] for group in tensors))  # type: ignore[arg-type]
         self.device = tensors.planes[0].device
