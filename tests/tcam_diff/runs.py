@@ -15,12 +15,17 @@ from tcam_diff.autodecoder.latents import LatentWriter
 from tcam_diff.autodecoder.objective import make_decoder
 from tcam_diff.autodecoder.planes import normalise, plane_sizes
 from tcam_diff.autodecoder.train import AutodecoderTraining, train_autodecoder
+from tcam_diff.cli.app import app
 from tcam_diff.data.store import Record, Store, StoreWriter, quantise
 from tcam_diff.data.volume import VolumeInfo
 from tcam_diff.diffusion.config import DiffusionConfig, SampleConfig
 from tcam_diff.diffusion.draw import Output, draw_samples
+from tcam_diff.diffusion.model import TriplaneDiffusion
+from tcam_diff.diffusion.sampling import Sampler
 from tcam_diff.diffusion.train import DiffusionTraining, train_diffusion
+from tcam_diff.errors import UserError
 from tcam_diff.training.distributed import distributed
+from typer.testing import CliRunner
 
 SMALL = (
     "channels=6", "widths=[24, 24]", "steps=24", "batch=4", "stride=2", "log_every=4", "checkpoint_every=3", "evaluate_every=8",
@@ -183,3 +188,21 @@ def finish(processes) -> None:
     for process in processes:
         process.join(120)
         assert process.exitcode == 0, process.exitcode
+
+
+#: Voxels of the volumes of the small model.
+SIZE = (16, 16, 16)
+
+
+def sampler(model: TriplaneDiffusion, **changes: Any) -> Sampler:
+    return Sampler(model, SampleConfig(**{"steps": 6} | changes))
+
+
+def tcam(*arguments: Any, fails: bool = False) -> str:
+    """The output of a command, or its error where it should fail."""
+    done = CliRunner().invoke(app, [str(a) for a in arguments])
+    if fails:
+        assert isinstance(done.exception, UserError), (done.output, done.exception)
+        return str(done.exception)
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.output

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
 
+# Half of these lines are options: typer reads them from the signature.
 def command(
     model: Annotated[Path, typer.Argument(help="A run of `tcam train-diffusion`, or a model's folder.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the volumes; existing ones are kept.")],
