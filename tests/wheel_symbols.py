@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+import os
 import re
 import subprocess
 import sys
@@ -54,6 +55,5 @@ def problems(wheel: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("expected one argument, a wheel")
-    sys.exit("\n".join(problems(sys.argv[1])) or 0)
+    wheel = sys.argv[1] if len(sys.argv) == 2 else os.environ.get("TOX_PACKAGE")  # tox names the wheel that it built
+    sys.exit("expected one argument, a wheel" if not wheel else "\n".join(problems(wheel)) or 0)
