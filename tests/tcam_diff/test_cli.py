@@ -216,6 +216,16 @@ def test_help_and_usage_errors_import_no_large_package(arguments):
     assert done.stdout.splitlines()[-1] == "imported:"
 
 
+@pytest.mark.parametrize(
+    ("given", "want"), [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")], ids=str
+)
+def test_idle_threads_do_not_spin_for_long_unless_the_user_says_so(given, want):
+    env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | given
+    script = QUICK.replace('print("imported:"', 'import os; print(os.environ.get("GOMP_SPINCOUNT"), "imported:"')
+    done = subprocess.run([sys.executable, "-c", script, "--help"], capture_output=True, text=True, env=env)
+    assert done.stdout.splitlines()[-1].split()[0] == want
+
+
 def test_check_data_needs_no_torch(tmp_path):
     (tmp_path / "a.nii").write_bytes(b"no volume")
     done = subprocess.run([sys.executable, "-c", QUICK, "check-data", str(tmp_path)], capture_output=True, text=True)
