@@ -21,7 +21,6 @@ MAX_AXIS = 2**31 - 1  # voxels or texels
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 PlaneAxes = tuple[tuple[int, int], ...]
 
-
 #: Types of arguments that need no look: tensors without metadata, and what is no tensor.
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str, dict, torch.dtype, torch.Size}
 
@@ -110,7 +109,7 @@ def planes(planes: Any, plane_axes: Any) -> list[Tensor]:
     return checked
 
 
-def plane_axes(plane_axes: Any, count: int, axes: int) -> PlaneAxes:
+def plane_axes(plane_axes: Any, axes: int) -> PlaneAxes:
     if plane_axes is PLANE_AXES and axes > 2:
         return PLANE_AXES
     checked = []

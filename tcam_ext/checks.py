@@ -171,7 +171,7 @@ def _sampled(planes: Any, options: Options, axes: int) -> Planes:
     arguments.choice("padding_mode", options.padding_mode, PADDING_MODES)
     if not isinstance(options.align_corners, bool):
         raise TypeError(f"align_corners: expected a bool, got {arguments.type_name(options.align_corners)}")
-    plane_axes = arguments.plane_axes(options.plane_axes, len(checked), axes)
+    plane_axes = arguments.plane_axes(options.plane_axes, axes)
     return Planes(checked, plane_axes, options.reduce, options.align_corners, options.padding_mode)
 
 

@@ -20,14 +20,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from runs import tcam
 from tcam_diff.autodecoder.encode import load_run
 from tcam_diff.autodecoder.latents import LatentSet, LatentWriter
-from tcam_diff.cli.app import app
 from tcam_diff.data.store import Store, StoreWriter
 from tcam_diff.diffusion.model import TriplaneDiffusion
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation.sets import read_set
-from typer.testing import CliRunner
 
 CORNER = (-6.0199334, 9.6281231, -9.2373648)  # position in mm of the first voxel of the prepared volumes
 
@@ -37,15 +36,6 @@ def data(tmp_path, monkeypatch):
     shutil.copytree(Path(__file__).parent / "data", tmp_path / "data")
     monkeypatch.chdir(tmp_path / "data")
     return tmp_path / "data"
-
-
-def tcam(*arguments, fails=False):
-    done = CliRunner().invoke(app, [str(a) for a in arguments])
-    if fails:
-        assert isinstance(done.exception, UserError), (done.output, done.exception)
-        return str(done.exception)
-    assert done.exit_code == 0, (done.output, done.exception)
-    return done.output
 
 
 def looks_like(path, shape, mean, std, corner=CORNER, codes=(0, 2)):
