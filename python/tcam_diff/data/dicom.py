@@ -73,14 +73,14 @@ def files(folder: Path) -> list[Path]:
 
 def find_series(folder: Path) -> list[Path]:
     """Folders at or below ``folder`` with DICOM files other than the directory of a medium."""
-    found = set()
+    folders: set[Path] = set()
     for file in folder.rglob("*"):
         parts = file.relative_to(folder).parts
-        if "__MACOSX" in parts or any(p.startswith(".") for p in parts) or file.parent in found:
+        if "__MACOSX" in parts or any(p.startswith(".") for p in parts) or file.parent in folders:
             continue
         if file.name.upper() != "DICOMDIR" and is_dicom(file):
-            found.add(file.parent)
-    return sorted(found)
+            folders.add(file.parent)
+    return sorted(folders)
 
 
 def read_header(folder: Path, max_voxels: int = VOXEL_BUDGET) -> Header:
