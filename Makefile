@@ -6,6 +6,7 @@
 # make test-emulated   run the GPU tests of the ops on the emulated CUDA kernels
 # make rehearse        run every step of benchmarks/run_gpu.sh without a GPU
 # make rehearse-short  run those of its steps that take about a minute
+# make campaign        try the ops and commands with random problems, kills, damaged files and full disks: hours, resumable
 # make lint            run ruff, mypy and clang-format
 # make format          fix what ruff and clang-format can fix
 # make build           install the packages and build the kernels
@@ -16,7 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := train,dev
 
-.PHONY: help demo demo-fit test test-all test-releases test-emulated rehearse rehearse-short build lint format clean bench
+.PHONY: help demo demo-fit test test-all test-releases test-emulated rehearse rehearse-short campaign build lint format clean bench
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -54,6 +55,10 @@ rehearse: build
 	$(BIN)/python benchmarks/rehearse.py
 rehearse-short: build
 	$(BIN)/python benchmarks/rehearse.py --short
+
+campaign: build
+	$(BIN)/python tests/campaign/run.py
+	$(BIN)/python tests/campaign/report.py
 
 test-releases: build
 	$(BIN)/tox

@@ -2,39 +2,78 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import io
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from tcam_diff.errors import UserError
+
+#: Ending of the names of temporary files.
+PART = ".tcam-part"
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file that replaces ``path`` when the block ends, or is deleted if the block raises."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    """Open a temporary file that replaces ``path`` when the block ends, or is deleted if the block raises.
+
+    Raises OSError with the name of ``path`` if it cannot be written.
+    """
+    with naming(path):
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
+        file = _Output(io.FileIO(handle, "wb"))
+        try:
+            with file:
+                yield file
+                file.flush()
+                os.fsync(handle)
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException as error:
+            os.unlink(temporary)
+            if isinstance(error, RuntimeError) and file.error is not None:  # torch.save hides the error
+                raise file.error from error
+            raise
+
+
+class _Output(io.BufferedWriter):
+    """Binary file that keeps the error of a failed write."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add the name of a file to errors of writing it: those of a full disk have none."""
     try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException as error:
-        os.unlink(temporary)
-        if isinstance(error, OSError) and error.filename is None:  # as write() raises it on a full disk
+        yield
+    except OSError as error:
+        if error.filename is None:
             error.filename = str(path)
         raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file by a text in UTF-8."""
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace the content of a file."""
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the content of a file by a text in UTF-8."""
+    write_bytes(path, text.encode())
 
 
 def sha256(path: Path) -> str:
@@ -54,6 +93,30 @@ def writable_folder(path: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {reason(error)}") from error
+
+
+@contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Create a folder if it does not exist, and reserve it for this process until the block ends or the process dies.
+
+    Temporary files of a killed process, in the folder and its subfolders, are deleted. File systems without locks let every
+    process in. Raises UserError if another process has reserved the folder, or if files cannot be written in it.
+    """
+    writable_folder(path)
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path}: another process is writing to it; wait for its end, or choose another folder") from None
+        except OSError:
+            pass
+        for pattern in (f".*{PART}", f"*/.*{PART}"):
+            for partial in path.glob(pattern):
+                partial.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(handle)
 
 
 def reason(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from tcam_diff.errors import UserError
+from tcam_diff.errors import UserError, out_of_memory
 from tcam_diff.files import replacing, sha256
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ class Folder:
         except (
             OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError,
         ) as error:  # fmt: skip
+            if out_of_memory(error) is not None:
+                raise
             raise UserError(f"{self / (name or self.index)}: damaged: {reason(error)}; {self.remedy}") from error
 
     def write(self, content: Mapping[str, Any], files: Mapping[str, bytes] | None = None) -> None:

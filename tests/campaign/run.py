@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: shards run side by side
@@ -25,7 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: shard
 from shards import RESULTS, Shard, execute, seed_of, sources
 
 #: Modules with a function ``shards``.
-PARTS = ("ops", "kills", "faults", "files")
+PARTS = ("kills", "faults")
 LIMIT = 30 * 60  # seconds of a shard
 
 
@@ -69,7 +70,7 @@ def main() -> None:
 
 def one(shard: Shard, arguments: argparse.Namespace) -> None:
     """Run a shard in this process."""
-    shard = Shard(shard.name, max(1, round(shard.cases * arguments.scale)), shard.run)
+    shard = replace(shard, cases=max(1, round(shard.cases * arguments.scale)))
     with tempfile.TemporaryDirectory(prefix="tcam-campaign-") as work:
         execute(shard, arguments.seed, Path(work))
 
@@ -79,9 +80,15 @@ def start(shard: Shard, arguments: argparse.Namespace) -> bool:
     command = [sys.executable, __file__, shard.name, "--here", f"--seed={arguments.seed}", f"--scale={arguments.scale}"]
     RESULTS.mkdir(parents=True, exist_ok=True)
     began = time.time()
-    with (RESULTS / f"{shard.name}.log").open("w") as log:
+    with (RESULTS / f"{shard.name}.log").open("w") as log, tempfile.TemporaryDirectory() as folder:
+        environment = dict(os.environ)
+        if shard.preload is not None:
+            environment["LD_PRELOAD"] = str(Path(folder) / f"{shard.preload.stem}.so")
+            subprocess.run(
+                ["cc", "-O2", "-shared", "-fPIC", "-o", environment["LD_PRELOAD"], shard.preload, "-ldl"], check=True
+            )
         try:
-            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=LIMIT)
+            done = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=LIMIT)
             problem = f"exit status {done.returncode}" if done.returncode else ""
         except subprocess.TimeoutExpired:
             problem = f"no end after {LIMIT // 60} minutes"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -17,7 +16,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "python"), str(ROOT / "benchmarks"), str(ROOT / "tests/ops"), str(ROOT / "tests/tcam_diff")]
+sys.path[:0] = [
+    str(ROOT),
+    str(ROOT / "python"),
+    str(ROOT / "benchmarks"),
+    str(ROOT / "tests/ops"),
+    str(ROOT / "tests/tcam_diff"),
+]
 
 #: Results of the shards, one JSON file each.
 RESULTS = ROOT / "benchmarks" / "results" / "reliability"
@@ -55,11 +60,13 @@ class Shard:
         name: PART-WHAT or PART-WHAT-NUMBER, the name of its file.
         cases: number of cases.
         run: function of the seed, the number of cases, an empty folder and the tally.
+        preload: C source of a library that is loaded before the others, if any.
     """
 
     name: str
     cases: int
     run: Callable[[int, int, Path, Tally], None]
+    preload: Path | None = None
 
     @property
     def file(self) -> Path:
@@ -101,7 +108,9 @@ def execute(shard: Shard, seed: int, work: Path) -> dict[str, Any]:
         "shard": shard.name,
         "cases": sum(tally.outcomes.values()),
         "seed": own,
-        **dataclasses.asdict(tally),
+        "outcomes": dict(tally.outcomes),
+        "failures": tally.failures,
+        "most": tally.most,
         "seconds": round(time.monotonic() - began, 1),
         "sources": made_of,
         "commit": at,

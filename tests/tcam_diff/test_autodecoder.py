@@ -376,6 +376,7 @@ def test_a_folder_without_an_artefact_is_refused(tmp_path):
 
 def test_an_artefact_is_not_overwritten_by_accident(fitted):
     folder, _ = fitted
-    with pytest.raises(UserError, match="--overwrite"):
-        artefact.prepare(folder, overwrite=False)
-    artefact.prepare(folder, overwrite=True)
+    with pytest.raises(UserError, match="--overwrite"), artefact.reserved(folder, overwrite=False):
+        pass
+    with artefact.reserved(folder, overwrite=True):
+        pass

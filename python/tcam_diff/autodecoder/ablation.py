@@ -18,7 +18,7 @@ from tcam_diff.autodecoder.planes import normalise
 from tcam_diff.autodecoder.train import AutodecoderTraining, train_autodecoder
 from tcam_diff.data.store import Store, unit
 from tcam_diff.evaluation import metrics
-from tcam_diff.files import writable_folder, write_text
+from tcam_diff.files import writable_folder, write_bytes, write_text
 from tcam_diff.progress import ProgressCallback, StopCallback
 from tcam_diff.training.report import png
 
@@ -58,7 +58,7 @@ def ablate(
             write_text(result, json.dumps({key: value, "seconds": outcome.seconds, **evaluate_run(folder)}, indent=1))
         rows.append(json.loads(result.read_text()))
     write_text(out / "ablation.json", json.dumps(rows, indent=1))
-    (out / "ablation.png").write_bytes(plot(key, rows))
+    write_bytes(out / "ablation.png", plot(key, rows))
     return rows
 
 

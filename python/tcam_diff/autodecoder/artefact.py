@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from tcam_diff.autodecoder.objective import make_decoder
 from tcam_diff.autodecoder.planes import PLANE_NAMES
 from tcam_diff.data.volume import VolumeInfo
 from tcam_diff.errors import UserError
-from tcam_diff.files import reason, writable_folder
+from tcam_diff.files import locked_folder, reason
 from tcam_diff.folder import Folder, tensor_bytes
 
 if TYPE_CHECKING:
@@ -125,14 +126,14 @@ def load(path: str | os.PathLike[str]) -> FittedVolume:
     return FittedVolume([planes[name] for name in PLANE_NAMES], decoder.requires_grad_(False), config, info)
 
 
-def prepare(path: str | os.PathLike[str], overwrite: bool) -> None:
-    """Check, before a long fit, that its result can be written. Raises UserError if it cannot."""
+@contextmanager
+def reserved(path: str | os.PathLike[str], overwrite: bool) -> Iterator[None]:
+    """Reserve a folder for the result of a long fit. Raises UserError if it has a fitted volume, or cannot be written."""
     folder = _folder(path)
-    if (folder / folder.index).exists() and not overwrite:
-        raise UserError(f"{path}: already contains a fitted volume; choose another folder or add --overwrite")
-    writable_folder(folder.path)
-    for partial in folder.path.glob(".*.part"):  # left by a killed run
-        partial.unlink(missing_ok=True)
+    with locked_folder(folder.path):
+        if (folder / folder.index).exists() and not overwrite:
+            raise UserError(f"{path}: already contains a fitted volume; choose another folder or add --overwrite")
+        yield
 
 
 def _folder(path: str | os.PathLike[str]) -> Folder:

@@ -21,6 +21,7 @@ from tcam_diff.autodecoder.planes import PLANE_NAMES, init_planes, normalise, pl
 from tcam_diff.autodecoder.tables import PlaneTable
 from tcam_diff.data.store import Record, Store
 from tcam_diff.errors import UserError
+from tcam_diff.files import locked_folder
 from tcam_diff.progress import Progress, ProgressCallback, StopCallback
 from tcam_diff.training import checkpoint
 from tcam_diff.training.distributed import device_of
@@ -215,29 +216,30 @@ def encode_store(
     config = config or EncodeConfig()
     _check_preprocessing(run, store)
     records = store.in_split(split)
-    writer = LatentWriter(Path(out), run.config, run.decoder, _provenance(run, store, config.model_dump(mode="json")))
-    done: dict[str, Entry] = {r.name: e for r in records if (e := writer.find(r)) is not None}
-    groups = _groups([r for r in records if r.name not in done], config.batch)
-    if started is not None:
-        started(len(done), len(records))
-    encoder: Encoder | None = None
-    for g, group in enumerate(groups):
-        size = group[0].info.shape
-        if encoder is None or encoder.size != size:
-            encoder = Encoder(run, config, size, device_of(device))
+    with locked_folder(Path(out)):
+        writer = LatentWriter(Path(out), run.config, run.decoder, _provenance(run, store, config.model_dump(mode="json")))
+        done: dict[str, Entry] = {r.name: e for r in records if (e := writer.find(r)) is not None}
+        groups = _groups([r for r in records if r.name not in done], config.batch)
+        if started is not None:
+            started(len(done), len(records))
+        encoder: Encoder | None = None
+        for g, group in enumerate(groups):
+            size = group[0].info.shape
+            if encoder is None or encoder.size != size:
+                encoder = Encoder(run, config, size, device_of(device))
 
-        def show(p: Progress, g: int = g) -> None:
-            if progress is not None:
-                metrics = {"group": g + 1, "groups": len(groups), **p.metrics}
-                progress(Progress(g * config.steps + p.done, len(groups) * config.steps, metrics))
+            def show(p: Progress, g: int = g) -> None:
+                if progress is not None:
+                    metrics = {"group": g + 1, "groups": len(groups), **p.metrics}
+                    progress(Progress(g * config.steps + p.done, len(groups) * config.steps, metrics))
 
-        encoded = encoder.encode({r.name: store.volume(r) for r in group}, show, stop)
-        if encoded is None:
-            raise UserError(f"{out}: stopped with {len(done)} of {len(records)} volumes; the same command continues")
-        for record in group:
-            result = encoded[record.name]
-            done[record.name] = writer.write(record, result.planes, result.psnr, result.steps)
-    writer.finish([done[r.name] for r in records])
+            encoded = encoder.encode({r.name: store.volume(r) for r in group}, show, stop)
+            if encoded is None:
+                raise UserError(f"{out}: stopped with {len(done)} of {len(records)} volumes; the same command continues")
+            for record in group:
+                result = encoded[record.name]
+                done[record.name] = writer.write(record, result.planes, result.psnr, result.steps)
+        writer.finish([done[r.name] for r in records])
     return LatentSet(out)
 
 
@@ -258,16 +260,17 @@ def export_latents(
     store = store or Store(run.config.data)
     _check_preprocessing(run, store)
     by_name = {r.name: r for r in store.records}
-    writer = LatentWriter(Path(out), run.config, run.decoder, _provenance(run, store, None))
-    first, raw, entries = by_name[run.objects[0]], run.raw_planes(), []
-    objective = TrainingObjective(run.config, first.info.shape)
-    for name in run.objects:
-        planes = normalise(raw[name], run.config.norm)
-        psnr = objective.psnr(planes, run.decoder, store.volume(by_name[name]))
-        entries.append(writer.write(by_name[name], planes, psnr, run.step))
-        if progress is not None:
-            progress(Progress(len(entries), len(run.objects)))
-    writer.finish(entries)
+    with locked_folder(Path(out)):
+        writer = LatentWriter(Path(out), run.config, run.decoder, _provenance(run, store, None))
+        first, raw, entries = by_name[run.objects[0]], run.raw_planes(), []
+        objective = TrainingObjective(run.config, first.info.shape)
+        for name in run.objects:
+            planes = normalise(raw[name], run.config.norm)
+            psnr = objective.psnr(planes, run.decoder, store.volume(by_name[name]))
+            entries.append(writer.write(by_name[name], planes, psnr, run.step))
+            if progress is not None:
+                progress(Progress(len(entries), len(run.objects)))
+        writer.finish(entries)
     return LatentSet(out)
 
 

@@ -22,6 +22,7 @@ from tcam_diff.autodecoder.report import channels_picture, rgb, slices_picture, 
 from tcam_diff.autodecoder.tables import PlaneTable
 from tcam_diff.data.store import Record, Store, one_shape, unit
 from tcam_diff.errors import UserError
+from tcam_diff.files import write_bytes
 from tcam_diff.progress import ProgressCallback, StopCallback
 from tcam_diff.training.distributed import Distributed
 from tcam_diff.training.ema import update_average
@@ -222,7 +223,7 @@ class AutodecoderTraining(Task):
         samples = self.folder / "samples"
         samples.mkdir(exist_ok=True)
         picture = slices_picture(*slices, f"step {step}")
-        (samples / f"step-{step:08d}.png").write_bytes(picture)
+        write_bytes(samples / f"step-{step:08d}.png", picture)
         logger.picture(step, "slices", rgb(picture))
         logger.picture(step, "planes", rgb(channels_picture(next(self.fitted())[1])))
 

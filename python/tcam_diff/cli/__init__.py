@@ -5,13 +5,20 @@ from __future__ import annotations
 import io
 import os
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
 
+from tcam_diff.errors import out_of_memory
+
 #: How long idle threads of libgomp spin. libgomp's default is longer: no faster alone, but it takes the cores from a process
 #: beside it. A training step then took 3 to 6 times as long, and 2.2 times with this count (2 cores, one busy process).
 SPIN_COUNT = "5000"
+
+
+#: Advice of the line that says that memory ran out.
+MORE_MEMORY = "what was written is intact; end other programs, or lower sizes (batch, channels, plane_size, --size, --jobs)"
 
 
 def main() -> None:
@@ -20,6 +27,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be valid text
     warnings.showwarning = _show_warning
+    threading.excepthook = _thread_error
     if "OMP_WAIT_POLICY" not in os.environ:  # before torch loads libgomp
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     try:
@@ -38,9 +46,33 @@ def main() -> None:
     except OSError as error:  # the machine's faults: a full disk, a folder that vanished
         print(f"tcam: {error.filename or 'a file'}: {reason(error)}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        if not _says_out_of_memory(error):
+            raise
+        sys.exit(2)
     except KeyboardInterrupt:
         print("tcam: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _thread_error(error: threading.ExceptHookArgs) -> None:
+    """Print errors of threads, but for TensorBoard's: its next call in the main thread raises them again.
+
+    Out of memory ends the process, because the main thread may wait for ever for a thread of a process pool.
+    """
+    if error.exc_value is not None and _says_out_of_memory(error.exc_value):
+        sys.stderr.flush()
+        os._exit(2)
+    if not type(error.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(error)
+
+
+def _says_out_of_memory(error: BaseException) -> bool:
+    """Print the line of an error that says that memory ran out. Returns whether it is one."""
+    text = out_of_memory(error)
+    if text is not None:
+        print(f"tcam: out of memory: {text}; {MORE_MEMORY}", file=sys.stderr)
+    return text is not None
 
 
 _package = str(Path(__file__).resolve().parents[1])

@@ -13,7 +13,7 @@ from rich.markup import escape
 from tcam_diff.cli.common import cores, say, tracked
 from tcam_diff.data import LAYOUTS, VOXEL_BUDGET
 from tcam_diff.errors import UserError
-from tcam_diff.files import reason
+from tcam_diff.files import reason, write_text
 
 if TYPE_CHECKING:
     from tcam_diff.data import check
@@ -53,7 +53,7 @@ def command(
     say(f"{len(reports) - len(bad)} of {len(reports)} cases can be used")
     if json_out is not None:
         try:
-            json_out.write_text(json.dumps([r.plain() for r in reports], indent=1) + "\n")
+            write_text(json_out, json.dumps([r.plain() for r in reports], indent=1) + "\n")
         except OSError as error:
             raise UserError(f"--json {json_out}: cannot be written: {reason(error)}") from error
     if bad:

@@ -39,17 +39,17 @@ def command(
     config = FitConfig.load(preset, overrides or [])
     source = read_volume(volume, max_voxels)
     check_channels(source)
-    artefact.prepare(out, overwrite)
-    info, texels = source.info, plane_texels(config, source.info.shape)
-    say(
-        f"{info.source}: {size_text(info.shape)}, {info.channels} channel(s); planes C = {config.channels}, "
-        f"{size_text(texels)} texels; products in {dtype_text(compute_dtype(config))}"
-    )
-    shown = [("loss", "loss", ".5f", ""), ("PSNR", "psnr", ".2f", " dB")]
-    then = "the best result is kept (again: stop at once, keep nothing)"
-    with progress_bar("fitting", quiet, shown) as show, stop_on_interrupt(then) as stop:
-        result, info = fit_volume(source, config, progress=show, stop=stop)
-    artefact.save_somewhere(out, result, info)
+    with artefact.reserved(out, overwrite):
+        info, texels = source.info, plane_texels(config, source.info.shape)
+        say(
+            f"{info.source}: {size_text(info.shape)}, {info.channels} channel(s); planes C = {config.channels}, "
+            f"{size_text(texels)} texels; products in {dtype_text(compute_dtype(config))}"
+        )
+        shown = [("loss", "loss", ".5f", ""), ("PSNR", "psnr", ".2f", " dB")]
+        then = "the best result is kept (again: stop at once, keep nothing)"
+        with progress_bar("fitting", quiet, shown) as show, stop_on_interrupt(then) as stop:
+            result, info = fit_volume(source, config, progress=show, stop=stop)
+        artefact.save_somewhere(out, result, info)
     time = f"{result.seconds:.0f} s" if result.seconds < 600 else f"{result.seconds / 60:.0f} min"
     state = f"stopped after {result.steps_done} steps" if result.stopped else f"{result.steps_done} steps"
     say(f"{out}: {state} in {time}, PSNR {result.psnr:.2f} dB on the check slices, noise off")

@@ -11,7 +11,6 @@ import functools
 import json
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +22,8 @@ from scipy import ndimage
 from tcam_diff.data.nifti import Quantiser, write_volume
 from tcam_diff.data.volume import VolumeInfo
 from tcam_diff.errors import UserError
-from tcam_diff.files import write_text
+from tcam_diff.files import locked_folder, write_text
+from tcam_diff.processes import map_on_processes
 
 Array = NDArray[np.float32]
 
@@ -267,7 +267,14 @@ def make_cohort(folder: Path, cohort: Cohort, jobs: int = 1) -> Iterator[int]:
     Raises:
         UserError: the folder holds another cohort or other files.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with locked_folder(folder):
+        _claim(folder, cohort)
+        yield from map_on_processes(functools.partial(_write, folder, cohort), range(cohort.n), jobs)
+        write_text(folder / "dataset.json", json.dumps(description(cohort), indent=1) + "\n")
+
+
+def _claim(folder: Path, cohort: Cohort) -> None:
+    """Write the recipe of a cohort and make its folders. Raises UserError if the folder holds something else."""
     recipe = folder / "cohort.json"
     if recipe.exists():
         try:
@@ -282,12 +289,6 @@ def make_cohort(folder: Path, cohort: Cohort, jobs: int = 1) -> Iterator[int]:
     for i in range(cohort.n):
         for path in _paths(folder, cohort, i):
             path.parent.mkdir(exist_ok=True)
-    if jobs > 1:
-        with ProcessPoolExecutor(jobs) as pool:
-            yield from pool.map(functools.partial(_write, folder, cohort), range(cohort.n))
-    else:
-        yield from (_write(folder, cohort, i) for i in range(cohort.n))
-    write_text(folder / "dataset.json", json.dumps(description(cohort), indent=1) + "\n")
 
 
 def description(cohort: Cohort) -> dict[str, object]:

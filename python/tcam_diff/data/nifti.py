@@ -152,7 +152,7 @@ def read_volume(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) ->
         raise _truncated(header, size)
     try:
         data = np.asarray(_open(header.path).dataobj, dtype=np.float32)
-    except (OSError, EOFError, ValueError, zlib.error, MemoryError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"{path}: the voxels cannot be read: {error}") from error
     data = data.reshape(*header.info.shape, header.info.channels)
     data = np.ascontiguousarray(np.moveaxis(data, -1, 0))

@@ -5,11 +5,9 @@ The presets brats-flair-128, brats-4ch-128, pancreas-256 and colon-512 prepare t
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,8 @@ from tcam_diff.data.sources import Case
 from tcam_diff.data.store import Failure, Record, StoreWriter, quantise
 from tcam_diff.data.volume import Volume, VolumeInfo, intensity_range
 from tcam_diff.errors import UserError
+from tcam_diff.files import locked_folder
+from tcam_diff.processes import map_on_processes
 
 
 def split_cases(cases: Sequence[Case], config: PrepareConfig) -> list[Case]:
@@ -131,20 +131,16 @@ def prepare_cases(
     Raises:
         UserError: the folder has volumes of another preprocessing, or no case can be prepared.
     """
-    writer = StoreWriter(folder, config.model_dump(mode="json"))
-    work = functools.partial(_prepare_one, writer, config, max_voxels)
     records: list[Record | Failure] = []
-    with contextlib.ExitStack() as stack:
-        run: Any = map
-        if jobs > 1:
-            pool = ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,))
-            run = stack.enter_context(pool).map
-        for record in run(work, split_cases(cases, config)):
+    with locked_folder(folder):
+        writer = StoreWriter(folder, config.model_dump(mode="json"))
+        work = functools.partial(_prepare_one, writer, config, max_voxels)
+        for record in map_on_processes(work, split_cases(cases, config), jobs):
             records.append(record)
             yield record
-    if all(r.problem for r in records):
-        raise UserError(f"{folder}: none of {len(records)} cases could be prepared; the first: {records[0].problem}")
-    writer.finish(records)
+        if all(r.problem for r in records):
+            raise UserError(f"{folder}: none of {len(records)} cases could be prepared; the first: {records[0].problem}")
+        writer.finish(records)
 
 
 def _prepare_one(writer: StoreWriter, config: PrepareConfig, max_voxels: int, case: Case) -> Record | Failure:

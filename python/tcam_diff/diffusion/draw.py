@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,7 +27,7 @@ from tcam_diff.diffusion.report import plane_strip
 from tcam_diff.diffusion.sampling import Sampler
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation.picture import sheet
-from tcam_diff.files import replacing, sha256, writable_folder, write_text
+from tcam_diff.files import locked_folder, replacing, sha256, write_text
 from tcam_diff.progress import Progress, ProgressCallback, StopCallback
 from tcam_diff.text import dtype_text
 from tcam_diff.training.distributed import device_of, distributed
@@ -95,10 +96,12 @@ def draw_samples(
         UserError: the folder has samples with other settings, or model and arguments do not fit.
     """
     config, out = config or SampleConfig(), Path(output.folder)
-    with distributed(device, patience=timedelta(days=7)) as group:  # shares differ: the last one may take long
+    patience = timedelta(days=7)  # shares differ: the last one may take long
+    with distributed(device, patience) as group, ExitStack() as stack:
         model = TriplaneDiffusion.load(folder, group.device, compute)
         class_index, guidance = model.label(label), None if guide is None else guide(model)
-        writable_folder(out)
+        if group.first:
+            stack.enter_context(locked_folder(out))
         settings = _settings(model, output, config, label, guidance)
         name = f"seed{config.seed}_{config.solver}{config.steps}"
         if label is not None:
@@ -280,16 +283,16 @@ def draw_between(
     record = out / "interpolation.json"
     if record.is_file() and record.read_text() != json.dumps(settings, indent=1):
         raise UserError(f"{record}: exists, of another interpolation; choose another folder")
-    writable_folder(out)
-    write_text(record, json.dumps(settings, indent=1))
-    strips: list[tuple[str, np.ndarray]] = []
-    for i, planes in enumerate(Sampler(model, config).interpolate(ends[0], ends[1], n, class_index)):
-        decode_to_file(model.volume(planes), out / f"{i:02d}-of-{n}.nii.gz", shape, output.dtype)
-        strips.append((f"{i / (n - 1):.2f}", plane_strip(model, planes)))
-        if progress is not None:
-            progress(Progress(i + 1, n))
-    with replacing(out / SHEET) as file:
-        file.write(png(sheet(strips)))
+    with locked_folder(out):
+        write_text(record, json.dumps(settings, indent=1))
+        strips: list[tuple[str, np.ndarray]] = []
+        for i, planes in enumerate(Sampler(model, config).interpolate(ends[0], ends[1], n, class_index)):
+            decode_to_file(model.volume(planes), out / f"{i:02d}-of-{n}.nii.gz", shape, output.dtype)
+            strips.append((f"{i / (n - 1):.2f}", plane_strip(model, planes)))
+            if progress is not None:
+                progress(Progress(i + 1, n))
+        with replacing(out / SHEET) as file:
+            file.write(png(sheet(strips)))
 
 
 def _sheet(path: Path, previews: list[Path], most: int = 64) -> None:

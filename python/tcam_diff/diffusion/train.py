@@ -21,6 +21,7 @@ from tcam_diff.diffusion.network import TriplaneUNet
 from tcam_diff.diffusion.process import TIMESTEPS, errors, flip, mix, timesteps
 from tcam_diff.diffusion.report import samples_picture, write_report
 from tcam_diff.errors import UserError
+from tcam_diff.files import write_bytes
 from tcam_diff.progress import ProgressCallback, StopCallback
 from tcam_diff.training.distributed import Distributed
 from tcam_diff.training.ema import update_average
@@ -197,7 +198,7 @@ class DiffusionTraining(Task):
         if self.config.preview_steps:
             samples.mkdir(exist_ok=True)
             picture = samples_picture(model, self.config.preview_steps)
-            (samples / f"step-{step:08d}.png").write_bytes(picture)
+            write_bytes(samples / f"step-{step:08d}.png", picture)
             logger.picture(step, "samples", rgb(picture))
 
     def finish(self, outcome: Outcome) -> None:

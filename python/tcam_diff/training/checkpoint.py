@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tcam_diff.errors import UserError
-from tcam_diff.files import replacing, sha256
+from tcam_diff.files import reason, replacing, sha256
 from tcam_diff.folder import Folder
 from tcam_diff.training.distributed import Distributed
 
@@ -51,19 +51,19 @@ def save(
     """
     final = folder / f"step-{step:08d}"
     staging = folder / f".writing-{final.name}"
-    error: OSError | RuntimeError | None = None
+    error: OSError | None = None
     try:
         staging.mkdir(parents=True, exist_ok=True)
         if group.first:
             _write(staging / "shared.pt", shared)
         _write(staging / f"shard-{group.rank}-of-{group.world}.pt", shard)
-    except (OSError, RuntimeError) as caught:  # torch's writer raises RuntimeError on a full disk
+    except OSError as caught:
         error = caught
     if group.any(error is not None):
         if group.first:
             shutil.rmtree(staging, ignore_errors=True)
         raise UserError(
-            f"{final}: could not be written: {error or 'see the message of the rank that failed'}; "
+            f"{final}: cannot be written: {reason(error) if error else 'see the message of the rank that failed'}; "
             f"{_last(folder)}free some space, then continue with --resume auto"
         ) from error
     if group.first:

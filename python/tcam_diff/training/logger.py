@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tcam_diff.files import write_text
+from tcam_diff.files import naming, write_text
 
 METRICS = "metrics.jsonl"
 
@@ -29,31 +29,39 @@ class Logger:
         write_text(self.path, "".join(json.dumps(r) + "\n" for r in kept))
         self.file = open(self.path, "a")  # noqa: SIM115
         self.board: Any = None
+        self.board_folder = folder / "tensorboard"
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+            with naming(self.board_folder):
+                self.board = SummaryWriter(str(self.board_folder), purge_step=first_step + 1)
         except ImportError:
             pass
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write a record. Values that are not finite become null in metrics.jsonl."""
         plain = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
-        self.file.write(json.dumps({"step": step, **plain}) + "\n")
-        self.file.flush()
+        with naming(self.path):
+            self.file.write(json.dumps({"step": step, **plain}) + "\n")
+            self.file.flush()
         if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+            with naming(self.board_folder):
+                for name, value in values.items():
+                    self.board.add_scalar(name, value, step)
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Write a picture (rows, columns, 3) uint8 to TensorBoard."""
         if self.board is not None:
-            self.board.add_image(name, image, step, dataformats="HWC")
+            with naming(self.board_folder):
+                self.board.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
-        self.file.close()
+        """Close the files. Raises OSError if their last records cannot be written."""
+        with naming(self.path):
+            self.file.close()
         if self.board is not None:
-            self.board.close()
+            with naming(self.board_folder):
+                self.board.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

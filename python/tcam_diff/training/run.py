@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeVar
 
 import yaml
 
 from tcam_diff.errors import UserError
-from tcam_diff.files import writable_folder, write_text
+from tcam_diff.files import locked_folder, write_text
 from tcam_diff.progress import ProgressCallback, StopCallback
 from tcam_diff.training import checkpoint
 from tcam_diff.training.config import RunConfig
@@ -33,7 +34,7 @@ def train(
 
     The other arguments are those of ``train_autodecoder`` and ``train_diffusion``.
     """
-    with distributed(config.device) as group:
+    with distributed(config.device) as group, locked_folder(out) if group.first else nullcontext():
         path = prepare_folder(out, config, resume, group)
         task = make(config, group, out)
         try:
@@ -74,7 +75,6 @@ def prepare_folder(out: Path, config: RunConfig, resume: str | None, group: Dist
             if key not in config.changeable and before.get(key) != now[key]:
                 raise UserError(f"{key}: the run in {out} began with {before.get(key)}, --resume was given {now[key]}")
     if group.first:
-        writable_folder(out)
         write_text(settings, config.yaml())
     group.barrier()
     return path
