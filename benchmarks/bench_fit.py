@@ -11,12 +11,12 @@ from pathlib import Path
 
 import harness
 import torch
-from tcam_diff import demo
 from tcam_diff.autodecoder.config import FitConfig
 from tcam_diff.autodecoder.fit import Fitter
 from tcam_diff.autodecoder.planes import texel_noise
 from tcam_diff.data.nifti import read_volume
 from tcam_diff.data.volume import intensity_range
+from tcam_diff.demo import run as demo
 from tcam_diff.evaluation import metrics
 
 VARIANTS = {

@@ -86,6 +86,15 @@ TRAIN: Columns = {
     "Mvoxel/s": lambda r: f"{r['voxels'] / r['step_s'] / 1e6:.2f}",
     "hours for 200,000 steps": lambda r: f"{r['hours_200000']:.1f}",
 }
+SPIN: Columns = {
+    "setting": lambda r: "libgomp's default" if r["setting"] == "default" else f"`{r['setting']}`",
+    "alone ms": lambda r: f"{r['alone_ms']:.1f}",
+    "range ms": lambda r: " to ".join(f"{v:.1f}" for v in r["alone_range_ms"]),
+    "to the default": lambda r: f"{r['alone_to_default']:.2f}",
+    "beside a busy process ms": lambda r: f"{r['busy_ms']:.1f}",
+    "its range ms": lambda r: " to ".join(f"{v:.1f}" for v in r["busy_range_ms"]),
+    "busy to alone": lambda r: f"{r['busy_to_alone']:.2f}",
+}
 DECODE: Columns = {
     "case": lambda r: r["case"],
     "size": lambda r: f"{r['size']}³",
@@ -155,6 +164,7 @@ WRITERS = {
     "fit": by_columns(FIT),
     "points": by_columns(POINTS),
     "sample": by_columns(POINTS),
+    "spin": by_columns(SPIN),
     "train": by_columns(TRAIN),
     "stage1": stage1_table,
     "stage2": stage2_table,

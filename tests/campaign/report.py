@@ -1,6 +1,6 @@
 """Write the tables of docs/reliability.md from the results of the campaign.
 
-    python tests/campaign/report.py [--check]
+python tests/campaign/report.py [--check]
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ def main() -> None:
 def filled(page: str, rows: list[dict[str, Any]]) -> str:
     """The page with new tables between its marks."""
     for name, text in (("provenance", provenance(rows)), ("shards", shards(rows)), ("errors", errors(rows))):
-        page = re.sub(
-            rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, text=text: f"{m[1]}{text}\n{m[2]}", page, flags=re.S
-        )
+        page = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, text=text: f"{m[1]}{text}\n{m[2]}", page, flags=re.S)
     return page
 
 

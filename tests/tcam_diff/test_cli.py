@@ -155,7 +155,8 @@ def test_ctrl_c_ends_a_training_run_with_a_checkpoint_and_a_status(tmp_path):
 
 def test_ctrl_c_ends_the_demo(monkeypatch, tmp_path, capsys):
     """No command runs after one that was interrupted."""
-    from tcam_diff import demo
+    from tcam_diff.demo import __main__ as command
+    from tcam_diff.demo import run as demo
 
     calls = []
 
@@ -175,7 +176,7 @@ def test_ctrl_c_ends_the_demo(monkeypatch, tmp_path, capsys):
     work("train_autodecoder", stops=True)
     monkeypatch.setattr(sys, "argv", ["demo", "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
-        demo.main()
+        command.main()
     assert ended.value.code == 130
     assert calls == ["make_cohort", "prepare_cases", "train_autodecoder"]
     assert "the same command continues" in capsys.readouterr().out

@@ -18,7 +18,7 @@ COUNT = 24
 
 
 def test_the_demo_keeps_files_that_it_did_not_make(tmp_path):
-    from tcam_diff import demo
+    from tcam_diff.demo import run as demo
 
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "precious.txt").write_text("mine")

@@ -11,11 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tcam_diff.errors import out_of_memory
-
-#: How long idle threads of libgomp spin. libgomp's default is longer: no faster alone, but it takes the cores from a process
-#: beside it. A training step then took 3 to 6 times as long, and 2.2 times with this count (2 cores, one busy process).
-SPIN_COUNT = "5000"
-
+from tcam_diff.spinning import bound_spinning
 
 #: Advice of the line that says that memory ran out.
 MORE_MEMORY = "what was written is intact; end other programs, or lower sizes (batch, channels, plane_size, --size, --jobs)"
@@ -28,8 +24,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # names of files need not be valid text
     warnings.showwarning = _show_warning
     threading.excepthook = _thread_error
-    if "OMP_WAIT_POLICY" not in os.environ:  # before torch loads libgomp
-        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    bound_spinning()
     try:
         from tcam_diff.cli.app import app
         from tcam_diff.cli.common import INTERRUPTED

@@ -1,12 +1,7 @@
-"""Demo behind ``make demo``: fit planes to an MRI and decode them, then train both stages on a cohort and draw new volumes.
-
-The MRI is the central 128^3 voxels of the MNI152 T1 template (ICBM 2009a, 1 mm) from nilearn. The cohort is made from the same
-template. Run with ``python -m tcam_diff.demo [--out FOLDER] [--fit-only]``.
-"""
+"""The two parts of the demo: one MRI as planes, and new volumes from a cohort."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import time
@@ -61,26 +56,6 @@ def write_template(path: Path) -> None:
     affine = image.affine.copy()
     affine[:3, 3] += affine[:3, :3] @ corner
     nib.save(nib.Nifti1Image(crop, affine), path)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the results (default: demo)")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the preset fast of the fit")
-    parser.add_argument("--fit-only", action="store_true", help="only fit the MRI: no cohort, no new volumes")
-    arguments = parser.parse_args()
-    start = time.monotonic()
-    out: Path = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        fit_one(out, arguments.overrides, start)
-        if not arguments.fit_only:
-            generate(out, start)
-    except UserError as error:
-        raise SystemExit(f"demo: {error}") from error
-    except KeyboardInterrupt:
-        print("\ndemo: interrupted; the same command continues")
-        raise SystemExit(130) from None
 
 
 def progress(what: str, every: float = 20.0) -> ProgressCallback:
@@ -219,8 +194,3 @@ def noisy_psnr(fitted: artefact.FittedVolume, data: np.ndarray) -> float:
     with torch.no_grad():
         noisy: torch.Tensor = fitted.decoder(planes, size)[0].clamp(0, 1)
     return metrics.psnr(torch.from_numpy(fitted.info.to_unit(data)), noisy)
-
-
-if __name__ == "__main__":
-    print(f"tcam_ext {tcam_ext.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    main()
