@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "python"), str(ROOT / "benchmarks"), str(ROOT / "tests/ops"), str(ROOT / "tests/tcam_diff")]
+sys.path[:0] = [str(ROOT / part) for part in (".", "python", "benchmarks", "tests/ops", "tests/tcam_diff")]
 
 #: Results of the shards, one JSON file each.
 RESULTS = ROOT / "benchmarks" / "results" / "reliability"
@@ -102,6 +102,7 @@ def execute(shard: Shard, seed: int, work: Path) -> dict[str, Any]:
         "cases": sum(tally.outcomes.values()),
         "seed": own,
         **dataclasses.asdict(tally),
+        "outcomes": dict(tally.outcomes),  # asdict makes pairs of a Counter
         "seconds": round(time.monotonic() - began, 1),
         "sources": made_of,
         "commit": at,
