@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 import runs
 import tcam_diff
-from tcam_diff.cli import main
+from rich.console import Console
+from tcam_diff.cli import common, main
 from tcam_diff.cli.app import app
+from tcam_diff.progress import Progress
 
 FAST = ["steps=12", "channels=6", "widths=[24]"]
 OBLIQUE = np.array([[0.9, 0.1, 0.3, -20.0], [-0.1, 1.8, 0.2, 7.0], [-0.2, 0.3, 2.9, 3.0], [0, 0, 0, 1]])
@@ -200,7 +202,8 @@ def test_help_and_version():
 QUICK = """
 import sys
 sys.argv = ["tcam", *sys.argv[1:]]
-from tcam_diff.cli import main
+from rich.console import Console
+from tcam_diff.cli import common, main
 try:
     main()
 finally:
@@ -239,3 +242,45 @@ def test_missing_extra_packages_are_reported_in_one_line(tmp_path):
     done = subprocess.run([sys.executable, "-m", "tcam_diff.cli"], env=env, capture_output=True, text=True)
     assert done.returncode == 2
     assert "pip install 'tcam-ext[train]'" in done.stderr
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_brackets_in_names_are_printed_as_they_are(terminal, tmp_path, monkeypatch):
+    """Nothing in a file's name is markup, a pattern or an emoji."""
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")  # as rich takes it
+
+    def printed(*arguments, code=0):
+        done = tcam(*arguments, check=False)
+        assert done.returncode == code, done.stderr
+        assert terminal or "\x1b" not in done.stdout
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", done.stdout + done.stderr)
+
+    path = tmp_path / "[bold]" / "[red]x[/red] :smile: [0] *?.nii.gz"  # the slash ends a folder's name
+    bad, store, run = path.parent / "[red]bad.nii.gz", tmp_path / "[red]store[", tmp_path / "[link=x]run :tada:"
+    path.parent.mkdir(parents=True)
+    nib.save(nib.Nifti1Image(np.random.default_rng(0).random((12, 12, 12), np.float32), np.eye(4)), path)
+    bad.write_bytes(b"no image")
+    lines = printed("check-data", path.parent, code=1)
+    assert f"{path.parent}: " in lines
+    assert "ok    red] :smile: [0] *? [train]" in lines
+    assert "FAILS [red]bad [train]" in lines
+    prepared = printed("prepare", path.parent, "--out", store, "resize=[8,8,8]", code=1)
+    assert "FAILS [red]bad [train]" in prepared
+    assert f"{store}: 1 of 2 cases" in prepared
+    assert f"{store}: a prepared store" in printed("check-data", store)
+    fitted = printed("fit", path, "--out", run, *FAST)
+    assert f"{path}: 12 x 12 x 12" in fitted
+    assert f"{run}: 12 steps" in fitted
+    assert f"{path.parent}.nii" in printed("decode", run, "--out", f"{path.parent}.nii")
+    assert f"{bad}: " in printed("fit", bad, "--out", tmp_path / "no", code=2)
+    assert "[bold]x[/red]" in printed("[bold]x[/red]", code=2)
+    assert "k[/red]: no such key" in printed("fit", path, "--out", run, "k[/red]=3", code=2)
+
+
+def test_a_progress_bar_shows_names_as_they_are(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(common, "console", Console(file=out, force_terminal=True, width=200, markup=False, emoji=False))
+    with common.progress_bar("[red]x[/red] :smile:") as show:
+        show(Progress(1, 2))
+    assert "[red]x[/red] :smile:" in out.getvalue()

@@ -32,5 +32,5 @@ def command(
     say(f"disk         {bytes_text(needs.disk)} at the end, up to {bytes_text(needs.disk_most)} during the run")
     memory = needs.device if needs.device and needs.where == "device" else needs.tables
     if needs.where != "disk" and memory > needs.available:
-        say(f"[red]does not fit[/red]: {bytes_text(needs.available)} are free; take tables=disk, or fewer channels or objects")
+        say(f"{bytes_text(needs.available)} are free; take tables=disk, or fewer channels or objects", "does not fit:")
         raise typer.Exit(1)
