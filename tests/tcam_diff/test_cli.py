@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ import pytest
 import runs
 import tcam_diff
 from rich.console import Console
+from tcam_diff import compiler
 from tcam_diff.cli import common, main
 from tcam_diff.cli.app import app
 from tcam_diff.progress import Progress
@@ -30,7 +32,8 @@ OBLIQUE = np.array([[0.9, 0.1, 0.3, -20.0], [-0.1, 1.8, 0.2, 7.0], [-0.2, 0.3, 2
 def tcam(*arguments, check=True):
     """Run a command in this process, which saves seconds of imports."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    with redirect_stdout(out), redirect_stderr(err), mock.patch.object(sys, "argv", ["tcam", *map(str, arguments)]):
+    argv = mock.patch.object(sys, "argv", ["tcam", *map(str, arguments)])
+    with redirect_stdout(out), redirect_stderr(err), argv, mock.patch.dict(os.environ):
         try:
             main()
         except SystemExit as done:
@@ -203,6 +206,7 @@ QUICK = """
 import sys
 sys.argv = ["tcam", *sys.argv[1:]]
 from rich.console import Console
+from tcam_diff import compiler
 from tcam_diff.cli import common, main
 try:
     main()
@@ -284,3 +288,52 @@ def test_a_progress_bar_shows_names_as_they_are(monkeypatch):
     with common.progress_bar("[red]x[/red] :smile:") as show:
         show(Progress(1, 2))
     assert "[red]x[/red] :smile:" in out.getvalue()
+
+
+#: Run commands one after another in this process, as one that starts does.
+COMMANDS = """
+import json, sys
+from tcam_diff.cli import main
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["tcam", *arguments]
+    try:
+        main()
+    except SystemExit as done:
+        assert not done.code, arguments
+"""
+
+
+@pytest.mark.slow
+def test_commands_leave_nothing_in_the_temporary_directory(volume, tmp_path):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    runs.make_store(tmp_path / "store", count=3, held_out=1)
+    small = ["channels=4", "plane_size=8", "widths=[8]", "steps=3"]
+    commands = [
+        ["fit", volume, "--out", "fit", *small],
+        ["prepare", volume.parent, "--out", "prepared", "resize=[8,8,8]"],
+        ["train-autodecoder", "fast", "data=store", "--out", "run", "batch=2", *small],
+        ["estimate", "fast", "data=store", "batch=2", *small, "--seconds", "1"],
+        ["encode", "run", "store", "--out", "encoded", "steps=3"],
+        ["export-latents", "run", "--out", "latents"],
+        ["train-diffusion", "tiny", "latents=latents", "--out", "model", *runs.SMALL_DIFFUSION, "steps=2", "batch=2"],
+        ["sample", "model", "--out", "samples", "--n", "1", "--steps", "2"],
+        ["export-bundle", "model", "--out", "bundle"],
+    ]
+    script = [sys.executable, "-c", COMMANDS, json.dumps(commands, default=str)]
+    env = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"} | {"TMPDIR": str(temporary)}
+    done = subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not list(temporary.iterdir())
+
+
+def test_a_compiled_network_has_the_cache_folder_of_torch_or_the_users(tmp_path, monkeypatch):
+    monkeypatch.delenv(compiler.VARIABLE, raising=False)
+    compiler.leave_out_folder()
+    assert Path(os.environ[compiler.VARIABLE]).is_dir()
+    compiler.restore_folder()
+    assert compiler.VARIABLE not in os.environ
+    monkeypatch.setenv(compiler.VARIABLE, str(tmp_path))
+    compiler.leave_out_folder()
+    compiler.restore_folder()
+    assert os.environ[compiler.VARIABLE] == str(tmp_path)

@@ -9,6 +9,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from tcam_diff.compiler import leave_out_folder
+
 #: How long idle threads of libgomp spin. libgomp's default is longer: no faster alone, but it takes the cores from a process
 #: beside it. A training step then took 3 to 6 times as long, and 2.2 times with this count (2 cores, one busy process).
 SPIN_COUNT = "5000"
@@ -22,6 +24,7 @@ def main() -> None:
     warnings.showwarning = _show_warning
     if "OMP_WAIT_POLICY" not in os.environ:  # before torch loads libgomp
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    leave_out_folder()
     try:
         from tcam_diff.cli.app import app
         from tcam_diff.cli.common import INTERRUPTED
