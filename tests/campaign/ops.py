@@ -113,8 +113,9 @@ def check(op: str, seed: int, number: int) -> Iterator[tuple[str, float, float]]
         wanted, out = against(case, exact)
         target.append(wanted)
         values = out.detach().nan_to_num()  # the mean of nothing is NaN
-        # The kernel scales gradients last, after their roundings to bfloat16.
+        # The kernel scales gradients last, after their roundings to bfloat16. Those in float16 are scaled as a GradScaler does.
         grad = torch.ones_like(out) if case.arithmetic == "bfloat16" else torch.rand_like(out)
+        grad = grad * 2**10 if case.dtype == torch.float16 else grad
         dtype = torch.float64 if case.dtype == torch.float64 else torch.float32
     else:
         out, trusted = masked(case, exact)
