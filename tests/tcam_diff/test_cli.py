@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
@@ -20,27 +19,14 @@ import pytest
 import runs
 import tcam_diff
 from rich.console import Console
+from runs import command as tcam
 from tcam_diff import compiler
-from tcam_diff.cli import common, main
+from tcam_diff.cli import common
 from tcam_diff.cli.app import app
 from tcam_diff.progress import Progress
 
 FAST = ["steps=12", "channels=6", "widths=[24]"]
 OBLIQUE = np.array([[0.9, 0.1, 0.3, -20.0], [-0.1, 1.8, 0.2, 7.0], [-0.2, 0.3, 2.9, 3.0], [0, 0, 0, 1]])
-
-
-def tcam(*arguments, check=True):
-    """Run a command in this process, which saves seconds of imports."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    argv = mock.patch.object(sys, "argv", ["tcam", *map(str, arguments)])
-    with redirect_stdout(out), redirect_stderr(err), argv, mock.patch.dict(os.environ):
-        try:
-            main()
-        except SystemExit as done:
-            code = done.code or 0
-    if check:
-        assert code == 0, err.getvalue()
-    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
