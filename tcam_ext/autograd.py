@@ -102,7 +102,7 @@ class DecodeGridLoss(torch.autograd.Function):
                 elif kind in (1, 2):  # decoder: (B, ...) to (...)
                     g = torch.tensordot(s, g, 1)
                 else:  # planes and extra features, object by object
-                    g = (g.reshape(len(s), -1) * s.unsqueeze(1)).view(g.shape)
+                    g = (g.reshape(len(s), g.numel() // max(len(s), 1)) * s.unsqueeze(1)).view(g.shape)
                 scaled.append(g.to(dtype))
         return *[None] * 7, *scaled
 

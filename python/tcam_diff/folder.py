@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from tcam_diff.errors import UserError, out_of_memory
-from tcam_diff.files import replacing, sha256
+from tcam_diff.files import reason, replacing, sha256
 
 if TYPE_CHECKING:
     import torch
@@ -73,15 +73,17 @@ class Folder:
 
     @contextlib.contextmanager
     def reading(self, name: str | None = None) -> Iterator[None]:
-        """Convert errors about the content of a file, by default the index, to UserError."""
+        """Convert errors about a file, by default the index, to UserError: damaged content, or a file that cannot be read."""
         try:
             yield
+        except OSError as error:
+            raise UserError(f"{error.filename or self / (name or self.index)}: cannot be read: {reason(error)}") from error
         except (
-            OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError,
+            EOFError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError,
         ) as error:  # fmt: skip
             if out_of_memory(error) is not None:
                 raise
-            raise UserError(f"{self / (name or self.index)}: damaged: {reason(error)}; {self.remedy}") from error
+            raise UserError(f"{self / (name or self.index)}: damaged: {fault(error)}; {self.remedy}") from error
 
     def write(self, content: Mapping[str, Any], files: Mapping[str, bytes] | None = None) -> None:
         """Write files, and an index with ``content`` and their checksums.
@@ -112,7 +114,7 @@ def tensor_bytes(
     return save({name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in tensors.items()}, metadata=metadata)
 
 
-def reason(error: Exception) -> str:
+def fault(error: Exception) -> str:
     """Message of an error in a file's content, in one line."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]

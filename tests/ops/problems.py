@@ -110,3 +110,13 @@ def flat_options(problem: Problem, compute: str = "float64") -> tuple[Any, ...]:
 def examples(count: int) -> Any:
     """hypothesis settings with ``count`` examples, or the profile's number if it is lower (`--hypothesis-profile=card`)."""
     return settings(max_examples=min(count, settings.default.max_examples))
+
+
+def away_from_kinks(xyz: torch.Tensor, p: Problem) -> torch.Tensor:
+    """Whether coordinates have no kink within rounding distance (kinks are at texel centres and at the planes' edges)."""
+    away = torch.ones_like(xyz, dtype=torch.bool)
+    for plane, axes in zip(p.planes, p.options["plane_axes"], strict=True):
+        for a, m in zip(axes, plane.shape[2:], strict=True):
+            x = (xyz[..., a] + 1) / 2 * (m - 1) if p.options["align_corners"] else ((xyz[..., a] + 1) * m - 1) / 2
+            away[..., a] &= (x - x.round()).abs() > 1e-4
+    return away

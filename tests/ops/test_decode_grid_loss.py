@@ -263,10 +263,11 @@ def test_autocast_and_checkpointing():
 def test_empty_batch():
     p = problems.make(batch=0).to(torch.float32, requires_grad=True)
     target = random_target(p, torch.float32)
-    assert one_pass(p, target, reduction="none_batch").shape == (0,)
+    each = one_pass(p, target, reduction="none_batch")
+    assert each.shape == (0,)
     loss = one_pass(p, target, reduction="sum")
     assert float(loss.detach()) == 0
-    for value in (loss, one_pass(p, target)):
+    for value in (loss, one_pass(p, target), each):
         assert all(g.count_nonzero() == 0 for g in gradients(value, p.tensors))
 
 

@@ -109,19 +109,9 @@ def test_values_and_gradients_equal_the_float64_reference(device, case, formulat
     *grads, xyz_grad = grads
     assert problems.gradient_error(grads, want_grads) < problems.GRADIENT_LIMIT[name]
     if dtype == torch.float64 or p.options["padding_mode"] != "reflection":  # far reflections lose the last bits of a float32
-        close = _smooth(xyz, p) if dtype == torch.float32 else torch.ones_like(xyz, dtype=torch.bool)
+        close = problems.away_from_kinks(xyz, p) if dtype == torch.float32 else torch.ones_like(xyz, dtype=torch.bool)
         scale = want_xyz.norm().clamp_min(max(1e-3 * max(float(w.norm()) for w in want_grads), 1e-30))
         assert float(((xyz_grad.cpu().double() - want_xyz) * close).norm() / scale) < problems.GRADIENT_LIMIT[name]
-
-
-def _smooth(xyz, p):
-    """Coordinates without a kink within rounding distance (kinks are at texel centres and at the planes' edges)."""
-    close = torch.ones_like(xyz, dtype=torch.bool)
-    for plane, axes in zip(p.planes, p.options["plane_axes"], strict=True):
-        for a, m in zip(axes, plane.shape[2:], strict=True):
-            x = (xyz[..., a] + 1) / 2 * (m - 1) if p.options["align_corners"] else ((xyz[..., a] + 1) * m - 1) / 2
-            close[..., a] &= (x - x.round()).abs() > 1e-4
-    return close
 
 
 @problems.examples(60)

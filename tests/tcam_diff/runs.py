@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -15,6 +20,7 @@ from tcam_diff.autodecoder.latents import LatentWriter
 from tcam_diff.autodecoder.objective import make_decoder
 from tcam_diff.autodecoder.planes import normalise, plane_sizes
 from tcam_diff.autodecoder.train import AutodecoderTraining, train_autodecoder
+from tcam_diff.cli import main
 from tcam_diff.cli.app import app
 from tcam_diff.data.store import Record, Store, StoreWriter, quantise
 from tcam_diff.data.volume import VolumeInfo
@@ -206,3 +212,17 @@ def tcam(*arguments: Any, fails: bool = False) -> str:
         return str(done.exception)
     assert done.exit_code == 0, (done.output, done.exception)
     return done.output
+
+
+def command(*arguments: Any, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a command in this process, which saves seconds of imports."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    argv = mock.patch.object(sys, "argv", ["tcam", *map(str, arguments)])
+    with redirect_stdout(out), redirect_stderr(err), argv, mock.patch.dict(os.environ):
+        try:
+            main()
+        except SystemExit as done:
+            code = done.code or 0
+    if check:
+        assert code == 0, err.getvalue()
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())

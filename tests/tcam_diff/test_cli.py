@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
@@ -18,24 +18,15 @@ import numpy as np
 import pytest
 import runs
 import tcam_diff
-from tcam_diff.cli import main
+from rich.console import Console
+from runs import command as tcam
+from tcam_diff import compiler
+from tcam_diff.cli import common
 from tcam_diff.cli.app import app
+from tcam_diff.progress import Progress
 
 FAST = ["steps=12", "channels=6", "widths=[24]"]
 OBLIQUE = np.array([[0.9, 0.1, 0.3, -20.0], [-0.1, 1.8, 0.2, 7.0], [-0.2, 0.3, 2.9, 3.0], [0, 0, 0, 1]])
-
-
-def tcam(*arguments, check=True):
-    """Run a command in this process, which saves seconds of imports."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with redirect_stdout(out), redirect_stderr(err), mock.patch.object(sys, "argv", ["tcam", *map(str, arguments)]):
-        try:
-            main()
-        except SystemExit as done:
-            code = done.code or 0
-    if check:
-        assert code == 0, err.getvalue()
-    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +192,9 @@ def test_help_and_version():
 QUICK = """
 import sys
 sys.argv = ["tcam", *sys.argv[1:]]
-from tcam_diff.cli import main
+from rich.console import Console
+from tcam_diff import compiler
+from tcam_diff.cli import common, main
 try:
     main()
 finally:
@@ -240,3 +233,94 @@ def test_missing_extra_packages_are_reported_in_one_line(tmp_path):
     done = subprocess.run([sys.executable, "-m", "tcam_diff.cli"], env=env, capture_output=True, text=True)
     assert done.returncode == 2
     assert "pip install 'tcam-ext[train]'" in done.stderr
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_brackets_in_names_are_printed_as_they_are(terminal, tmp_path, monkeypatch):
+    """Nothing in a file's name is markup, a pattern or an emoji."""
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")  # as rich takes it
+
+    def printed(*arguments, code=0):
+        done = tcam(*arguments, check=False)
+        assert done.returncode == code, done.stderr
+        assert terminal or "\x1b" not in done.stdout
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", done.stdout + done.stderr)
+
+    path = tmp_path / "[bold]" / "[red]x[/red] :smile: [0] *?.nii.gz"  # the slash ends a folder's name
+    bad, store, run = path.parent / "[red]bad.nii.gz", tmp_path / "[red]store[", tmp_path / "[link=x]run :tada:"
+    path.parent.mkdir(parents=True)
+    nib.save(nib.Nifti1Image(np.random.default_rng(0).random((12, 12, 12), np.float32), np.eye(4)), path)
+    bad.write_bytes(b"no image")
+    lines = printed("check-data", path.parent, code=1)
+    assert f"{path.parent}: " in lines
+    assert "ok    red] :smile: [0] *? [train]" in lines
+    assert "FAILS [red]bad [train]" in lines
+    prepared = printed("prepare", path.parent, "--out", store, "resize=[8,8,8]", code=1)
+    assert "FAILS [red]bad [train]" in prepared
+    assert f"{store}: 1 of 2 cases" in prepared
+    assert f"{store}: a prepared store" in printed("check-data", store)
+    fitted = printed("fit", path, "--out", run, *FAST)
+    assert f"{path}: 12 x 12 x 12" in fitted
+    assert f"{run}: 12 steps" in fitted
+    assert f"{path.parent}.nii" in printed("decode", run, "--out", f"{path.parent}.nii")
+    assert f"{bad}: " in printed("fit", bad, "--out", tmp_path / "no", code=2)
+    assert "[bold]x[/red]" in printed("[bold]x[/red]", code=2)
+    assert "k[/red]: no such key" in printed("fit", path, "--out", run, "k[/red]=3", code=2)
+
+
+def test_a_progress_bar_shows_names_as_they_are(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(common, "console", Console(file=out, force_terminal=True, width=200, markup=False, emoji=False))
+    with common.progress_bar("[red]x[/red] :smile:") as show:
+        show(Progress(1, 2))
+    assert "[red]x[/red] :smile:" in out.getvalue()
+
+
+#: Run commands one after another in this process, as one that starts does.
+COMMANDS = """
+import json, sys
+from tcam_diff.cli import main
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["tcam", *arguments]
+    try:
+        main()
+    except SystemExit as done:
+        assert not done.code, arguments
+"""
+
+
+@pytest.mark.slow
+def test_commands_leave_nothing_in_the_temporary_directory(volume, tmp_path):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    runs.make_store(tmp_path / "store", count=3, held_out=1)
+    small = ["channels=4", "plane_size=8", "widths=[8]", "steps=3"]
+    commands = [
+        ["fit", volume, "--out", "fit", *small],
+        ["prepare", volume.parent, "--out", "prepared", "resize=[8,8,8]"],
+        ["train-autodecoder", "fast", "data=store", "--out", "run", "batch=2", *small],
+        ["estimate", "fast", "data=store", "batch=2", *small, "--seconds", "1"],
+        ["encode", "run", "store", "--out", "encoded", "steps=3"],
+        ["export-latents", "run", "--out", "latents"],
+        ["train-diffusion", "tiny", "latents=latents", "--out", "model", *runs.SMALL_DIFFUSION, "steps=2", "batch=2"],
+        ["sample", "model", "--out", "samples", "--n", "1", "--steps", "2"],
+        ["export-bundle", "model", "--out", "bundle"],
+    ]
+    script = [sys.executable, "-c", COMMANDS, json.dumps(commands, default=str)]
+    env = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"} | {"TMPDIR": str(temporary)}
+    done = subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not list(temporary.iterdir())
+
+
+def test_a_compiled_network_has_the_cache_folder_of_torch_or_the_users(tmp_path, monkeypatch):
+    monkeypatch.delenv(compiler.VARIABLE, raising=False)
+    compiler.leave_out_folder()
+    assert Path(os.environ[compiler.VARIABLE]).is_dir()
+    compiler.restore_folder()
+    assert compiler.VARIABLE not in os.environ
+    monkeypatch.setenv(compiler.VARIABLE, str(tmp_path))
+    compiler.leave_out_folder()
+    compiler.restore_folder()
+    assert os.environ[compiler.VARIABLE] == str(tmp_path)

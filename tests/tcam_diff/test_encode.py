@@ -177,9 +177,11 @@ def test_damage_and_what_does_not_belong_together(trained, encoded, store, tmp_p
 def test_an_estimate_of_memory_and_disk(store, tmp_path):
     """Of the disk within 25 %; time and memory, which a test must not hold, are in docs/performance.md."""
     over = [f"data={store}", *runs.SMALL, "steps=12", "checkpoint_every=3", "keep=2"]
-    words = tcam("estimate", "fast", *over, "--seconds", 1).split()
+    lines = tcam("estimate", "fast", *over, "--seconds", 1)
+    words = lines.split()
+    assert "stage 2      planes of 6 x 5 x 7 texels fit no preset: tiny (multiples of 2" in lines
     disk, unit = float(words[words.index("disk") + 1]), words[words.index("disk") + 2]
-    tcam("train-autodecoder", "fast", *over, "--out", tmp_path / "run", "-q")
+    assert "stage 2: planes of 6 x 5 x 7 texels" in tcam("train-autodecoder", "fast", *over, "--out", tmp_path / "run")
     held = sum(p.stat().st_size for p in (tmp_path / "run" / "checkpoints").rglob("*.pt"))
     kept = len(list((tmp_path / "run" / "checkpoints").iterdir()))
     assert unit == "MB"

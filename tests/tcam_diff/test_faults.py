@@ -1,210 +1,190 @@
-"""Faults of the machine: full disks, memory that runs out, killed processes, two processes on one folder."""
+"""Faults of the machine: every command names the file and the reason in one line, with exit status 2."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import subprocess
+import shutil
 import sys
-import threading
-import time
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import runs
-import torch
-from tcam_diff import cli, files
-from tcam_diff.errors import UserError, out_of_memory
-from tcam_diff.files import PART, locked_folder, replacing
-from tcam_diff.folder import Folder
-from tcam_diff.processes import map_on_processes
-from tcam_diff.training import checkpoint
-from tcam_diff.training.distributed import Distributed
-from tcam_diff.training.logger import Logger
 
-#: A device on which every write fails for lack of space.
-FULL = Path("/dev/full")
+SMALL = ["channels=4", "plane_size=8", "widths=[8]", "steps=3"]
+TRAIN = ["fast", "data=store", "batch=2", *SMALL]
+DIFFUSE = ["tiny", "latents=latents", *runs.SMALL_DIFFUSION, "steps=2", "batch=2"]
+SAMPLE = ["--n", "1", "--steps", "2"]
+CRITIC = ["--seeds", "1", "size=16", "epochs=1"]
 
-
-# ---- disk --------------------------------------------------------------------------------------
-
-
-def no_space(monkeypatch) -> None:
-    """Make every write to a file of ``replacing`` fail."""
-
-    def write(self, data):
-        self.error = OSError(28, "No space left on device")
-        raise self.error
-
-    monkeypatch.setattr(files._Output, "write", write)
-
-
-def test_a_checkpoint_names_the_reason_that_torch_hides(tmp_path, monkeypatch):
-    checkpoint.save(tmp_path, 1, {"a": torch.ones(1000)}, {}, Distributed())
-    no_space(monkeypatch)
-    with pytest.raises(UserError, match="step-00000002: cannot be written: No space left on device; the checkpoint of step 1"):
-        checkpoint.save(tmp_path, 2, {"a": torch.ones(1000)}, {}, Distributed())
-    assert checkpoint.steps(tmp_path) == [1]
+#: Commands on the folder of `results`, with the option that names their result and its place.
+COMMANDS = {
+    "fit": (["volume.nii", *SMALL], "--out", "out"),
+    "decode": (["fit"], "--out", "out.nii"),
+    "compare": (["volume.nii", "volume.nii"], "--out", "out.png"),
+    "check-data": (["volumes"], "--json", "out.json"),
+    "prepare": (["volumes"], "--out", "out"),
+    "train-autodecoder": (TRAIN, "--out", "out"),
+    "ablate": (["fast", "channels=2,3", "data=store", "batch=2", *SMALL[1:]], "--out", "out"),
+    "encode": (["run", "store", "steps=2"], "--out", "out"),
+    "export-latents": (["run"], "--out", "out"),
+    "train-diffusion": (DIFFUSE, "--out", "out"),
+    "sample": (["model", *SAMPLE], "--out", "out"),
+    "interpolate": (["model", "latents", "blob0", "blob1", "--n", "2", "--steps", "2"], "--out", "out"),
+    "export-bundle": (["model"], "--out", "out"),
+    "critic": (["store", "samples", *CRITIC], "--json", "out.json"),
+    "make-cohort": (["--n", "2", "--held-out", "1", "--size", "16"], "--out", "out"),
+}
 
 
-@pytest.mark.skipif(not FULL.exists(), reason="no /dev/full")
-def test_a_log_on_a_full_disk_is_named(tmp_path):
-    logger = Logger(tmp_path, 0)
-    logger.file.close()
-    logger.file = FULL.open("w")
-    with pytest.raises(OSError, match="No space left") as error:
-        logger.scalars(1, {"loss": 1.0})
-    assert error.value.filename == str(tmp_path / "metrics.jsonl")
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A folder with small results of all commands."""
+    folder = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        (folder / "volumes").mkdir()
+        for name in ("volume.nii", "volumes/a.nii", "volumes/b.nii"):
+            nib.save(nib.Nifti1Image(np.random.default_rng(0).random((16, 16, 16), np.float32), np.eye(4)), name)
+        runs.make_store(folder / "store", count=3, held_out=2, size=(16, 16, 16))
+        runs.command("fit", "volume.nii", "--out", "fit", *SMALL)
+        runs.command("train-autodecoder", *TRAIN, "--out", "run")
+        runs.command("export-latents", "run", "--out", "latents")
+        runs.command("train-diffusion", *DIFFUSE, "--out", "model")
+        runs.command("sample", "model", "--out", "samples", "--n", "4", "--steps", "2")
+    return folder
 
 
-def test_tensorboard_on_a_full_disk_is_named(tmp_path, monkeypatch):
-    """Its thread fails; the next record raises the error, with the folder's name."""
-    from tensorboard.compat.tensorflow_stub.io import gfile
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    logger = Logger(tmp_path, 0)
-    monkeypatch.setattr(threading, "excepthook", cli._thread_error)
-    monkeypatch.setattr(gfile.LocalFileSystem, "append", full)
-
-    def log() -> None:
-        for step in range(1, 2000):
-            logger.scalars(step, {"loss": 1.0})
-            time.sleep(0.01)
-
-    with pytest.raises(OSError, match="No space left") as error:
-        log()
-    assert error.value.filename == str(tmp_path / "tensorboard")
+@pytest.fixture
+def here(results, tmp_path, monkeypatch):
+    """A copy of the results, as the working directory."""
+    shutil.copytree(results, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
 
 
-# ---- memory ------------------------------------------------------------------------------------
+def says(done, code, *parts):
+    """Check that a command ended with one line that has all parts."""
+    lines = [line for line in done.stderr.splitlines() if "warning:" not in line]
+    assert done.returncode == code, (done.stdout, done.stderr)
+    assert len(lines) == 1, done.stderr
+    assert all(part in lines[0] for part in parts), (lines[0], parts)
 
 
-def too_large_for_torch() -> None:
-    torch.empty(1 << 60)
+@pytest.mark.parametrize("place", ["file/sub", "/proc/nowhere"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_place_that_cannot_be_written(name, place, here):
+    arguments, option, result = COMMANDS[name]
+    Path("file").write_text("")
+    done = runs.command(name, *arguments, option, f"{place}/{result}", check=False)
+    reason = "Not a directory" if place.startswith("file") else "No such file"
+    says(done, 2, place, "no such folder" if name == "decode" else reason)
 
 
-def too_large_for_numpy() -> None:
-    np.empty(1 << 50)
+@pytest.mark.parametrize("name", [n for n, (_, _, result) in COMMANDS.items() if "." in result])
+def test_a_folder_in_the_place_of_a_file(name, here):
+    arguments, option, result = COMMANDS[name]
+    Path(result).mkdir()
+    says(runs.command(name, *arguments, option, result, check=False), 2, result, "Is a directory")
 
 
-@pytest.mark.parametrize("allocate", [too_large_for_torch, too_large_for_numpy])
-def test_out_of_memory_is_one_line(allocate, monkeypatch, capsys):
-    monkeypatch.setattr("tcam_diff.cli.app.app", allocate)
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("tcam: out of memory: ")
-    assert "lower sizes" in line
+@pytest.mark.parametrize("name", [n for n, (_, _, result) in COMMANDS.items() if "." not in result])
+def test_a_file_in_the_place_of_a_folder(name, here):
+    arguments, option, result = COMMANDS[name]
+    Path(result).write_text("")
+    done = runs.command(name, *arguments, option, result, check=False)
+    says(done, 2, result)
+    assert Path(result).is_file()
 
 
-def test_errors_that_out_of_memory_causes_count():
-    error = RuntimeError("cannot join thread before it is started")
-    error.__context__ = RuntimeError("can't start new thread")
-    assert out_of_memory(error) == "can't start new thread"
-    assert out_of_memory(RuntimeError("size mismatch")) is None
-    assert out_of_memory(MemoryError()) == "no memory is left"
+@pytest.fixture(scope="module")
+def opened():
+    """List of functions of a path that are called before a file is opened. The hook itself stays in the process."""
+    listeners = []
+
+    def hook(event, arguments):
+        if event == "open":
+            for listener in listeners:
+                listener(str(arguments[0]))
+
+    sys.addaudithook(hook)
+    return listeners
 
 
-def test_a_file_is_not_called_damaged_because_memory_ran_out(tmp_path):
-    folder = Folder(tmp_path, "index.json", "a test", "make it again")
-    with pytest.raises(RuntimeError, match="allocate"), folder.reading():
-        too_large_for_torch()
+@pytest.fixture
+def vanishes(opened):
+    """Let a file or folder vanish when a file is opened for the n-th time."""
+
+    def arrange(trigger, number, victim):
+        def listener(path):
+            nonlocal number
+            if path.endswith(trigger) and number:
+                number -= 1
+                if not number:
+                    shutil.rmtree(victim) if Path(victim).is_dir() else Path(victim).unlink()
+
+        opened.append(listener)
+        return lambda: not number
+
+    yield arrange
+    opened.clear()
 
 
-# ---- processes ---------------------------------------------------------------------------------
+CASE, INDEX, CHECKPOINT = "store/cases/blob0.npy", "store/store.json", "run/checkpoints/step-00000003"
+#: Command, file whose opening makes another vanish, number of the opening, and the file that vanishes.
+VANISHING = [
+    ("fit", "volume.nii", 1, "volume.nii"),
+    ("fit", "volume.nii", 2, "volume.nii"),
+    ("decode", "fit/manifest.json", 1, "fit/manifest.json"),
+    ("decode", "fit/manifest.json", 1, "fit/planes.safetensors"),
+    ("decode", "fit/config.yaml", 2, "fit/config.yaml"),
+    ("decode", "fit/config.yaml", 2, "fit/planes.safetensors"),
+    ("compare", "volume.nii", 3, "volume.nii"),
+    ("train-autodecoder", INDEX, 1, INDEX),
+    ("train-autodecoder", INDEX, 1, CASE),
+    ("train-autodecoder", INDEX, 1, "store"),
+    ("ablate", INDEX, 1, CASE),
+    ("encode", "store/store.json", 1, "store/cases/blob3.npy"),
+    ("encode", f"{CHECKPOINT}/manifest.json", 1, f"{CHECKPOINT}/shared.pt"),
+    ("encode", f"{CHECKPOINT}/shared.pt", 2, f"{CHECKPOINT}/shared.pt"),
+    ("encode", "run/config.yaml", 1, "run/config.yaml"),
+    ("export-latents", f"{CHECKPOINT}/manifest.json", 1, CHECKPOINT),
+    ("export-latents", INDEX, 1, INDEX),
+    ("train-diffusion", "latents/latents.json", 1, "latents/latents.json"),
+    ("train-diffusion", "latents/latents.json", 1, "latents/planes/blob1.safetensors"),
+    ("train-diffusion", "latents/planes/blob0.safetensors", 1, "latents"),
+    ("sample", "model/model/model.json", 1, "model/model/model.json"),
+    ("sample", "model/model/model.json", 1, "model/model/network.safetensors"),
+    ("interpolate", "latents/latents.json", 1, "latents/planes"),
+    ("interpolate", "model/model/model.json", 1, "model"),
+    ("export-bundle", "model/model/model.json", 1, "model/model/decoder.safetensors"),
+    ("critic", INDEX, 1, CASE),
+    ("critic", "samples/sample-0001_seed0_heun2.nii.gz", 1, "samples"),
+]
 
 
-def hold(folder: Path, ready) -> None:
-    with locked_folder(folder):
-        (folder / f".a.12345678{PART}").write_text("half")
-        ready.set()
-        time.sleep(60)
+@pytest.mark.parametrize(("name", "trigger", "number", "victim"), VANISHING)
+def test_an_input_that_vanishes(name, trigger, number, victim, here, vanishes):
+    arguments, option, result = COMMANDS[name]
+    gone = vanishes(trigger, number, victim)
+    done = runs.command(name, *arguments, option, result, check=False)
+    assert gone()
+    says(done, 2, victim)
+    assert any(reason in done.stderr for reason in ("No such file", "missing", "no such file"))
+    assert "damaged" not in done.stderr
 
 
-def test_a_folder_has_one_writer_until_it_is_killed(tmp_path):
-    context = multiprocessing.get_context("fork")
-    ready = context.Event()
-    other = context.Process(target=hold, args=(tmp_path, ready))
-    other.start()
-    assert ready.wait(30)
-    with pytest.raises(UserError, match="another process is writing to it"), locked_folder(tmp_path):
-        pass
-    other.kill()
-    other.join()
-    with locked_folder(tmp_path):
-        assert list(tmp_path.iterdir()) == []  # what the killed process left half written
+@pytest.mark.parametrize("name", ["check-data", "prepare"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_case_that_vanishes_is_reported_and_the_others_are_used(name, number, here, vanishes):
+    gone = vanishes("volumes/a.nii", number, "volumes/a.nii")
+    done = runs.command(name, "volumes", "--jobs", "1", *([] if name == "check-data" else ["--out", "out"]), check=False)
+    assert gone()
+    assert done.returncode == 1, done.stderr
+    assert "FAILS a [train]: " in done.stdout
+    assert "1 of 2 cases" in done.stdout
 
 
-def test_another_programs_files_are_kept(tmp_path):
-    (tmp_path / ".download.part").write_text("mine")
-    with locked_folder(tmp_path):
-        pass
-    assert (tmp_path / ".download.part").exists()
-
-
-def test_two_trainings_in_one_folder(tmp_path):
-    store, out = runs.make_store(tmp_path / "store").folder, tmp_path / "run"
-    with locked_folder(out), pytest.raises(UserError, match="another process is writing to it"):
-        runs.run(store, out, resume="auto")
-    assert list(out.iterdir()) == []
-
-
-WORKERS = """
-import os, sys, time
-from tcam_diff.processes import map_on_processes
-
-def work(i):
-    print(os.getpid(), flush=True)
-    time.sleep(60)
-
-for _ in map_on_processes(work, range(2), 2):
-    pass
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="workers end with their parent on Linux alone")
-def test_workers_end_with_a_killed_parent(tmp_path):
-    script = tmp_path / "workers.py"
-    script.write_text(WORKERS)
-    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
-    workers = [int(parent.stdout.readline()) for _ in range(2)]
-    parent.kill()
-    parent.wait()
-    end = time.monotonic() + 10
-    while any(alive(w) for w in workers):
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def die(number: int) -> int:
-    if number == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return number
-
-
-def test_a_killed_worker_is_one_line():
-    with pytest.raises(UserError, match=r"a worker process was killed.*lower --jobs"):
-        list(map_on_processes(die, range(4), 2))
-
-
-def test_nothing_half_written_stays(tmp_path):
-    def interrupted() -> None:
-        with replacing(tmp_path / "a") as file:
-            file.write(b"half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert list(tmp_path.iterdir()) == []
+def test_a_configuration_that_vanishes(here, vanishes):
+    Path("mine.yaml").write_text("data: store\n")
+    vanishes("mine.yaml", 1, "mine.yaml")
+    says(runs.command("train-autodecoder", "mine.yaml", "--out", "out", check=False), 2, "mine.yaml", "No such file")

@@ -8,14 +8,21 @@ import sys
 
 import nibabel as nib
 import numpy as np
+import pytest
 import torch
+from monai.data.meta_tensor import MetaTensor
+from monai.inferers import DiffusionInferer, LatentDiffusionInferer, SlidingWindowInferer
 from runs import sampler, tcam
+from tcam_diff.autodecoder.config import EncodeConfig
+from tcam_diff.diffusion.guidance import ImageGuidance
+from tcam_diff.diffusion.interop import ArcScheduler, Autoencoder, Network, latent_shape, physical
+from tcam_diff.diffusion.solver import METHODS
+from tcam_diff.evaluation.metrics import mse, psnr, ssim3d
+
+import tcam_ext
 
 
 def test_monais_inferer_draws_our_samples(model):
-    from monai.inferers import LatentDiffusionInferer
-    from tcam_diff.diffusion.interop import ArcScheduler, Autoencoder, Network, latent_shape
-
     s = sampler(model, steps=5)
     scheduler = ArcScheduler("heun")
     scheduler.set_timesteps(5)
@@ -31,10 +38,6 @@ def test_monais_inferer_draws_our_samples(model):
 
 
 def test_monais_inferer_trains_on_our_latents(model, truth):
-    from monai.inferers import LatentDiffusionInferer
-    from tcam_diff.autodecoder.config import EncodeConfig
-    from tcam_diff.diffusion.interop import ArcScheduler, Autoencoder, Network, latent_shape
-
     encoding = EncodeConfig(steps=300, init="start", check_every=100, region="volume")
     autoencoder = Autoencoder(model, encoding=encoding)
     latent = autoencoder.encode_stage_2_inputs(truth[None])
@@ -43,6 +46,73 @@ def test_monais_inferer_trains_on_our_latents(model, truth):
     inferer = LatentDiffusionInferer(ArcScheduler())
     prediction = inferer(truth[None], autoencoder, Network(model), noise, torch.tensor([500]))
     assert prediction.shape == (1, 24, 8, 8)
+
+
+def plain(t):
+    return t.as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize("solver", sorted(set(METHODS) - {"hot"}))  # hot draws noise
+def test_inferers_take_metatensors(model, solver):
+    """The results are those of plain tensors."""
+    scheduler = ArcScheduler(solver)
+    scheduler.set_timesteps(3)
+    noise = sampler(model).noise([4, 2]).view(2, *latent_shape(model))
+    context = torch.full((2, 1, 1), 1.0)
+    modules = Autoencoder(model), Network(model)
+    guided = {"conditioning": context, "cfg": 2.0, "verbose": False}
+    want = LatentDiffusionInferer(scheduler).sample(noise, *modules, **guided)
+    got = LatentDiffusionInferer(scheduler).sample(
+        MetaTensor(noise), *modules, **guided | {"conditioning": MetaTensor(context)}
+    )
+    torch.testing.assert_close(plain(got), want)
+    want = DiffusionInferer(scheduler).sample(noise, modules[1], scheduler, verbose=False)
+    got = DiffusionInferer(scheduler).sample(MetaTensor(noise), modules[1], scheduler, verbose=False)
+    torch.testing.assert_close(plain(got), want)
+
+
+def test_training_by_inferers_takes_metatensors(model, truth):
+    autoencoder = Autoencoder(model, encoding=EncodeConfig(steps=5, init="start", check_every=5, region="volume"))
+    volume = MetaTensor(truth[None], affine=torch.diag(torch.tensor([1.0, 1.5, 2.0, 1.0])))
+    noise, t = torch.randn(1, *latent_shape(model)), torch.tensor([500])
+    for tensors in ((volume, MetaTensor(noise), t), (volume, MetaTensor(noise), MetaTensor(t))):
+        predicted, wanted = (
+            LatentDiffusionInferer(ArcScheduler())(v, autoencoder, Network(model), n, time)
+            for v, n, time in (tensors, map(plain, tensors))
+        )
+        torch.testing.assert_close(plain(predicted), wanted)
+    x = torch.randn_like(noise)
+    predicted = DiffusionInferer(ArcScheduler())(MetaTensor(x), Network(model), MetaTensor(noise), t)
+    torch.testing.assert_close(plain(predicted), DiffusionInferer(ArcScheduler())(x, Network(model), noise, t))
+    assert plain(physical(model, volume, [3], 1)[0]).equal(physical(model, truth[None], [3], 1)[0])
+
+
+def test_windows_of_metatensors_are_decoded():
+    """MONAI's sliding windows over coordinates, which are also extra features."""
+    decoder = tcam_ext.TriplaneDecoder(4, (8,), 2, extra_channels=3)
+    planes = torch.randn(1, 3, 4, 7, 7, requires_grad=True)
+    xyz = torch.rand(1, 3, 12, 10, 9) * 2 - 1
+
+    def decode(window):
+        at = window.movedim(1, -1)
+        return decoder.points(planes.expand(len(window), *planes.shape[1:]), at, extra=at).movedim(-1, 1)
+
+    want = decode(xyz)
+    inferer = SlidingWindowInferer((6, 6, 6), sw_batch_size=3, overlap=0.25)
+    got = inferer(MetaTensor(xyz), decode)
+    torch.testing.assert_close(plain(got), want, rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(plain(got).sum(), planes)
+    torch.testing.assert_close(gradient, torch.autograd.grad(want.sum(), planes)[0], rtol=1e-3, atol=1e-3)
+
+
+def test_known_voxels_and_measures_take_metatensors(model, truth):
+    s, mask = sampler(model, steps=2, solver="euler"), torch.ones_like(truth)
+    guided = [ImageGuidance(t, m, iterations=3).bind(model) for t, m in ((truth, mask), (MetaTensor(truth), MetaTensor(mask)))]
+    for got, want in zip(s.sample([0], correct=guided[1]), s.sample([0], correct=guided[0]), strict=True):
+        torch.testing.assert_close(plain(got), want)
+    other = (truth + 0.1 * torch.rand_like(truth)).clamp(0, 1)
+    for measure in (mse, psnr, ssim3d):
+        assert measure(MetaTensor(truth), MetaTensor(other)) == pytest.approx(measure(truth, other))
 
 
 #: JSON schema of the mandatory keys of MONAI's bundle specification. The published schema needs network access.

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 
 import pytest
 import runs
 import torch
+import yaml
 from tcam_diff.autodecoder.latents import LatentSet
+from tcam_diff.autodecoder.planes import plane_sizes
+from tcam_diff.config import presets
+from tcam_diff.diffusion.config import DiffusionConfig, NetworkConfig, presets_text
 from tcam_diff.diffusion.data import Centre, LatentData
 from tcam_diff.diffusion.model import TriplaneDiffusion
+from tcam_diff.diffusion.network import TriplaneUNet
 from tcam_diff.diffusion.process import flip, pack
 from tcam_diff.diffusion.report import samples_picture
 from tcam_diff.diffusion.train import DiffusionTraining
@@ -75,6 +81,30 @@ def test_planes_that_do_not_fit_the_network_are_refused_at_the_start(latents, ob
     other = runs.make_latents(tmp_path / "other", seed=1, decoder_seed=1)
     with pytest.raises(UserError, match="planes of another decoder"):
         DiffusionTraining(runs.diffusion_config(latents, f"validation={other}"), Distributed(), tmp_path)
+
+
+@pytest.mark.parametrize("texels", [(64, 64, 64), (36, 36, 36), (10, 12, 9), (1, 1, 1), (120, 120, 78)])
+def test_presets_that_will_refuse_planes_are_named_with_a_size_that_fits(texels):
+    """What the text of stage 1 says is what the networks do."""
+
+    def takes(name, size):
+        settings = DiffusionConfig.load(name).network.model_dump() | {"base": 8, "head_channels": 8}
+        with torch.device("meta"):
+            unet = TriplaneUNet(3, NetworkConfig.model_validate(settings))
+        try:
+            unet.check([(3, *s) for s in plane_sizes(size)])
+        except ValueError:
+            return False
+        return True
+
+    text = presets_text(texels)
+    refusing = {n for n in presets("diffusion") if not takes(n, texels)}
+    named = re.findall(r"([\w-]+(?:, [\w-]+)*) \(multiples of \d+, plane_size=([\d,\[\]]+)\)", text)
+    assert {n for names, _ in named for n in names.split(", ")} == refusing
+    for names, size in named:
+        fitting = yaml.safe_load(size)
+        assert all(takes(n, fitting if isinstance(fitting, list) else [fitting] * 3) for n in names.split(", "))
+    assert (text == "") == (not refusing)
 
 
 def test_a_damaged_plane_file_is_named(latents, tmp_path):

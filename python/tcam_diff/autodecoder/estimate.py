@@ -33,6 +33,7 @@ class Requirements:
     tables: float  # bytes of planes and Adam moments
     where: str  # location of the tables: device, host or disk
     available: float  # bytes of free memory where the tables are
+    texels: tuple[int, int, int]  # of the planes, along x, y, z
 
 
 def estimate(config: TrainConfig, seconds: float = 10.0) -> Requirements:
@@ -55,7 +56,7 @@ def estimate(config: TrainConfig, seconds: float = 10.0) -> Requirements:
             per_object = PlaneTable.bytes(
                 1, config.channels, task.objective.texels, task.table.tables["value"][0].element_size()
             )
-            where = task.place(count)
+            where, texels = task.place(count), task.objective.texels
             step = _seconds_per_step(task, seconds)
             start = time.monotonic()
             task.evaluate(range(few), whole=False)
@@ -98,7 +99,7 @@ def estimate(config: TrainConfig, seconds: float = 10.0) -> Requirements:
     )
     free = torch.cuda.mem_get_info(group.device)[0] if device and where == "device" else available_memory()
     disk, most = (min(checkpoints, kept) * checkpoint_bytes + on_disk for kept in (config.keep, config.keep + 2))
-    return Requirements(host, device, disk, most, total, step, per_object * count, where, float(free))
+    return Requirements(host, device, disk, most, total, step, per_object * count, where, float(free), texels)
 
 
 def _seconds_per_step(task: AutodecoderTraining, seconds: float) -> float:

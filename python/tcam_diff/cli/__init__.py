@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from tcam_diff.compiler import leave_out_folder
 from tcam_diff.errors import out_of_memory
 from tcam_diff.spinning import bound_spinning
 
@@ -25,6 +26,7 @@ def main() -> None:
     warnings.showwarning = _show_warning
     threading.excepthook = _thread_error
     bound_spinning()
+    leave_out_folder()
     try:
         from tcam_diff.cli.app import app
         from tcam_diff.cli.common import INTERRUPTED

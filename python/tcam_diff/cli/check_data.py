@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from tcam_diff.cli.common import cores, say, tracked
 from tcam_diff.data import LAYOUTS, VOXEL_BUDGET
@@ -46,7 +45,7 @@ def command(
     for report in tracked(check.check_cases(data.cases, max_voxels, jobs or cores()), len(data.cases), "checking", quiet):
         reports.append(report)
         if report.problem or not quiet:
-            say(_line(report))
+            say(_line(report), "FAILS" if report.problem else "")
     bad = [r for r in reports if r.problem]
     for remark in check.differences(reports):
         say(remark)
@@ -68,16 +67,15 @@ def _check_store(folder: Path, jobs: int, quiet: bool) -> None:
     store = Store(folder)
     problems = list(tracked(check.check_store(store, jobs), len(store.records), "checking", quiet))
     for problem in filter(None, problems):
-        say(f"[red]FAILS[/red] {escape(problem)}")
+        say(problem, "FAILS")
     say(f"{folder}: a prepared store; {problems.count('')} of {len(problems)} cases match their checksums")
     if any(problems):
         raise typer.Exit(1)
 
 
 def _line(r: check.Report) -> str:
-    name = escape(f"{r.name} [{r.split}]")
     if r.problem:
-        return f"[red]FAILS[/red] {name}: {escape(r.problem)}"
+        return f"{r.name} [{r.split}]: {r.problem}"
     parts = [
         " x ".join(map(str, r.shape or ())) + (f", {r.channels} channels" if r.channels > 1 else ""),
         " x ".join(f"{s:.3g}" for s in r.spacing or ()) + " mm",
@@ -86,4 +84,4 @@ def _line(r: check.Report) -> str:
     ]
     if r.labels is not None:
         parts.append("labels " + ", ".join(map(str, r.labels)))
-    return f"ok    {name}: {escape('; '.join([*parts, *r.notes]))}"
+    return f"ok    {r.name} [{r.split}]: {'; '.join([*parts, *r.notes])}"

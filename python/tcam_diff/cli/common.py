@@ -16,13 +16,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
 
 from tcam_diff.progress import Progress, ProgressCallback
 
 if TYPE_CHECKING:
     from tcam_diff.training.loop import Outcome
 
-console = Console()
+#: Names of files may contain brackets and colons: nothing in a text is markup or an emoji.
+console = Console(markup=False, emoji=False)
 
 T = TypeVar("T")
 
@@ -32,9 +34,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def say(text: object, **style: object) -> None:
-    """Print a line without highlighting or wrapping."""
-    console.print(text, highlight=False, soft_wrap=True, **style)  # type: ignore[arg-type]
+def say(text: str, problem: str = "") -> None:
+    """Print a line without highlighting or wrapping, after the word of a ``problem`` in red."""
+    console.print(Text.assemble((problem, "red"), " " if problem else "", text), highlight=False, soft_wrap=True)
 
 
 #: Label, metric, format and unit of each value beside a progress bar.
@@ -45,12 +47,12 @@ Shown = Sequence[tuple[str, str, str, str]]
 def progress_bar(what: str, quiet: bool = False, shown: Shown = ()) -> Iterator[ProgressCallback]:
     """Callback that draws a bar on a terminal. If the output is a file, it prints a line every 20 seconds and at the end."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.fields[figures]}", markup=False),
         TimeElapsedColumn(),
-        TextColumn("left"),
+        TextColumn("left", markup=False),
         TimeRemainingColumn(),
     )
     with Bar(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as bar:

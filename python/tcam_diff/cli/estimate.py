@@ -9,6 +9,7 @@ import typer
 from tcam_diff import config as configs
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.cli.common import bytes_text, duration, say
+from tcam_diff.diffusion.config import presets_text
 
 
 def command(
@@ -30,7 +31,9 @@ def command(
         say(f"device       {bytes_text(needs.device)} at the peak")
     say(f"tables       {bytes_text(needs.tables)} of planes and moments, on {needs.where}")
     say(f"disk         {bytes_text(needs.disk)} at the end, up to {bytes_text(needs.disk_most)} during the run")
+    if text := presets_text(needs.texels):
+        say(f"stage 2      {text}")
     memory = needs.device if needs.device and needs.where == "device" else needs.tables
     if needs.where != "disk" and memory > needs.available:
-        say(f"[red]does not fit[/red]: {bytes_text(needs.available)} are free; take tables=disk, or fewer channels or objects")
+        say(f"{bytes_text(needs.available)} are free; take tables=disk, or fewer channels or objects", "does not fit:")
         raise typer.Exit(1)

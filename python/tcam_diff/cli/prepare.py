@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from tcam_diff import config as configs
 from tcam_diff.cli.common import bytes_text, cores, folder_size, say, tracked
@@ -57,7 +56,7 @@ def command(
     for record in tracked(prepare_cases(data.cases, out, config, workers, max_voxels), len(data.cases), "preparing", quiet):
         records.append(record)
         if record.problem:
-            say(f"[red]FAILS[/red] {escape(record.name)} [{record.split}]: {escape(record.problem)}")
+            say(f"{record.name} [{record.split}]: {record.problem}", "FAILS")
     good = [r for r in records if isinstance(r, Record)]
     splits = ", ".join(f"{n} {s}" for s, n in Counter(r.split for r in good).items())
     shapes = Counter(r.info.array_shape for r in good).most_common()

@@ -10,6 +10,7 @@ import typer
 from tcam_diff import config as configs
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.cli.common import RESUMED, duration, end_training, progress_bar, say, stop_on_interrupt
+from tcam_diff.diffusion.config import presets_text
 from tcam_diff.text import dtype_text, size_text
 
 if TYPE_CHECKING:
@@ -59,3 +60,5 @@ def announce(task: AutodecoderTraining) -> None:
         f"C = {task.config.channels}, {size_text(task.objective.texels)} texels, tables on {task.table.where}; "
         f"{task.group.world} process(es) on {task.group.device.type}, products in {dtype_text(task.objective.compute)}"
     )
+    if text := presets_text(task.objective.texels):
+        say(f"stage 2: {text}")

@@ -14,6 +14,7 @@ from tcam_diff.data.readers import read_header, same_grid, scan
 from tcam_diff.data.sources import Case
 from tcam_diff.data.store import Record, Store
 from tcam_diff.errors import UserError
+from tcam_diff.files import reason
 
 
 @dataclass
@@ -64,6 +65,9 @@ def check_case(case: Case, max_voxels: int = VOXEL_BUDGET) -> Report:
             report.labels = _labels(label, scan(label))
     except UserError as error:
         report.problem = str(error)
+        return report
+    except OSError as error:  # a file that vanished
+        report.problem = f"{error.filename or case.images[0]}: {reason(error)}"
         return report
     if report.low == report.high:
         report.notes.append(f"every voxel is {report.low:g}")

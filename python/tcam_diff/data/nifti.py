@@ -21,7 +21,7 @@ import numpy as np
 from tcam_diff.data import VOXEL_BUDGET
 from tcam_diff.data.volume import Volume, VolumeInfo
 from tcam_diff.errors import UserError
-from tcam_diff.files import replacing
+from tcam_diff.files import reason, replacing
 
 #: Millimetres in NIfTI's units of space.
 MILLIMETRES = {"mm": 1.0, "meter": 1000.0, "micron": 0.001, "unknown": 1.0}
@@ -153,7 +153,7 @@ def read_volume(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) ->
     try:
         data = np.asarray(_open(header.path).dataobj, dtype=np.float32)
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UserError(f"{path}: the voxels cannot be read: {error}") from error
+        raise UserError(f"{path}: the voxels cannot be read: {reason(error)}") from error
     data = data.reshape(*header.info.shape, header.info.channels)
     data = np.ascontiguousarray(np.moveaxis(data, -1, 0))
     bad = int(data.size - np.isfinite(data).sum())
@@ -255,7 +255,8 @@ def _unpacked(header: Header) -> Iterator[bytes]:
                 if not packed and total >= header.end:
                     return
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: damaged {'gzip ' if packed else ''}file: {error}") from error
+        what = "cannot be read" if getattr(error, "errno", None) else f"damaged {'gzip ' if packed else ''}file"
+        raise UserError(f"{path}: {what}: {reason(error)}") from error
     if total < header.end:
         raise _truncated(header, total)
 

@@ -23,7 +23,7 @@ from tcam_diff.data.sources import Case
 from tcam_diff.data.store import Failure, Record, StoreWriter, quantise
 from tcam_diff.data.volume import Volume, VolumeInfo, intensity_range
 from tcam_diff.errors import UserError
-from tcam_diff.files import locked_folder
+from tcam_diff.files import locked_folder, reason
 from tcam_diff.processes import map_on_processes
 
 
@@ -153,6 +153,8 @@ def _prepare_one(writer: StoreWriter, config: PrepareConfig, max_voxels: int, ca
         return writer.write(case.name, case.split, quantise(array, config.dtype), info, sources)
     except UserError as error:
         return Failure(case.name, case.split, str(error))
+    except OSError as error:  # a file that vanished
+        return Failure(case.name, case.split, f"{error.filename or case.images[0]}: {reason(error)}")
     except (MemoryError, RuntimeError) as error:  # raised by a transform
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         return Failure(case.name, case.split, f"{case.images[0]}: {text}")

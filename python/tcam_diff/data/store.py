@@ -165,7 +165,7 @@ class Store:
             try:
                 array = np.load(path, mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError, EOFError) as error:
-                raise UserError(f"{path}: cannot be read: {error}; run `tcam prepare` again") from error
+                raise UserError(f"{path}: cannot be read: {reason(error)}; run `tcam prepare` again") from error
             shape = record.info.array_shape
             if array.shape != shape or array.dtype.name != record.dtype:
                 raise UserError(

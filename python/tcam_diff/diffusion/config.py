@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tcam_diff.config import Config
+from tcam_diff.config import Config, presets
+from tcam_diff.text import size_text
 from tcam_diff.training.config import Count, Rate, RunConfig
 
 Method = Literal["euler", "frozen", "ddim", "midpoint", "heun", "rk4", "ab2", "hot"]
@@ -60,6 +62,22 @@ class NetworkConfig(Config):
                 f"attention_levels: level {beyond[0]} of {len(self.multipliers)} (0 to {len(self.multipliers) - 1})"
             )
         return self
+
+    @property
+    def fold(self) -> int:
+        """Number that divides the rows and columns of all planes: every level but the last halves them."""
+        return int(2 ** (len(self.multipliers) - 1))
+
+    def refusal(self, sizes: Sequence[tuple[int, int]]) -> str:
+        """Reason why planes of these rows and columns do not fit the network; "" where they fit."""
+        if any(n % self.fold for size in sizes for n in size):
+            return (
+                f"expected rows and columns multiples of {self.fold} ({len(self.multipliers)} network.multipliers), "
+                f"got {', '.join(map(size_text, sizes))}"
+            )
+        if self.weights == "concatenated" and len(set(sizes)) > 1:
+            return f"network.weights=concatenated needs planes of one size, got {', '.join(map(size_text, sizes))}"
+        return ""
 
 
 class DiffusionConfig(RunConfig):
@@ -122,3 +140,24 @@ class SampleConfig(Config):
     ] = "x0"
     guidance_scale: Annotated[float, Field(ge=0, description="scale of classifier-free guidance; 1: none")] = 1.0
     seed: Annotated[int, Field(ge=0)] = 0
+
+
+def presets_text(texels: tuple[int, int, int]) -> str:
+    """One line on which presets of stage 2 take planes with ``texels`` along x, y, z, and which plane_size the others need;
+    "" where all take them."""
+    x, y, z = texels
+    fit: list[str] = []
+    others: dict[int, list[str]] = {}
+    for name in presets("diffusion"):
+        network = DiffusionConfig.load(name).network
+        if network.refusal([(x, y), (y, z), (x, z)]):
+            others.setdefault(network.fold, []).append(name)
+        else:
+            fit.append(name)
+    needs = []
+    for fold, names in sorted(others.items()):
+        sizes = [-(-n // fold) * fold for n in texels]
+        size = str(sizes[0]) if len(set(sizes)) == 1 else str(sizes).replace(" ", "")
+        needs.append(f"{', '.join(names)} (multiples of {fold}, plane_size={size})")
+    known = f"the presets {', '.join(fit)}, but not" if fit else "no preset:"
+    return f"planes of {size_text(texels)} texels fit {known} {', '.join(needs)}" if others else ""

@@ -296,15 +296,11 @@ class TriplaneUNet(nn.Module):
 
     def check(self, shapes: Sequence[tuple[int, ...]]) -> None:
         """Raise ValueError if planes of these shapes, each (C, rows, columns), do not fit the network."""
-        fold = 2 ** (len(self.config.multipliers) - 1)
         for name, shape in zip(PLANE_NAMES, shapes, strict=True):
-            if len(shape) != 3 or shape[0] != self.channels or shape[1] % fold or shape[2] % fold:
-                raise ValueError(
-                    f"planes: expected {name} of {self.channels} channels, rows and columns multiples of {fold} "
-                    f"({len(self.config.multipliers)} network.multipliers), got {shape}"
-                )
-        if self.config.weights == "concatenated" and len(set(shapes)) > 1:
-            raise ValueError(f"planes: network.weights=concatenated needs planes of one size, got {[s[1:] for s in shapes]}")
+            if len(shape) != 3 or shape[0] != self.channels:
+                raise ValueError(f"planes: expected {name} of {self.channels} channels, rows and columns, got {shape}")
+        if problem := self.config.refusal([(rows, columns) for _, rows, columns in shapes]):
+            raise ValueError(f"planes: {problem}")
 
     def _enter(self, planes: Sequence[Tensor]) -> State:
         w = self.config.weights

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tcam_diff.autodecoder.report import rgb
+from tcam_diff.compiler import restore_folder
 from tcam_diff.diffusion.config import DiffusionConfig
 from tcam_diff.diffusion.data import Centre, LatentData
 from tcam_diff.diffusion.model import TriplaneDiffusion, assemble, network_dtype
@@ -84,6 +85,8 @@ class DiffusionTraining(Task):
         self.optimiser = torch.optim.Adam(
             self.network.parameters(), lr=config.lr, betas=(0.9, config.beta2), eps=config.adam_eps, fused=True
         )
+        if config.compile:
+            restore_folder()
         inner = torch.compile(self.network) if config.compile else self.network
         loss = _Loss(inner, self.compute)  # type: ignore[arg-type]
         self.loss: nn.Module = DistributedDataParallel(loss) if group.world > 1 else loss
