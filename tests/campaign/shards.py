@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -101,7 +100,7 @@ def execute(shard: Shard, seed: int, work: Path) -> dict[str, Any]:
         "shard": shard.name,
         "cases": sum(tally.outcomes.values()),
         "seed": own,
-        **dataclasses.asdict(tally),
+        **vars(tally),
         "seconds": round(time.monotonic() - began, 1),
         "sources": made_of,
         "commit": at,

@@ -51,6 +51,35 @@ def write_series(folder, data=VOXELS, step=(0.0, 0.0, SPACING[2]), names="{:03d}
         write_slice(folder / names.format(k), data[:, :, k].T, position, **{name: value(k) for name, value in tags.items()})
 
 
+def write_enhanced(file, data=VOXELS):
+    """One file with a frame for each slice, in no order; what is shared is said once."""
+
+    def item(**tags):
+        made = Dataset()
+        for name, value in tags.items():
+            setattr(made, name, value)
+        return made
+
+    order = np.random.default_rng(1).permutation(data.shape[2]).tolist()
+
+    def frames(s):
+        del s.ImagePositionPatient, s.ImageOrientationPatient, s.PixelSpacing, s.RescaleSlope, s.RescaleIntercept
+        s.NumberOfFrames = len(order)
+        s.PixelData = np.stack([data[:, :, k].T + 1024 for k in order]).astype("<u2").tobytes()
+        s.SharedFunctionalGroupsSequence = [
+            item(
+                PixelMeasuresSequence=[item(PixelSpacing=[SPACING[1], SPACING[0]], SliceThickness=3)],
+                PlaneOrientationSequence=[item(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])],
+                PixelValueTransformationSequence=[item(RescaleSlope=1, RescaleIntercept=-1024)],
+            )
+        ]
+        s.PerFrameFunctionalGroupsSequence = [
+            item(PlanePositionSequence=[item(ImagePositionPatient=[*ORIGIN[:2], ORIGIN[2] + 3 * k])]) for k in order
+        ]
+
+    write_slice(file, data[:, :, 0].T, ORIGIN, change=frames)
+
+
 def assert_series(folder, data=VOXELS, step=(0.0, 0.0, SPACING[2]), atol=1e-5):
     """Voxel (i, j, k) has its value, at the place where its slice says it is."""
     volume = read_volume(folder)
@@ -190,32 +219,7 @@ def test_a_missing_decoder_is_named_with_its_packages(tmp_path, monkeypatch):
 
 
 def test_enhanced_multi_frame_files_are_read(tmp_path):
-    """Frames in any order; what is shared is said once."""
-
-    def item(**tags):
-        made = Dataset()
-        for name, value in tags.items():
-            setattr(made, name, value)
-        return made
-
-    order = [2, 0, 3, 1]
-
-    def frames(s):
-        del s.ImagePositionPatient, s.ImageOrientationPatient, s.PixelSpacing, s.RescaleSlope, s.RescaleIntercept
-        s.NumberOfFrames = 4
-        s.PixelData = np.stack([VOXELS[:, :, k].T + 1024 for k in order]).astype("<u2").tobytes()
-        s.SharedFunctionalGroupsSequence = [
-            item(
-                PixelMeasuresSequence=[item(PixelSpacing=[SPACING[1], SPACING[0]], SliceThickness=3)],
-                PlaneOrientationSequence=[item(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])],
-                PixelValueTransformationSequence=[item(RescaleSlope=1, RescaleIntercept=-1024)],
-            )
-        ]
-        s.PerFrameFunctionalGroupsSequence = [
-            item(PlanePositionSequence=[item(ImagePositionPatient=[*ORIGIN[:2], ORIGIN[2] + 3 * k])]) for k in order
-        ]
-
-    write_slice(tmp_path / "a" / "enhanced.dcm", VOXELS[:, :, 0].T, ORIGIN, change=frames)
+    write_enhanced(tmp_path / "a" / "enhanced.dcm")
     assert_series(tmp_path / "a")
 
 
