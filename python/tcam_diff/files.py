@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +56,17 @@ def writable_folder(path: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {reason(error)}") from error
+
+
+_QUIET = threading.RLock()
+
+
+@contextmanager
+def quiet(library: str) -> Iterator[None]:
+    """Ignore the warnings of a library about a file, which do not name it. Filters of warnings belong to all threads."""
+    with _QUIET, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=library)
+        yield
 
 
 def reason(error: BaseException) -> str:

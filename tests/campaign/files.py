@@ -57,11 +57,13 @@ def attempt(kind: str, seed: int, cases: int, work: Path, tally: Tally) -> None:
     began = counted = 0
     with log.open("wb") as out, results.open() as lines:
         child = subprocess.Popen(command, cwd=work, stdout=out, stderr=out, env=os.environ | {"PYTHONHASHSEED": "0"})
-        last, ended = time.monotonic(), ""
+        last, ended, rest = time.monotonic(), "", ""
         while not ended:
             if child.poll() is not None:
                 ended = f"the process ended with status {child.returncode}"
-            for line in lines:
+            rest += lines.read()
+            *whole, rest = rest.split("\n")
+            for line in whole:
                 count(json.loads(line), seed, tally)
                 counted += 1
                 last = time.monotonic()

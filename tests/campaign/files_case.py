@@ -58,7 +58,7 @@ class Judge:
         try:
             self.oracle(folder)
         except UserError as error:
-            problem = files_oracles.unclear(str(error), folder)
+            problem = files_oracles.unclear(str(error), folder, self.work / "seeds")
             return ("WRONG", f"unclear refusal ({problem}): {error}") if problem else ("refused", "")
         except files_oracles.Wrong as error:
             return "WRONG", str(error)
@@ -104,7 +104,7 @@ def main(kind: str, seed: int, cases: int, work: Path) -> None:
 
         inputs = ",".join(map(str, sorted((work / "seeds").glob("*.case"))))
         longest = 4 * max(map(len, judge.seeds))
-        options = [f"-seed={seed % 2**31 or 1}", f"-max_len={longest}", "-rss_limit_mb=0", "-timeout=0", "-runs=-1"]
+        options = [f"-seed={seed % 2**31 or 1}", f"-max_len={longest}", "-rss_limit_mb=0", "-timeout=600", "-runs=-1"]
         atheris.Setup([sys.argv[0], f"-seed_inputs={inputs}", *options], one, custom_mutator=mutate)
         atheris.Fuzz()
 

@@ -69,11 +69,12 @@ def load_run(folder: str | os.PathLike[str], at: Path | None = None) -> TrainedR
     if path is None:
         raise UserError(f"{folder}: has no checkpoint yet")
     step, shared, shards = checkpoint.load(path)
-    task = shared["task"]
-    channels = next(v.shape[0] for k, v in reversed(list(task["average"].items())) if k.endswith("weight"))
-    decoder = make_decoder(config, channels)
-    decoder.load_state_dict(task["average"])
-    return TrainedRun(folder, config, step, decoder.requires_grad_(False), task["objects"], shards, task["digest"])
+    with checkpoint.loading(path):
+        task = shared["task"]
+        channels = next(v.shape[0] for k, v in reversed(list(task["average"].items())) if k.endswith("weight"))
+        decoder = make_decoder(config, channels)
+        decoder.load_state_dict(task["average"])
+        return TrainedRun(folder, config, step, decoder.requires_grad_(False), task["objects"], shards, task["digest"])
 
 
 @dataclass

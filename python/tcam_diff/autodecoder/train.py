@@ -28,6 +28,7 @@ from tcam_diff.training.ema import update_average
 from tcam_diff.training.logger import Logger
 from tcam_diff.training.loop import Outcome, Task
 from tcam_diff.training.lr import lr_scale
+from tcam_diff.training.optimiser import load_optimiser
 from tcam_diff.training.rng import rng
 from tcam_diff.training.run import train
 
@@ -253,7 +254,7 @@ class AutodecoderTraining(Task):
             raise UserError(f"{self.config.data}: its cases or their preprocessing are not those with which the run began")
         self.decoder.load_state_dict(shared["decoder"])
         self.average.load_state_dict(shared["average"])
-        self.optimiser.load_state_dict(shared["optimiser"])
+        load_optimiser(self.optimiser, shared["optimiser"])
         self.table.load(shards)
 
     def finite(self) -> bool:

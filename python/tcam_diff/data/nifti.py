@@ -19,12 +19,10 @@ import nibabel as nib
 import numpy as np
 
 from tcam_diff.data import VOXEL_BUDGET
-from tcam_diff.data.volume import Volume, VolumeInfo
+from tcam_diff.data.volume import MILLIMETRES, Volume, VolumeInfo, is_singular
 from tcam_diff.errors import UserError
-from tcam_diff.files import replacing
-
-#: Millimetres in NIfTI's units of space.
-MILLIMETRES = {"mm": 1.0, "meter": 1000.0, "micron": 0.001, "unknown": 1.0}
+from tcam_diff.files import quiet, reason, replacing
+from tcam_diff.text import shown
 
 #: Types in which a volume can be written. NIfTI has no float16.
 WRITE_DTYPES = ("float32", "int16", "uint16", "uint8")
@@ -40,12 +38,6 @@ def is_nifti(path: Path) -> bool:
 def stem(path: Path) -> str:
     """The name of a NIfTI file without its ending."""
     return re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
-
-
-def is_singular(affine: np.ndarray) -> bool:
-    """Whether the axes of an affine do not span space, whatever the size of a voxel."""
-    sizes = np.linalg.norm(affine[:3, :3], axis=0)
-    return not (sizes.min() > 0 and abs(np.linalg.det(affine[:3, :3] / sizes)) > 1e-6)
 
 
 # ---- reading ---------------------------------------------------------------------------
@@ -82,6 +74,7 @@ class Scan:
 MOST_VALUES = 64
 
 
+@quiet("nibabel|numpy")
 def read_header(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) -> Header:
     """Read the header of a 3D or 4D (last axis: channels) NIfTI file.
 
@@ -108,23 +101,40 @@ def read_header(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) ->
     for field in ("scl_slope", "scl_inter"):
         if np.isinf(float(stored[field])):
             raise UserError(f"{path}: {field} is infinite")
-    space, time = map(str, header.get_xyzt_units())
+    space, time = _units(int(header["xyzt_units"]))
     if space == "unknown":
         _say_units_are_unknown(path)
     to_mm = np.diag([MILLIMETRES[space]] * 3 + [1.0])
-    qform, codes = header.get_qform(), (int(header["qform_code"]), int(header["sform_code"]))
-    two = codes[0] > 0 and codes[1] > 0 and not np.allclose(qform, affine, rtol=1e-4, atol=1e-4 * float(zooms.min()))
+    affine, codes = to_mm @ affine, (int(header["qform_code"]), int(header["sform_code"]))
+    qform = None
+    if codes[0] > 0 and codes[1] > 0:
+        try:
+            qform = to_mm @ header.get_qform()
+        except ValueError:  # its quaternion is no rotation
+            codes = (0, codes[1])
+        else:
+            if not np.isfinite(qform).all() or is_singular(qform):
+                qform, codes = None, (0, codes[1])
+            elif np.allclose(qform, affine, rtol=1e-4, atol=1e-4 * float(zooms.min() * to_mm[0, 0])):
+                qform = None
     info = VolumeInfo(
         channels=math.prod(shape[3:]),
         shape=(shape[0], shape[1], shape[2]),
-        affine=to_mm @ affine,
+        affine=affine,
         codes=codes,
-        qform=to_mm @ qform if two else None,
+        qform=qform,
         units=("mm", time),
         source=str(path),
     )
     packed = image.dataobj
     return Header(path, info, dtype, float(packed.slope), float(packed.inter), int(packed.offset))
+
+
+def _units(code: int) -> tuple[str, str]:
+    """Names of the units of space and time; "unknown" also for codes without a meaning."""
+    names = nib.nifti1.unit_codes.label
+    space, time = (str(names[c]) if c in names else "unknown" for c in (code & 7, code & 56))
+    return space, time
 
 
 _said_units = False
@@ -201,7 +211,7 @@ def _open(path: Path) -> Any:
         image = nib.load(path)
     except Exception as error:  # nibabel raises many kinds for malformed headers
         _check_packing(path)
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        text = shown(reason(error), 200)
         raise UserError(f"{path}: not a readable NIfTI file (.nii or .nii.gz): {text}") from error
     if not isinstance(image, (nib.Nifti1Image, nib.Nifti2Image)):
         raise UserError(f"{path}: expected a NIfTI file (.nii or .nii.gz), got {type(image).__name__}")

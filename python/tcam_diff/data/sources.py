@@ -12,6 +12,8 @@ from tcam_diff.data import LAYOUTS
 from tcam_diff.data.dicom import find_series
 from tcam_diff.data.nifti import is_nifti, stem
 from tcam_diff.errors import UserError
+from tcam_diff.files import reason
+from tcam_diff.text import shown
 
 #: Splits of a data set. "test" has no labels in the Decathlon.
 SPLITS = ("train", "validation", "test")
@@ -187,8 +189,8 @@ def _json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, which may begin with a byte order mark. Raises UserError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: not a readable JSON file: {error}") from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path}: not a readable JSON file: {shown(reason(error), 200)}") from error
     if not isinstance(content, dict):
         raise UserError(
             f"{path}: expected an object with lists 'training', 'validation' or 'test', got {type(content).__name__}"
@@ -217,14 +219,14 @@ def _table(path: Path) -> list[Case]:
             reader = csv.DictReader(file)
             columns, rows = reader.fieldnames or [], list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a readable table: {error}") from error
+        raise UserError(f"{path}: not a readable table: {shown(reason(error), 200)}") from error
     if "image" not in columns:
-        raise UserError(f"{path}: expected a column image, got {', '.join(columns) or 'no columns'}")
+        raise UserError(f"{path}: expected a column image, got {shown(', '.join(columns)) or 'no columns'}")
     cases = []
     for number, row in enumerate(rows, 2):
         split = (row.get("split") or "train").strip()
         if split not in SPLITS:
-            raise UserError(f"{path}, line {number}: split: expected one of {', '.join(SPLITS)}, got {split!r}")
+            raise UserError(f"{path}, line {number}: split: expected one of {', '.join(SPLITS)}, got {shown(repr(split))}")
         images = [p.strip() for p in (row.get("image") or "").split(";") if p.strip()]
         entry = {"image": images, "label": (row.get("label") or "").strip() or None, "name": (row.get("name") or "").strip()}
         cases.append(_entry(f"{path}, line {number}", entry, path.parent, split))

@@ -27,6 +27,7 @@ from tcam_diff.training.ema import update_average
 from tcam_diff.training.logger import Logger
 from tcam_diff.training.loop import Outcome, Task
 from tcam_diff.training.lr import lr_scale
+from tcam_diff.training.optimiser import load_optimiser
 from tcam_diff.training.rng import rng, seed_of
 from tcam_diff.training.run import train
 
@@ -225,7 +226,7 @@ class DiffusionTraining(Task):
             raise UserError(f"{self.config.latents}: not the planes with which the run began")
         self.network.load_state_dict(shared["network"])
         self.average.load_state_dict(shared["average"])
-        self.optimiser.load_state_dict(shared["optimiser"])
+        load_optimiser(self.optimiser, shared["optimiser"])
 
     def finite(self) -> bool:
         return all(bool(torch.isfinite(p).all()) for p in self.network.parameters())
