@@ -116,7 +116,11 @@ def presets(kind: str) -> list[str]:
 def validate(model: type[C], values: Any, name: str, changed: Sequence[str] | None = None) -> C:
     """Validate values as a configuration. Raises UserError with the key.
 
-    ``name`` is the source of the values, for messages: a file if ``changed``, the keys that have values from elsewhere, is given.
+    Args:
+        model: class of the configuration.
+        values: keys and values.
+        name: source of the values, for messages.
+        changed: keys with values from elsewhere, if the source is a file; the file is named with the other keys.
     """
     try:
         return model.model_validate(values)

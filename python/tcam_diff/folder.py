@@ -85,7 +85,8 @@ class Folder:
         try:
             yield
         except (
-            ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError, SafetensorError,
+            ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError,
+            SafetensorError,
             pickle.UnpicklingError,
         ) as error:  # fmt: skip
             raise UserError(f"{self / (name or self.index)}: damaged: {reason(error)}; {self.remedy}") from error

@@ -1,7 +1,7 @@
-"""Shards of damaged files: each ends in a refusal of one line that names the file, or in a right answer, in bounded time and memory.
+"""Shards of damaged files. Each is refused in one line that names the file, or read right, in bounded time and memory.
 
-Atheris (libFuzzer) runs in a process of its own, ``files_case.py``, which tells its results line by line. A process that dies or
-hangs is replaced, and its case counts as wrong. To repeat a case of a result:
+Atheris (libFuzzer) runs in a process of its own, ``files_case.py``, which writes its results line by line. A process that dies
+or hangs is replaced, and its case counts as wrong. To repeat a case of a result:
 
     python tests/campaign/files.py KIND INPUT        (INPUT: "input" of the failure)
 """

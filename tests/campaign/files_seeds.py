@@ -42,7 +42,10 @@ def nifti(folder: Path) -> Iterator[Files]:
         return {name: (work / name).read_bytes()}
 
     integers = rng.integers(-500, 500, (4, 5, 6)).astype(np.int16)
-    image, label = save("a.nii", rng.random((4, 5, 6), np.float32)), save("l.nii", rng.integers(0, 3, (4, 5, 6)).astype(np.uint8))
+    image, label = (
+        save("a.nii", rng.random((4, 5, 6), np.float32)),
+        save("l.nii", rng.integers(0, 3, (4, 5, 6)).astype(np.uint8)),
+    )
     yield image
     yield save("a.nii.gz", integers, 0.5)
     yield save("a.nii", rng.random((3, 4, 5, 2), np.float32), units="micron")
@@ -51,7 +54,12 @@ def nifti(folder: Path) -> Iterator[Files]:
     both = image | label | save("b.nii.gz", rng.random((4, 5, 6), np.float32))
     listed = {"training": [{"image": ["a.nii", "b.nii.gz"], "label": "l.nii"}], "validation": [{"image": "a.nii", "name": "v"}]}
     yield {"list.json": json.dumps(listed).encode(), **both}
-    yield {"dataset.json": json.dumps(listed | {"test": ["a.nii"]}).replace('"v"', '"w"').replace('["a.nii"]', '["b.nii.gz"]').encode()} | both
+    yield {
+        "dataset.json": json.dumps(listed | {"test": ["a.nii"]})
+        .replace('"v"', '"w"')
+        .replace('["a.nii"]', '["b.nii.gz"]')
+        .encode()
+    } | both
     yield {"table.csv": b"name,image,label,split\nc,a.nii;b.nii.gz,l.nii,train\nd,b.nii.gz,,test\n", **both}
 
 

@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "python"), str(ROOT / "benchmarks"), str(ROOT / "tests/ops"), str(ROOT / "tests/tcam_diff")]
+sys.path[:0] = [
+    str(ROOT),
+    str(ROOT / "python"),
+    str(ROOT / "benchmarks"),
+    str(ROOT / "tests/ops"),
+    str(ROOT / "tests/tcam_diff"),
+]
 
 #: Results of the shards, one JSON file each.
 RESULTS = ROOT / "benchmarks" / "results" / "reliability"

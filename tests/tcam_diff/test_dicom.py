@@ -234,3 +234,30 @@ def test_a_volume_of_simpleitk_is_ours(tmp_path):
     for index in ((0, 0, 0), (5, 1, 2)):
         at = np.multiply(image.TransformIndexToPhysicalPoint(index), [-1, -1, 1])
         np.testing.assert_allclose((ours.info.affine @ [*index, 1])[:3], at, atol=1e-6)
+
+
+@pytest.mark.parametrize(("tag", "old", "new"), [(b"\x28\x00\x10\x00", b"US", b"{U"), (b"\x28\x00\x02\x00", b"US", b"SC")])
+def test_an_element_of_an_unknown_kind_is_refused_by_file(tmp_path, tag, old, new):
+    """pydicom reads an element when it is asked for, and then raises NotImplementedError."""
+    write_series(tmp_path / "a")
+    path = tmp_path / "a" / "001.dcm"
+    path.write_bytes(path.read_bytes().replace(tag + old, tag + new))
+    assert "001.dcm: the slice lacks its geometry: " in problem(tmp_path / "a")
+
+
+def test_odd_values_do_not_show_warnings_of_the_library(tmp_path, recwarn):
+    write_series(tmp_path / "a")
+    path = tmp_path / "a" / "001.dcm"
+    path.write_bytes(path.read_bytes().replace(b"1.2.3", b"1.2.x"))
+    assert "2 series" in problem(tmp_path / "a")
+    assert not recwarn
+
+
+def test_a_slice_that_ends_early_is_refused_and_not_left_out(tmp_path):
+    """Without its last slice the series would be a sound, but shorter one."""
+    write_series(tmp_path / "a")
+    path = tmp_path / "a" / "003.dcm"
+    whole = path.read_bytes()
+    for end in range(132, whole.index(b"\x28\x00\x10\x00"), 16):
+        path.write_bytes(whole[:end])
+        assert "003.dcm: " in problem(tmp_path / "a")

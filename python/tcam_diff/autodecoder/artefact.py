@@ -24,6 +24,7 @@ from tcam_diff.data.volume import VolumeInfo
 from tcam_diff.errors import UserError
 from tcam_diff.files import reason, writable_folder
 from tcam_diff.folder import Folder, tensor_bytes
+from tcam_diff.training.states import load_module
 
 if TYPE_CHECKING:
     from tcam_diff.autodecoder.fit import FitResult
@@ -127,7 +128,7 @@ def load(path: str | os.PathLike[str]) -> FittedVolume:
             check_planes(planes, (1, config.channels))
         decoder = make_decoder(config, info.channels)
         with folder.reading(_DECODER):
-            decoder.load_state_dict(folder.read_tensors(_DECODER))
+            load_module(decoder, folder.read_tensors(_DECODER))
     return FittedVolume(planes, decoder.requires_grad_(False), config, info)
 
 

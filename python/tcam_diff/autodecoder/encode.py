@@ -26,6 +26,7 @@ from tcam_diff.training import checkpoint
 from tcam_diff.training.distributed import device_of
 from tcam_diff.training.lr import lr_scale
 from tcam_diff.training.rng import rng
+from tcam_diff.training.states import load_module
 
 
 @dataclass
@@ -73,7 +74,7 @@ def load_run(folder: str | os.PathLike[str], at: Path | None = None) -> TrainedR
         task = shared["task"]
         channels = next(v.shape[0] for k, v in reversed(list(task["average"].items())) if k.endswith("weight"))
         decoder = make_decoder(config, channels)
-        decoder.load_state_dict(task["average"])
+        load_module(decoder, task["average"])
         return TrainedRun(folder, config, step, decoder.requires_grad_(False), task["objects"], shards, task["digest"])
 
 

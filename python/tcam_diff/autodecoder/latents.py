@@ -29,6 +29,7 @@ from tcam_diff.data.volume import FileName, VolumeRecord
 from tcam_diff.errors import UserError
 from tcam_diff.files import replacing, sha256, writable_folder
 from tcam_diff.folder import Folder, tensor_bytes
+from tcam_diff.training.states import load_module
 
 INDEX, DECODER = "latents.json", "decoder.safetensors"
 
@@ -176,7 +177,7 @@ class LatentSet:
             decoder = make_decoder(self.config, self.entries[0].info.channels).float()
             tensors = self.files.read_tensors(DECODER, self.index["decoder_sha256"])
         with self.files.reading(DECODER):
-            decoder.load_state_dict(tensors)
+            load_module(decoder, tensors)
         return decoder.requires_grad_(False)
 
     def check_decoder(self, other: tcam_ext.TriplaneDecoder, owner: object) -> None:

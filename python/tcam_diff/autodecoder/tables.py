@@ -151,7 +151,7 @@ class PlaneTable:
     def load(self, shards: Sequence[dict[str, Any]]) -> None:
         """Load the rows from the states of any number of ranks.
 
-        Raises UserError if an object is in none of them, ValueError if a state is damaged.
+        Raises ValueError if a state is damaged, or an object is in none of them.
         """
         missing = set(self.row)
         for shard in shards:
@@ -166,9 +166,7 @@ class PlaneTable:
                     table[target.to(table.device)] = shard[f"{kind}.{name}"][source].to(table)
             self.steps[:, target.to(self.steps.device)] = shard["steps"][:, source].to(self.steps)
         if missing:
-            raise UserError(
-                f"the checkpoint has no planes of {len(missing)} of the {len(self.row)} objects: it is of another data set"
-            )
+            raise ValueError(f"no planes of {len(missing)} of the {len(self.row)} objects")
 
     def _check(self, shard: dict[str, Any]) -> None:
         """Raise ValueError unless the tensors of a state have the types and sizes of this table, and finite values."""

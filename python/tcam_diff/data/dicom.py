@@ -144,7 +144,11 @@ def _image(file: Path, header: Any) -> Iterator[Slice]:
     """Slices of a file, none if it is no image. Raises any error where elements are damaged."""
     if "LOCALIZER" in [str(part).upper() for part in getattr(header, "ImageType", None) or ()]:
         return
-    if not hasattr(header, "Rows") or str(getattr(header, "Modality", "")) in NOT_IMAGES:
+    if str(getattr(header, "Modality", "")) in NOT_IMAGES:
+        return
+    if not hasattr(header, "Rows"):
+        if _stores_images(header):
+            raise UserError(f"{file}: an image without Rows: it may be truncated; copy it again")
         return
     if int(getattr(header, "SamplesPerPixel", 1) or 1) != 1:
         raise UserError(f"{file}: expected one value a pixel, got {header.SamplesPerPixel} (a colour image)")
@@ -160,6 +164,14 @@ def _image(file: Path, header: Any) -> Iterator[Slice]:
         file, None, series, size, _floats(header.ImagePositionPatient, 3), _floats(header.ImageOrientationPatient, 6),
         _floats(header.PixelSpacing, 2), _gap(header),
     )  # fmt: skip
+
+
+def _stores_images(header: Any) -> bool:
+    """Whether the class of an object is one of images, or is not known, as in a file that ends early."""
+    kinds = [
+        k for part in (header.file_meta, header) for k in (part.get("MediaStorageSOPClassUID"), part.get("SOPClassUID")) if k
+    ]
+    return not len(header) or not kinds or any("Image Storage" in kind.name for kind in kinds)
 
 
 def _frames(file: Path, header: Any, series: str, size: tuple[int, int]) -> Iterator[Slice]:

@@ -88,8 +88,10 @@ def read_header(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) ->
     dtype = header.get_data_dtype()
     if dtype.fields is not None or dtype.kind not in "iuf":
         raise UserError(f"{path}: expected real voxels, got data type {dtype.name if dtype.fields is None else 'RGB'}")
-    affine = np.asarray(image.affine, float)
-    if not np.isfinite(affine).all():
+    space, time = _units(int(header["xyzt_units"]))
+    to_mm = np.diag([MILLIMETRES[space]] * 3 + [1.0])
+    affine = to_mm @ np.asarray(image.affine, float)
+    if not _fits_header(affine):
         raise UserError(f"{path}: the affine has NaN or infinite entries")
     if is_singular(affine):
         raise UserError(f"{path}: the affine is singular: its axes do not span space")
@@ -101,22 +103,14 @@ def read_header(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) ->
     for field in ("scl_slope", "scl_inter"):
         if np.isinf(float(stored[field])):
             raise UserError(f"{path}: {field} is infinite")
-    space, time = _units(int(header["xyzt_units"]))
     if space == "unknown":
         _say_units_are_unknown(path)
-    to_mm = np.diag([MILLIMETRES[space]] * 3 + [1.0])
-    affine, codes = to_mm @ affine, (int(header["qform_code"]), int(header["sform_code"]))
-    qform = None
-    if codes[0] > 0 and codes[1] > 0:
-        try:
-            qform = to_mm @ header.get_qform()
-        except ValueError:  # its quaternion is no rotation
-            codes = (0, codes[1])
-        else:
-            if not np.isfinite(qform).all() or is_singular(qform):
-                qform, codes = None, (0, codes[1])
-            elif np.allclose(qform, affine, rtol=1e-4, atol=1e-4 * float(zooms.min() * to_mm[0, 0])):
-                qform = None
+    codes = int(header["qform_code"]), int(header["sform_code"])
+    qform = _scanner(header, to_mm) if min(codes) > 0 else None
+    if min(codes) > 0 and qform is None:
+        codes = (0, codes[1])
+    if qform is not None and np.allclose(qform, affine, rtol=1e-4, atol=1e-4 * float(zooms.min() * to_mm[0, 0])):
+        qform = None
     info = VolumeInfo(
         channels=math.prod(shape[3:]),
         shape=(shape[0], shape[1], shape[2]),
@@ -128,6 +122,21 @@ def read_header(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) ->
     )
     packed = image.dataobj
     return Header(path, info, dtype, float(packed.slope), float(packed.inter), int(packed.offset))
+
+
+def _fits_header(affine: np.ndarray) -> bool:
+    """Whether an affine is finite in float32, the type of headers."""
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(affine.astype(np.float32)).all())
+
+
+def _scanner(header: Any, to_mm: np.ndarray) -> np.ndarray | None:
+    """The qform in mm, or None if it is no place of a volume."""
+    try:
+        qform = to_mm @ header.get_qform()
+    except ValueError:  # its quaternion is no rotation
+        return None
+    return qform if _fits_header(qform) and not is_singular(qform) else None
 
 
 def _units(code: int) -> tuple[str, str]:
@@ -161,7 +170,8 @@ def read_volume(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) ->
     elif (size := header.path.stat().st_size) < header.end:
         raise _truncated(header, size)
     try:
-        data = np.asarray(_open(header.path).dataobj, dtype=np.float32)
+        with np.errstate(all="ignore"), quiet("nibabel"):
+            data = np.asarray(_open(header.path).dataobj, dtype=np.float32)
     except (OSError, EOFError, ValueError, zlib.error, MemoryError) as error:
         raise UserError(f"{path}: the voxels cannot be read: {error}") from error
     data = data.reshape(*header.info.shape, header.info.channels)
@@ -189,7 +199,8 @@ def scan_voxels(header: Header) -> Scan:
         if not raw.size:
             continue
         voxels = raw.astype(np.float64) * header.slope + header.inter
-        finite = voxels[np.isfinite(voxels)]
+        with np.errstate(over="ignore"):
+            finite = voxels[np.isfinite(voxels.astype(np.float32))]  # the type of a volume in memory
         bad += voxels.size - finite.size
         if finite.size:
             low, high = min(low, float(finite.min())), max(high, float(finite.max()))

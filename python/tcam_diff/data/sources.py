@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,8 +208,19 @@ def _entry(where: str, entry: Any, base: Path, split: str) -> Case:
     label = entry.get("label")
     if label is not None and not isinstance(label, str):
         raise UserError(f"{where}: label: expected a path, got {json.dumps(label)[:80]}")
+    for text in (*images, label or ""):
+        if not _is_path(text):
+            raise UserError(f"{where}: expected a path, got {shown(repr(text))}")
     name = entry.get("name") or stem(Path(images[0]))
     return Case(str(name), tuple(base / p for p in images), base / label if label else None, split)
+
+
+def _is_path(text: str) -> bool:
+    """Whether a text can be the path of a file: without a null character, with names of at most 255 bytes."""
+    try:
+        return "\0" not in text and all(len(os.fsencode(part)) <= 255 for part in text.split("/"))
+    except UnicodeEncodeError:
+        return False
 
 
 def _table(path: Path) -> list[Case]:

@@ -141,8 +141,8 @@ class Store:
         self.files = _folder(self.folder)
         index = self.files.read()
         with self.files.reading():
-            self.config: dict[str, Any] = index["config"]
-            self.digest: str = index["digest"]
+            self.config: dict[str, Any] = dict(index["config"])
+            self.digest = str(index["digest"])
             self.records = [Record.model_validate(entry) for entry in index["cases"]]
         self._arrays: dict[str, np.ndarray] = {}
 

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import nibabel as nib
 import numpy as np
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    model_serializer,
+    model_validator,
+)
 
 from tcam_diff.errors import UserError
 
@@ -25,7 +34,8 @@ def is_singular(affine: np.ndarray) -> bool:
     """Whether the axes of an affine do not span space, whatever the size of a voxel."""
     with np.errstate(all="ignore"):
         sizes = np.linalg.norm(affine[:3, :3], axis=0)
-        return not (sizes.min() > 0 and np.isfinite(sizes).all() and abs(np.linalg.det(affine[:3, :3] / sizes)) > 1e-6)
+        sound = sizes.min() > 0 and np.isfinite(sizes.astype(np.float32)).all()  # the type in headers
+        return not (sound and abs(np.linalg.det(affine[:3, :3] / sizes)) > 1e-6)
 
 
 def is_file_name(name: str) -> bool:

@@ -33,6 +33,7 @@ from tcam_diff.errors import UserError
 from tcam_diff.files import writable_folder
 from tcam_diff.folder import Folder, tensor_bytes
 from tcam_diff.text import shown
+from tcam_diff.training.states import load_module
 
 INDEX, NETWORK, DECODER = "model.json", "network.safetensors", "decoder.safetensors"
 PATHS = ("latents", "validation", "labels")  # keys of the configuration
@@ -227,14 +228,14 @@ class TriplaneDiffusion(nn.Module):
             decoder = make_decoder(stage1, geometry.info.channels).float()
             others = files.read_tensors(DECODER, sums[DECODER])
         with files.reading(DECODER):
-            decoder.load_state_dict(others)
+            load_module(decoder, others)
         with files.reading(NETWORK):
             with torch.device("meta"):  # a damaged configuration may ask for any amount of memory
                 expected = TriplaneUNet(stage1.channels, config.network, len(geometry.classes)).state_dict()
             if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in tensors.items()}:
                 raise ValueError(f"its tensors are not those of the network in {INDEX}")
             network = TriplaneUNet(stage1.channels, config.network, len(geometry.classes))
-            network.load_state_dict(tensors)
+            load_module(network, tensors)
         model = TriplaneDiffusion(network, decoder, config, stage1, geometry, centre, provenance)
         model.network.placed(torch.device(device))
         return model.to(device)

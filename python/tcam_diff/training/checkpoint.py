@@ -114,7 +114,11 @@ def load(path: Path) -> tuple[int, dict[str, Any], list[dict[str, Any]]]:
             files.verify(name, checksum)
             with files.reading(name), quiet("torch"):
                 parts[name] = torch.load(path / name, map_location="cpu", weights_only=True)
+                if not isinstance(parts[name], dict):
+                    raise ValueError(f"expected a state, got {type(parts[name]).__name__}")
         step, world = int(manifest["step"]), int(manifest["world"])
+        if world < 1:
+            raise ValueError(f"world: expected at least 1, got {world}")
         number = _NAME.fullmatch(path.name)
         if number and int(number.group(1)) != step:
             raise ValueError(f"step: expected that of the folder's name, got {step}")
@@ -124,7 +128,7 @@ def load(path: Path) -> tuple[int, dict[str, Any], list[dict[str, Any]]]:
 @contextlib.contextmanager
 def loading(path: Path) -> Iterator[None]:
     """Convert errors about the state in a checkpoint to UserError."""
-    with _files(path).reading("shared.pt"):
+    with _files(path).reading("."):  # the folder: its files were read
         yield
 
 

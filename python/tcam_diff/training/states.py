@@ -1,10 +1,19 @@
-"""State of Adam in checkpoints."""
+"""States of modules and of Adam in checkpoints, which are not converted."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import nn
+
+
+def load_module(module: nn.Module, state: dict[str, Any]) -> None:
+    """Load the state of a module of the same types. Raises ValueError or RuntimeError if it does not fit."""
+    for key, own in module.state_dict().items():
+        if state[key].dtype != own.dtype:
+            raise ValueError(f"{key}: expected {own.dtype}, got {state[key].dtype}")
+    module.load_state_dict(state)
 
 
 def load_optimiser(optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> None:
