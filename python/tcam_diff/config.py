@@ -33,8 +33,8 @@ class Config(BaseModel):
     def _no_number(cls, value: Any, handler: Any) -> Any:
         """Refuse yes, no, true and false where a number is expected: pydantic takes them for 1 and 0."""
         result = handler(value)
-        if isinstance(value, bool) and not isinstance(result, bool):
-            raise ValueError("expected a number")
+        if _taken_for_number(value, result):
+            raise ValueError("expected numbers")
         return result
 
     @classmethod
@@ -64,6 +64,14 @@ class Config(BaseModel):
 
 
 C = TypeVar("C", bound=Config)
+
+
+def _taken_for_number(given: Any, got: Any) -> bool:
+    """Whether a truth value became a number, also in a list."""
+    if isinstance(given, list | tuple) and isinstance(got, list | tuple):
+        return any(map(_taken_for_number, given, got))
+    return isinstance(given, bool) and not isinstance(got, bool)
+
 
 #: Most values of a YAML file with its aliases written out: a few lines of aliases can stand for billions.
 MOST_VALUES = 100_000

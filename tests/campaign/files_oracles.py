@@ -143,7 +143,7 @@ def same_volume(volume: Volume, paths: tuple[Path, ...], plain: Callable[[Path],
     parts = [plainly(plain, path) for path in paths]
     voxels = np.concatenate([part[0] for part in parts])
     check(voxels.shape == volume.data.shape, f"{volume.data.shape}, but {voxels.shape} in the file")
-    near = np.abs(volume.data - voxels) <= 1e-6 * np.abs(voxels) + 2e-6 * np.abs(voxels).max()
+    near = np.abs(volume.data - voxels) <= 1e-6 * np.abs(voxels) + 2e-6 * np.abs(voxels).max() + 1e-37  # float32
     check(
         near.all(),
         f"{np.count_nonzero(~near)} voxels differ from those of the file, by up to {np.abs(volume.data - voxels).max()}",

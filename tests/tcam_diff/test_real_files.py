@@ -256,7 +256,7 @@ def test_a_full_disk_is_named_with_the_file(tmp_path, monkeypatch):
 # ---- damaged lists of files, configurations and folders ---------------------------------------
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "\ud800", "a/" + "y" * 256])
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "a\nb", "\ud800", "a/" + "y" * 256])
 def test_what_cannot_be_a_path_is_refused(tmp_path, name):
     (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": name}]}))
     with pytest.raises(UserError, match=r"list\.json: training\[0\]: expected a path, got "):
@@ -285,7 +285,8 @@ BOMB = "a: &a [x, x, x]\n" + "".join(
         (b"steps: 2001-99-99\n", "a value cannot be read: month must be in 1..12"),
         (b"steps: !!int ''\n", "a value cannot be read: "),
         (b"steps: !!bool maybe\n", "a value cannot be read: "),
-        (b"steps: yes\n", "steps: value error, expected a number, got True"),
+        (b"steps: yes\n", "steps: value error, expected numbers, got True"),
+        (b"plane_size: [4, 4, yes]\n", "plane_size"),
         (b"beta: .inf\n", "beta: input should be a finite number, got inf"),
         (b"steps: [" + b"1, " * 500 + b"]\n", "steps: "),
         (b'"a\\n\\nb": 1\n', "a b: no such key"),

@@ -74,6 +74,7 @@ class Scan:
 MOST_VALUES = 64
 
 
+@np.errstate(all="ignore")
 @quiet("nibabel|numpy")
 def read_header(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) -> Header:
     """Read the header of a 3D or 4D (last axis: channels) NIfTI file.
@@ -126,7 +127,7 @@ def read_header(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) ->
 
 def _fits_header(affine: np.ndarray) -> bool:
     """Whether an affine is finite in float32, the type of headers."""
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         return bool(np.isfinite(affine.astype(np.float32)).all())
 
 
@@ -182,6 +183,7 @@ def read_volume(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) ->
     return Volume(data, header.info)
 
 
+@np.errstate(all="ignore")
 def scan_voxels(header: Header) -> Scan:
     """Find the range, NaNs and distinct values in one pass over the file, with one piece of it in memory at a time.
 
@@ -199,8 +201,7 @@ def scan_voxels(header: Header) -> Scan:
         if not raw.size:
             continue
         voxels = raw.astype(np.float64) * header.slope + header.inter
-        with np.errstate(over="ignore"):
-            finite = voxels[np.isfinite(voxels.astype(np.float32))]  # the type of a volume in memory
+        finite = voxels[np.isfinite(voxels.astype(np.float32))]  # the type of a volume in memory
         bad += voxels.size - finite.size
         if finite.size:
             low, high = min(low, float(finite.min())), max(high, float(finite.max()))

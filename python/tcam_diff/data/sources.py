@@ -216,9 +216,11 @@ def _entry(where: str, entry: Any, base: Path, split: str) -> Case:
 
 
 def _is_path(text: str) -> bool:
-    """Whether a text can be the path of a file: without a null character, with names of at most 255 bytes."""
+    """Whether a text can be the path of a file: without control characters, with names of at most 255 bytes."""
+    if any(ord(c) < 32 or c in "\x7f\x85\u2028\u2029" for c in text):
+        return False
     try:
-        return "\0" not in text and all(len(os.fsencode(part)) <= 255 for part in text.split("/"))
+        return all(len(os.fsencode(part)) <= 255 for part in text.split("/"))
     except UnicodeEncodeError:
         return False
 
