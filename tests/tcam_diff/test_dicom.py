@@ -51,7 +51,7 @@ def write_series(folder, data=VOXELS, step=(0.0, 0.0, SPACING[2]), names="{:03d}
         write_slice(folder / names.format(k), data[:, :, k].T, position, **{name: value(k) for name, value in tags.items()})
 
 
-def write_enhanced(file, data=VOXELS):
+def write_enhanced(file, data=VOXELS, frames_said=None):
     """One file with a frame for each slice, in no order; what is shared is said once."""
 
     def item(**tags):
@@ -64,7 +64,7 @@ def write_enhanced(file, data=VOXELS):
 
     def frames(s):
         del s.ImagePositionPatient, s.ImageOrientationPatient, s.PixelSpacing, s.RescaleSlope, s.RescaleIntercept
-        s.NumberOfFrames = len(order)
+        s.NumberOfFrames = frames_said or len(order)
         s.PixelData = np.stack([data[:, :, k].T + 1024 for k in order]).astype("<u2").tobytes()
         s.SharedFunctionalGroupsSequence = [
             item(
@@ -261,3 +261,13 @@ def test_a_slice_that_ends_early_is_refused_and_not_left_out(tmp_path):
     for end in range(132, whole.index(b"\x28\x00\x10\x00"), 16):
         path.write_bytes(whole[:end])
         assert "003.dcm: " in problem(tmp_path / "a")
+
+
+def test_frames_without_a_position_are_not_left_out(tmp_path):
+    write_enhanced(tmp_path / "a" / "enhanced.dcm", frames_said=5)
+    assert "enhanced.dcm: the slice lacks its geometry: expected a position for each of 5 frames, got 4" in problem(
+        tmp_path / "a"
+    )
+    write_series(tmp_path / "b")
+    write_slice(tmp_path / "b" / "003.dcm", VOXELS[:, :, 3].T, np.add(ORIGIN, [0, 0, 9]), PerFrameFunctionalGroupsSequence=[])
+    assert "003.dcm: the slice lacks its geometry: expected a position for each of 1 frames, got 0" in problem(tmp_path / "b")

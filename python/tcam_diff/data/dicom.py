@@ -177,7 +177,10 @@ def _stores_images(header: Any) -> bool:
 def _frames(file: Path, header: Any, series: str, size: tuple[int, int]) -> Iterator[Slice]:
     """Slices of an enhanced multi-frame file: what is not said for each frame is said once for all."""
     shared = header.SharedFunctionalGroupsSequence[0] if "SharedFunctionalGroupsSequence" in header else None
-    for number, group in enumerate(header.PerFrameFunctionalGroupsSequence):
+    groups, frames = header.PerFrameFunctionalGroupsSequence, int(getattr(header, "NumberOfFrames", 1) or 1)
+    if len(groups) != frames:
+        raise ValueError(f"expected a position for each of {frames} frames, got {len(groups)}")
+    for number, group in enumerate(groups):
 
         def item(name: str, group: Any = group) -> Any:
             for place in (group, shared):
