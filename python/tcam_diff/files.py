@@ -7,6 +7,8 @@ import hashlib
 import io
 import os
 import tempfile
+import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,6 +119,17 @@ def locked_folder(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+_QUIET = threading.RLock()
+
+
+@contextmanager
+def quiet(library: str) -> Iterator[None]:
+    """Ignore the warnings of a library about a file, which do not name it. Filters of warnings belong to all threads."""
+    with _QUIET, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=library)
+        yield
 
 
 def reason(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from tcam_diff.errors import UserError, out_of_memory
 from tcam_diff.files import reason, replacing, sha256
+from tcam_diff.text import shown
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +46,7 @@ class Folder:
         with self.reading():
             if index["format"] not in self.formats:
                 known = " and ".join(map(str, self.formats))
-                raise UserError(f"{path}: format {index['format']}, this version reads {known}")
+                raise UserError(f"{path}: format {shown(index['format'])}, this version reads {known}")
         return index
 
     def read_json(self, name: str) -> dict[str, Any]:
@@ -57,11 +58,18 @@ class Folder:
             return content
 
     def read_tensors(self, name: str, checksum: str | None = None) -> dict[str, Tensor]:
-        """Read all tensors of a safetensors file and compare it with its checksum. Raises UserError if it is damaged."""
+        """Read all tensors of a safetensors file, which are finite, and compare it with its checksum.
+
+        Raises UserError if it is damaged.
+        """
         if checksum is not None:
             self.verify(name, checksum)
         with self.reading(name), safe_open(self / name, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            for key, tensor in tensors.items():
+                if not tensor.isfinite().all():
+                    raise ValueError(f"{key} has NaN or infinite values")
+            return tensors
 
     def verify(self, name: str, checksum: str) -> None:
         """Raise UserError if a file is missing or has another SHA-256 digest."""
@@ -79,7 +87,8 @@ class Folder:
         except OSError as error:
             raise UserError(f"{error.filename or self / (name or self.index)}: cannot be read: {reason(error)}") from error
         except (
-            EOFError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError,
+            ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError, SafetensorError,
+            pickle.UnpicklingError,
         ) as error:  # fmt: skip
             if out_of_memory(error) is not None:
                 raise
@@ -118,7 +127,7 @@ def fault(error: Exception) -> str:
     """Message of an error in a file's content, in one line."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+        return f"{shown('.'.join(map(str, first['loc'])))}: {shown(first['msg'].lower(), 200)}"
     if isinstance(error, KeyError):
-        return f"{error} is missing"
-    return str(error)
+        return f"{shown(error)} is missing"
+    return shown(error, 200) or type(error).__name__

@@ -41,8 +41,7 @@ def provenance(rows: list[dict[str, Any]]) -> str:
     """Commits, dates and machines."""
     commits = Counter(r["commit"] for r in rows)
     machines = Counter(
-        f"{r['machine']['cpu']}, {r['machine']['cores']} cores, {r['machine']['isa']} kernels, Python {r['machine']['python']}, "
-        f"torch {r['machine']['torch']}"
+        "{cpu}, {cores} cores, {isa} kernels, Python {python}, torch {torch}".format(**r["machine"] | {"isa": "all"})
         for r in rows
     )
     dates = sorted({r["date"] for r in rows})

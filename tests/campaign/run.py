@@ -26,7 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: shard
 from shards import RESULTS, Shard, execute, seed_of, sources
 
 #: Modules with a function ``shards``.
-PARTS = ("ops", "kills", "faults")
+PARTS = ("ops", "kills", "faults", "files")
 LIMIT = 30 * 60  # seconds of a shard
 
 

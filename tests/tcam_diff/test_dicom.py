@@ -51,6 +51,35 @@ def write_series(folder, data=VOXELS, step=(0.0, 0.0, SPACING[2]), names="{:03d}
         write_slice(folder / names.format(k), data[:, :, k].T, position, **{name: value(k) for name, value in tags.items()})
 
 
+def write_enhanced(file, data=VOXELS, frames_said=None):
+    """One file with a frame for each slice, in no order; what is shared is said once."""
+
+    def item(**tags):
+        made = Dataset()
+        for name, value in tags.items():
+            setattr(made, name, value)
+        return made
+
+    order = np.random.default_rng(1).permutation(data.shape[2]).tolist()
+
+    def frames(s):
+        del s.ImagePositionPatient, s.ImageOrientationPatient, s.PixelSpacing, s.RescaleSlope, s.RescaleIntercept
+        s.NumberOfFrames = frames_said or len(order)
+        s.PixelData = np.stack([data[:, :, k].T + 1024 for k in order]).astype("<u2").tobytes()
+        s.SharedFunctionalGroupsSequence = [
+            item(
+                PixelMeasuresSequence=[item(PixelSpacing=[SPACING[1], SPACING[0]], SliceThickness=3)],
+                PlaneOrientationSequence=[item(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])],
+                PixelValueTransformationSequence=[item(RescaleSlope=1, RescaleIntercept=-1024)],
+            )
+        ]
+        s.PerFrameFunctionalGroupsSequence = [
+            item(PlanePositionSequence=[item(ImagePositionPatient=[*ORIGIN[:2], ORIGIN[2] + 3 * k])]) for k in order
+        ]
+
+    write_slice(file, data[:, :, 0].T, ORIGIN, change=frames)
+
+
 def assert_series(folder, data=VOXELS, step=(0.0, 0.0, SPACING[2]), atol=1e-5):
     """Voxel (i, j, k) has its value, at the place where its slice says it is."""
     volume = read_volume(folder)
@@ -190,32 +219,7 @@ def test_a_missing_decoder_is_named_with_its_packages(tmp_path, monkeypatch):
 
 
 def test_enhanced_multi_frame_files_are_read(tmp_path):
-    """Frames in any order; what is shared is said once."""
-
-    def item(**tags):
-        made = Dataset()
-        for name, value in tags.items():
-            setattr(made, name, value)
-        return made
-
-    order = [2, 0, 3, 1]
-
-    def frames(s):
-        del s.ImagePositionPatient, s.ImageOrientationPatient, s.PixelSpacing, s.RescaleSlope, s.RescaleIntercept
-        s.NumberOfFrames = 4
-        s.PixelData = np.stack([VOXELS[:, :, k].T + 1024 for k in order]).astype("<u2").tobytes()
-        s.SharedFunctionalGroupsSequence = [
-            item(
-                PixelMeasuresSequence=[item(PixelSpacing=[SPACING[1], SPACING[0]], SliceThickness=3)],
-                PlaneOrientationSequence=[item(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])],
-                PixelValueTransformationSequence=[item(RescaleSlope=1, RescaleIntercept=-1024)],
-            )
-        ]
-        s.PerFrameFunctionalGroupsSequence = [
-            item(PlanePositionSequence=[item(ImagePositionPatient=[*ORIGIN[:2], ORIGIN[2] + 3 * k])]) for k in order
-        ]
-
-    write_slice(tmp_path / "a" / "enhanced.dcm", VOXELS[:, :, 0].T, ORIGIN, change=frames)
+    write_enhanced(tmp_path / "a" / "enhanced.dcm")
     assert_series(tmp_path / "a")
 
 
@@ -230,3 +234,40 @@ def test_a_volume_of_simpleitk_is_ours(tmp_path):
     for index in ((0, 0, 0), (5, 1, 2)):
         at = np.multiply(image.TransformIndexToPhysicalPoint(index), [-1, -1, 1])
         np.testing.assert_allclose((ours.info.affine @ [*index, 1])[:3], at, atol=1e-6)
+
+
+@pytest.mark.parametrize(("tag", "old", "new"), [(b"\x28\x00\x10\x00", b"US", b"{U"), (b"\x28\x00\x02\x00", b"US", b"SC")])
+def test_an_element_of_an_unknown_kind_is_refused_by_file(tmp_path, tag, old, new):
+    """pydicom reads an element when it is asked for, and then raises NotImplementedError."""
+    write_series(tmp_path / "a")
+    path = tmp_path / "a" / "001.dcm"
+    path.write_bytes(path.read_bytes().replace(tag + old, tag + new))
+    assert "001.dcm: the slice lacks its geometry: " in problem(tmp_path / "a")
+
+
+def test_odd_values_do_not_show_warnings_of_the_library(tmp_path, recwarn):
+    write_series(tmp_path / "a")
+    path = tmp_path / "a" / "001.dcm"
+    path.write_bytes(path.read_bytes().replace(b"1.2.3", b"1.2.x"))
+    assert "2 series" in problem(tmp_path / "a")
+    assert not recwarn
+
+
+def test_a_slice_that_ends_early_is_refused_and_not_left_out(tmp_path):
+    """Without its last slice the series would be a sound, but shorter one."""
+    write_series(tmp_path / "a")
+    path = tmp_path / "a" / "003.dcm"
+    whole = path.read_bytes()
+    for end in range(132, whole.index(b"\x28\x00\x10\x00"), 16):
+        path.write_bytes(whole[:end])
+        assert "003.dcm: " in problem(tmp_path / "a")
+
+
+def test_frames_without_a_position_are_not_left_out(tmp_path):
+    write_enhanced(tmp_path / "a" / "enhanced.dcm", frames_said=5)
+    assert "enhanced.dcm: the slice lacks its geometry: expected a position for each of 5 frames, got 4" in problem(
+        tmp_path / "a"
+    )
+    write_series(tmp_path / "b")
+    write_slice(tmp_path / "b" / "003.dcm", VOXELS[:, :, 3].T, np.add(ORIGIN, [0, 0, 9]), PerFrameFunctionalGroupsSequence=[])
+    assert "003.dcm: the slice lacks its geometry: expected a position for each of 1 frames, got 0" in problem(tmp_path / "b")

@@ -78,3 +78,18 @@ def test_an_interrupted_write_leaves_no_index(folder, monkeypatch):
     with pytest.raises(UserError, match=r"index.json is missing"):
         folder.read()
     assert sorted(p.name for p in folder.path.iterdir()) == ["a.safetensors", "b.txt"]
+
+
+def test_tensors_that_are_not_finite(folder):
+    folder.write({}, {"a.safetensors": tensor_bytes({"x": torch.tensor([1.0, float("nan")])})})
+    with pytest.raises(UserError, match=r"a\.safetensors: damaged: x has NaN or infinite values; make it again"):
+        folder.read_tensors("a.safetensors")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"format": "' + "x" * 5000 + '"}', '{"format": "a\\nb"}', '{"a\xff"'])
+def test_a_damaged_index_is_refused_in_one_short_line(folder, text):
+    (folder / "index.json").write_bytes(text.encode("latin1"))
+    with pytest.raises(UserError) as error:
+        folder.read()
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400

@@ -229,3 +229,45 @@ def test_paths_are_checked(tmp_path):
     for bad in (tmp_path / "a.img", tmp_path / "absent" / "a.nii"):
         with pytest.raises(UserError):
             nifti.write_volume(Path(bad), iter(()), unit((1, 1, 1)), nifti.Quantiser("float32", 0, 1))
+
+
+# ---- damaged headers -------------------------------------------------------------------
+
+
+def patched(tmp_path, *changes):
+    """A file with a qform and an sform, after some bytes of its header changed."""
+    image = nib.Nifti1Image(np.zeros((4, 5, 6), np.float32), OBLIQUE)
+    image.set_qform(np.diag([1.0, 2, 3, 1]), 1)
+    image.set_sform(OBLIQUE, 2)
+    nib.save(image, tmp_path / "a.nii")
+    for offset, raw in changes:
+        patch(tmp_path / "a.nii", offset, raw)
+    return tmp_path / "a.nii"
+
+
+@pytest.mark.parametrize("code", [5, 7, 64, 255])
+def test_units_without_a_meaning_are_unknown(tmp_path, code):
+    nifti._said_units = True
+    info = nifti.read_volume(patched(tmp_path, (123, bytes([code])))).info
+    assert info.units == ("mm", "unknown")
+
+
+@pytest.mark.parametrize("quaternion", [3e38, -3e38, np.inf, np.nan])
+def test_a_qform_that_is_no_place_is_left_out(tmp_path, quaternion):
+    """The sform says where the volume is, and no other matrix goes under the scanner's code."""
+    info = nifti.read_volume(patched(tmp_path, (256, struct.pack("<f", quaternion)))).info
+    assert (info.qform, info.codes) == (None, (0, 2))
+    np.testing.assert_allclose(info.affine, OBLIQUE, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes", [[(280, struct.pack("<4f", 3e38, 3e38, 3e38, 0))], [(123, b"\x01"), (292, struct.pack("<f", 3e38))]]
+)
+def test_a_place_beyond_the_numbers_of_headers_is_refused(tmp_path, changes):
+    refuse(patched(tmp_path, *changes), "affine")
+
+
+def test_values_beyond_float32_are_not_finite_for_check_data_either(tmp_path):
+    path = save(tmp_path / "a.nii", np.full((2, 3, 4), 1e39))
+    refuse(path, "24 of 24 voxels")
+    assert nifti.scan_voxels(nifti.read_header(path)).not_finite == 24

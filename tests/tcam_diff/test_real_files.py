@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
@@ -20,6 +21,7 @@ from tcam_diff.data.nifti import Quantiser, read_header, read_volume, write_volu
 from tcam_diff.data.prepare import prepare_cases, prepare_volume
 from tcam_diff.data.sources import find_cases
 from tcam_diff.data.volume import VolumeInfo, intensity_range
+from tcam_diff.diffusion.config import DiffusionConfig
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation.compare import compare_volumes
 
@@ -249,3 +251,117 @@ def test_a_full_disk_is_named_with_the_file(tmp_path, monkeypatch):
         write_volume(tmp_path / "a.nii", iter([noise(1, 3, 4, 5)]), info, Quantiser("float32", 0, 1))
     assert error.value.filename == str(tmp_path / "a.nii")
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- damaged lists of files, configurations and folders ---------------------------------------
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "a\nb", "\ud800", "a/" + "y" * 256])
+def test_what_cannot_be_a_path_is_refused(tmp_path, name):
+    (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": name}]}))
+    with pytest.raises(UserError, match=r"list\.json: training\[0\]: expected a path, got "):
+        find_cases(tmp_path / "list.json")
+
+
+def test_brackets_without_end_are_refused(tmp_path):
+    (tmp_path / "list.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"list\.json: not a readable JSON file: "):
+        find_cases(tmp_path / "list.json")
+
+
+BOMB = "a: &a [x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"steps: \xff\n", "not YAML: "),
+        (b"steps: [1\nlr: 2\n", "not YAML: line "),
+        (BOMB.encode(), "aliases"),
+        (b"steps: &a [*a]\n", "aliases"),
+        (b"steps: " + b"[" * 5000, "too many brackets"),
+        (b"steps: 2001-99-99\n", "a value cannot be read: month must be in 1..12"),
+        (b"steps: !!int ''\n", "a value cannot be read: "),
+        (b"steps: !!bool maybe\n", "a value cannot be read: "),
+        (b"steps: yes\n", "steps: value error, expected numbers, got True"),
+        (b"plane_size: [4, 4, yes]\n", "plane_size"),
+        (b"beta: .inf\n", "beta: input should be a finite number, got inf"),
+        (b"steps: [" + b"1, " * 500 + b"]\n", "steps: "),
+        (b'"a\\n\\nb": 1\n', "a b: no such key"),
+        (b"- 3\n", "expected keys and values, got list"),
+    ],
+)
+def test_a_damaged_configuration_is_refused_in_one_short_line(tmp_path, text, message):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(text)
+    with pytest.raises(UserError) as error:
+        FitConfig.load(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < len(str(path)) + 500
+
+
+def test_a_key_beside_a_file_that_has_a_value_in_its_place(tmp_path):
+    (tmp_path / "c.yaml").write_text("latents: x\nnetwork: 3\n")
+    with pytest.raises(UserError, match=r"^network: expected keys and values, got 3"):
+        DiffusionConfig.load(tmp_path / "c.yaml", ["network.base=8"])
+    with pytest.raises(UserError, match=r"^steps: a value|^steps: not YAML"):
+        FitConfig.load("fast", ["steps=!!int ''"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"affine": np.zeros((4, 4))}, {"affine": np.diag([1.0, 1, np.nan, 1])}, {"affine": [{}]}, {"shape": (0, 1, 1)},
+        {"intensity": [(0.0, float("inf"))]}, {"units": ("miles", "sec")}, {"qform": np.zeros((4, 4))},
+    ],
+)  # fmt: skip
+def test_metadata_that_describe_no_volume_are_refused(change):
+    with pytest.raises(ValueError):  # noqa: PT011  # pydantic's, with the field
+        VolumeInfo(**{"channels": 1, "shape": (1, 1, 1), "affine": np.eye(4)} | change)
+
+
+def fitted(tmp_path):
+    result, info = fit_volume(read_volume(save(tmp_path / "a.nii", noise(6, 5, 4))), FitConfig.load("fast", TINY))
+    artefact.save(tmp_path / "fit", result, info)
+    return tmp_path / "fit"
+
+
+def rewrite(folder, name, change):
+    """Change the tensors of a file, and its checksum with them."""
+    from safetensors.torch import load_file, save_file
+
+    save_file(change(load_file(folder / name)), folder / name)
+    index = json.loads((folder / "manifest.json").read_text())
+    index["sha256"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("planes.safetensors", lambda t: t | {"xy": t["xy"][:, :, 1:].contiguous()}),
+        ("planes.safetensors", lambda t: t | {"yz": t["yz"][0]}),
+        ("planes.safetensors", lambda t: t | {"xz": t["xz"].long()}),
+        ("planes.safetensors", lambda t: {"xy": t["xy"]}),
+        ("planes.safetensors", lambda t: t | {"xy": t["xy"] * float("nan")}),
+        ("decoder.safetensors", lambda t: t | {"0.weight": t["0.weight"][:, 1:].contiguous()}),
+    ],
+)
+def test_tensors_that_do_not_fit_one_another_are_refused_under_a_right_checksum(tmp_path, name, change):
+    folder = fitted(tmp_path)
+    rewrite(folder, name, change)
+    with pytest.raises(UserError, match=f"{name}: damaged: .*; fit the volume again"):
+        artefact.load(folder)
+
+
+@pytest.mark.parametrize("change", [{"intensity": []}, {"channels": 10**9}, {"affine": [[0] * 4] * 4}])
+def test_an_index_that_does_not_describe_its_files_is_refused(tmp_path, change):
+    folder = fitted(tmp_path)
+    index = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(index | {"tcam": index["tcam"] | change}))
+    with pytest.raises(UserError, match=r"manifest\.json: damaged: .*; fit the volume again"):
+        artefact.load(folder)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import functools
+import hashlib
 import json
 import math
 import random
+import shutil
 import time
 
 import pytest
@@ -121,7 +123,7 @@ def test_a_table_takes_its_rows_from_any_sharding():
     again.load([p.state() for p in parts])
     assert torch.equal(again.tables["value"][1], whole.tables["value"][1])
     assert torch.equal(again.steps, whole.steps)
-    with pytest.raises(UserError, match="1 of the 6 objects"):
+    with pytest.raises(ValueError, match="no planes of 1 of the 6 objects"):
         PlaneTable(range(6), 2, (3, 3, 3)).load([whole.state()])
 
 
@@ -174,6 +176,72 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_offered(tmp_path, n
     file.write_bytes(data[: len(data) if name != "manifest.json" else 20])
     with pytest.raises(UserError, match=rf"{name}.*damaged.*delete .*step-00000002"):
         checkpoint.load(checkpoint.latest(tmp_path))
+
+
+def damage(folder, name, change):
+    """Change the state in a file of a checkpoint, and its checksum with it."""
+    path = checkpoint.latest(folder)
+    state = torch.load(path / name, weights_only=True)
+    change(state)
+    torch.save(state, path / name)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["sha256"][name] = hashlib.sha256((path / name).read_bytes()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("shared.pt", lambda s: s.pop("seconds")),
+        ("shared.pt", lambda s: s.update(seconds=[1])),
+        ("shared.pt", lambda s: s["task"].pop("decoder")),
+        ("shared.pt", lambda s: s["task"]["decoder"].update({"0.weight": s["task"]["decoder"]["0.weight"][:1]})),
+        ("shared.pt", lambda s: s["task"]["average"].update({"0.weight": s["task"]["average"]["0.weight"].half()})),
+        ("shared.pt", lambda s: s["task"]["decoder"]["0.bias"].fill_(float("nan"))),
+        ("shared.pt", lambda s: s["task"]["optimiser"]["state"][0].update(exp_avg=torch.zeros(1))),
+        ("shared.pt", lambda s: s["task"]["optimiser"]["state"][0].pop("step")),
+        ("shared.pt", lambda s: s["task"]["optimiser"]["param_groups"][0].update(betas=(2.0, "x"))),
+        ("shard-0-of-1.pt", lambda s: s.update({"value.xy": s["value.xy"][:, :1]})),
+        ("shard-0-of-1.pt", lambda s: s.update({"value.xy": torch.zeros(1).expand(10**4, 10**4, 10**4)})),
+        ("shard-0-of-1.pt", lambda s: s["exp_avg.yz"].fill_(float("inf"))),
+        ("shard-0-of-1.pt", lambda s: s.pop("steps")),
+        ("shard-0-of-1.pt", lambda s: s.update(objects=s["objects"][1:])),
+    ],
+)
+def test_a_state_that_does_not_fit_the_run_is_refused(store, uninterrupted, tmp_path, name, change):
+    out = shutil.copytree(uninterrupted, tmp_path / "run")
+    damage(out / "checkpoints", name, change)
+    with pytest.raises(UserError, match=r"step-00000024: damaged: .*; delete .* --resume auto then continues") as error:
+        runs.run(store, out, resume="auto")
+    assert "\n" not in str(error.value)
+
+
+def test_a_damaged_log_and_settings_of_a_run(store, uninterrupted, tmp_path):
+    out = shutil.copytree(uninterrupted, tmp_path / "run")
+    lines = (
+        b"\xff",
+        b"[3]",
+        b"[" * 10**5,
+        b'{"step": "x"}',
+        b'{"step": 4, "loss": [1]}',
+        b'{"step": 8, "loss": 1}',
+        b'{"step": 9, ',
+    )
+    (out / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    assert read_metrics(out) == [{"step": 8, "loss": 1}]
+    for text, message in ((b"\xff", "not YAML"), (b"- 3", "expected keys and values, got list")):
+        (out / "config.yaml").write_bytes(text)
+        with pytest.raises(UserError, match=f"config.yaml: {message}"):
+            runs.run(store, out, resume="auto")
+
+
+def test_a_checkpoint_under_the_name_of_another_step(tmp_path):
+    save(tmp_path, 2)
+    (tmp_path / "step-00000002").rename(tmp_path / "step-00000009")
+    with pytest.raises(
+        UserError, match=r"step-00000009/manifest\.json: damaged: step: expected that of the folder's name, got 2"
+    ):
+        checkpoint.load(tmp_path / "step-00000009")
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):

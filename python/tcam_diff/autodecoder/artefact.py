@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
 import tcam_ext
+from tcam_diff import config as configs
 from tcam_diff.autodecoder.config import AutodecoderConfig, FitConfig
 from tcam_diff.autodecoder.objective import make_decoder
-from tcam_diff.autodecoder.planes import PLANE_NAMES
+from tcam_diff.autodecoder.planes import PLANE_NAMES, check_planes
 from tcam_diff.data.volume import VolumeInfo
 from tcam_diff.errors import UserError
 from tcam_diff.files import locked_folder, reason
 from tcam_diff.folder import Folder, tensor_bytes
+from tcam_diff.training.states import load_module
 
 if TYPE_CHECKING:
     from tcam_diff.autodecoder.fit import FitResult
@@ -119,11 +120,17 @@ def load(path: str | os.PathLike[str]) -> FittedVolume:
         for name in (_PLANES, _DECODER, _CONFIG):
             folder.verify(name, manifest["sha256"][name])
         info = VolumeInfo.model_validate(manifest["tcam"])
-        config = FitConfig.model_validate(yaml.safe_load((folder / _CONFIG).read_text()))
-        planes = folder.read_tensors(_PLANES)
+        if not info.intensity:
+            raise KeyError("intensity")
+        config = configs.validate(FitConfig, configs.read_settings(folder / _CONFIG), str(folder / _CONFIG), ())
+        tensors = folder.read_tensors(_PLANES)
+        with folder.reading(_PLANES):
+            planes = [tensors[name] for name in PLANE_NAMES]
+            check_planes(planes, (1, config.channels))
         decoder = make_decoder(config, info.channels)
-        decoder.load_state_dict(folder.read_tensors(_DECODER))
-    return FittedVolume([planes[name] for name in PLANE_NAMES], decoder.requires_grad_(False), config, info)
+        with folder.reading(_DECODER):
+            load_module(decoder, folder.read_tensors(_DECODER))
+    return FittedVolume(planes, decoder.requires_grad_(False), config, info)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from tcam_diff.training import checkpoint
 from tcam_diff.training.distributed import device_of
 from tcam_diff.training.lr import lr_scale
 from tcam_diff.training.rng import rng
+from tcam_diff.training.states import load_module
 
 
 @dataclass
@@ -70,11 +71,12 @@ def load_run(folder: str | os.PathLike[str], at: Path | None = None) -> TrainedR
     if path is None:
         raise UserError(f"{folder}: has no checkpoint yet")
     step, shared, shards = checkpoint.load(path)
-    task = shared["task"]
-    channels = next(v.shape[0] for k, v in reversed(list(task["average"].items())) if k.endswith("weight"))
-    decoder = make_decoder(config, channels)
-    decoder.load_state_dict(task["average"])
-    return TrainedRun(folder, config, step, decoder.requires_grad_(False), task["objects"], shards, task["digest"])
+    with checkpoint.loading(path):
+        task = shared["task"]
+        channels = next(v.shape[0] for k, v in reversed(list(task["average"].items())) if k.endswith("weight"))
+        decoder = make_decoder(config, channels)
+        load_module(decoder, task["average"])
+        return TrainedRun(folder, config, step, decoder.requires_grad_(False), task["objects"], shards, task["digest"])
 
 
 @dataclass

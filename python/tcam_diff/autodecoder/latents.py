@@ -23,12 +23,13 @@ from tcam_diff import config as configs
 from tcam_diff.autodecoder import artefact
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.objective import make_decoder
-from tcam_diff.autodecoder.planes import PLANE_NAMES
+from tcam_diff.autodecoder.planes import PLANE_NAMES, check_planes
 from tcam_diff.data.store import Record
-from tcam_diff.data.volume import VolumeRecord
+from tcam_diff.data.volume import FileName, VolumeRecord
 from tcam_diff.errors import UserError
 from tcam_diff.files import replacing, sha256, writable_folder
 from tcam_diff.folder import Folder, tensor_bytes
+from tcam_diff.training.states import load_module
 
 INDEX, DECODER = "latents.json", "decoder.safetensors"
 
@@ -36,7 +37,7 @@ INDEX, DECODER = "latents.json", "decoder.safetensors"
 class Entry(VolumeRecord):
     """Entry of a volume."""
 
-    name: str
+    name: FileName
     split: str
     psnr: float  # dB, of the whole volume, without noise
     steps: int
@@ -147,7 +148,7 @@ class LatentSet:
         self.index = self.files.read()
         with self.files.reading():
             self.entries = [Entry.model_validate(e) for e in self.index["volumes"]]
-            self.config = configs.validate(TrainConfig, self.index["config"], str(self.files / INDEX))
+            self.config = configs.validate(TrainConfig, self.index["config"], str(self.files / INDEX), ())
 
     def entry(self, name: str) -> Entry:
         """The entry of a volume. Raises UserError if there is none."""
@@ -159,8 +160,12 @@ class LatentSet:
 
     def planes(self, entry: Entry) -> list[Tensor]:
         """Planes xy, yz, xz (C, rows, columns) of a volume."""
-        tensors = self.files.read_tensors(_planes(entry.name))
-        return [tensors[name] for name in PLANE_NAMES]
+        name = _planes(entry.name)
+        with self.files.reading(name):
+            tensors = self.files.read_tensors(name)
+            planes = [tensors[name] for name in PLANE_NAMES]
+            check_planes(planes, (self.config.channels,))
+            return planes
 
     def verify(self, entry: Entry) -> None:
         """Compare the planes of a volume with their checksum. Raises UserError with the file's name."""
@@ -168,9 +173,11 @@ class LatentSet:
 
     def decoder(self) -> tcam_ext.TriplaneDecoder:
         """The frozen decoder in float32. Raises UserError if its file is missing or damaged."""
-        decoder = make_decoder(self.config, self.entries[0].info.channels).float()
         with self.files.reading():
-            decoder.load_state_dict(self.files.read_tensors(DECODER, self.index["decoder_sha256"]))
+            decoder = make_decoder(self.config, self.entries[0].info.channels).float()
+            tensors = self.files.read_tensors(DECODER, self.index["decoder_sha256"])
+        with self.files.reading(DECODER):
+            load_module(decoder, tensors)
         return decoder.requires_grad_(False)
 
     def check_decoder(self, other: tcam_ext.TriplaneDecoder, owner: object) -> None:

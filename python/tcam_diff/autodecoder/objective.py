@@ -21,6 +21,9 @@ from tcam_diff.training.rng import rng, seed_of
 from tcam_ext import _C
 from tcam_ext.reference import linear_taps
 
+#: Most outputs of the decoder.
+MOST_CHANNELS = 16
+
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 Size = tuple[int, int, int]
 
@@ -76,7 +79,9 @@ def plane_texels(config: AutodecoderConfig, shape: Sequence[int]) -> Size:
 
 
 def make_decoder(config: AutodecoderConfig, channels: int) -> tcam_ext.TriplaneDecoder:
-    """Initial decoder with ``channels`` outputs. Its weights depend on the configuration's seed alone."""
+    """Initial decoder with ``channels`` outputs, 1 to 16. Its weights depend on the configuration's seed alone."""
+    if not 1 <= channels <= MOST_CHANNELS:
+        raise ValueError(f"channels: expected 1 to {MOST_CHANNELS} outputs of the decoder, got {channels}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(config.seed, "decoder"))
         return tcam_ext.TriplaneDecoder(

@@ -23,6 +23,15 @@ def plane_sizes(texels: Sequence[int]) -> list[tuple[int, int]]:
     return [(texels[a], texels[b]) for a, b in PLANE_AXES]
 
 
+def check_planes(planes: Sequence[Tensor], lead: Sequence[int]) -> None:
+    """Raise ValueError unless planes xy, yz, xz of floats have shape (*lead, rows, columns) and are of one volume."""
+    shapes = [tuple(p.shape) for p in planes]
+    texels = (*shapes[0][-2:], shapes[1][-1] if shapes[1] else 0)
+    expected = [(*lead, *size) for size in plane_sizes(texels)] if len(texels) == 3 else []
+    if shapes != expected or 0 in texels or not all(p.is_floating_point() for p in planes):
+        raise ValueError(f"expected planes of floats ({', '.join(map(str, lead))}, rows, columns) of one volume, got {shapes}")
+
+
 def init_planes(channels: int, texels: Sequence[int], std: float, generator: torch.Generator, batch: int = 1) -> list[Tensor]:
     """Planes (batch, C, rows, columns) drawn from N(0, std^2), with ``texels`` along x, y, z."""
     return [std * torch.randn(batch, channels, h, w, generator=generator) for h, w in plane_sizes(texels)]

@@ -149,22 +149,35 @@ class PlaneTable:
         return {"objects": self.objects, "steps": self.steps.cpu(), **tables}
 
     def load(self, shards: Sequence[dict[str, Any]]) -> None:
-        """Load the rows from the states of any number of ranks. Raises UserError if an object is in none of them."""
+        """Load the rows from the states of any number of ranks.
+
+        Raises ValueError if a state is damaged, or an object is in none of them.
+        """
         missing = set(self.row)
         for shard in shards:
             pairs = [(i, self.row[o]) for i, o in enumerate(shard["objects"]) if o in self.row]
             missing -= set(shard["objects"])
             if not pairs:
                 continue
+            self._check(shard)
             source, target = (torch.tensor(x) for x in zip(*pairs, strict=True))
             for kind in KINDS:
                 for name, table in zip(PLANE_NAMES, self.tables[kind], strict=True):
                     table[target.to(table.device)] = shard[f"{kind}.{name}"][source].to(table)
             self.steps[:, target.to(self.steps.device)] = shard["steps"][:, source].to(self.steps)
         if missing:
-            raise UserError(
-                f"the checkpoint has no planes of {len(missing)} of the {len(self.row)} objects: it is of another data set"
-            )
+            raise ValueError(f"no planes of {len(missing)} of the {len(self.row)} objects")
+
+    def _check(self, shard: dict[str, Any]) -> None:
+        """Raise ValueError unless the tensors of a state have the types and sizes of this table, and finite values."""
+        count = len(shard["objects"])
+        tables = {f"{k}.{n}": (count, *s) for k in KINDS for n, s in zip(PLANE_NAMES, self.shapes, strict=True)}
+        for key, shape in (tables | {"steps": (3, count)}).items():
+            dtype = self.steps.dtype if key == "steps" else self.dtype
+            if shard[key].shape != shape or shard[key].dtype != dtype:
+                raise ValueError(f"{key}: expected {dtype} {shape}, got {shard[key].dtype} {tuple(shard[key].shape)}")
+            if not all(row.isfinite().all() for row in shard[key]):
+                raise ValueError(f"{key} has NaN or infinite values")
 
     @staticmethod
     def bytes(count: int, channels: int, texels: Sequence[int], itemsize: int = 4) -> int:

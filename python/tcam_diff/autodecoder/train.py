@@ -31,6 +31,7 @@ from tcam_diff.training.loop import Outcome, Task
 from tcam_diff.training.lr import lr_scale
 from tcam_diff.training.rng import rng
 from tcam_diff.training.run import train
+from tcam_diff.training.states import load_module, load_optimiser
 
 
 class _Loss(nn.Module):
@@ -252,9 +253,9 @@ class AutodecoderTraining(Task):
     def load_state(self, shared: dict[str, Any], shards: Sequence[dict[str, Any]]) -> None:
         if shared["objects"] != [r.name for r in self.records] or shared["digest"] != self.store.digest:
             raise UserError(f"{self.config.data}: its cases or their preprocessing are not those with which the run began")
-        self.decoder.load_state_dict(shared["decoder"])
-        self.average.load_state_dict(shared["average"])
-        self.optimiser.load_state_dict(shared["optimiser"])
+        load_module(self.decoder, shared["decoder"])
+        load_module(self.average, shared["average"])
+        load_optimiser(self.optimiser, shared["optimiser"])
         self.table.load(shards)
 
     def finite(self) -> bool:

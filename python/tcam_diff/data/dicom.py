@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,9 +17,11 @@ from typing import Any
 import numpy as np
 
 from tcam_diff.data import VOXEL_BUDGET
-from tcam_diff.data.nifti import Header, Scan, is_singular
-from tcam_diff.data.volume import Volume, VolumeInfo
+from tcam_diff.data.nifti import Header, Scan
+from tcam_diff.data.volume import Volume, VolumeInfo, is_singular
 from tcam_diff.errors import UserError
+from tcam_diff.files import quiet, reason
+from tcam_diff.text import shown
 
 #: Largest distance of a slice from its place on the line of the series: mm, and share of the gap between slices.
 MOST_OFF_LINE, MOST_OFF_GAP = 0.02, 0.1
@@ -128,35 +129,58 @@ def read_slices(folder: Path) -> list[Slice]:
     return _ordered(folder, slices)
 
 
-def _slices_of(file: Path) -> Iterator[Slice]:
+def _slices_of(file: Path) -> list[Slice]:
     header = _read(file, stop_before_pixels=True)
+    try:
+        with quiet("pydicom"):
+            return list(_image(file, header))
+    except UserError:
+        raise
+    except Exception as error:  # pydicom reads elements when they are asked for, and raises many kinds
+        raise UserError(f"{file}: the slice lacks its geometry: {shown(reason(error), 200)}") from error
+
+
+def _image(file: Path, header: Any) -> Iterator[Slice]:
+    """Slices of a file, none if it is no image. Raises any error where elements are damaged."""
     if "LOCALIZER" in [str(part).upper() for part in getattr(header, "ImageType", None) or ()]:
         return
-    if not hasattr(header, "Rows") or str(getattr(header, "Modality", "")) in NOT_IMAGES:
+    if str(getattr(header, "Modality", "")) in NOT_IMAGES:
+        return
+    if not hasattr(header, "Rows"):
+        if _stores_images(header):
+            raise UserError(f"{file}: an image without Rows: it may be truncated; copy it again")
         return
     if int(getattr(header, "SamplesPerPixel", 1) or 1) != 1:
         raise UserError(f"{file}: expected one value a pixel, got {header.SamplesPerPixel} (a colour image)")
-    try:
-        size, series = (int(header.Rows), int(header.Columns)), str(getattr(header, "SeriesInstanceUID", ""))
-        if "PerFrameFunctionalGroupsSequence" in header:
-            yield from _frames(file, header, series, size)
-            return
-        if int(getattr(header, "NumberOfFrames", 1) or 1) > 1:
-            raise UserError(
-                f"{file}: a multi-frame file without a position for each frame; convert it first, for example with dcm2niix"
-            )
-        yield Slice(
-            file, None, series, size, _floats(header.ImagePositionPatient, 3), _floats(header.ImageOrientationPatient, 6),
-            _floats(header.PixelSpacing, 2), _gap(header),
-        )  # fmt: skip
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: the slice lacks its geometry: {error}") from error
+    size, series = (int(header.Rows), int(header.Columns)), str(getattr(header, "SeriesInstanceUID", ""))
+    if "PerFrameFunctionalGroupsSequence" in header:
+        yield from _frames(file, header, series, size)
+        return
+    if int(getattr(header, "NumberOfFrames", 1) or 1) > 1:
+        raise UserError(
+            f"{file}: a multi-frame file without a position for each frame; convert it first, for example with dcm2niix"
+        )
+    yield Slice(
+        file, None, series, size, _floats(header.ImagePositionPatient, 3), _floats(header.ImageOrientationPatient, 6),
+        _floats(header.PixelSpacing, 2), _gap(header),
+    )  # fmt: skip
+
+
+def _stores_images(header: Any) -> bool:
+    """Whether the class of an object is one of images, or is not known, as in a file that ends early."""
+    kinds = [
+        k for part in (header.file_meta, header) for k in (part.get("MediaStorageSOPClassUID"), part.get("SOPClassUID")) if k
+    ]
+    return not len(header) or not kinds or any("Image Storage" in kind.name for kind in kinds)
 
 
 def _frames(file: Path, header: Any, series: str, size: tuple[int, int]) -> Iterator[Slice]:
     """Slices of an enhanced multi-frame file: what is not said for each frame is said once for all."""
     shared = header.SharedFunctionalGroupsSequence[0] if "SharedFunctionalGroupsSequence" in header else None
-    for number, group in enumerate(header.PerFrameFunctionalGroupsSequence):
+    groups, frames = header.PerFrameFunctionalGroupsSequence, int(getattr(header, "NumberOfFrames", 1) or 1)
+    if len(groups) != frames:
+        raise ValueError(f"expected a position for each of {frames} frames, got {len(groups)}")
+    for number, group in enumerate(groups):
 
         def item(name: str, group: Any = group) -> Any:
             for place in (group, shared):
@@ -267,12 +291,11 @@ def _pixels(path: Path, slices: Sequence[Slice]) -> Iterator[np.ndarray]:
 
     header = _read(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet("pydicom"):
             stored = header.pixel_array
             whole = apply_modality_lut(stored, header) if slices[0].rescale is None else stored
     except Exception as error:  # pydicom raises many kinds; where a decoder is missing, lines that name the packages
-        text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip()) or repr(error)
+        text = shown("; ".join(line.strip() for line in str(error).splitlines() if line.strip()) or repr(error), 500)
         raise UserError(f"{path}: the voxels cannot be read: {text}") from error
     for s in slices:
         pixels = whole if s.frame is None or whole.ndim == 2 else whole[s.frame]
@@ -287,8 +310,7 @@ def _read(file: Path, stop_before_pixels: bool = False) -> Any:
     except ImportError as error:
         raise UserError(f"{file.parent}: DICOM needs the package pydicom: pip install 'tcam-ext[dicom]'") from error
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet("pydicom"):
             return pydicom.dcmread(file, stop_before_pixels=stop_before_pixels)
     except Exception as error:  # pydicom raises many kinds
-        raise UserError(f"{file}: not a readable DICOM file: {error}") from error
+        raise UserError(f"{file}: not a readable DICOM file: {shown(reason(error), 200)}") from error

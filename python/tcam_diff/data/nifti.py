@@ -19,12 +19,10 @@ import nibabel as nib
 import numpy as np
 
 from tcam_diff.data import VOXEL_BUDGET
-from tcam_diff.data.volume import Volume, VolumeInfo
+from tcam_diff.data.volume import MILLIMETRES, Volume, VolumeInfo, is_singular
 from tcam_diff.errors import UserError
-from tcam_diff.files import reason, replacing
-
-#: Millimetres in NIfTI's units of space.
-MILLIMETRES = {"mm": 1.0, "meter": 1000.0, "micron": 0.001, "unknown": 1.0}
+from tcam_diff.files import quiet, reason, replacing
+from tcam_diff.text import shown
 
 #: Types in which a volume can be written. NIfTI has no float16.
 WRITE_DTYPES = ("float32", "int16", "uint16", "uint8")
@@ -40,12 +38,6 @@ def is_nifti(path: Path) -> bool:
 def stem(path: Path) -> str:
     """The name of a NIfTI file without its ending."""
     return re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
-
-
-def is_singular(affine: np.ndarray) -> bool:
-    """Whether the axes of an affine do not span space, whatever the size of a voxel."""
-    sizes = np.linalg.norm(affine[:3, :3], axis=0)
-    return not (sizes.min() > 0 and abs(np.linalg.det(affine[:3, :3] / sizes)) > 1e-6)
 
 
 # ---- reading ---------------------------------------------------------------------------
@@ -82,6 +74,8 @@ class Scan:
 MOST_VALUES = 64
 
 
+@np.errstate(all="ignore")
+@quiet("nibabel|numpy")
 def read_header(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) -> Header:
     """Read the header of a 3D or 4D (last axis: channels) NIfTI file.
 
@@ -95,8 +89,10 @@ def read_header(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) ->
     dtype = header.get_data_dtype()
     if dtype.fields is not None or dtype.kind not in "iuf":
         raise UserError(f"{path}: expected real voxels, got data type {dtype.name if dtype.fields is None else 'RGB'}")
-    affine = np.asarray(image.affine, float)
-    if not np.isfinite(affine).all():
+    space, time = _units(int(header["xyzt_units"]))
+    to_mm = np.diag([MILLIMETRES[space]] * 3 + [1.0])
+    affine = to_mm @ np.asarray(image.affine, float)
+    if not _fits_header(affine):
         raise UserError(f"{path}: the affine has NaN or infinite entries")
     if is_singular(affine):
         raise UserError(f"{path}: the affine is singular: its axes do not span space")
@@ -108,23 +104,47 @@ def read_header(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) ->
     for field in ("scl_slope", "scl_inter"):
         if np.isinf(float(stored[field])):
             raise UserError(f"{path}: {field} is infinite")
-    space, time = map(str, header.get_xyzt_units())
     if space == "unknown":
         _say_units_are_unknown(path)
-    to_mm = np.diag([MILLIMETRES[space]] * 3 + [1.0])
-    qform, codes = header.get_qform(), (int(header["qform_code"]), int(header["sform_code"]))
-    two = codes[0] > 0 and codes[1] > 0 and not np.allclose(qform, affine, rtol=1e-4, atol=1e-4 * float(zooms.min()))
+    codes = int(header["qform_code"]), int(header["sform_code"])
+    qform = _scanner(header, to_mm) if min(codes) > 0 else None
+    if min(codes) > 0 and qform is None:
+        codes = (0, codes[1])
+    if qform is not None and np.allclose(qform, affine, rtol=1e-4, atol=1e-4 * float(zooms.min() * to_mm[0, 0])):
+        qform = None
     info = VolumeInfo(
         channels=math.prod(shape[3:]),
         shape=(shape[0], shape[1], shape[2]),
-        affine=to_mm @ affine,
+        affine=affine,
         codes=codes,
-        qform=to_mm @ qform if two else None,
+        qform=qform,
         units=("mm", time),
         source=str(path),
     )
     packed = image.dataobj
     return Header(path, info, dtype, float(packed.slope), float(packed.inter), int(packed.offset))
+
+
+def _fits_header(affine: np.ndarray) -> bool:
+    """Whether an affine is finite in float32, the type of headers."""
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(affine.astype(np.float32)).all())
+
+
+def _scanner(header: Any, to_mm: np.ndarray) -> np.ndarray | None:
+    """The qform in mm, or None if it is no place of a volume."""
+    try:
+        qform = to_mm @ header.get_qform()
+    except ValueError:  # its quaternion is no rotation
+        return None
+    return qform if _fits_header(qform) and not is_singular(qform) else None
+
+
+def _units(code: int) -> tuple[str, str]:
+    """Names of the units of space and time; "unknown" also for codes without a meaning."""
+    names = nib.nifti1.unit_codes.label
+    space, time = (str(names[c]) if c in names else "unknown" for c in (code & 7, code & 56))
+    return space, time
 
 
 _said_units = False
@@ -151,7 +171,8 @@ def read_volume(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) ->
     elif (size := header.path.stat().st_size) < header.end:
         raise _truncated(header, size)
     try:
-        data = np.asarray(_open(header.path).dataobj, dtype=np.float32)
+        with np.errstate(all="ignore"), quiet("nibabel"):
+            data = np.asarray(_open(header.path).dataobj, dtype=np.float32)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"{path}: the voxels cannot be read: {reason(error)}") from error
     data = data.reshape(*header.info.shape, header.info.channels)
@@ -162,6 +183,7 @@ def read_volume(path: str | os.PathLike[str], max_voxels: int = VOXEL_BUDGET) ->
     return Volume(data, header.info)
 
 
+@np.errstate(all="ignore")
 def scan_voxels(header: Header) -> Scan:
     """Find the range, NaNs and distinct values in one pass over the file, with one piece of it in memory at a time.
 
@@ -179,7 +201,7 @@ def scan_voxels(header: Header) -> Scan:
         if not raw.size:
             continue
         voxels = raw.astype(np.float64) * header.slope + header.inter
-        finite = voxels[np.isfinite(voxels)]
+        finite = voxels[np.isfinite(voxels.astype(np.float32))]  # the type of a volume in memory
         bad += voxels.size - finite.size
         if finite.size:
             low, high = min(low, float(finite.min())), max(high, float(finite.max()))
@@ -201,7 +223,7 @@ def _open(path: Path) -> Any:
         image = nib.load(path)
     except Exception as error:  # nibabel raises many kinds for malformed headers
         _check_packing(path)
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        text = shown(reason(error), 200)
         raise UserError(f"{path}: not a readable NIfTI file (.nii or .nii.gz): {text}") from error
     if not isinstance(image, (nib.Nifti1Image, nib.Nifti2Image)):
         raise UserError(f"{path}: expected a NIfTI file (.nii or .nii.gz), got {type(image).__name__}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from tcam_diff.data import LAYOUTS
 from tcam_diff.data.dicom import find_series
 from tcam_diff.data.nifti import is_nifti, stem
 from tcam_diff.errors import UserError
+from tcam_diff.files import reason
+from tcam_diff.text import shown
 
 #: Splits of a data set. "test" has no labels in the Decathlon.
 SPLITS = ("train", "validation", "test")
@@ -187,8 +190,8 @@ def _json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, which may begin with a byte order mark. Raises UserError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: not a readable JSON file: {error}") from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path}: not a readable JSON file: {shown(reason(error), 200)}") from error
     if not isinstance(content, dict):
         raise UserError(
             f"{path}: expected an object with lists 'training', 'validation' or 'test', got {type(content).__name__}"
@@ -205,8 +208,21 @@ def _entry(where: str, entry: Any, base: Path, split: str) -> Case:
     label = entry.get("label")
     if label is not None and not isinstance(label, str):
         raise UserError(f"{where}: label: expected a path, got {json.dumps(label)[:80]}")
+    for text in (*images, label or ""):
+        if not _is_path(text):
+            raise UserError(f"{where}: expected a path, got {shown(repr(text))}")
     name = entry.get("name") or stem(Path(images[0]))
     return Case(str(name), tuple(base / p for p in images), base / label if label else None, split)
+
+
+def _is_path(text: str) -> bool:
+    """Whether a text can be the path of a file: without control characters, with names of at most 255 bytes."""
+    if any(ord(c) < 32 or c in "\x7f\x85\u2028\u2029" for c in text):
+        return False
+    try:
+        return all(len(os.fsencode(part)) <= 255 for part in text.split("/"))
+    except UnicodeEncodeError:
+        return False
 
 
 def _table(path: Path) -> list[Case]:
@@ -217,14 +233,14 @@ def _table(path: Path) -> list[Case]:
             reader = csv.DictReader(file)
             columns, rows = reader.fieldnames or [], list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a readable table: {error}") from error
+        raise UserError(f"{path}: not a readable table: {shown(reason(error), 200)}") from error
     if "image" not in columns:
-        raise UserError(f"{path}: expected a column image, got {', '.join(columns) or 'no columns'}")
+        raise UserError(f"{path}: expected a column image, got {shown(', '.join(columns)) or 'no columns'}")
     cases = []
     for number, row in enumerate(rows, 2):
         split = (row.get("split") or "train").strip()
         if split not in SPLITS:
-            raise UserError(f"{path}, line {number}: split: expected one of {', '.join(SPLITS)}, got {split!r}")
+            raise UserError(f"{path}, line {number}: split: expected one of {', '.join(SPLITS)}, got {shown(repr(split))}")
         images = [p.strip() for p in (row.get("image") or "").split(";") if p.strip()]
         entry = {"image": images, "label": (row.get("label") or "").strip() or None, "name": (row.get("name") or "").strip()}
         cases.append(_entry(f"{path}, line {number}", entry, path.parent, split))

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from tcam_diff.data import dicom
-from tcam_diff.data.volume import VolumeInfo, VolumeRecord
+from tcam_diff.data.volume import FileName, VolumeInfo, VolumeRecord, is_file_name
 from tcam_diff.errors import UserError
 from tcam_diff.files import reason, replacing, sha256, writable_folder, write_text
 from tcam_diff.folder import Folder
+from tcam_diff.text import shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +34,7 @@ INDEX = "store.json"
 class Record(VolumeRecord):
     """Entry of a prepared case."""
 
-    name: str
+    name: FileName
     split: str
     dtype: str
     sources: list[dict[str, Any]]  # path, bytes, mtime_ns
@@ -93,7 +94,7 @@ class StoreWriter:
         if not path.exists() or not array.exists():
             return None
         entry = self.files.read_json(f"cases/{path.name}")
-        if entry.get("digest") != self.digest or entry.get("sources") != sources:
+        if entry.get("digest") != self.digest or entry.get("sources") != sources or entry.get("name") != name:
             return None
         with self.files.reading(f"cases/{path.name}"):
             return Record.model_validate(entry)
@@ -123,7 +124,7 @@ class StoreWriter:
         )
 
     def _paths(self, name: str) -> tuple[Path, Path]:
-        if name in ("", ".", "..") or "/" in name or name.startswith("."):
+        if not is_file_name(name):
             raise UserError(f"{name!r}: a case's name becomes a file name; give it another name in a table (.csv)")
         return self.folder / "cases" / f"{name}.json", self.folder / "cases" / f"{name}.npy"
 
@@ -140,8 +141,8 @@ class Store:
         self.files = _folder(self.folder)
         index = self.files.read()
         with self.files.reading():
-            self.config: dict[str, Any] = index["config"]
-            self.digest: str = index["digest"]
+            self.config: dict[str, Any] = dict(index["config"])
+            self.digest = str(index["digest"])
             self.records = [Record.model_validate(entry) for entry in index["cases"]]
         self._arrays: dict[str, np.ndarray] = {}
 
@@ -164,8 +165,8 @@ class Store:
             path = self.path(record)
             try:
                 array = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
-                raise UserError(f"{path}: cannot be read: {reason(error)}; run `tcam prepare` again") from error
+            except Exception as error:  # numpy raises many kinds for a malformed header
+                raise UserError(f"{path}: cannot be read: {shown(reason(error), 200)}; run `tcam prepare` again") from error
             shape = record.info.array_shape
             if array.shape != shape or array.dtype.name != record.dtype:
                 raise UserError(

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import nibabel as nib
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    model_serializer,
+    model_validator,
+)
 
 from tcam_diff.errors import UserError
 
@@ -16,25 +25,67 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+#: Names of NIfTI's units of space, in millimetres, and of time.
+MILLIMETRES = {"mm": 1.0, "meter": 1000.0, "micron": 0.001, "unknown": 1.0}
+TIMES = ("unknown", "sec", "msec", "usec", "hz", "ppm", "rads")
+
+
+def is_singular(affine: np.ndarray) -> bool:
+    """Whether the axes of an affine do not span space, whatever the size of a voxel."""
+    with np.errstate(all="ignore"):
+        sizes = np.linalg.norm(affine[:3, :3], axis=0)
+        sound = sizes.min() > 0 and np.isfinite(sizes.astype(np.float32)).all()  # the type in headers
+        return not (sound and abs(np.linalg.det(affine[:3, :3] / sizes)) > 1e-6)
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a file of this name lies in its folder and is not hidden."""
+    return name not in ("", ".", "..") and not name.startswith(".") and not {"/", "\0"} & set(name)
+
+
+def _file_name(name: str) -> str:
+    if not is_file_name(name):
+        raise ValueError("expected the name of a file")
+    return name
+
+
+#: Name of a volume, which is also the name of its file.
+FileName = Annotated[str, AfterValidator(_file_name)]
+
+
 def _matrix(affine: Any) -> np.ndarray:
-    matrix = np.array(affine, float)
+    try:
+        matrix = np.array(affine, float)
+    except TypeError as error:
+        raise ValueError("expected 4 x 4 numbers") from error
     if matrix.shape != (4, 4):
         raise ValueError(f"expected 4 x 4 numbers, got {matrix.shape}")
+    if not np.isfinite(matrix).all() or is_singular(matrix) or matrix[3].tolist() != [0, 0, 0, 1]:
+        raise ValueError("expected finite axes that span space, and a last row 0, 0, 0, 1")
     matrix.flags.writeable = False
     return matrix
+
+
+def _unit(name: str) -> str:
+    if name not in MILLIMETRES and name not in TIMES:
+        raise ValueError(f"expected a unit, one of {', '.join((*MILLIMETRES, *TIMES[1:]))}")
+    return name
 
 
 def _optional_matrix(matrix: Any) -> np.ndarray | None:
     return None if matrix is None else _matrix(matrix)
 
 
+Size = Annotated[int, Field(ge=1)]
+
+
 class VolumeInfo(BaseModel):
     """Metadata of a volume (channels, H, W, D): grid, affine and intensities. Other keys of a JSON file are ignored."""
 
-    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 
     channels: Annotated[int, Field(ge=1)]
-    shape: tuple[int, int, int]
+    shape: tuple[Size, Size, Size]
     affine: Annotated[
         np.ndarray, BeforeValidator(_matrix), PlainSerializer(np.ndarray.tolist)
     ]  # (4, 4), voxel index to units[0]
@@ -42,7 +93,7 @@ class VolumeInfo(BaseModel):
     qform: Annotated[
         np.ndarray | None, BeforeValidator(_optional_matrix), PlainSerializer(lambda q: None if q is None else q.tolist())
     ] = None  # (4, 4), where it differs from the affine, which is then the sform
-    units: tuple[str, str] = ("mm", "sec")
+    units: tuple[Annotated[str, AfterValidator(_unit)], Annotated[str, AfterValidator(_unit)]] = ("mm", "sec")
     intensity: list[tuple[float, float]] = []  # physical values at 0 and 1 per channel; empty if unknown
     source: str = ""  # file or folder of the volume
 
@@ -52,7 +103,7 @@ class VolumeInfo(BaseModel):
         """Convert format 1: stores and latent sets with shape (channels, H, W, D), models with "outputs" for channels."""
         if isinstance(values, dict) and "channels" not in values:
             shape = values.get("shape", ())
-            if len(shape) == 4:
+            if isinstance(shape, list | tuple) and len(shape) == 4:
                 return values | {"channels": shape[0], "shape": shape[1:]}
             if "outputs" in values:
                 return values | {"channels": values["outputs"]}

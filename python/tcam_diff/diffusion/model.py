@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,8 +23,8 @@ from tcam_diff import config as configs
 from tcam_diff.autodecoder.artefact import FittedVolume, decoding_dtype
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.objective import make_decoder
-from tcam_diff.autodecoder.planes import PLANE_NAMES, normalise, plane_sizes
-from tcam_diff.data.volume import VolumeRecord
+from tcam_diff.autodecoder.planes import PLANE_NAMES, check_planes, normalise, plane_sizes
+from tcam_diff.data.volume import Size, VolumeRecord
 from tcam_diff.diffusion.config import DiffusionConfig
 from tcam_diff.diffusion.data import Centre, LatentData, typical
 from tcam_diff.diffusion.network import TriplaneUNet
@@ -31,6 +32,8 @@ from tcam_diff.diffusion.process import pack, unpack
 from tcam_diff.errors import UserError
 from tcam_diff.files import writable_folder
 from tcam_diff.folder import Folder, tensor_bytes
+from tcam_diff.text import shown
+from tcam_diff.training.states import load_module
 
 INDEX, NETWORK, DECODER = "model.json", "network.safetensors", "decoder.safetensors"
 PATHS = ("latents", "validation", "labels")  # keys of the configuration
@@ -39,7 +42,7 @@ PATHS = ("latents", "validation", "labels")  # keys of the configuration
 class Geometry(VolumeRecord):
     """Metadata of the training volumes, texels of their planes, and classes."""
 
-    texels: tuple[int, int, int]  # along x, y, z
+    texels: tuple[Size, Size, Size]  # along x, y, z
     classes: list[str]
 
     @property
@@ -207,22 +210,43 @@ class TriplaneDiffusion(nn.Module):
         with files.reading():
             sums = index["sha256"]
             geometry = Geometry.model_validate(index["geometry"])
-            config = configs.validate(DiffusionConfig, index["config"], path)
-            stage1 = configs.validate(TrainConfig, index["stage1"], path)
+            config = configs.validate(DiffusionConfig, index["config"], path, ())
+            stage1 = configs.validate(TrainConfig, index["stage1"], path, ())
             if compute is not None:
                 config = config.model_copy(update={"compute_dtype": compute})
                 stage1 = stage1.model_copy(update={"compute_dtype": compute})
             tensors = files.read_tensors(NETWORK, sums[NETWORK])
             centre = None
             if index["centre_scale"] is not None:
-                centre = Centre([tensors.pop(f"centre.{n}") for n in PLANE_NAMES], index["centre_scale"])
-            network = TriplaneUNet(index["channels"], config.network, len(geometry.classes))
-            network.load_state_dict(tensors)
+                centre = Centre([tensors.pop(f"centre.{n}") for n in PLANE_NAMES], _scales(index["centre_scale"]))
+                check_planes(centre.mean, (stage1.channels,))
+                if [tuple(m.shape[1:]) for m in centre.mean] != geometry.sizes:
+                    raise ValueError(f"texels: {geometry.texels} are not those of the mean planes")
+            if index["channels"] != stage1.channels:
+                raise ValueError(f"channels: {index['channels']} of the network, {stage1.channels} of the decoder")
+            provenance = dict(index["provenance"])
             decoder = make_decoder(stage1, geometry.info.channels).float()
-            decoder.load_state_dict(files.read_tensors(DECODER, sums[DECODER]))
-        model = TriplaneDiffusion(network, decoder, config, stage1, geometry, centre, index["provenance"])
+            others = files.read_tensors(DECODER, sums[DECODER])
+        with files.reading(DECODER):
+            load_module(decoder, others)
+        with files.reading(NETWORK):
+            with torch.device("meta"):  # a damaged configuration may ask for any amount of memory
+                expected = TriplaneUNet(stage1.channels, config.network, len(geometry.classes)).state_dict()
+            if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in tensors.items()}:
+                raise ValueError(f"its tensors are not those of the network in {INDEX}")
+            network = TriplaneUNet(stage1.channels, config.network, len(geometry.classes))
+            load_module(network, tensors)
+        model = TriplaneDiffusion(network, decoder, config, stage1, geometry, centre, provenance)
         model.network.placed(torch.device(device))
         return model.to(device)
+
+
+def _scales(values: Any) -> list[float]:
+    """The scales of centred planes. Raises ValueError unless they are three positive numbers."""
+    scales = [float(v) for v in values]
+    if len(scales) != 3 or not all(0 < s < math.inf for s in scales):
+        raise ValueError(f"centre_scale: expected three positive numbers, got {shown(values)}")
+    return scales
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ from tcam_diff.training.loop import Outcome, Task
 from tcam_diff.training.lr import lr_scale
 from tcam_diff.training.rng import rng, seed_of
 from tcam_diff.training.run import train
+from tcam_diff.training.states import load_module, load_optimiser
 
 
 class _Loss(nn.Module):
@@ -227,9 +228,9 @@ class DiffusionTraining(Task):
     def load_state(self, shared: dict[str, Any], shards: Sequence[dict[str, Any]]) -> None:
         if shared["latents"] != self.data.digest:
             raise UserError(f"{self.config.latents}: not the planes with which the run began")
-        self.network.load_state_dict(shared["network"])
-        self.average.load_state_dict(shared["average"])
-        self.optimiser.load_state_dict(shared["optimiser"])
+        load_module(self.network, shared["network"])
+        load_module(self.average, shared["average"])
+        load_optimiser(self.optimiser, shared["optimiser"])
 
     def finite(self) -> bool:
         return all(bool(torch.isfinite(p).all()) for p in self.network.parameters())

@@ -5,16 +5,18 @@ checkpoints/step-00001200/   shared.pt (equal on all ranks), shard-R-of-W.pt (pa
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tcam_diff.errors import UserError
-from tcam_diff.files import reason, replacing, sha256
+from tcam_diff.files import quiet, reason, replacing, sha256
 from tcam_diff.folder import Folder
 from tcam_diff.training.distributed import Distributed
 
@@ -110,10 +112,24 @@ def load(path: Path) -> tuple[int, dict[str, Any], list[dict[str, Any]]]:
     with files.reading():
         for name, checksum in manifest["sha256"].items():
             files.verify(name, checksum)
-            with files.reading(name):
+            with files.reading(name), quiet("torch"):
                 parts[name] = torch.load(path / name, map_location="cpu", weights_only=True)
+                if not isinstance(parts[name], dict):
+                    raise ValueError(f"expected a state, got {type(parts[name]).__name__}")
         step, world = int(manifest["step"]), int(manifest["world"])
+        if world < 1:
+            raise ValueError(f"world: expected at least 1, got {world}")
+        number = _NAME.fullmatch(path.name)
+        if number and int(number.group(1)) != step:
+            raise ValueError(f"step: expected that of the folder's name, got {step}")
         return step, parts["shared.pt"], [parts[f"shard-{r}-of-{world}.pt"] for r in range(world)]
+
+
+@contextlib.contextmanager
+def loading(path: Path) -> Iterator[None]:
+    """Convert errors about the state in a checkpoint to UserError."""
+    with _files(path).reading("."):  # the folder: its files were read
+        yield
 
 
 def latest(folder: Path) -> Path | None:

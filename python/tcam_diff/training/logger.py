@@ -65,12 +65,15 @@ class Logger:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Records of metrics.jsonl, without a truncated last one. Empty if there is no file."""
+    """Records of metrics.jsonl, without damaged ones such as a truncated last one. Empty if there is no file."""
     path = folder / METRICS
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        numbers = isinstance(record, dict) and all(v is None or isinstance(v, int | float) for v in record.values())
+        if numbers and isinstance(record.get("step"), int):
+            records.append(record)
     return records

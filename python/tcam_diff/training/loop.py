@@ -127,8 +127,11 @@ class _Loop:
         self.step, self.before, self.saved = 0, 0.0, -1
         if resume is not None:
             self.step, shared, shards = checkpoint.load(resume)
-            self.before, self.saved = float(shared["seconds"]), self.step
-            task.load_state(shared["task"], shards)
+            with checkpoint.loading(resume):
+                self.before, self.saved = float(shared["seconds"]), self.step
+                task.load_state(shared["task"], shards)
+                if not (math.isfinite(self.before) and task.finite()):
+                    raise ValueError("a parameter is NaN or infinite")
         self.metrics: dict[str, float] = {} if folder is None else _last_metrics(folder, self.step)
         self.logger = Logger(folder, self.step) if folder is not None and group.first else None
         self.measured: dict[int, float] = {}  # the score at the last step that was evaluated

@@ -7,11 +7,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeVar
 
-import yaml
-
+from tcam_diff.config import read_settings
 from tcam_diff.errors import UserError
 from tcam_diff.files import locked_folder, write_text
 from tcam_diff.progress import ProgressCallback, StopCallback
+from tcam_diff.text import shown
 from tcam_diff.training import checkpoint
 from tcam_diff.training.config import RunConfig
 from tcam_diff.training.distributed import Distributed, distributed
@@ -70,10 +70,10 @@ def prepare_folder(out: Path, config: RunConfig, resume: str | None, group: Dist
         if not (path / checkpoint.MANIFEST).is_file():
             raise UserError(f"--resume {resume}: expected auto or a folder of a checkpoint, such as {out}/checkpoints/step-...")
     if path is not None and settings.is_file():
-        before, now = yaml.safe_load(settings.read_text()), config.model_dump(mode="json")
+        before, now = read_settings(settings), config.model_dump(mode="json")
         for key in now:
             if key not in config.changeable and before.get(key) != now[key]:
-                raise UserError(f"{key}: the run in {out} began with {before.get(key)}, --resume was given {now[key]}")
+                raise UserError(f"{key}: the run in {out} began with {shown(before.get(key))}, --resume was given {now[key]}")
     if group.first:
         write_text(settings, config.yaml())
     group.barrier()
