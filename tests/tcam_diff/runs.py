@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ from tcam_diff.diffusion.model import TriplaneDiffusion
 from tcam_diff.diffusion.sampling import Sampler
 from tcam_diff.diffusion.train import DiffusionTraining, train_diffusion
 from tcam_diff.errors import UserError
+from tcam_diff.training import checkpoint
 from tcam_diff.training.distributed import distributed
 from typer.testing import CliRunner
 
@@ -99,6 +103,18 @@ def steps(store: Path, out: Path, count: int, overrides: tuple[str, ...] = ()) -
         }
         torch.save(state, out / f"rank-{group.rank}.pt")
         task.close()
+
+
+def damage(folder: Path, name: str, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the state in a file of a checkpoint, and its checksum with it."""
+    path = checkpoint.latest(folder)
+    assert path is not None
+    state = torch.load(path / name, weights_only=True)
+    change(state)
+    torch.save(state, path / name)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["sha256"][name] = hashlib.sha256((path / name).read_bytes()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest))
 
 
 # ---- stage 2 -------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import hashlib
 import json
 import math
 import random
@@ -178,17 +177,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_offered(tmp_path, n
         checkpoint.load(checkpoint.latest(tmp_path))
 
 
-def damage(folder, name, change):
-    """Change the state in a file of a checkpoint, and its checksum with it."""
-    path = checkpoint.latest(folder)
-    state = torch.load(path / name, weights_only=True)
-    change(state)
-    torch.save(state, path / name)
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["sha256"][name] = hashlib.sha256((path / name).read_bytes()).hexdigest()
-    (path / "manifest.json").write_text(json.dumps(manifest))
-
-
 @pytest.mark.parametrize(
     ("name", "change"),
     [
@@ -210,7 +198,7 @@ def damage(folder, name, change):
 )
 def test_a_state_that_does_not_fit_the_run_is_refused(store, uninterrupted, tmp_path, name, change):
     out = shutil.copytree(uninterrupted, tmp_path / "run")
-    damage(out / "checkpoints", name, change)
+    runs.damage(out / "checkpoints", name, change)
     with pytest.raises(UserError, match=r"step-00000024: damaged: .*; delete .* --resume auto then continues") as error:
         runs.run(store, out, resume="auto")
     assert "\n" not in str(error.value)
