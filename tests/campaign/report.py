@@ -41,7 +41,7 @@ def provenance(rows: list[dict[str, Any]]) -> str:
     """Commits, dates and machines."""
     commits = Counter(r["commit"] for r in rows)
     machines = Counter(
-        "{cpu}, {cores} cores, {isa} kernels, Python {python}, torch {torch}".format(**r["machine"] | {"isa": r["machine"]["isa"]})
+        "{cpu}, {cores} cores, {isa} kernels, Python {python}, torch {torch}".format(**r["machine"])
         for r in rows
     )
     dates = sorted({r["date"] for r in rows})
