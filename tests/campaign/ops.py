@@ -222,7 +222,9 @@ def against(case: Case, exact: Inputs) -> tuple[Tensor, Tensor]:
     else:
         side = torch.where(torch.rand_like(want) < 0.5, 1.0, -1.0) if case.layout == "last" else -1.0
         size = want.square().mean().sqrt() if want.numel() else 0.0
-        target = (want + side * (1 + size) * (1 + torch.rand_like(want))).to(case.target)
+        target = want + side * (1 + size) * (1 + torch.rand_like(want))
+        exceeds = case.target == torch.float16 and not target.half().isfinite().all()
+        target = target.to(torch.float32 if exceeds else case.target)
     if case.arithmetic != "float64" and (target.dtype == torch.uint8 or not trusted.all()):
         objective["loss"] = "mse"
     if case.arithmetic == "bfloat16":
