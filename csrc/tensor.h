@@ -142,12 +142,12 @@ struct Tensor {
       default: throw py::type_error(name + ": expected a floating dtype, uint8 or int64");
     }
     shape.assign(t.shape, t.shape + t.ndim);
+    for (int64_t n : shape) count *= n;
     int64_t step = 1;
-    for (int d = t.ndim - 1; d >= 0; --d) {
-      if (t.shape[d] > 1 && t.strides && t.strides[d] != step) throw py::value_error(name + ": expected a contiguous tensor");
+    for (int d = t.ndim - 1; count && t.strides && d >= 0; --d) {  // a tensor without elements is contiguous, as torch has it
+      if (t.shape[d] > 1 && t.strides[d] != step) throw py::value_error(name + ": expected a contiguous tensor");
       step *= t.shape[d];
     }
-    count = step;
     data = static_cast<char*>(t.data) + t.byte_offset;
     if (count && !t.data) throw py::value_error(name + ": has no storage");
   }

@@ -41,8 +41,7 @@ def provenance(rows: list[dict[str, Any]]) -> str:
     """Commits, dates and machines."""
     commits = Counter(r["commit"] for r in rows)
     machines = Counter(
-        "{cpu}, {cores} cores, {isa} kernels, Python {python}, torch {torch}".format(**r["machine"])
-        for r in rows
+        "{cpu}, {cores} cores, {isa} kernels, Python {python}, torch {torch}".format(**r["machine"]) for r in rows
     )
     dates = sorted({r["date"] for r in rows})
     cases, wrong = sum(r["cases"] for r in rows), sum(r["outcomes"].get("WRONG", 0) for r in rows)

@@ -252,6 +252,18 @@ def test_shapes_dtypes_and_preactivation():
     assert all(g.count_nonzero() == 0 for g in torch.autograd.grad(none.sum(), empty.tensors))
 
 
+@pytest.mark.parametrize("op", ["decode_grid", "sample_grid", "decode_points", "sample_points"])
+def test_no_objects_with_planes_of_any_strides(op):
+    """torch calls every tensor without elements contiguous, and so leaves its strides as they are."""
+    plane = torch.empty(0, 2, 5, 4).mT.requires_grad_()
+    mlp = ([torch.ones(1, 2)], [None]) if op.startswith("decode") else ()
+    where = (3, 4, 5) if op.endswith("grid") else torch.empty(0, 7, 3)
+    out = getattr(tcam_ext, op)([plane], *mlp, where, plane_axes=((0, 1),))
+    assert out.numel() == 0
+    (grad,) = torch.autograd.grad(out.sum(), plane)
+    assert grad.shape == plane.shape
+
+
 def test_gradients_only_of_what_is_wanted():
     p = problems.make(activation="silu").to(torch.float32, True)
     xyz = coordinates().float()
