@@ -70,11 +70,12 @@ class NetworkConfig(Config):
 
     def refusal(self, sizes: Sequence[tuple[int, int]]) -> str:
         """Reason why planes of these rows and columns do not fit the network; "" where they fit."""
-        if any(n % self.fold for size in sizes for n in size):
-            return (
-                f"expected rows and columns multiples of {self.fold} ({len(self.multipliers)} network.multipliers), "
-                f"got {', '.join(map(size_text, sizes))}"
-            )
+        for name, size in zip(("xy", "yz", "xz"), sizes, strict=True):
+            if any(n % self.fold for n in size):
+                return (
+                    f"expected {name} with rows and columns multiples of {self.fold} ({len(self.multipliers)} "
+                    f"network.multipliers), got {size_text(size)}"
+                )
         if self.weights == "concatenated" and len(set(sizes)) > 1:
             return f"network.weights=concatenated needs planes of one size, got {', '.join(map(size_text, sizes))}"
         return ""
