@@ -22,6 +22,12 @@ def test_generated_pages_are_up_to_date():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_tables_of_the_campaign_are_up_to_date():
+    report = DOCS.parent / "tests" / "campaign" / "report.py"
+    done = subprocess.run([sys.executable, str(report), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("page", ["use_it.md", "../README.md"])
 def test_quoted_calls_exist(page):
     """Every block of Python parses; every op in it takes the keywords that it is given; every preset is one."""
