@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 #: How long idle threads of libgomp spin before they sleep. docs/performance.md, "A busy machine", has the measurements.
-SPIN_COUNT = "5000"
+SPIN_COUNT = "20000"
 
 
 def bound_spinning() -> None:
