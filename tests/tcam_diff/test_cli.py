@@ -211,7 +211,7 @@ def test_help_and_usage_errors_import_no_large_package(arguments):
 
 
 @pytest.mark.parametrize(
-    ("given", "want"), [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")], ids=str
+    ("given", "want"), [({}, SPIN_COUNT), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")], ids=str
 )
 def test_idle_threads_do_not_spin_for_long_unless_the_user_says_so(given, want):
     env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | given
@@ -281,6 +281,7 @@ def test_a_progress_bar_shows_names_as_they_are(monkeypatch):
 COMMANDS = """
 import json, sys
 from tcam_diff.cli import main
+from tcam_diff.spinning import SPIN_COUNT
 for arguments in json.loads(sys.argv[1]):
     sys.argv = ["tcam", *arguments]
     try:
