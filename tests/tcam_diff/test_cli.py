@@ -24,6 +24,7 @@ from tcam_diff import compiler
 from tcam_diff.cli import common
 from tcam_diff.cli.app import app
 from tcam_diff.progress import Progress
+from tcam_diff.spinning import SPIN_COUNT
 
 FAST = ["steps=12", "channels=6", "widths=[24]"]
 OBLIQUE = np.array([[0.9, 0.1, 0.3, -20.0], [-0.1, 1.8, 0.2, 7.0], [-0.2, 0.3, 2.9, 3.0], [0, 0, 0, 1]])
@@ -281,7 +282,6 @@ def test_a_progress_bar_shows_names_as_they_are(monkeypatch):
 COMMANDS = """
 import json, sys
 from tcam_diff.cli import main
-from tcam_diff.spinning import SPIN_COUNT
 for arguments in json.loads(sys.argv[1]):
     sys.argv = ["tcam", *arguments]
     try:
