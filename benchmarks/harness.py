@@ -30,8 +30,9 @@ from tcam_ext import _C, library  # noqa: E402
 from tcam_ext.selftest.volumes import seconds, timed  # noqa: E402
 
 
-def commit() -> str:
-    """The commit of the sources: TCAM_COMMIT if set (for a copy without .git), else git's, with "+changes" if files differ."""
+def commit(*folders: str) -> str:
+    """The commit of the sources: TCAM_COMMIT if set (for a copy without .git), else git's, with "+changes" if files differ, or
+    those in ``folders`` if any are given."""
 
     def git(*arguments: str) -> str:
         try:
@@ -44,7 +45,7 @@ def commit() -> str:
         return given
     if git("rev-parse", "--show-toplevel") != str(ROOT):  # no repository, or that of a parent folder
         return "unknown"
-    return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "--", *folders) else "")
 
 
 def append(path: Path | None, row: Row | dict[str, Any]) -> None:

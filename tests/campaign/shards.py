@@ -18,6 +18,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / part) for part in (".", "python", "benchmarks", "tests/ops", "tests/tcam_diff")]
 
+#: Folders of both packages.
+SOURCES = ("csrc", "tcam_ext", "python")
+
 #: Results of the shards, one JSON file each.
 RESULTS = ROOT / "benchmarks" / "results" / "reliability"
 
@@ -83,7 +86,7 @@ def seed_of(name: str, seed: int) -> int:
 def sources() -> str:
     """Digest of the sources of both packages."""
     digest = hashlib.sha256()
-    for folder in ("csrc", "tcam_ext", "python"):
+    for folder in SOURCES:
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".yaml"):
                 digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
@@ -96,7 +99,7 @@ def execute(shard: Shard, seed: int, work: Path) -> dict[str, Any]:
 
     began, tally, own = time.monotonic(), Tally(), seed_of(shard.name, seed)
     print(f"{shard.name}: {shard.cases} cases, seed {own}", flush=True)
-    made_of, at = sources(), commit()
+    made_of, at = sources(), commit(*SOURCES)
     shard.run(own, shard.cases, work, tally)
     row = {
         "shard": shard.name,
