@@ -23,7 +23,7 @@ print(json.dumps(vars(tally)))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and LD_PRELOAD")
 @pytest.mark.parametrize("name", ["kills-encode", "memory-encode", "disk-fit", "twins-encode"])
 def test_a_command_survives_its_shard(tmp_path, name):

@@ -22,7 +22,7 @@ print(json.dumps(vars(tally)))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["nifti", "dicom", "yaml", "safetensors", "checkpoint", "store"])
 def test_damaged_files_are_refused_or_read_right(tmp_path, kind):
     environment = os.environ | {"PYTHONPATH": str(CAMPAIGN), "OMP_NUM_THREADS": "1"}
