@@ -23,8 +23,11 @@ def shards() -> list[Shard]:
     from commands import NAMES
 
     return [
-        *(Shard(f"memory-{name}", 30, partial(_shard, out_of_memory, name)) for name in NAMES),
-        *(Shard(f"disk-{name}", 120, partial(_shard, full_disk, name), SOURCE) for name in NAMES),
+        *(Shard(f"memory-{name}", 20, partial(_shard, out_of_memory, name)) for name in NAMES),
+        *(
+            Shard(f"disk-{name}", 60 if name.startswith("train") else 120, partial(_shard, full_disk, name), SOURCE)
+            for name in NAMES
+        ),
         *(Shard(f"twins-{name}", 20, partial(_shard, twins, name)) for name in NAMES),
     ]
 

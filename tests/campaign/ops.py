@@ -263,7 +263,7 @@ def gradient_errors(
 
 
 def without_overflow(got: Tensor, want: Tensor) -> tuple[Tensor, Tensor]:
-    """Both gradients, with 0 where the right one is beyond the dtype, or nearly so. There ``got`` must be infinite, or nearly so."""
+    """Both gradients, with 0 where the right one is beyond the dtype, or nearly so; there ``got`` must be, too."""
     most = torch.finfo(got.dtype).max
     beyond = want.abs() > 0.99 * most
     if not bool((got * want.sign() > 0.98 * most)[beyond].all()):
