@@ -16,6 +16,9 @@ from typing import Any
 
 from shards import Shard, Tally
 
+#: Numbers of calls at which the disk is full, for commands that take seconds.
+PLACES = {"train-autodecoder": 60, "train-diffusion": 60}
+
 SOURCE = Path(__file__).with_name("full_disk.c")
 
 
