@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from tcam_diff.data.volume import Volume, VolumeInfo, VolumeRecord, oriented
+from tcam_diff.data.volume import Volume, VolumeInfo, VolumeRecord, oriented, is_singular
 
 AFFINE = np.array([[0.9, 0.1, 0.3, -20.0], [-0.1, 1.8, 0.2, 7.0], [-0.2, 0.3, 2.9, 3.0], [0, 0, 0, 1]])
 
@@ -79,3 +79,10 @@ def test_a_reoriented_volume_keeps_its_position(info):
     at = np.array([4, 1, 2, 1])
     before = np.rint(np.linalg.inv(volume.info.affine) @ turned.info.affine @ at).astype(int)
     assert turned.data[0, 4, 1, 2] == data[(0, *before[:3])]
+
+
+@pytest.mark.parametrize("size", [1e-39, 1e-50, 1e39])
+def test_voxels_that_float32_cannot_hold_are_singular(size):
+    """Headers would write them as 0 or infinite, which no reader accepts."""
+    assert is_singular(np.diag([1.0, size, 1.0, 1.0]))
+    assert not is_singular(np.diag([1.0, 1e-30, 1e30, 1.0]))

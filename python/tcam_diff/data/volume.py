@@ -31,10 +31,10 @@ TIMES = ("unknown", "sec", "msec", "usec", "hz", "ppm", "rads")
 
 
 def is_singular(affine: np.ndarray) -> bool:
-    """Whether the axes of an affine do not span space, whatever the size of a voxel."""
+    """Whether the axes of an affine do not span space, whatever the size of a voxel within float32, the type in headers."""
     with np.errstate(all="ignore"):
         sizes = np.linalg.norm(affine[:3, :3], axis=0)
-        sound = sizes.min() > 0 and np.isfinite(sizes.astype(np.float32)).all()  # the type in headers
+        sound = sizes.min() > np.finfo(np.float32).tiny and np.isfinite(sizes.astype(np.float32)).all()
         return not (sound and abs(np.linalg.det(affine[:3, :3] / sizes)) > 1e-6)
 
 
