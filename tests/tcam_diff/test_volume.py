@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from tcam_diff.data.volume import Volume, VolumeInfo, VolumeRecord, oriented, is_singular
+from tcam_diff.data.volume import Volume, VolumeInfo, VolumeRecord, is_singular, oriented
 
 AFFINE = np.array([[0.9, 0.1, 0.3, -20.0], [-0.1, 1.8, 0.2, 7.0], [-0.2, 0.3, 2.9, 3.0], [0, 0, 0, 1]])
 
