@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from tcam_diff.errors import UserError
 
@@ -28,10 +28,10 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """
     with naming(path):
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
-        file = _Output(io.FileIO(handle, "wb"))
+        file = _Output(handle)
         try:
             with file:
-                yield file
+                yield cast("IO[bytes]", file)
                 file.flush()
                 os.fsync(handle)
             os.chmod(temporary, 0o666 & ~_umask())
@@ -43,17 +43,35 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             raise
 
 
-class _Output(io.BufferedWriter):
-    """Binary file that keeps the error of a failed write."""
+class _Output(io.BufferedIOBase):
+    """Binary file that keeps the error of a failed write. numpy writes through ``write``: its own way loses the reason."""
 
-    error: OSError | None = None
+    def __init__(self, handle: int) -> None:
+        self.file = os.fdopen(handle, "wb")
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
 
     def write(self, data: Any, /) -> int:
         try:
-            return super().write(data)
+            return self.file.write(data)
         except OSError as error:
             self.error = error
             raise
+
+    def flush(self) -> None:
+        if not self.file.closed:
+            self.file.flush()
+
+    def fileno(self) -> int:
+        return self.file.fileno()
+
+    def close(self) -> None:
+        try:
+            super().close()  # flushes
+        finally:
+            self.file.close()
 
 
 @contextmanager
@@ -134,7 +152,7 @@ def quiet(library: str) -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """Why a file could not be read or written, as words."""
-    text = getattr(error, "strerror", None) or str(error)
+    text = getattr(error, "strerror", None) or " ".join(map(str, error.args))
     return text.splitlines()[0] if text else type(error).__name__
 
 

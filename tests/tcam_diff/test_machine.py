@@ -49,6 +49,12 @@ def test_a_checkpoint_names_the_reason_that_torch_hides(tmp_path, monkeypatch):
     assert checkpoint.steps(tmp_path) == [1]
 
 
+def test_an_array_of_a_store_names_the_reason_that_numpy_hides(tmp_path, monkeypatch):
+    no_space(monkeypatch)
+    with pytest.raises(UserError, match=r"cases/blob0\.npy: cannot be written: No space left on device"):
+        runs.make_store(tmp_path)
+
+
 @pytest.mark.skipif(not FULL.exists(), reason="no /dev/full")
 def test_a_log_on_a_full_disk_is_named(tmp_path):
     logger = Logger(tmp_path, 0)
