@@ -9,8 +9,11 @@ class UserError(Exception):
     """Error with a message that names the file or argument, what was expected, what was found, and what to do."""
 
 
-#: Texts of libraries: of torch, safetensors, C++, Python (starting a thread) and oneDNN, in this order.
-_NO_MEMORY = "(can't|cannot) allocate memory|out of memory|bad_alloc|can't start new thread|could not create a primitive"
+#: Texts of libraries: of torch, safetensors, C++, Python (starting a thread), oneDNN and matplotlib, in this order.
+_NO_MEMORY = (
+    "(can't|cannot) allocate memory|out of memory|bad_alloc|can't start new thread|could not create a primitive|"
+    "could not be made C-contiguous"
+)
 
 
 def out_of_memory(error: BaseException) -> str | None:
