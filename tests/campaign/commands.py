@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib
 import os
+import random
 import signal
 import sys
 import time
@@ -18,6 +19,7 @@ import nibabel as nib
 import numpy as np
 import runs
 import torch
+from shards import Tally
 from tcam_diff import cli
 from tcam_diff.autodecoder import artefact
 from tcam_diff.autodecoder.latents import LatentSet
@@ -290,3 +292,16 @@ def one_line(text: str) -> bool:
     """Whether a refusal is one line of the command's own, without a traceback."""
     lines = [line for line in text.splitlines() if line.startswith("tcam: ") and not line.startswith("tcam: warning")]
     return len(lines) == 1 and "Traceback" not in text
+
+
+def on_inputs(test: Callable[..., None], name: str, seed: int, cases: int, work: Path, tally: Tally) -> None:
+    """Run a test of a command: with the digest of its result and the seconds that it takes, both without a fault."""
+    command = Bench(work).command(name)
+    began = time.monotonic()
+    status, text = run(command.arguments(work / "reference"), work / "log")
+    whole = time.monotonic() - began
+    want = digest(command, work / "reference")
+    if status or want.startswith(("unfinished", "ERROR")):
+        tally.fail("without a fault", f"exit status {status}, {want}\n{text}")
+        return
+    test(command, want, whole, random.Random(seed), cases, work, tally)

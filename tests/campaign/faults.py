@@ -23,30 +23,13 @@ SOURCE = Path(__file__).with_name("full_disk.c")
 
 
 def shards() -> list[Shard]:
-    from commands import NAMES
+    from commands import NAMES, on_inputs
 
     return [
-        *(Shard(f"memory-{name}", 20, partial(_shard, out_of_memory, name)) for name in NAMES),
-        *(
-            Shard(f"disk-{name}", 60 if name.startswith("train") else 120, partial(_shard, full_disk, name), SOURCE)
-            for name in NAMES
-        ),
-        *(Shard(f"twins-{name}", 20, partial(_shard, twins, name)) for name in NAMES),
+        *(Shard(f"memory-{name}", 20, partial(on_inputs, out_of_memory, name)) for name in NAMES),
+        *(Shard(f"disk-{name}", PLACES.get(name, 120), partial(on_inputs, full_disk, name), SOURCE) for name in NAMES),
+        *(Shard(f"twins-{name}", 20, partial(on_inputs, twins, name)) for name in NAMES),
     ]
-
-
-def _shard(test: Callable[..., None], name: str, seed: int, cases: int, work: Path, tally: Tally) -> None:
-    from commands import Bench, digest, run
-
-    command = Bench(work).command(name)
-    began = time.monotonic()
-    status, text = run(command.arguments(work / "reference"), work / "log")
-    whole = time.monotonic() - began
-    want = digest(command, work / "reference")
-    if status or want.startswith(("unfinished", "ERROR")):
-        tally.fail("without a fault", f"exit status {status}, {want}\n{text}")
-        return
-    test(command, want, whole, random.Random(seed), cases, work, tally)
 
 
 def resumed(command: Any, want: str, out: Path, work: Path) -> str:

@@ -8,6 +8,7 @@ import signal
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from shards import Shard, Tally
 
@@ -15,23 +16,13 @@ CASES = 120  # of each command; the first 100 with SIGKILL, the others with SIGT
 
 
 def shards() -> list[Shard]:
-    from commands import NAMES
+    from commands import NAMES, on_inputs
 
-    return [Shard(f"kills-{name}", CASES, partial(_shard, name)) for name in NAMES]
+    return [Shard(f"kills-{name}", CASES, partial(on_inputs, kills, name)) for name in NAMES]
 
 
-def _shard(name: str, seed: int, cases: int, work: Path, tally: Tally) -> None:
-    from commands import Bench, digest, run
-
-    command = Bench(work).command(name)
-    rng = random.Random(seed)
-    began = time.monotonic()
-    status, text = run(command.arguments(work / "reference"), work / "log")
-    whole = time.monotonic() - began
-    want = digest(command, work / "reference")
-    if status or want.startswith(("unfinished", "ERROR")):
-        tally.fail("without a kill", f"exit status {status}, {want}\n{text}")
-        return
+def kills(command: Any, want: str, whole: float, rng: random.Random, cases: int, work: Path, tally: Tally) -> None:
+    """Kill a command once in each case."""
     polite = cases * 20 // CASES
     for case in range(cases):
         number = signal.SIGKILL if case < cases - polite else signal.SIGTERM
@@ -42,7 +33,7 @@ def _shard(name: str, seed: int, cases: int, work: Path, tally: Tally) -> None:
             tally.fail({"case": case, "signal": number.name}, what)
 
 
-def _one(command, number: signal.Signals, whole: float, want: str, rng: random.Random, work: Path) -> str:
+def _one(command: Any, number: signal.Signals, whole: float, want: str, rng: random.Random, work: Path) -> str:
     from commands import digest, leftovers, one_line, run, start
 
     out = work / "out"

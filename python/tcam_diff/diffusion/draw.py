@@ -281,9 +281,9 @@ def draw_between(
         "label": label, "solver": config.solver, "steps": config.steps, "dtype": output.dtype,
     }  # fmt: skip
     record = out / "interpolation.json"
-    if record.is_file() and record.read_text() != json.dumps(settings, indent=1):
-        raise UserError(f"{record}: exists, of another interpolation; choose another folder")
     with locked_folder(out):
+        if record.is_file() and record.read_text() != json.dumps(settings, indent=1):
+            raise UserError(f"{record}: exists, of another interpolation; choose another folder")
         write_text(record, json.dumps(settings, indent=1))
         strips: list[tuple[str, np.ndarray]] = []
         for i, planes in enumerate(Sampler(model, config).interpolate(ends[0], ends[1], n, class_index)):
