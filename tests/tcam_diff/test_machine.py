@@ -31,21 +31,27 @@ FULL = Path("/dev/full")
 # ---- disk --------------------------------------------------------------------------------------
 
 
-def no_space(monkeypatch) -> None:
-    """Make every write to a file of ``replacing`` fail."""
+def no_space(monkeypatch, after: int = 0) -> None:
+    """Make every write to files of ``replacing`` fail but the first ``after``."""
+    calls, real = 0, files._Output.write
 
     def write(self, data):
+        nonlocal calls
+        calls += 1
+        if calls <= after:
+            return real(self, data)
         self.error = OSError(28, "No space left on device")
         raise self.error
 
     monkeypatch.setattr(files._Output, "write", write)
 
 
-def test_a_checkpoint_names_the_reason_that_torch_hides(tmp_path, monkeypatch):
+@pytest.mark.parametrize("after", range(0, 60, 4))
+def test_a_checkpoint_names_the_reason_that_torch_hides(tmp_path, monkeypatch, after):
     checkpoint.save(tmp_path, 1, {"a": torch.ones(1000)}, {}, Distributed())
-    no_space(monkeypatch)
+    no_space(monkeypatch, after)
     with pytest.raises(UserError, match="step-00000002: cannot be written: No space left on device; the checkpoint of step 1"):
-        checkpoint.save(tmp_path, 2, {"a": torch.ones(1000)}, {}, Distributed())
+        checkpoint.save(tmp_path, 2, {str(i): torch.ones(5000) for i in range(9)}, {}, Distributed())
     assert checkpoint.steps(tmp_path) == [1]
 
 
