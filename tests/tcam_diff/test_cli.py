@@ -20,11 +20,10 @@ import runs
 import tcam_diff
 from rich.console import Console
 from runs import command as tcam
-from tcam_diff import compiler
+from tcam_diff import environment
 from tcam_diff.cli import common
 from tcam_diff.cli.app import app
 from tcam_diff.progress import Progress
-from tcam_diff.spinning import SPIN_COUNT
 
 FAST = ["steps=12", "channels=6", "widths=[24]"]
 OBLIQUE = np.array([[0.9, 0.1, 0.3, -20.0], [-0.1, 1.8, 0.2, 7.0], [-0.2, 0.3, 2.9, 3.0], [0, 0, 0, 1]])
@@ -194,7 +193,6 @@ QUICK = """
 import sys
 sys.argv = ["tcam", *sys.argv[1:]]
 from rich.console import Console
-from tcam_diff import compiler
 from tcam_diff.cli import common, main
 try:
     main()
@@ -212,7 +210,9 @@ def test_help_and_usage_errors_import_no_large_package(arguments):
 
 
 @pytest.mark.parametrize(
-    ("given", "want"), [({}, SPIN_COUNT), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")], ids=str
+    ("given", "want"),
+    [({}, environment.SPIN_COUNT), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    ids=str,
 )
 def test_idle_threads_do_not_spin_for_long_unless_the_user_says_so(given, want):
     env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | given
@@ -316,12 +316,13 @@ def test_commands_leave_nothing_in_the_temporary_directory(volume, tmp_path):
 
 
 def test_a_compiled_network_has_the_cache_folder_of_torch_or_the_users(tmp_path, monkeypatch):
-    monkeypatch.delenv(compiler.VARIABLE, raising=False)
-    compiler.leave_out_folder()
-    assert Path(os.environ[compiler.VARIABLE]).is_dir()
-    compiler.restore_folder()
-    assert compiler.VARIABLE not in os.environ
-    monkeypatch.setenv(compiler.VARIABLE, str(tmp_path))
-    compiler.leave_out_folder()
-    compiler.restore_folder()
-    assert os.environ[compiler.VARIABLE] == str(tmp_path)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    monkeypatch.delenv(environment.COMPILER_FOLDER, raising=False)
+    environment.prepare_environment()
+    assert Path(os.environ[environment.COMPILER_FOLDER]).is_dir()
+    environment.restore_compiler_folder()
+    assert environment.COMPILER_FOLDER not in os.environ
+    monkeypatch.setenv(environment.COMPILER_FOLDER, str(tmp_path))
+    environment.prepare_environment()
+    environment.restore_compiler_folder()
+    assert os.environ[environment.COMPILER_FOLDER] == str(tmp_path)

@@ -10,9 +10,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from tcam_diff.compiler import leave_out_folder
+from tcam_diff.environment import prepare_environment
 from tcam_diff.errors import out_of_memory
-from tcam_diff.spinning import bound_spinning
 
 #: Advice of the line that says that memory ran out.
 MORE_MEMORY = "what was written is intact; end other programs, or lower sizes (batch, channels, plane_size, --size, --jobs)"
@@ -25,8 +24,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # names of files need not be valid text
     warnings.showwarning = _show_warning
     threading.excepthook = _thread_error
-    bound_spinning()
-    leave_out_folder()
+    prepare_environment()
     try:
         from tcam_diff.cli.app import app
         from tcam_diff.cli.common import INTERRUPTED

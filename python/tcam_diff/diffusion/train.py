@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tcam_diff.autodecoder.report import rgb
-from tcam_diff.compiler import restore_folder
 from tcam_diff.diffusion.config import DiffusionConfig
 from tcam_diff.diffusion.data import Centre, LatentData
 from tcam_diff.diffusion.model import TriplaneDiffusion, assemble, network_dtype
 from tcam_diff.diffusion.network import TriplaneUNet
 from tcam_diff.diffusion.process import TIMESTEPS, errors, flip, mix, timesteps
 from tcam_diff.diffusion.report import samples_picture, write_report
+from tcam_diff.environment import restore_compiler_folder
 from tcam_diff.errors import UserError
 from tcam_diff.files import write_bytes
 from tcam_diff.progress import ProgressCallback, StopCallback
@@ -87,7 +87,7 @@ class DiffusionTraining(Task):
             self.network.parameters(), lr=config.lr, betas=(0.9, config.beta2), eps=config.adam_eps, fused=True
         )
         if config.compile:
-            restore_folder()
+            restore_compiler_folder()
         inner = torch.compile(self.network) if config.compile else self.network
         loss = _Loss(inner, self.compute)  # type: ignore[arg-type]
         self.loss: nn.Module = DistributedDataParallel(loss) if group.world > 1 else loss
