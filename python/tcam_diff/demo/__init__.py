@@ -1,0 +1,1 @@
+"""Demo behind ``make demo``."""
