@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import warnings
 
 import nibabel as nib
@@ -60,6 +62,13 @@ def test_unknown_units_are_said_once(tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_header(path)
+
+
+def test_a_command_prints_a_warning_as_one_line(tmp_path):
+    nib.save(nib.Nifti1Image(noise(12, 12, 12), np.eye(4)), tmp_path / "a.nii")
+    command = [sys.executable, "-m", "tcam_diff.cli", "compare", "a.nii", "a.nii", "--out", "out.png"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stderr == "tcam: warning: a.nii: its units are unknown; this and other such files are taken to be in mm\n"
 
 
 @pytest.mark.parametrize("size", [8e-5, 1.0, 1e4])

@@ -154,7 +154,7 @@ def _say_units_are_unknown(path: Path) -> None:
     """Warn about the first file without units: many files of a data set lack them."""
     global _said_units
     if not _said_units:
-        warnings.warn(f"{path}: its units are unknown; this and other such files are taken to be in mm", stacklevel=3)
+        warnings.warn(f"{path}: its units are unknown; this and other such files are taken to be in mm", stacklevel=2)
     _said_units = True
 
 

@@ -13,7 +13,6 @@ import nibabel as nib
 import numpy as np
 import torch
 
-import tcam_ext
 from tcam_diff.autodecoder import artefact
 from tcam_diff.autodecoder.config import FitConfig, TrainConfig
 from tcam_diff.autodecoder.decode import decode_to_file
@@ -55,7 +54,9 @@ def write_template(path: Path) -> None:
     crop = data[tuple(slice(c, c + SIZE) for c in corner)]
     affine = image.affine.copy()
     affine[:3, 3] += affine[:3, :3] @ corner
-    nib.save(nib.Nifti1Image(crop, affine), path)
+    image = nib.Nifti1Image(crop, affine)
+    image.header.set_xyzt_units("mm", "sec")
+    nib.save(image, path)
 
 
 def progress(what: str, every: float = 20.0) -> ProgressCallback:
