@@ -165,11 +165,13 @@ class NinjaBuild(build_ext):
         if nvcc:
             arch_flags, arch_names = gencode()
             say(f"CUDA kernels with {nvcc} for {arch_names}")
-            defines.append(f"-DTCAM_WITH_CUDA=1 -DTCAM_CUDA_ARCHITECTURES='\"{arch_names}\"'")
+            architectures = f"-DTCAM_CUDA_ARCHITECTURES='\"{arch_names}\"'"
+            defines.append(f"-DTCAM_WITH_CUDA=1 {architectures}")
             ccbin = ["-ccbin=" + shlex.quote(os.environ["CUDAHOSTCXX"])] if os.environ.get("CUDAHOSTCXX") else []
             nvcc_flags = [
                 *ccbin,
                 "-std=c++17 -O3 -lineinfo -Xcompiler=-fPIC,-fvisibility=hidden",
+                architectures,
                 *arch_flags,
             ]
             rules.append(

@@ -101,13 +101,13 @@ py::dict cuda_info() {
   return info;
 }
 
-// The bytes of shared memory that a block of a CUDA device may have.
-int cuda_shared_limit(int device) {
+// The bytes of shared memory that a block of a CUDA device may have, and whether it runs the kernels with wgmma.
+std::pair<int, bool> cuda_device(int device) {
 #ifdef TCAM_WITH_CUDA
-  int bytes = 0;
-  const int status = tcam_cuda_shared_limit(device, &bytes);
+  int bytes = 0, warpgroups = 0;
+  const int status = tcam_cuda_device(device, &bytes, &warpgroups);
   if (status) throw std::runtime_error(std::string("tcam_ext: CUDA: ") + tcam_cuda_error(status));
-  return bytes;
+  return {bytes, warpgroups != 0};
 #else
   (void)device;
   throw std::runtime_error("tcam_ext was built without CUDA; install it where nvcc is found");
@@ -157,7 +157,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("has_cuda") = false;
 #endif
   m.def("cuda_info", &cuda_info);
-  m.def("cuda_shared_limit", &cuda_shared_limit, py::arg("device"));
+  m.def("cuda_device", &cuda_device, py::arg("device"));
   py::class_<Options> options(m, "Options");
   options.def(py::init<>());
   options.def_readwrite("plane_axes", &Options::plane_axes)
@@ -178,7 +178,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("planes"), py::arg("weights"), py::arg("biases"), py::arg("bounds"), py::arg("points"), py::arg("objects"),
            py::arg("extra"), py::arg("options"))
       .def("workspace", &Call::workspace)
-      .def("explain", &Call::explain, py::arg("output"), py::arg("shared_limit"))
+      .def("explain", &Call::explain, py::arg("output"), py::arg("shared_limit"), py::arg("warpgroups"))
       .def("forward", &Call::forward)
       .def("backward", &Call::backward)
       .def("loss", &Call::loss);

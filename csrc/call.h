@@ -130,8 +130,9 @@ class Call {
   }
 
   // Which kernels run and why no faster ones do. `output`: 0 the volume, 1 the losses alone, 2 all gradients;
-  // `shared_limit`: bytes of shared memory that a block of the CUDA device may have; 0: the CPU.
-  std::string explain(int output, int shared_limit) const {
+  // `shared_limit`: bytes of shared memory that a block of the CUDA device may have, 0: the CPU; `warpgroups`: whether it runs
+  // the kernels with wgmma.
+  std::string explain(int output, int shared_limit, bool warpgroups) const {
     between("output", output, 0, 2);
     if (empty_) return "nothing to decode";
     tcam_problem p = p_;
@@ -146,9 +147,10 @@ class Call {
       if (p_.compute == TCAM_F16 || p_.compute == TCAM_TF32) text += "; there are no float16 or TensorFloat-32 ones on a CPU";
       return text;
     }
+    (void)warpgroups;
 #ifdef TCAM_WITH_CUDA
     char more[400];
-    tcam_decode_cuda_explain(&p, output, shared_limit, more, sizeof more);
+    tcam_decode_cuda_explain(&p, output, shared_limit, warpgroups, more, sizeof more);
     return text + more;
 #else
     throw std::runtime_error("tcam_ext was built without CUDA; install it where nvcc is found");

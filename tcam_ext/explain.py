@@ -48,23 +48,23 @@ def explain(
     if len(calls) != 1:
         got = f"{len(calls)} calls" if calls else 'none (impl="reference" is plain PyTorch)'
         raise ValueError(f"op: expected one call of decode_grid, decode_grid_loss or decode_points, got {got}")
-    limit = _shared_limit(calls[0].device if device is None else device)
+    limit, warpgroups = _device(calls[0].device if device is None else device)
     values = 1 if calls[0].is_loss else 0
-    return {"values": calls[0].explain(values, limit), "gradients": calls[0].explain(2, limit)}
+    return {"values": calls[0].explain(values, limit, warpgroups), "gradients": calls[0].explain(2, limit, warpgroups)}
 
 
-def _shared_limit(device: str | torch.device) -> int:
-    """Bytes of shared memory a block on the device; 0 on a CPU."""
+def _device(device: str | torch.device) -> tuple[int, bool]:
+    """Bytes of shared memory a block on the device, 0 on a CPU; and whether it runs kernels with wgmma."""
     if match := re.fullmatch(r"sm_(\d+)[af]?", str(device)):
         if match[1] not in SHARED_KIB:
             raise ValueError(f"device: expected one of sm_{', sm_'.join(SHARED_KIB)}, got {device}")
-        return SHARED_KIB[match[1]] << 10
+        return SHARED_KIB[match[1]] << 10, str(device) == "sm_90a"
     try:
         known = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f'device: expected "cpu", "cuda", "cuda:1", or for example "sm_86", got {device!r}') from error
     if known.type == "cpu":
-        return 0
+        return 0, False
     if known.type != "cuda" or (known.index or 0) >= torch.cuda.device_count():
         raise ValueError(f'device: expected a device of this machine, or a compute capability such as "sm_86", got {device}')
-    return _C.cuda_shared_limit(torch.cuda.current_device() if known.index is None else known.index)
+    return _C.cuda_device(torch.cuda.current_device() if known.index is None else known.index)

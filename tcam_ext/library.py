@@ -193,8 +193,8 @@ class _Call:
     def _workspace(self, backward: bool) -> Tensor:
         return _workspaces.take(self._call.workspace(backward), self.device)
 
-    def explain(self, output: int, shared_limit: int) -> str:
-        return self._call.explain(output, shared_limit)
+    def explain(self, output: int, shared_limit: int, warpgroups: bool) -> str:
+        return self._call.explain(output, shared_limit, warpgroups)
 
     def forward(self, out: Tensor) -> None:
         if (calls := explaining.get()) is not None:

@@ -6,6 +6,11 @@
 #include "launch.h"
 #include "mlp.cuh"
 #include "points.cuh"
+#include <stdlib.h>
+
+#if !defined(TCAM_CUDA_ARCHITECTURES)  // setup.py defines it; the emulator runs everything
+#define TCAM_CUDA_ARCHITECTURES "sm_90a"
+#endif
 
 namespace tcam {
 namespace {
@@ -144,14 +149,30 @@ void with_decode(const tcam_problem& problem, Output output, const Device& devic
   });
 }
 
+// Whether kernels with wgmma run on a device of a compute capability. The environment variable TCAM_WARPGROUPS=0 turns them off.
+bool has_warpgroups(int major, int minor) {
+  const bool built = strstr(TCAM_CUDA_ARCHITECTURES, "sm_90a") != nullptr;
+  const char* wanted = getenv("TCAM_WARPGROUPS");
+  return built && major == 9 && minor == 0 && !(wanted && strcmp(wanted, "0") == 0);
+}
+
+cudaError_t get_device(int id, Device* device) {
+  int major = 0, minor = 0;
+  cudaError_t status = cudaDeviceGetAttribute(&device->shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&device->processors, cudaDevAttrMultiProcessorCount, id);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, id);
+  device->warpgroups = has_warpgroups(major, minor);
+  return status;
+}
+
 // Calls f(decode) with device `id` current, for the call alone. Returns the first CUDA error or what f returns.
 template <class F>
 int on_device(const tcam_problem& problem, Output output, void* workspace, int id, void* stream, F f) {
   DeviceGuard guard(id);
-  Device device = {0, 0};
+  Device device = {};
   cudaError_t status = guard.status();
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&device.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&device.processors, cudaDevAttrMultiProcessorCount, id);
+  if (status == cudaSuccess) status = get_device(id, &device);
   if (status != cudaSuccess) return status;
   with_decode(problem, output, device, workspace, static_cast<cudaStream_t>(stream),
               [&](auto& decode, const Refusal&) { status = f(decode); });
@@ -194,10 +215,10 @@ extern "C" int tcam_decode_loss_cuda(const tcam_problem* problem, const tcam_obj
                          });
 }
 
-extern "C" void tcam_decode_cuda_explain(const tcam_problem* problem, int output, int shared_limit, char* text, int size) {
+extern "C" void tcam_decode_cuda_explain(const tcam_problem* problem, int output, int shared_limit, int warpgroups, char* text, int size) {
   using namespace tcam;
   const Output wanted = static_cast<Output>(output);
-  with_decode(*problem, wanted, {shared_limit, 1}, nullptr, nullptr, [&](auto& decode, const Refusal& why) {
+  with_decode(*problem, wanted, {shared_limit, 1, warpgroups != 0}, nullptr, nullptr, [&](auto& decode, const Refusal& why) {
     decode.describe(wanted, text, static_cast<size_t>(size));
     if (!why.why) return;
     const size_t used = strlen(text);
@@ -205,4 +226,12 @@ extern "C" void tcam_decode_cuda_explain(const tcam_problem* problem, int output
     snprintf(reason, sizeof reason, why.why, why.got, why.most);
     snprintf(text + used, static_cast<size_t>(size) - used, "; not the fused kernels: %s", reason);
   });
+}
+
+extern "C" int tcam_cuda_device(int device, int* shared_limit, int* warpgroups) {
+  tcam::Device of = {};
+  const cudaError_t status = tcam::get_device(device, &of);
+  *shared_limit = of.shared_limit;
+  *warpgroups = of.warpgroups;
+  return status;
 }

@@ -23,6 +23,7 @@ namespace tcam {
 struct Device {
   int shared_limit;  // bytes of shared memory that a block may have
   int processors;    // streaming multiprocessors
+  bool warpgroups;   // whether the kernels that multiply with wgmma run here: sm_90, from code for sm_90a
 };
 
 // The reason why kernels do not take a problem: `why` is a printf format that reads `got` and `most`. A null `why` means that
@@ -60,7 +61,7 @@ class Shared {
   }
 #else
   TCAM_DEVICE Shared() {
-    extern __shared__ __align__(128) char memory[];
+    extern __shared__ __align__(1024) char memory[];  // as the operands of wgmma need it
     at_ = memory;
   }
   template <class T>

@@ -9,91 +9,99 @@
 // it in 16 bits; grid.cuh or fused_rows.cuh reads it from there. With P products between hidden layers, the launches together
 // do P P + 2 products a voxel.
 //
-// A block has four chain warps and four outer warps. A chain warp takes its tiles through the layers, forward and back, as the
-// forward kernel's warps do, and writes each tile's h_(l-1) and delta_l to shared memory. The four outer warps each have a
-// quarter of dW_l in registers and add the outer products of these tiles, in the order of steps and chain warps, so that every
-// sum has one order. Warps w and w + 4 share a scheduler, so outer products run while the chain's dependent products wait.
+// A block has chain warps, for four tiles at a time, and four outer warps. Chain warps take their tiles through the layers,
+// forward and back, as the forward kernel's warps do, and write each tile's h_(l-1) and delta_l to shared memory. The four outer
+// warps each have a quarter of dW_l in registers and add the outer products of these tiles, in the order of steps and tiles, so
+// that every sum has one order. Each scheduler has one or two chain warps and an outer warp, so outer products run while the
+// chain's dependent products wait.
 //
 // With one output, row r of delta_(P+1) is dy w_r mask_r. The kernel leaves out the factor w_r from dW_(P+1) and db_(P+1);
 // combine_top_kernel multiplies it in, and computes the gradient of w from the same sums. The walk back correspondingly begins
-// with diag(w) W_(P+1) (`top`) in place of W_(P+1).
+// with diag(w) W_(P+1) in place of W_(P+1).
 #pragma once
 #include "fused_backward_chain.cuh"
 #include "fused_backward_outer.cuh"
 
 namespace tcam {
 
-template <class T, int N>
-struct FusedBackwardKernel : FusedBackwardBlock<T, N> {
-  using Base = FusedBackwardBlock<T, N>;
+template <class T, int N, int MT>
+struct FusedBackwardKernel : FusedBackwardBlock<T, N, MT> {
+  using Base = FusedBackwardBlock<T, N, MT>;
   using Base::chain_threads, Base::threads, Base::forward_products, Base::back_products;
   using typename Base::Block, typename Base::Memory;
+  static constexpr int width = N, row_blocks = MT;
 
-  // Loads the launch's matrices, biases and last layer to shared memory; then the warps divide into chain and outer warps.
+  // Loads the launch's panels, biases and last layer to shared memory; then the warps divide into chain and outer warps.
   TCAM_DEVICE static void run(const FusedBackward& p) {
     Shared shared;
     const Memory memory(shared, p);
     const int tid = threadIdx.x, forward = forward_products(p), back = back_products(p);
-    Block::stage_rows(memory.panels, p.weights, forward * N, tid, threads);
-    for (int q = 0; q < back; ++q) {
-      const int layer = p.products + 1 - q;
-      Block::stage_rows(memory.panels + (forward + q) * N * N,
-                        q == 0 ? p.top : p.weights + static_cast<size_t>(layer - 2) * N * N, N, tid, threads);
-    }
+    for (int q = 0; q < forward; ++q)
+      Block::stage_panel(memory.panels + q * N * N, p.weights + static_cast<size_t>(q) * N * N, tid, threads);
+    for (int q = 0; q < back; ++q)
+      Block::stage_panel(memory.panels + (forward + q) * N * N,
+                         p.weights_back + static_cast<size_t>(p.products - 1 - q) * N * N, tid, threads);
     ptx::commit_copies();
     const float last_scale = p.last_scale ? *p.last_scale : 1.f;
     for (int c = tid; c < p.products * N; c += threads) memory.biases[c] = p.biases[c];
     Block::split_last(memory.split_last, p.last, p.n_out, tid, threads);
     for (int c = tid; c < fused_most_out * N; c += threads) memory.last[c] = c < p.n_out * N ? p.last[c] * last_scale : 0.f;
     if (tid < fused_most_out) memory.last_bias[tid] = p.last_bias[p.n_out == 1 ? 0 : tid < p.n_out ? tid : 0];
-    ptx::wait_copies();
+    Block::wait_panels();
     __syncthreads();
     const typename Block::Steps all(p.maps, blockIdx.x, gridDim.x);
-    if (tid < chain_threads)
-      FusedBackwardChain<T, N>::chain(p, memory, all);
-    else if (p.weighted)
-      FusedBackwardOuter<T, N>::outer(p, memory, all);
+    if (tid < chain_threads) {
+      if (MT == 1) ptx::release_registers<152>();
+      FusedBackwardChain<T, N, MT>::chain(p, memory, all);
+    } else {
+      if (MT == 1) ptx::take_registers<200>();
+      if (p.weighted) FusedBackwardOuter<T, N, MT>::outer(p, memory, all);
+    }
   }
 };
 
 // One block for each multiprocessor; each walks an equal range of the steps. The first chain_threads threads are the chain
 // warps.
-template <class T, int N>
-__global__ void __launch_bounds__(FusedBackwardKernel<T, N>::threads, 1) fused_backward_kernel(FusedBackward p) {
-  FusedBackwardKernel<T, N>::run(p);
+template <class T, int N, int MT>
+__global__ void __launch_bounds__(FusedBackwardKernel<T, N, MT>::threads, 1) fused_backward_kernel(FusedBackward p) {
+  FusedBackwardKernel<T, N, MT>::run(p);
 }
 
-constexpr int fused_backward_chain_threads = FusedBackwardKernel<ptx::BFloat16, 128>::chain_threads;
+// Calls f with the kernel's struct for a width (64 or 128) and a device.
+template <class T, class F>
+auto with_fused_backward(int width, bool warpgroups, F f) {
+  if (warpgroups) return width == 64 ? f(FusedBackwardKernel<T, 64, 1>()) : f(FusedBackwardKernel<T, 128, 1>());
+  return width == 64 ? f(FusedBackwardKernel<T, 64, 2>()) : f(FusedBackwardKernel<T, 128, 2>());
+}
 
-// The number of steps of a launch over these maps, for either width.
+// The number of steps of a launch over these maps, for every kernel.
 inline int fused_backward_steps(const FusedMaps& maps) {
-  return FusedBackwardKernel<ptx::BFloat16, 128>::Block::Steps(maps, 0, 1).count();
+  return FusedBackwardKernel<ptx::BFloat16, 128, 2>::Block::Steps(maps, 0, 1).count();
 }
 
-// Bytes of dynamic shared memory of a block.
-inline size_t fused_backward_bytes(const FusedBackward& p, int width) {
-  using Narrow = FusedBackwardKernel<ptx::BFloat16, 64>;
-  using Wide = FusedBackwardKernel<ptx::BFloat16, 128>;
-  return width == 64 ? Narrow::shared_bytes(p) : Wide::shared_bytes(p);
+// The threads of a block's chain warps, and its bytes of dynamic shared memory.
+inline int fused_backward_chain_threads(bool warpgroups) {
+  return with_fused_backward<ptx::BFloat16>(128, warpgroups, [](auto kernel) { return decltype(kernel)::chain_threads; });
+}
+inline size_t fused_backward_bytes(const FusedBackward& p, int width, bool warpgroups) {
+  return with_fused_backward<ptx::BFloat16>(width, warpgroups, [&](auto kernel) { return decltype(kernel)::shared_bytes(p); });
 }
 
-template <class T, int N>
-cudaError_t launch_fused_backward(const FusedBackward& p, int blocks, cudaStream_t stream) {
-  using Kernel = FusedBackwardKernel<T, N>;
-  const size_t bytes = Kernel::shared_bytes(p);
-  auto kernel = fused_backward_kernel<T, N>;
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (status != cudaSuccess) return status;
-  return launch(kernel, dim3(static_cast<unsigned>(blocks)), Kernel::threads, bytes, stream, p);
-}
-
-// Launches the kernel of a width. blocks <= fused_backward_steps(p.maps) and blocks <= fused_most_blocks.
+// Launches the kernel for a width and a device. blocks <= fused_backward_steps(p.maps) and blocks <= fused_most_blocks.
 template <class T>
-cudaError_t choose_fused_backward(const FusedBackward& p, int width, int blocks, cudaStream_t stream) {
-  return width == 64 ? launch_fused_backward<T, 64>(p, blocks, stream) : launch_fused_backward<T, 128>(p, blocks, stream);
+cudaError_t launch_fused_backward(const FusedBackward& p, int width, bool warpgroups, int blocks, cudaStream_t stream) {
+  return with_fused_backward<T>(width, warpgroups, [&](auto kind) {
+    using Kernel = decltype(kind);
+    const size_t bytes = Kernel::shared_bytes(p);
+    auto kernel = fused_backward_kernel<T, Kernel::width, Kernel::row_blocks>;
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    if (status != cudaSuccess) return status;
+    return launch(kernel, dim3(static_cast<unsigned>(blocks)), Kernel::threads, bytes, stream, p);
+  });
 }
 
-cudaError_t fused_backward_bfloat16(const FusedBackward& p, int width, int blocks, cudaStream_t stream);
-cudaError_t fused_backward_float16(const FusedBackward& p, int width, int blocks, cudaStream_t stream);
+cudaError_t fused_backward_bfloat16(const FusedBackward& p, int width, bool warpgroups, int blocks, cudaStream_t stream);
+cudaError_t fused_backward_float16(const FusedBackward& p, int width, bool warpgroups, int blocks, cudaStream_t stream);
 
 }  // namespace tcam

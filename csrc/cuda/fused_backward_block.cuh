@@ -7,20 +7,22 @@
 namespace tcam {
 
 constexpr int fused_most_blocks = 256;  // at most this many blocks, one a multiprocessor; bounds the partial sums
-constexpr int fused_backward_wide = 4;  // chain warps of a block, neighbours along i
+constexpr int fused_backward_wide = 4;  // tiles of a step, neighbours along i
+constexpr int fused_backward_step_voxels = 32 * fused_backward_wide;
+constexpr int fused_backward_most_chain_threads = 64 * fused_backward_wide;
 
 // Arguments of a launch of fused_backward_kernel; N is the padded width, P = products, R the voxels of a tile.
 struct FusedBackward {
   FusedMaps maps;
   const uint16_t* weights;  // (P, N outputs, N inputs): W_2 to W_(P+1) in the 16-bit format
-  const uint16_t* top;      // (N, N): the matrix that takes delta_(P+1) to delta_P, W_(P+1) or diag(w) W_(P+1)
+  const uint16_t* weights_back;  // (P, N, N): their transposes, which take delta_l to delta_(l-1); see `diag(w)` above
   const float* biases;      // (P, N): b_2 to b_(P+1)
   const float* last;        // (n_out, N): W_L
   const float* last_bias;   // (n_out)
   int products, n_out;
   int layer;                // the layer whose weight gradient this launch computes, L or P+1 down to 2
   bool head, weighted;      // head: this is the first launch; weighted: the weight gradient is wanted
-  const float* last_scale;  // factor of W_L on the way back, so of every delta below it; null: 1. `top` includes it
+  const float* last_scale;  // factor of W_L on the way back, so of every delta below it; null: 1. weights_back includes it
   // Read or written by the head alone:
   const void* volume;  // the target or the gradient of the output, at the first voxel
   int dtype;
@@ -33,25 +35,34 @@ struct FusedBackward {
   double* losses;      // (blocks, chain threads) = the sum of each thread's losses
   double* dy_sums;     // (blocks, chain threads) = with one output, the sum of each thread's dl/dy
   // Written by the head, read by later launches:
-  uint4* masks;  // (P, steps, chain threads): where h_2 to h_(P+1) are positive; null: only losses are wanted
-  float* dy;     // (steps, chain warps, n_out, R): dl/dy; null where masks is
+  void* masks;  // (P, steps, chain threads) of FusedBackwardBlock::Mask: where h_2 to h_(P+1) are positive; null: only losses
+                // are wanted
+  float* dy;    // (steps, tiles, n_out, R): dl/dy; null where masks is
   // Results:
   uint16_t* delta1;  // (ni, nj, nk, N), channels in the order of delta1_column; written by the launch of layer 2
   float* sums;       // (blocks, N, N) += dW_layer
   float* row_sums;   // (blocks, 2, N) += the sum of delta_layer over voxels, in two parts
 };
 
-template <class T, int N>
+template <class T, int N, int MT>
 struct FusedBackwardBlock {
-  static constexpr int MT = 2, WI = fused_backward_wide, WJ = 1, chain_warps = WI * WJ, outer_warps = 4;
+  static constexpr int WI = fused_backward_wide, WJ = 1, outer_warps = 4;
   using Block = FusedBlock<T, N, MT, WI, WJ>;
   using Fragment = typename Block::Fragment;
   static constexpr int chain_threads = Block::threads, threads = chain_threads + 32 * outer_warps;
-  static constexpr int steps = Block::steps, tile = Block::tile, R = Block::R, words = N / 32;
-  static constexpr int pair_threads = 32 + 32 * outer_warps;  // threads at a barrier of one chain warp with the outer warps
-  // Named barriers: chain_barrier joins the chain warps; written + w says that chain warp w has written its tiles of h and
+  static constexpr int steps = Block::steps, tile = Block::tile, R = Block::R, tiles = Block::tiles, share = Block::share;
+  static constexpr int lines = Block::lines;
+  static_assert(tiles * R == fused_backward_step_voxels && chain_threads <= fused_backward_most_chain_threads, "");
+  // Named barriers: chain_barrier joins the chain warps; written + w says that the chain warps of tile w have written h and
   // delta, read + w that the outer warps have read them.
-  static constexpr int chain_barrier = 1, written = 2, read = written + chain_warps;
+  static constexpr int tile_threads = 32 * (share + outer_warps);  // threads at a barrier of a tile
+  static constexpr int chain_barrier = 1, written = 2, read = written + tiles;
+
+  // A thread's bits of where its rows of a layer are positive.
+  static constexpr int words = MT * N / 64;
+  struct alignas(4 * words) Mask {
+    uint32_t word[words];
+  };
 
   // The number of products of the walk forward: up to h_(P+1) in the head, else up to h_(layer-1).
   TCAM_HD static int forward_products(const FusedBackward& p) { return p.head ? p.products : p.layer - 2; }
@@ -62,21 +73,21 @@ struct FusedBackwardBlock {
 
   static size_t shared_bytes(const FusedBackward& p) {
     const size_t panels = static_cast<size_t>(forward_products(p) + back_products(p)) * N * N;
-    return 2 * (panels + Block::Stage::elements + chain_warps * 2 * tile + 8 * N) +
+    return 2 * (panels + Block::Stage::elements + tiles * 2 * tile + 8 * N) +
            4 * (p.products * N + fused_most_out * N + fused_most_out) + 256;
   }
 
   // The arrays in shared memory.
   struct Memory {
-    uint16_t* panels;  // (products, N, N), swizzled: the matrices of the walk forward, then those of the walk back
+    uint16_t* panels;  // (products, N, N): the panels of the walk forward, then those of the walk back
     typename Block::Stage stage;
-    uint16_t* tiles;       // (chain warps, 2, R, N), swizzled: each chain warp's tile of h_(layer-1), then that of delta_layer
+    uint16_t* given;       // (tiles, 2, R, N), swizzled: each tile's h_(layer-1), then its delta_layer
     uint16_t* split_last;  // (8, N): FusedTile::split_last
     float *biases, *last, *last_bias;  // (P, N); (fused_most_out, N), times last_scale; (fused_most_out)
     TCAM_DEVICE Memory(Shared& shared, const FusedBackward& p)
         : panels(shared.take<uint16_t>((forward_products(p) + back_products(p)) * N * N)),
           stage(shared),
-          tiles(shared.take<uint16_t>(chain_warps * 2 * tile)),
+          given(shared.take<uint16_t>(tiles * 2 * tile)),
           split_last(shared.take<uint16_t>(8 * N)),
           biases(shared.take<float>(p.products * N)),
           last(shared.take<float>(fused_most_out * N)),

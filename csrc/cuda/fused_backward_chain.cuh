@@ -5,50 +5,39 @@
 
 namespace tcam {
 
-template <class T, int N>
-struct FusedBackwardChain : FusedBackwardBlock<T, N> {
-  using Base = FusedBackwardBlock<T, N>;
-  using Base::chain_warps, Base::chain_threads, Base::pair_threads, Base::chain_barrier, Base::written, Base::read;
-  using Base::forward_products;
-  using Base::MT, Base::WI, Base::WJ, Base::R, Base::steps, Base::tile, Base::words;
-  using typename Base::Block, typename Base::Fragment, typename Base::Memory;
+template <class T, int N, int MT>
+struct FusedBackwardChain : FusedBackwardBlock<T, N, MT> {
+  using Base = FusedBackwardBlock<T, N, MT>;
+  using Base::chain_threads, Base::tile_threads, Base::chain_barrier, Base::written, Base::read, Base::forward_products;
+  using Base::WI, Base::WJ, Base::R, Base::steps, Base::tile, Base::tiles, Base::share, Base::lines, Base::words;
+  using typename Base::Block, typename Base::Fragment, typename Base::Memory, typename Base::Mask;
 
   // mask = where the numbers of h are positive. h is the output of a ReLU, so each number is positive or zero. Register
   // h[m][s][r] has word (m * steps + s) / 4: bit (s % 4) * 4 + r for its low half, 16 bits above for its high half.
-  TCAM_DEVICE static void to_mask(uint32_t (&mask)[words], const Fragment& h) {
+  TCAM_DEVICE static void to_mask(Mask& mask, const Fragment& h) {
 #pragma unroll
-    for (int q = 0; q < words; ++q) mask[q] = 0;
+    for (int q = 0; q < words; ++q) mask.word[q] = 0;
 #pragma unroll
     for (int m = 0; m < MT; ++m)
 #pragma unroll
       for (int s = 0; s < steps; ++s)
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-          uint32_t& word = mask[(m * steps + s) / 4];
+          uint32_t& word = mask.word[(m * steps + s) / 4];
           word = word >> 1 | ((h[m][s][r] + 0x7fff7fffu) & 0x80008000u);
         }
   }
   // Register [m][s][r] with each half set to zero where the mask has no bit for it.
-  TCAM_DEVICE static uint32_t masked(uint32_t value, const uint32_t (&mask)[words], int m, int s, int r) {
-    return value & ptx::spread_signs(mask[(m * steps + s) / 4] << (15 - (s % 4 * 4 + r)));
+  TCAM_DEVICE static uint32_t masked(uint32_t value, const Mask& mask, int m, int s, int r) {
+    return value & ptx::spread_signs(mask.word[(m * steps + s) / 4] << (15 - (s % 4 * 4 + r)));
   }
 
-  // This thread's mask of h_layer at step s, read from p.masks or stored there.
-  TCAM_DEVICE static void load_mask(uint32_t (&mask)[words], const FusedBackward& p, int layer, int steps_in_all, int s,
-                                    int tid) {
-    const uint4 v = p.masks[(static_cast<size_t>(layer - 2) * steps_in_all + s) * chain_threads + tid];
-    const uint32_t all[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int q = 0; q < words; ++q) mask[q] = all[q];
-  }
-  TCAM_DEVICE static void store_mask(const uint32_t (&mask)[words], const FusedBackward& p, int layer, int steps_in_all, int s,
-                                     int tid) {
-    uint4 v = {mask[0], mask[1], 0, 0};
-    if (words == 4) v.z = mask[words - 2], v.w = mask[words - 1];
-    p.masks[(static_cast<size_t>(layer - 2) * steps_in_all + s) * chain_threads + tid] = v;
+  // This thread's mask of h_layer at step s in p.masks.
+  TCAM_DEVICE static Mask& stored_mask(const FusedBackward& p, int layer, int steps_in_all, int s, int tid) {
+    return static_cast<Mask*>(p.masks)[(static_cast<size_t>(layer - 2) * steps_in_all + s) * chain_threads + tid];
   }
 
-  // Writes a fragment to a swizzled tile (R, N) in shared memory.
+  // Writes a fragment to the warp's rows of a swizzled tile in shared memory.
   TCAM_DEVICE static void store_tile(uint16_t* to, const Fragment& f, const Lane<N>& lane) {
 #pragma unroll
     for (int m = 0; m < MT; ++m)
@@ -60,44 +49,44 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
   TCAM_DEVICE static void first_layer(Fragment& h, const Memory& memory, int warp, int buffer, const Lane<N>& lane) {
 #pragma unroll
     for (int q = 0; q < steps; ++q)
-      Block::first_layer(h, q, memory.stage.a_row(warp, buffer), memory.stage.b_tile(warp, buffer), memory.stage.g_tile(warp),
+      Block::first_layer(h, q, memory.stage.a_row(warp, buffer), memory.stage.b_rows(warp, buffer), memory.stage.g_rows(warp),
                          lane);
   }
 
   // The elements of p.volume, the target or the output's gradient, that a lane needs in the head. With several outputs entry n
-  // is output t at row g + 8 n; with one output entry 0 is row g + 8 t, and the others are empty. Entries beyond the volume are
-  // zero. look() loads them at the start of the step, so that they have arrived when finish() needs them.
+  // is output t at row g + 8 n; with one output entry 0 is row g + 8 t, and the others are empty. Entries beyond the warp's rows
+  // or the volume are zero. look() loads them at the start of the step, so that they have arrived when finish() needs them.
   struct Seen {
-    uint32_t loaded[4];
-    bool inside[4];
+    uint32_t loaded[lines];
+    bool inside[lines];
   };
   TCAM_DEVICE static void look(Seen& seen, const FusedBackward& p, int i, int j, int k0, const Lane<N>& lane) {
     const bool one = p.n_out == 1;
     const int k = k0 + lane.g + (one ? lane.t * 8 : 0);
     const int64_t at =
         (one ? 0 : lane.t * p.channel_stride) + ((static_cast<int64_t>(i) * p.maps.nj + j) * p.maps.nk + k) * p.voxel_stride;
-    const bool inside = i < p.maps.ni && j < p.maps.nj && (one || lane.t < p.n_out);
+    const bool inside = i < p.maps.ni && j < p.maps.nj && lane.t < (one ? lines : p.n_out);
 #pragma unroll
-    for (int n = 0; n < 4; ++n) seen.loaded[n] = 0, seen.inside[n] = inside && k + n * 8 < p.maps.nk && (n == 0 || !one);
+    for (int n = 0; n < lines; ++n) seen.loaded[n] = 0, seen.inside[n] = inside && k + n * 8 < p.maps.nk && (n == 0 || !one);
 #pragma unroll
-    for (int n = 0; n < 4; ++n)
+    for (int n = 0; n < lines; ++n)
       if (seen.inside[n]) seen.loaded[n] = Elements<float>::load(p.volume, p.dtype, at + n * 8 * p.voxel_stride);
   }
 
   // dy = dl/dy times p.scale at the elements of `seen`, from the output's accumulators `out`; their losses are added to `loss`.
   TCAM_DEVICE static void finish(const FusedBackward& p, const float (&out)[MT][4], const Lane<N>& lane, const Seen& seen,
-                                 float (&dy)[4], double& loss) {
+                                 float (&dy)[lines], double& loss) {
     using L = LossMaths<Scalar<float>>;
     const bool one = p.n_out == 1;
     const float scale = p.scale ? *p.scale : 1.f;
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
+    for (int n = 0; n < lines; ++n) {
       dy[n] = 0.f;
       if (!seen.inside[n]) continue;
       float y = out[n >> 1][(n & 1) * 2] + out[n >> 1][(n & 1) * 2 + 1];
       if (n == 0 && one)
 #pragma unroll
-        for (int q = 1; q < 4; ++q) y = lane.t == q ? out[q >> 1][(q & 1) * 2] + out[q >> 1][(q & 1) * 2 + 1] : y;
+        for (int q = 1; q < lines; ++q) y = lane.t == q ? out[q >> 1][(q & 1) * 2] + out[q >> 1][(q & 1) * 2 + 1] : y;
       float slope = Elements<float>::value(seen.loaded[n], p.dtype);
       if (p.compares) {
         const float difference = output_of<false>(p.output_activation, y) - slope;
@@ -108,28 +97,30 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
     }
   }
 
-  // A chain warp's position and buffers at one step: voxels (i, j, k0 to k0 + R), the number s of steps_in_all steps, the
-  // step's part (n_out, R) of p.dy, and the mask of one layer, which the walks load and replace.
+  // A chain warp's position and buffers at one step: the voxels (i, j) from k0 on, the number s of steps_in_all steps, the
+  // warp's rows of p.dy (n_out, R), and the mask of one layer, which the walks load and replace.
   struct Step {
     const FusedBackward& p;
     const Memory& memory;
     const Lane<N>& lane;
     int tid, warp, buffer, s, steps_in_all, i, j, k0;
     float* dy_at;
-    uint32_t mask[words];
+    Mask mask;
 
-    TCAM_DEVICE uint16_t* h_tile() const { return memory.tiles + warp * 2 * tile; }
-    TCAM_DEVICE uint16_t* delta_tile() const { return h_tile() + tile; }
-    // Writes h_(layer-1) for the outer warps, after they have read this warp's tiles of the step before.
+    // The warp's rows of the tiles that it gives.
+    TCAM_DEVICE uint16_t* h_rows() const { return memory.given + warp / share * 2 * tile + Block::first_row(warp) * N; }
+    TCAM_DEVICE uint16_t* delta_rows() const { return h_rows() + tile; }
+    // Writes h_(layer-1) for the outer warps, after they have read this tile of the step before.
     TCAM_DEVICE void give_h(const Fragment& h) const {
-      ptx::barrier_wait(read + warp, pair_threads);
-      store_tile(h_tile(), h, lane);
+      ptx::barrier_wait(read + warp / share, tile_threads);
+      store_tile(h_rows(), h, lane);
     }
-    // Writes delta_layer and tells the outer warps that both tiles are ready; called after give_h.
+    // Writes delta_layer and tells the outer warps that both are ready; called after give_h.
     TCAM_DEVICE void give_delta(const Fragment& delta) const {
-      store_tile(delta_tile(), delta, lane);
-      ptx::barrier_arrive(written + warp, pair_threads);
+      store_tile(delta_rows(), delta, lane);
+      tell();
     }
+    TCAM_DEVICE void tell() const { ptx::barrier_arrive(written + warp / share, tile_threads); }
   };
 
   // Computes h from h_1 up to h_(layer-1) or, in the head, up to h_(P+1). The head stores the mask of each layer.
@@ -140,26 +131,20 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
 #pragma unroll 1
     for (int q = 0; q < forward; ++q) {
       Fragment next;
-#pragma unroll
-      for (int nb = 0; nb < steps; nb += 2) {
-        float sum[2][MT][2][4];
-        Block::template product<2>(sum, h, at.memory.panels + q * N * N, at.memory.biases + q * N, nb, at.lane);
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-#pragma unroll
-          for (int m = 0; m < MT; ++m) Block::to_operand(next[m][nb + e], sum[e][m]);
-      }
+      Block::template multiply<2>(
+          h, at.memory.panels + q * N * N, at.memory.biases + q * N, at.lane, [](int) {},
+          [&](int s, int m, const float (&sum)[2][4]) { Block::to_operand(next[m][s], sum); });
       copy(h, next);
       if (p.head && p.masks) {
         to_mask(at.mask, h);
-        store_mask(at.mask, p, q + 2, at.steps_in_all, at.s, at.tid);
+        stored_mask(p, q + 2, at.steps_in_all, at.s, at.tid) = at.mask;
       }
       if (p.weighted && q + 2 == p.layer - 1) at.give_h(h);
     }
   }
 
   // Computes the last layer, the loss and dy = dl/dy, and stores dy for later launches.
-  TCAM_DEVICE static void head(const Step& at, const Fragment& h, const Seen& seen, float (&dy)[4], double& loss,
+  TCAM_DEVICE static void head(const Step& at, const Fragment& h, const Seen& seen, float (&dy)[lines], double& loss,
                                double& dy_sum) {
     const FusedBackward& p = at.p;
     const Lane<N>& lane = at.lane;
@@ -177,10 +162,10 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
     if (!p.masks) return;
     if (p.n_out == 1) {
       dy_sum += static_cast<double>(dy[0]);
-      at.dy_at[lane.t * 8 + lane.g] = dy[0];
+      if (lane.t < lines) at.dy_at[lane.t * 8 + lane.g] = dy[0];
     } else if (lane.t < p.n_out) {
 #pragma unroll
-      for (int n = 0; n < 4; ++n) at.dy_at[lane.t * R + n * 8 + lane.g] = dy[n];
+      for (int n = 0; n < lines; ++n) at.dy_at[lane.t * R + n * 8 + lane.g] = dy[n];
     }
   }
 
@@ -190,33 +175,28 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
     const int back = at.p.products + 1 - layer;
     const uint16_t* panel = at.memory.panels + (forward_products(at.p) + back) * N * N;
     Fragment next;
-#pragma unroll
-    for (int nb = 0; nb < steps; nb += 2) {
-      float sum[2][MT][2][4];
-      Block::template product_back<2>(sum, h, panel, nb, at.lane);
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-#pragma unroll
-        for (int m = 0; m < MT; ++m)
+    Block::template multiply<2>(
+        h, panel, nullptr, at.lane, [](int) {},
+        [&](int s, int m, const float (&sum)[2][4]) {
 #pragma unroll
           for (int r = 0; r < 4; ++r) {
-            const float* c = sum[e][m][r >> 1] + (r & 1) * 2;
-            next[m][nb + e][r] = masked(T::pack(c[0], c[1]), at.mask, m, nb + e, r);
+            const float* c = sum[r >> 1] + (r & 1) * 2;
+            next[m][s][r] = masked(T::pack(c[0], c[1]), at.mask, m, s, r);
           }
-    }
+        });
     copy(h, next);
   }
 
   // Walks from dl/dy down to delta_layer, which it gives to the outer warps; the launch of layer 2 continues to delta_1 and
   // writes it. On entry at.mask is that of h_(P+1). h is overwritten; it is a parameter so that no second fragment needs
   // registers.
-  TCAM_DEVICE static void walk_back(Step& at, Fragment& h, const float (&dy)[4]) {
+  TCAM_DEVICE static void walk_back(Step& at, Fragment& h, const float (&dy)[lines]) {
     const FusedBackward& p = at.p;
     const int top = p.products + 1;
     if (p.layer > top) {  // the last layer of several outputs: its delta is dy itself
       if (!p.weighted) return;
-      store_outputs(at.delta_tile(), dy, at.lane);
-      return ptx::barrier_arrive(written + at.warp, pair_threads);
+      store_outputs(at.delta_rows(), dy, at.lane);
+      return at.tell();
     }
     if (p.n_out == 1)
       spread_one(h, dy, p.head, at.mask, at.lane);
@@ -224,7 +204,7 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
       spread(h, at.dy_at, p.n_out, at.memory.last, at.mask, at.lane);
 #pragma unroll 1
     for (int layer = top; layer > p.layer; --layer) {
-      load_mask(at.mask, p, layer - 1, at.steps_in_all, at.s, at.tid);
+      at.mask = stored_mask(p, layer - 1, at.steps_in_all, at.s, at.tid);
       step_back(at, h, layer);
     }
     if (p.layer == 2) {  // h_1 is computed again, which saves the registers that keeping it or its mask would take
@@ -244,7 +224,7 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
   // After the last step the head writes each thread's sums of losses and of dy.
   TCAM_DEVICE static void chain(const FusedBackward& p, const Memory& memory, const typename Block::Steps& all) {
     const Lane<N> lane;
-    const int tid = threadIdx.x, warp = tid >> 5;
+    const int tid = threadIdx.x, warp = tid >> 5, first_row = Block::first_row(warp);
     double loss = 0, dy_sum = 0;
     int s = all.begin;
     while (s < all.end) {
@@ -266,28 +246,28 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
                    buffer,
                    s,
                    all.count(),
-                   column.i0 + warp % WI,
-                   jb * WJ + warp / WI,
-                   column.k0,
-                   p.dy + (static_cast<size_t>(s) * chain_warps + warp) * p.n_out * R,
+                   column.i0 + warp / share % WI,
+                   jb * WJ + warp / share / WI,
+                   column.k0 + first_row,
+                   p.dy + (static_cast<size_t>(s) * tiles + warp / share) * p.n_out * R + first_row,
                    {}};
         Seen seen;
         if (p.head) {
           look(seen, p, at.i, at.j, at.k0, lane);
         } else {
-          load_mask(at.mask, p, p.products + 1, at.steps_in_all, s, tid);
+          at.mask = stored_mask(p, p.products + 1, at.steps_in_all, s, tid);
 #pragma unroll
-          for (int n = 0; n < 4; ++n) seen.loaded[n] = p.n_out == 1 ? Bits::of(at.dy_at[n * 8 + lane.g]) : 0;
+          for (int n = 0; n < lines; ++n) seen.loaded[n] = p.n_out == 1 ? Bits::of(at.dy_at[n * 8 + lane.g]) : 0;
         }
         Fragment h;
         walk_forward(at, h);
-        float dy[4];
+        float dy[lines];
         if (p.head) {
           head(at, h, seen, dy, loss, dy_sum);
           if (!p.masks) continue;
         } else {
 #pragma unroll
-          for (int n = 0; n < 4; ++n) dy[n] = Bits::value(seen.loaded[n]);
+          for (int n = 0; n < lines; ++n) dy[n] = Bits::value(seen.loaded[n]);
         }
         walk_back(at, h, dy);
       }
@@ -309,11 +289,11 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
 
   // delta = delta_(P+1) of a single output without its factors w_r: dy where the mask is set. dy[n] is that of row g + 8 n; in
   // the head, lane t has row g + 8 t in dy[0].
-  TCAM_DEVICE static void spread_one(Fragment& delta, const float (&dy)[4], bool head, const uint32_t (&mask)[words],
+  TCAM_DEVICE static void spread_one(Fragment& delta, const float (&dy)[lines], bool head, const Mask& mask,
                                      const Lane<N>& lane) {
-    uint32_t pairs[4];
+    uint32_t pairs[lines];
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
+    for (int n = 0; n < lines; ++n) {
       const float x = head ? __shfl_sync(0xffffffffu, dy[0], (lane.lane & ~3) | n) : dy[n];
       pairs[n] = T::pack(x, x);
     }
@@ -327,12 +307,12 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
 
   // delta = delta_(P+1) of several outputs: the sum over outputs of dy w, where the mask is set. dy_at: (n_out, R).
   TCAM_DEVICE static void spread(Fragment& delta, const float* dy_at, int n_out, const float* last,
-                                 const uint32_t (&mask)[words], const Lane<N>& lane) {
-    float dy[fused_most_out][4];
+                                 const Mask& mask, const Lane<N>& lane) {
+    float dy[fused_most_out][lines];
 #pragma unroll
     for (int o = 0; o < fused_most_out; ++o)
 #pragma unroll
-      for (int n = 0; n < 4; ++n) dy[o][n] = o < n_out ? dy_at[o * R + n * 8 + lane.g] : 0.f;
+      for (int n = 0; n < lines; ++n) dy[o][n] = o < n_out ? dy_at[o * R + n * 8 + lane.g] : 0.f;
 #pragma unroll
     for (int s = 0; s < steps; ++s)
 #pragma unroll
@@ -354,8 +334,8 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
       }
   }
 
-  // Writes delta_L to a tile: output o in column o, zero in the other columns.
-  TCAM_DEVICE static void store_outputs(uint16_t* to, const float (&dy)[4], const Lane<N>& lane) {
+  // Writes delta_L to the warp's rows of a tile: output o in column o, zero in the other columns.
+  TCAM_DEVICE static void store_outputs(uint16_t* to, const float (&dy)[lines], const Lane<N>& lane) {
     Fragment f;
 #pragma unroll
     for (int m = 0; m < MT; ++m)
@@ -364,7 +344,7 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
 #pragma unroll
         for (int r = 0; r < 4; ++r) f[m][s][r] = 0;
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
+    for (int n = 0; n < lines; ++n) {
       const float lo = __shfl_sync(0xffffffffu, dy[n], (lane.lane & ~3) | (lane.t * 2 & 3));
       const float hi = __shfl_sync(0xffffffffu, dy[n], (lane.lane & ~3) | ((lane.t * 2 + 1) & 3));
       f[n >> 1][0][n & 1] = lane.t < 2 ? T::pack(lo, hi) : 0;
@@ -372,12 +352,12 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N> {
     store_tile(to, f, lane);
   }
 
-  // Writes delta_1 of the tile's voxels to p.delta1, 16 bytes at a time, in the order of delta1_column.
+  // Writes delta_1 of the warp's rows to p.delta1, 16 bytes at a time, in the order of delta1_column.
   TCAM_DEVICE static void write_delta1(const FusedBackward& p, const Fragment& f, int i, int j, int k0, const Lane<N>& lane) {
     if (i >= p.maps.ni || j >= p.maps.nj) return;
     uint16_t* row = p.delta1 + ((static_cast<size_t>(i) * p.maps.nj + j) * p.maps.nk + k0) * N;
 #pragma unroll
-    for (int n = 0; n < 4; ++n)
+    for (int n = 0; n < lines; ++n)
       if (k0 + n * 8 + lane.g < p.maps.nk)
 #pragma unroll
         for (int q = 0; q < steps / 2; ++q)

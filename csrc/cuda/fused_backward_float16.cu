@@ -3,8 +3,8 @@
 
 namespace tcam {
 
-cudaError_t fused_backward_float16(const FusedBackward& p, int width, int blocks, cudaStream_t stream) {
-  return choose_fused_backward<ptx::Float16>(p, width, blocks, stream);
+cudaError_t fused_backward_float16(const FusedBackward& p, int width, bool warpgroups, int blocks, cudaStream_t stream) {
+  return launch_fused_backward<ptx::Float16>(p, width, warpgroups, blocks, stream);
 }
 
 }  // namespace tcam

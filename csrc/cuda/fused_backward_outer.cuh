@@ -1,23 +1,23 @@
-// The outer warps of the fused backward kernel: they sum the weight gradient of the launch's layer from the chain warps' tiles.
+// The outer warps of the fused backward kernel: they sum the weight gradient of the launch's layer from the tiles that the chain warps give.
 #pragma once
 #include "fused_backward_block.cuh"
 
 namespace tcam {
 
-template <class T, int N>
-struct FusedBackwardOuter : FusedBackwardBlock<T, N> {
-  using Base = FusedBackwardBlock<T, N>;
-  using Base::tile, Base::chain_warps, Base::pair_threads, Base::written, Base::read;
+template <class T, int N, int MT>
+struct FusedBackwardOuter : FusedBackwardBlock<T, N, MT> {
+  using Base = FusedBackwardBlock<T, N, MT>;
+  using Base::tile, Base::tiles, Base::chain_threads, Base::tile_threads, Base::written, Base::read;
   using typename Base::Block, typename Base::Memory;
 
   // One outer warp: p.sums[block] += its quarter of dW = sum over voxels of delta^T h, N/2 rows from `row` on and N/2 columns
   // from `column` on; and p.row_sums[block] += the sums of delta, computed as a product with ones. Of each tile's 32 voxels,
   // the warps of the left half of dW sum delta over the first 16 and those of the right half over the others. Tiles are added
-  // in the order of steps, then chain warps.
+  // in the order of steps, then of i.
   TCAM_DEVICE static void outer(const FusedBackward& p, const Memory& memory, const typename Block::Steps& all) {
     constexpr int row_tiles = N / 32, column_tiles = N / 16;
     const Lane<N> lane;
-    const int warp = (threadIdx.x >> 5) - chain_warps, right = warp >> 1, row = (warp & 1) * (N / 2), column = right * (N / 2);
+    const int warp = (static_cast<int>(threadIdx.x) - chain_threads) >> 5, right = warp >> 1, row = (warp & 1) * (N / 2), column = right * (N / 2);
     // Both operands are transposed by the load. From one 8 x 8 matrix of a load to the next, columns advance first and then
     // voxels for delta (an A operand), voxels first and then columns for h (two B operands).
     const int delta_at =
@@ -26,13 +26,13 @@ struct FusedBackwardOuter : FusedBackwardBlock<T, N> {
     const uint32_t ones[2] = {T::ones, T::ones};
     float sum[row_tiles][column_tiles][4] = {}, row_sum[row_tiles][4] = {};
 #pragma unroll 1
-    for (int w = 0; w < chain_warps; ++w) ptx::barrier_arrive(read + w, pair_threads);
+    for (int w = 0; w < tiles; ++w) ptx::barrier_arrive(read + w, tile_threads);
 #pragma unroll 1
     for (int s = all.begin; s < all.end; ++s) {
 #pragma unroll 1
-      for (int w = 0; w < chain_warps; ++w) {
-        const uint16_t* h_tile = memory.tiles + w * 2 * tile;
-        ptx::barrier_wait(written + w, pair_threads);
+      for (int w = 0; w < tiles; ++w) {
+        const uint16_t* h_tile = memory.given + w * 2 * tile;
+        ptx::barrier_wait(written + w, tile_threads);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           uint32_t delta[row_tiles][4];
@@ -52,7 +52,7 @@ struct FusedBackwardOuter : FusedBackwardBlock<T, N> {
 #pragma unroll
             for (int m = 0; m < row_tiles; ++m) T::mma(row_sum[m], delta[m], ones, row_sum[m]);
         }
-        if (s + 1 < all.end) ptx::barrier_arrive(read + w, pair_threads);
+        if (s + 1 < all.end) ptx::barrier_arrive(read + w, tile_threads);
       }
     }
     float* sums = p.sums + static_cast<size_t>(blockIdx.x) * N * N;

@@ -84,11 +84,11 @@ class FusedMlp {
   void describe(Output output, char* text, size_t size) const {
     const char* type = bfloat() ? "bfloat16" : "float16";
     if (output == Output::volume)
-      snprintf(text, size, "fused, on tensor cores in %s: %d channels, %d products, blocks of %d x %d warps", type, N_,
-               products(), kind_->wi, kind_->wj);
+      snprintf(text, size, "fused, on tensor cores in %s by %s: %d channels, %d products, blocks of %d x %d tiles", type,
+               kind_->mt == 1 ? "wgmma" : "mma", N_, products(), kind_->wi, kind_->wj);
     else
-      snprintf(text, size, "fused, on tensor cores in %s: %d channels, %d products, %d launches", type, N_, products(),
-               launches(output).count);
+      snprintf(text, size, "fused, on tensor cores in %s by %s: %d channels, %d products, %d launches", type,
+               device_.warpgroups ? "wgmma" : "mma", N_, products(), launches(output).count);
   }
 
   // Slabs: a multiple of fused_backward_wide of i (fewer only in a small box), all j and k. They depend on the problem alone.
@@ -98,8 +98,8 @@ class FusedMlp {
     const int64_t N = N_, voxels = n[1] * n[2], wide = fused_backward_wide;
     int64_t each = (n[1] + n[2]) * N * 2, budget = slab_bytes_forward;
     if (c.backward) {  // masks and dl/dy are per step, which rounds i up to a multiple of `wide` and k of 32
-      const int64_t padded = steps(wide, n[1], n[2]) * fused_backward_chain_threads / wide;
-      each += padded * (16 * products() + 4 * n_out()) + voxels * N * 2 + first.slice_bytes();
+      const int64_t padded = steps(wide, n[1], n[2]) * fused_backward_step_voxels / wide;
+      each += padded * (N / 8 * products() + 4 * n_out()) + voxels * N * 2 + first.slice_bytes();
       budget = slab_bytes_backward;
     }
     int64_t slab = budget / each;
@@ -112,7 +112,7 @@ class FusedMlp {
 
   void carve(Carver& ws, const Regions& r) {
     const int64_t N = N_, P = products(), ni = r.size[0], nj = r.size[1], nk = r.size[2];
-    const int64_t chain_threads = fused_backward_chain_threads;  // also the voxels of a step
+    constexpr int64_t step_voxels = fused_backward_step_voxels, chain_threads = fused_backward_most_chain_threads;
     steps_ = steps(ni, nj, nk);
     maps_ = {ws.array<uint16_t>(ni * nj * N), ws.array<uint16_t>(nj * nk * N), ws.array<uint16_t>(ni * nk * N), N_, bfloat()};
     panels_ = ws.array<uint16_t>(P * N * N);
@@ -122,9 +122,9 @@ class FusedMlp {
     losses_ = ws.array<double>(fused_most_blocks * chain_threads);
     dy_sums_ = ws.array<double>(fused_most_blocks * chain_threads);
     if (!c.backward) return;
-    top_ = ws.array<uint16_t>(N * N);
-    masks_ = ws.array<uint4>(P * steps_ * chain_threads);
-    dy_ = ws.array<float>(steps_ * chain_threads * n_out());
+    panels_back_ = ws.array<uint16_t>(P * N * N);
+    masks_ = ws.array<char>(P * steps_ * step_voxels * N / 8);
+    dy_ = ws.array<float>(steps_ * step_voxels * n_out());
     delta1_ = ws.array<uint16_t>(ni * nj * nk * N);
     largest_ = ws.array<float>(scale_blocks);
     scale_ = ws.array<float>(5);
@@ -170,16 +170,17 @@ class FusedMlp {
     const int64_t steps = fused_backward_steps(maps);
     const int64_t most = device_.processors < fused_most_blocks ? device_.processors : fused_most_blocks;
     const int grid = static_cast<int>(steps < most ? steps : most);
+    const int chain_threads = fused_backward_chain_threads(device_.warpgroups);
     auto launch = bfloat() ? fused_backward_bfloat16 : fused_backward_float16;
     for (int e = 0; e < all.count; ++e) {
       call.layer = all.all[e].layer;
       call.head = all.all[e].head;
       call.sums = sums_[call.layer];
       call.row_sums = row_sums_[call.layer];
-      c.check(launch(call, N_, grid, c.stream));
+      c.check(launch(call, N_, device_.warpgroups, grid, c.stream));
       if (!call.head) continue;
-      if (objective) c.add_total(losses_, grid * fused_backward_chain_threads, loss);
-      if (call.weighted && n_out() == 1) c.add_total(dy_sums_, grid * fused_backward_chain_threads, dy_total_);
+      if (objective) c.add_total(losses_, grid * chain_threads, loss);
+      if (call.weighted && n_out() == 1) c.add_total(dy_sums_, grid * chain_threads, dy_total_);
     }
   }
 
@@ -225,15 +226,15 @@ class FusedMlp {
 
   Context<float>& c;
   const tcam_problem& p;
-  Device device_ = {0, 0};
+  Device device_ = {};
   const FusedForwardKind* kind_ = nullptr;  // the forward kernel, chosen by refuses(Output::volume, device)
   int N_ = 0;                               // padded width of the hidden layers
   int64_t steps_ = 0;                       // steps of the backward kernel over the largest slab
   FusedInput maps_ = {};
   // The arrays of FusedForward and FusedBackward that have the same names; panels_ are the `weights`.
-  uint16_t *panels_ = nullptr, *top_ = nullptr;
+  uint16_t *panels_ = nullptr, *panels_back_ = nullptr;
   float *panel_biases_ = nullptr, *last_ = nullptr, *last_bias_ = nullptr;
-  uint4* masks_ = nullptr;
+  char* masks_ = nullptr;
   uint16_t* delta1_ = nullptr;
   float *dy_ = nullptr, *largest_ = nullptr, *scale_ = nullptr;
   // float16's scales: scale_[0] multiplies dl/dy, scale_[2] the last layer's weights on the way back. *top_factor_ undoes the
@@ -276,7 +277,7 @@ class FusedMlp {
       call.products = products();
       call.layer = all.all[e].layer;
       call.head = all.all[e].head;
-      const size_t bytes = fused_backward_bytes(call, N_);
+      const size_t bytes = fused_backward_bytes(call, N_, device_.warpgroups);
       most = bytes > most ? bytes : most;
     }
     return most;
@@ -286,7 +287,7 @@ class FusedMlp {
     FusedBackward call = {};
     call.maps = maps;
     call.weights = panels_;
-    call.top = n_out() == 1 ? top_ : panels_ + static_cast<int64_t>(products() - 1) * N_ * N_;
+    call.weights_back = panels_back_;
     call.biases = panel_biases_;
     call.last = last_;
     call.last_bias = last_bias_;
@@ -340,17 +341,21 @@ class FusedMlp {
     return static_cast<int>(grid);
   }
 
-  // Writes the padded, rounded weights: panels_, panel_biases_, last_, last_bias_ and, for gradients of one output, top_.
+  // Writes the padded, rounded weights: panels_, panel_biases_, last_, last_bias_ and, for gradients, panels_back_.
   template <class T>
   void pad() {
     const int L = p.layers, N = N_;
-    for (int l = 2; l < L; ++l)
-      c.run_elements(pad_hidden_kernel<T>, N * N, c.weights[l], nullptr, nullptr, c.biases[l], c.width(l), c.width(l - 1), N,
-                     panels_ + static_cast<int64_t>(l - 2) * N * N, panel_biases_ + (l - 2) * N);
     c.run(pad_last_kernel, 1, threads, 0, c.weights[L], c.biases[L], c.width(L), c.width(L - 1), N, last_, last_bias_);
-    if (c.backward && n_out() == 1)
-      c.run_elements(pad_hidden_kernel<T>, N * N, c.weights[L - 1], c.weights[L], factor_ ? scale_ + 2 : nullptr, nullptr,
-                     c.width(L - 1), c.width(L - 2), N, top_, nullptr);
+    for (int l = 2; l < L; ++l) {
+      const int64_t at = l - 2;
+      c.run_elements(pad_hidden_kernel<T>, N * N, c.weights[l], nullptr, nullptr, c.biases[l], c.width(l), c.width(l - 1), N,
+                     false, panels_ + at * N * N, panel_biases_ + at * N);
+      if (!c.backward) continue;
+      const bool scaled = l == L - 1 && n_out() == 1;  // by the rows of the last layer, see fused_backward.cuh
+      c.run_elements(pad_hidden_kernel<T>, N * N, c.weights[l], scaled ? c.weights[L] : nullptr,
+                     scaled && factor_ ? scale_ + 2 : nullptr, nullptr, c.width(l), c.width(l - 1), N, true,
+                     panels_back_ + at * N * N, nullptr);
+    }
   }
 };
 

@@ -10,14 +10,16 @@ namespace tcam {
 
 // to_weight (padded_rows, padded) = round(weight (rows, columns)) and to_bias (padded_rows) = bias (rows), with zeros in the
 // padding. Where row_factors (rows) is not null, row r is first multiplied by row_factors[r] * *scale; a null scale is 1. A
-// null bias is zero; a null to_bias is not written. A thread owns an element.
+// null bias is zero; a null to_bias is not written. Where `transposed`, which needs padded_rows = padded, to_weight is the
+// transpose. A thread owns an element.
 template <class Out, class Round>
 TCAM_DEVICE void pad_matrix(const float* weight, const float* row_factors, const float* scale, const float* bias, int rows,
-                            int columns, int padded_rows, int padded, Out* to_weight, float* to_bias, Round round) {
+                            int columns, int padded_rows, int padded, bool transposed, Out* to_weight, float* to_bias,
+                            Round round) {
   for (int e = blockIdx.x * threads + threadIdx.x; e < padded_rows * padded; e += gridDim.x * threads) {
     const int r = e / padded, c = e % padded;
     const float w = r < rows && c < columns ? weight[static_cast<int64_t>(r) * columns + c] : 0.f;
-    to_weight[e] = round(row_factors && r < rows ? w * (row_factors[r] * (scale ? *scale : 1.f)) : w);
+    to_weight[transposed ? c * padded + r : e] = round(row_factors && r < rows ? w * (row_factors[r] * (scale ? *scale : 1.f)) : w);
     if (c == 0 && to_bias) to_bias[r] = bias && r < rows ? bias[r] : 0.f;
   }
 }
@@ -25,13 +27,13 @@ TCAM_DEVICE void pad_matrix(const float* weight, const float* row_factors, const
 template <class T>
 __global__ void __launch_bounds__(threads)
     pad_hidden_kernel(const float* weight, const float* row_factors, const float* scale, const float* bias, int rows,
-                      int columns, int padded, uint16_t* to_weight, float* to_bias) {
-  pad_matrix(weight, row_factors, scale, bias, rows, columns, padded, padded, to_weight, to_bias,
+                      int columns, int padded, bool transposed, uint16_t* to_weight, float* to_bias) {
+  pad_matrix(weight, row_factors, scale, bias, rows, columns, padded, padded, transposed, to_weight, to_bias,
              [](float x) { return T::round(x); });
 }
 static __global__ void __launch_bounds__(threads) pad_last_kernel(const float* weight, const float* bias, int rows, int columns,
                                                                   int padded, float* to_weight, float* to_bias) {
-  pad_matrix(weight, nullptr, nullptr, bias, rows, columns, rows, padded, to_weight, to_bias, [](float x) { return x; });
+  pad_matrix(weight, nullptr, nullptr, bias, rows, columns, rows, padded, false, to_weight, to_bias, [](float x) { return x; });
 }
 
 // ---- rows of points ---------------------------------------------------------------------------

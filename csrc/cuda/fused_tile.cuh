@@ -1,15 +1,18 @@
-// The tile that forward and backward of the fused kernels share. A warp owns a tile of R = 16 MT voxels, neighbours along k at
-// one (i, j), and takes it through layers of N channels on tensor cores.
+// The tile that forward and backward of the fused kernels share: R = 32 voxels, neighbours along k at one (i, j), that go
+// through layers of N channels on tensor cores.
 //
-// The voxels are the rows of m16n8k16 products. Their activations stay in registers from layer to layer: the accumulators of
-// one product, rounded, are the A operand of the next. Matrices in shared memory have rows of N 16-bit numbers and are
-// swizzled: the 16-byte chunk c of row r is stored at chunk c ^ (r & 7), so that ldmatrix has no bank conflicts.
+// The voxels are the rows of products. MT is the number of blocks of 16 rows that a warp owns, and chooses the instruction:
+//   MT = 2: a warp owns a tile, and multiplies with mma.sync m16n8k16;
+//   MT = 1: two warps share a tile, and four (a warpgroup, two tiles) multiply with wgmma, on sm_90a only.
+// Activations stay in registers from layer to layer: the accumulators of one product, rounded, are the A operand of the next.
+// Tiles in shared memory have rows of N 16-bit numbers and are swizzled: the 16-byte chunk c of row r is stored at chunk
+// c ^ (r & 7), so that ldmatrix has no bank conflicts.
 //
-// Names in all fused kernels: lane = 4 g + t as in the PTX ISA's fragments; m: a block of 16 rows of the tile; s (or q): a
-// k-step, that is 16 columns; e: 8 of these columns; r: a register of an A operand.
+// Names in all fused kernels: lane = 4 g + t as in the PTX ISA's fragments; m: a block of 16 rows; s (or q): a k-step, that is
+// 16 columns; e: 8 of these columns; r: a register of an A operand.
 #pragma once
 #include "../maths/activation.h"
-#include "ptx.cuh"
+#include "warpgroup.cuh"
 
 namespace tcam {
 
@@ -30,64 +33,122 @@ TCAM_HD int delta1_column(int at) { return at / 32 * 32 + at / 2 % 4 * 8 + at / 
 template <int N>
 struct Lane {
   int lane, g, t, swizzle;
-  int rows;          // A operands: row lane & 15, chunk parity lane >> 4
-  int weights;       // B operands of h W^T, from W (output, input)
-  int weights_back;  // B operands of delta W, from the same matrix, transposed by the load
+  int rows;     // A operands: row lane & 15, chunk parity lane >> 4
+  int weights;  // B operands of h W^T, from W (output, input)
   TCAM_DEVICE Lane()
       : lane(threadIdx.x & 31),
         g(lane >> 2),
         t(lane & 3),
         swizzle(lane & 7),
         rows((lane & 15) * N + (((lane >> 4) ^ swizzle) << 3)),
-        weights(((lane & 7) + ((lane >> 4) << 3)) * N + ((((lane >> 3) & 1) ^ swizzle) << 3)),
-        weights_back((lane & 15) * N + (((lane >> 4) ^ swizzle) << 3)) {}
+        weights(((lane & 7) + ((lane >> 4) << 3)) * N + ((((lane >> 3) & 1) ^ swizzle) << 3)) {}
 };
 
 template <class T, int N, int MT>
 struct FusedTile {
-  static constexpr int R = 16 * MT, tile = R * N, steps = N / 16, chunks = N / 8;
-  static_assert(MT == 2 && steps % 2 == 0 && chunks >= 8, "");
+  static constexpr int R = 32, tile = R * N, steps = N / 16, chunks = N / 8;
+  static constexpr int share = 2 / MT;  // warps of a tile
+  static constexpr int lines = 2 * MT;  // rows that a lane has: g + 8 n
+  static_assert((MT == 1 || MT == 2) && (N == 64 || N == 128), "");
   using Fragment =
       uint32_t[MT][steps][4];  // [m][s][r]: rows 16 m + g + 8 (r & 1), columns 16 s + 8 (r >> 1) + 2 t and the next
+
+  // The first row of a warp in its tile.
+  TCAM_DEVICE static int first_row(int warp) { return warp % share * 16; }
 
   // The offset of a 16-byte chunk in a swizzled matrix.
   TCAM_DEVICE static int at(int row, int chunk) { return row * N + ((chunk ^ (row & 7)) << 3); }
 
-  // Starts copying `from` (rows, N) in global memory to `to` in shared memory, swizzled. Called by all `threads` threads of a
-  // group, each with its number tid.
-  TCAM_DEVICE static void stage_rows(uint16_t* to, const uint16_t* from, int rows, int tid, int threads) {
-    for (int c = tid; c < rows * chunks; c += threads)
-      ptx::copy16(to + at(c / chunks, c % chunks), from + static_cast<size_t>(c) * 8);
+  // Starts copying a matrix W (N outputs, N inputs) from global memory to a panel in shared memory, the B operand of h W^T.
+  // Called by all `threads` threads of a group, each with its number tid. For wgmma a panel is N / 64 matrices of 64 inputs
+  // each, from an address divisible by 1024.
+  TCAM_DEVICE static void stage_panel(uint16_t* to, const uint16_t* from, int tid, int threads) {
+    for (int c = tid; c < N * chunks; c += threads) {
+      const int row = c / chunks, chunk = c % chunks;
+      ptx::copy16(to + (MT == 2 ? at(row, chunk) : chunk / 8 * N * 64 + row * 64 + (((chunk ^ row) & 7) << 3)),
+                  from + static_cast<size_t>(c) * 8);
+    }
+  }
+  // Waits for the thread's copies of panels. A barrier must follow before the first product.
+  TCAM_DEVICE static void wait_panels() {
+    ptx::wait_copies();
+    if (MT == 1) ptx::products_fence();
   }
 
-  // out[:][s] = k-step s of h_1 = relu(A + B + G), from a_row (N) and the swizzled tiles b_tile and g_tile (R, N). All rows of
-  // the tile share a_row, which the lanes read by broadcast.
-  TCAM_DEVICE static void first_layer(Fragment& out, int s, const uint16_t* a_row, const uint16_t* b_tile,
-                                      const uint16_t* g_tile, const Lane<N>& lane) {
+  // out[:][s] = k-step s of h_1 = relu(A + B + G), from a_row (N) and the warp's rows of the swizzled tiles b_rows and g_rows.
+  // All rows of the tile share a_row, which the lanes read by broadcast.
+  TCAM_DEVICE static void first_layer(Fragment& out, int s, const uint16_t* a_row, const uint16_t* b_rows,
+                                      const uint16_t* g_rows, const Lane<N>& lane) {
     uint32_t a[4];
     ptx::load_matrices(a, a_row + ((s & ~1) * 2 + (lane.lane >> 3)) * 8);
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
       uint32_t bv[4], gv[4];
       const int offset = m * 16 * N + (lane.rows ^ (s << 4));
-      ptx::load_matrices(bv, b_tile + offset);
-      ptx::load_matrices(gv, g_tile + offset);
+      ptx::load_matrices(bv, b_rows + offset);
+      ptx::load_matrices(gv, g_rows + offset);
 #pragma unroll
       for (int r = 0; r < 4; ++r) out[m][s][r] = T::add_relu(T::add(a[(s & 1) * 2 + (r >> 1)], gv[r]), bv[r]);
     }
   }
 
-  // sum = columns [16 nb, 16 (nb + blocks)) of in W^T + bias. panel: W (N outputs, N inputs), swizzled, in shared memory.
-  // sum[q][m][e]: the accumulators of rows 16 m on and columns 16 (nb + q) + 8 e on; k-steps are added in ascending order.
+  // Multiplies: in W^T + bias, from the panel of W. biases (N), null: none. Each sum adds its k-steps in ascending order. For
+  // every s, calls meanwhile(s), for work that does not need the product, and then each(s, m, sum) with the accumulators sum[e]
+  // of rows 16 m on and columns 16 s + 8 e on. With mma.sync, `blocks` k-steps of columns are in registers at a time, and `each`
+  // is called while `in` is still needed; with wgmma all are, and `each` is called after the last use of `in`.
+  template <int blocks, class Meanwhile, class Each>
+  TCAM_DEVICE static void multiply(const Fragment& in, const uint16_t* panel, const float* biases, const Lane<N>& lane,
+                                   Meanwhile meanwhile, Each each) {
+    if constexpr (MT == 1) {
+      float sum[N / 2];
+#pragma unroll
+      for (int n = 0; n < N / 8; ++n) {
+        float* c = sum + 4 * n;
+        load_bias(c, biases, n * 8, lane);
+        c[2] = c[0], c[3] = c[1];
+      }
+      ptx::warpgroup_fence();
+#pragma unroll
+      for (int s = 0; s < steps; ++s) ptx::warpgroup_product<T>(sum, in[0][s], panel + s / 4 * N * 64, s % 4);
+      ptx::warpgroup_commit();
+#pragma unroll
+      for (int s = 0; s < steps; ++s) meanwhile(s);
+      ptx::warpgroup_wait();
+#pragma unroll
+      for (int s = 0; s < steps; ++s) {
+        const float* c = sum + 8 * s;
+        each(s, 0, {{c[0], c[1], c[2], c[3]}, {c[4], c[5], c[6], c[7]}});
+      }
+    } else {
+#pragma unroll
+      for (int nb = 0; nb < steps; nb += blocks) {
+        float sum[blocks][MT][2][4];
+        multiply_columns(sum, in, panel, biases, nb, lane);
+#pragma unroll
+        for (int q = 0; q < blocks; ++q) {
+          meanwhile(nb + q);
+#pragma unroll
+          for (int m = 0; m < MT; ++m) each(nb + q, m, sum[q][m]);
+        }
+      }
+    }
+  }
+  TCAM_DEVICE static void load_bias(float* to, const float* biases, int column, const Lane<N>& lane) {
+    if (biases)
+      ptx::load_pair(to, biases + column + lane.t * 2);
+    else
+      to[0] = to[1] = 0.f;
+  }
+  // sum = columns [16 nb, 16 (nb + blocks)) of in W^T + bias, by mma.sync.
   template <int blocks>
-  TCAM_DEVICE static void product(float (&sum)[blocks][MT][2][4], const Fragment& in, const uint16_t* panel,
-                                  const float* biases, int nb, const Lane<N>& lane) {
+  TCAM_DEVICE static void multiply_columns(float (&sum)[blocks][MT][2][4], const Fragment& in, const uint16_t* panel,
+                                           const float* biases, int nb, const Lane<N>& lane) {
     float bias[blocks][2][4];
 #pragma unroll
     for (int q = 0; q < blocks; ++q)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        ptx::load_pair(bias[q][e], biases + (nb + q) * 16 + e * 8 + lane.t * 2);
+        load_bias(bias[q][e], biases, (nb + q) * 16 + e * 8, lane);
         bias[q][e][2] = bias[q][e][0];
         bias[q][e][3] = bias[q][e][1];
       }
@@ -101,31 +162,6 @@ struct FusedTile {
         for (int m = 0; m < MT; ++m)
 #pragma unroll
           for (int e = 0; e < 2; ++e) T::mma(sum[q][m][e], in[m][s], w + 2 * e, s ? sum[q][m][e] : bias[q][e]);
-      }
-  }
-
-  // sum = columns [16 nb, 16 (nb + blocks)) of in W, from the same panel.
-  template <int blocks>
-  TCAM_DEVICE static void product_back(float (&sum)[blocks][MT][2][4], const Fragment& in, const uint16_t* panel, int nb,
-                                       const Lane<N>& lane) {
-#pragma unroll
-    for (int q = 0; q < blocks; ++q)
-#pragma unroll
-      for (int m = 0; m < MT; ++m)
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-#pragma unroll
-          for (int r = 0; r < 4; ++r) sum[q][m][e][r] = 0.f;
-#pragma unroll
-    for (int s = 0; s < steps; ++s)
-#pragma unroll
-      for (int q = 0; q < blocks; ++q) {
-        uint32_t w[4];
-        ptx::load_matrices_transposed(w, panel + s * 16 * N + (lane.weights_back ^ ((nb + q) << 4)));
-#pragma unroll
-        for (int m = 0; m < MT; ++m)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) T::mma(sum[q][m][e], in[m][s], w + 2 * e, sum[q][m][e]);
       }
   }
 
@@ -158,13 +194,16 @@ struct FusedTile {
   }
 };
 
-// A block of WI x WJ such warps, neighbours along i and j, and its walk over a volume. In a step each warp computes one tile. A
+// A block of WI x WJ such tiles, neighbours along i and j, and its walk over a volume. A step is one such block of tiles. A
 // column consists of the steps that share a tile of k and WI values of i: only j advances, so the tiles of G stay in shared
-// memory. Steps are numbered column by column, and each block walks an equal range of them.
+// memory. Steps are numbered column by column, and each block walks an equal range of them. Tile w has the warps w * share to
+// (w + 1) * share - 1; its i is i0 + w % WI, its j is jb * WJ + w / WI.
 template <class T, int N, int MT, int WI, int WJ>
 struct FusedBlock : FusedTile<T, N, MT> {
   using Tile = FusedTile<T, N, MT>;
-  static constexpr int warps = WI * WJ, threads = warps * 32, R = Tile::R, tile = Tile::tile, chunks = Tile::chunks;
+  static constexpr int R = Tile::R, tile = Tile::tile, chunks = Tile::chunks, share = Tile::share;
+  static constexpr int tiles = WI * WJ, warps = tiles * share, threads = warps * 32;
+  static_assert(MT == 2 || warps % 4 == 0, "whole warpgroups");
 
   struct Steps {
     int tiles_k, tiles_i, tiles_j, begin, end;
@@ -188,24 +227,27 @@ struct FusedBlock : FusedTile<T, N, MT> {
     }
   };
 
-  // The tiles of the maps in shared memory: G of the column (WI, R, N), and two buffers of B (WJ, R, N) and of A (warps, N).
+  // The tiles of the maps in shared memory: G of the column (WI, R, N), and two buffers of B (WJ, R, N) and of A (tiles, N).
   struct Stage {
     uint16_t *g, *b, *a;
-    static constexpr int elements = (WI + 2 * WJ) * tile + 2 * warps * N;
+    static constexpr int elements = (WI + 2 * WJ) * tile + 2 * tiles * N;
     TCAM_DEVICE explicit Stage(Shared& shared) {
       g = shared.take<uint16_t>(WI * tile);
       b = shared.take<uint16_t>(2 * WJ * tile);
-      a = shared.take<uint16_t>(2 * warps * N);
+      a = shared.take<uint16_t>(2 * tiles * N);
     }
-    TCAM_DEVICE const uint16_t* g_tile(int warp) const { return g + warp % WI * tile; }
-    TCAM_DEVICE const uint16_t* b_tile(int warp, int buffer) const { return b + (buffer * WJ + warp / WI) * tile; }
-    TCAM_DEVICE const uint16_t* a_row(int warp, int buffer) const { return a + (buffer * warps + warp) * N; }
+    // A warp's rows of its tiles.
+    TCAM_DEVICE const uint16_t* g_rows(int warp) const { return g + warp / share % WI * tile + Tile::first_row(warp) * N; }
+    TCAM_DEVICE const uint16_t* b_rows(int warp, int buffer) const {
+      return b + (buffer * WJ + warp / share / WI) * tile + Tile::first_row(warp) * N;
+    }
+    TCAM_DEVICE const uint16_t* a_row(int warp, int buffer) const { return a + (buffer * tiles + warp / share) * N; }
   };
 
   // Indices past the end are clamped: their voxels are computed but never used.
   TCAM_DEVICE static int clamped(int x, int n) { return x < n ? x : n - 1; }
 
-  // Starts copying the column's tiles of G. Called by all threads of the block's WI x WJ warps.
+  // Starts copying the column's tiles of G. Called by all threads of the tiles' warps.
   TCAM_DEVICE static void stage_column(const Stage& to, const FusedMaps& maps, const Column& c, int tid) {
 #pragma unroll 1
     for (int e = tid; e < WI * R * chunks; e += threads) {
@@ -228,10 +270,10 @@ struct FusedBlock : FusedTile<T, N, MT> {
             maps.b + (static_cast<size_t>(clamped(jb * WJ + r / R, maps.nj)) * maps.nk + clamped(c.k0 + r % R, maps.nk)) * N +
                 e % chunks * 8);
     }
-    if (tid < warps * chunks) {
+    if (tid < tiles * chunks) {
       const int w = tid / chunks;
       ptx::copy16(
-          to.a + (buffer * warps + w) * N + tid % chunks * 8,
+          to.a + (buffer * tiles + w) * N + tid % chunks * 8,
           maps.a + (static_cast<size_t>(clamped(c.i0 + w % WI, maps.ni)) * maps.nj + clamped(jb * WJ + w / WI, maps.nj)) * N +
               tid % chunks * 8);
     }

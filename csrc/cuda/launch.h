@@ -23,11 +23,12 @@ int tcam_resample_axis_cuda(const tcam_resample* problem, const double bounds[2]
 int tcam_normals_cuda(const tcam_normals* normals, float* out, int device, void* stream);
 
 // Writes to `text` (`size` bytes) which kernels a problem takes on a device that allows `shared_limit` bytes of shared memory a
-// block, and why not faster ones. `output`: 0 the volume, 1 the losses alone, 2 gradients. Works without a device.
-void tcam_decode_cuda_explain(const tcam_problem* problem, int output, int shared_limit, char* text, int size);
+// block and runs wgmma or not, and why not faster ones. `output`: 0 the volume, 1 the losses alone, 2 gradients. Works without a device.
+void tcam_decode_cuda_explain(const tcam_problem* problem, int output, int shared_limit, int warpgroups, char* text, int size);
 
 int tcam_cuda_info(int* runtime, int* driver, int* devices);
-int tcam_cuda_shared_limit(int device, int* bytes);  // bytes of shared memory that a block may have
+// The bytes of shared memory that a block of a device may have, and whether it runs the kernels with wgmma.
+int tcam_cuda_device(int device, int* shared_limit, int* warpgroups);
 const char* tcam_cuda_error(int status);
 
 #ifdef __cplusplus

@@ -130,8 +130,4 @@ extern "C" int tcam_cuda_info(int* runtime, int* driver, int* devices) {
   return cudaGetDeviceCount(devices);
 }
 
-extern "C" int tcam_cuda_shared_limit(int device, int* bytes) {
-  return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-}
-
 extern "C" const char* tcam_cuda_error(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }

@@ -88,12 +88,12 @@ class EmulatedCall:
     def workspace(self, backward: bool) -> int:
         return int(self.module.library.tcam_decode_cuda_workspace(ctypes.byref(self.p), int(backward))) + 256
 
-    def explain(self, output: int, shared_limit: int) -> str:
+    def explain(self, output: int, shared_limit: int, warpgroups: bool) -> str:
         p = raw.Decode.from_buffer_copy(self.p)
         if output == 2:
             p.grad_planes, p.grad_decoder = 1, p.layers > 0
         text = ctypes.create_string_buffer(400)
-        self.module.library.tcam_decode_cuda_explain(ctypes.byref(p), output, SHARED, text, len(text))
+        self.module.library.tcam_decode_cuda_explain(ctypes.byref(p), output, SHARED, True, text, len(text))
         return text.value.decode()
 
     def _aligned(self, workspace: Tensor) -> Any:

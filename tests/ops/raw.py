@@ -105,11 +105,11 @@ class Kernels:
         """The bytes of workspace for a float32 decode or its backward."""
         return self._workspace(self._problem(p, compute, None, (backward, backward), 2, 0, torch.float32), backward)
 
-    def explain(self, p: Problem, compute: int, output: int, shared_limit: int) -> str:
+    def explain(self, p: Problem, compute: int, output: int, shared_limit: int, warpgroups: bool = True) -> str:
         """tcam_decode_cuda_explain."""
         text = ctypes.create_string_buffer(400)
         problem = self._problem(p, compute, None, (output == 2, output == 2), 2, 0, torch.float32)
-        self.library.tcam_decode_cuda_explain(ctypes.byref(problem), output, shared_limit, text, len(text))
+        self.library.tcam_decode_cuda_explain(ctypes.byref(problem), output, shared_limit, warpgroups, text, len(text))
         return text.value.decode()
 
     def _call(self, op: str, problem: Decode, backward: bool, *arguments: Any) -> None:

@@ -25,6 +25,8 @@ skip_where_it_cannot_run = [
 ]
 #: (order, greedy warps, early copies, seed) of tests/simt/simt.h
 SCHEDULES = {"in order": (0, 0, 0, 1), "reversed, greedy": (1, 1, 0, 1), "shuffled, early copies": (2, 0, 1, 7)}
+#: Arguments of simt_device: bytes of shared memory a block, multiprocessors, whether wgmma runs.
+HOPPER = (227 << 10, 2, True)
 #: Problems for the general kernels.
 SHAPES = [
     dict(channels=5, texels=(4, 5, 6), widths=(37, 21, 3), size=(8, 9, 5), bias=False),

@@ -8,7 +8,7 @@ import raw
 import simt
 import torch
 from problems import FUSED_BACKWARD, FUSED_FORWARD, HALF
-from simt import SCHEDULES, SHAPES, gradients
+from simt import HOPPER, SCHEDULES, SHAPES, gradients
 
 from tcam_ext import reference
 from tcam_ext.losses import LOSSES
@@ -16,11 +16,11 @@ from tcam_ext.losses import LOSSES
 pytestmark = simt.skip_where_it_cannot_run
 
 
-@pytest.fixture(params=[(227 << 10, 2), (163 << 10, 3)], ids=["227 KiB", "163 KiB"])
+@pytest.fixture(params=[(227 << 10, 2, True), (227 << 10, 2, False), (163 << 10, 3, False)], ids=["wgmma", "227 KiB", "163 KiB"])
 def device(request, kernels):
     kernels.library.simt_device(*request.param)
     yield
-    kernels.library.simt_device(227 << 10, 2)
+    kernels.library.simt_device(*HOPPER)
 
 
 @pytest.mark.parametrize("shape", FUSED_FORWARD, ids=[str(s["widths"]) for s in FUSED_FORWARD])
@@ -62,9 +62,9 @@ def test_a_box_of_the_fused_kernel_is_the_same_part_of_the_whole_bit_for_bit(ker
 
 def test_no_fused_kernel_fits_and_the_general_path_serves(kernels):
     p = problems.make(**FUSED_FORWARD[0]).to(torch.float32)
-    kernels.library.simt_device(99 << 10, 2)
+    kernels.library.simt_device(99 << 10, 2, False)
     got = kernels.forward(p, 3)
-    kernels.library.simt_device(227 << 10, 2)
+    kernels.library.simt_device(*HOPPER)
     assert torch.equal(got, kernels.forward(p, 5))
 
 
@@ -134,21 +134,21 @@ def test_a_launch_that_fails_is_an_error_and_no_reason_for_other_kernels(kernels
             call()
 
 
-@pytest.mark.parametrize("shared", [99, 163, 227])
+@pytest.mark.parametrize(("shared", "wgmma"), [(99, False), (163, False), (227, False), (227, True)])
 @pytest.mark.parametrize("shape", [*FUSED_FORWARD, *SHAPES[:2]], ids=lambda s: str(s["widths"]))
-def test_the_explanation_is_what_happens(kernels, shape, shared):
+def test_the_explanation_is_what_happens(kernels, shape, shared, wgmma):
     """Explained as fused exactly if the bits differ from those of the general kernels."""
     p = problems.make(**shape).to(torch.float32)
     grad = torch.randn(p.planes[0].shape[0], p.weights[-1].shape[0], *p.size)
-    kernels.library.simt_device(shared << 10, 2)
+    kernels.library.simt_device(shared << 10, 2, wgmma)
     try:
         values = torch.equal(kernels.forward(p, 3), kernels.forward(p, 5))
         pairs = zip(kernels.backward(p, grad, 3), kernels.backward(p, grad, 5), strict=True)
         gradients = all(torch.equal(a, b) for a, b in pairs)
     finally:
-        kernels.library.simt_device(227 << 10, 2)
+        kernels.library.simt_device(*HOPPER)
     for output, general in ((0, values), (2, gradients)):
-        text = kernels.explain(p, 3, output, shared << 10)
+        text = kernels.explain(p, 3, output, shared << 10, wgmma)
         assert ("layer by layer, TensorFloat-32 products; not the fused kernels: " in text) == general
         assert text.startswith("fused, ") != general
 
@@ -265,7 +265,7 @@ def test_fused_bfloat16_gradients_are_as_good_as_torchs_own(kernels, capsys):
 def test_no_fused_backward_fits_and_the_general_kernels_serve(kernels):
     p = problems.make(**FUSED_BACKWARD[0]).to(torch.float32)
     grad = torch.randn(1, 1, *p.size)
-    kernels.library.simt_device(163 << 10, 2)
+    kernels.library.simt_device(163 << 10, 2, False)
     got = kernels.backward(p, grad, 3)
-    kernels.library.simt_device(227 << 10, 2)
+    kernels.library.simt_device(*HOPPER)
     assert all(torch.equal(a, b) for a, b in zip(got, kernels.backward(p, grad, 5), strict=True))

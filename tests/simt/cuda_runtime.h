@@ -49,9 +49,15 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
   simt::failure = 0;
   return static_cast<cudaError_t>(status);
 }
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor
+};
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? simt::device.processors : simt::device.shared_limit;
+  const int values[] = {simt::device.processors, simt::device.shared_limit, simt::device.warpgroups ? 9 : 8, 0};
+  *value = values[attribute];
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDevice(int* device) {

@@ -77,6 +77,21 @@ struct Fiber {
     const void* from;
   };
   std::vector<Copy> copies;  // asynchronous copies in flight
+  struct Product {           // of a warpgroup, in flight
+    float* to;
+    int columns;
+    float before[64];  // *to when the first product to it began; later ones leave it
+    bool first;
+    uint32_t a[4];
+    const uint16_t* rows;
+    int k_step;
+  };
+  std::vector<Product> products;
+  size_t committed = 0;      // how many of `products` are in closed groups
+  bool fenced = false;       // whether warpgroup_fence was called since the last wait
+  bool copies_seen = false;  // whether products_fence was called, so that products see the copies before it
+  std::vector<const void*> unseen;  // where copies wrote before that
+  float wide[64];                   // results of a product
   void* stack_pointer = nullptr;
   char* stack = nullptr;
   size_t stack_bytes = 0;

@@ -6,6 +6,8 @@ extern "C" void simt_schedule(int order, int greedy, int early_copies, unsigned 
   simt::schedule = {static_cast<simt::Order>(order), greedy != 0, early_copies != 0, seed, os_threads};
 }
 
-extern "C" void simt_device(int shared_limit, int processors) { simt::device = {shared_limit, processors}; }
+extern "C" void simt_device(int shared_limit, int processors, int warpgroups) {
+  simt::device = {shared_limit, processors, warpgroups != 0};
+}
 
 extern "C" void simt_fail(int status) { simt::failure = status; }

@@ -13,11 +13,10 @@ inline void aligned(const void* p, const char* what) {
 inline void copy16(void* to, const void* from) {
   aligned(to, "cp.async: the shared address is not divisible by 16");
   aligned(from, "cp.async: the global address is not divisible by 16");
-  if (simt::schedule.early_copies) {
-    memcpy(to, from, 16);
-    return;
-  }
+  if (simt::schedule.early_copies) memcpy(to, from, 16);
   simt::Unwatched u;
+  if (!simt::machine->current->copies_seen) simt::machine->current->unseen.push_back(to);
+  if (simt::schedule.early_copies) return;
   simt::machine->current->copies.push_back({to, from});
 }
 inline void commit_copies() {}

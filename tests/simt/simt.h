@@ -37,6 +37,7 @@ inline Schedule schedule;
 
 struct Device {
   int shared_limit = 227 << 10, processors = 2;
+  bool warpgroups = true;
 };
 inline Device device;    // the properties that launchers query
 inline int failure = 0;  // status of the next cudaFuncSetAttribute, which precedes every launch of a fused kernel
@@ -130,6 +131,7 @@ class Machine {
   }
 
   Fiber& fiber(int linear) { return *fibers_[linear]; }
+  bool is_thread(int linear) const { return linear < count_; }
 
   // The next array of shared memory. All threads take the same arrays in the same order.
   void* take_shared(size_t bytes) {
@@ -161,6 +163,7 @@ class Machine {
       Unwatched u;
       Machine& m = *machine;
       if (!m.current->copies.empty()) die("an asynchronous copy is left without a wait");
+      if (!m.current->products.empty()) die("a product of a warpgroup is left without a wait");
       m.current->state = State::done;
       if (--m.alive_ && m.waiting_ == m.alive_) m.open_barrier();
     }
@@ -222,6 +225,8 @@ class Machine {
       f.lane = i & 31;
       f.state = State::running;
       f.barriers = 0;
+      f.fenced = f.copies_seen = false;
+      f.unseen.clear();
       prepare(f, &Machine::entry);
 #if defined(__SANITIZE_THREAD__)
       __tsan_release(&f);
