@@ -52,6 +52,9 @@ struct FusedBackwardBlock {
   static constexpr int chain_threads = Block::threads, threads = chain_threads + 32 * outer_warps;
   static constexpr int steps = Block::steps, tile = Block::tile, R = Block::R, tiles = Block::tiles, share = Block::share;
   static constexpr int lines = Block::lines;
+  // A given tile consists of N / 64 blocks of 64 channels, each with rows of 64 numbers (R, 64). The 16-byte chunk c of row r is
+  // stored at chunk c ^ (r & 7).
+  static constexpr int given_block = R * 64;
   static_assert(tiles * R == fused_backward_step_voxels && chain_threads <= fused_backward_most_chain_threads, "");
   // Named barriers: chain_barrier joins the chain warps; written + w says that the chain warps of tile w have written h and
   // delta, read + w that the outer warps have read them.
@@ -80,14 +83,14 @@ struct FusedBackwardBlock {
   // The arrays in shared memory.
   struct Memory {
     uint16_t* panels;  // (products, N, N): the panels of the walk forward, then those of the walk back
+    uint16_t* given;   // (tiles, 2, N / 64, R, 64): each tile's h_(layer-1), then its delta_layer
     typename Block::Stage stage;
-    uint16_t* given;       // (tiles, 2, R, N), swizzled: each tile's h_(layer-1), then its delta_layer
     uint16_t* split_last;  // (8, N): FusedTile::split_last
     float *biases, *last, *last_bias;  // (P, N); (fused_most_out, N), times last_scale; (fused_most_out)
     TCAM_DEVICE Memory(Shared& shared, const FusedBackward& p)
         : panels(shared.take<uint16_t>((forward_products(p) + back_products(p)) * N * N)),
-          stage(shared),
           given(shared.take<uint16_t>(tiles * 2 * tile)),
+          stage(shared),
           split_last(shared.take<uint16_t>(8 * N)),
           biases(shared.take<float>(p.products * N)),
           last(shared.take<float>(fused_most_out * N)),

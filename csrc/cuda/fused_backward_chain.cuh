@@ -9,7 +9,7 @@ template <class T, int N, int MT>
 struct FusedBackwardChain : FusedBackwardBlock<T, N, MT> {
   using Base = FusedBackwardBlock<T, N, MT>;
   using Base::chain_threads, Base::tile_threads, Base::chain_barrier, Base::written, Base::read, Base::forward_products;
-  using Base::WI, Base::WJ, Base::R, Base::steps, Base::tile, Base::tiles, Base::share, Base::lines, Base::words;
+  using Base::WI, Base::WJ, Base::R, Base::steps, Base::tile, Base::tiles, Base::share, Base::lines, Base::words, Base::given_block;
   using typename Base::Block, typename Base::Fragment, typename Base::Memory, typename Base::Mask;
 
   // mask = where the numbers of h are positive. h is the output of a ReLU, so each number is positive or zero. Register
@@ -37,12 +37,14 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N, MT> {
     return static_cast<Mask*>(p.masks)[(static_cast<size_t>(layer - 2) * steps_in_all + s) * chain_threads + tid];
   }
 
-  // Writes a fragment to the warp's rows of a swizzled tile in shared memory.
+  // Writes a fragment to the warp's rows of a given tile.
   TCAM_DEVICE static void store_tile(uint16_t* to, const Fragment& f, const Lane<N>& lane) {
+    const int at = (lane.lane & 15) * 64 + (((lane.lane >> 4) ^ lane.swizzle) << 3);
 #pragma unroll
     for (int m = 0; m < MT; ++m)
 #pragma unroll
-      for (int s = 0; s < steps; ++s) ptx::store_matrices(to + m * 16 * N + (lane.rows ^ (s << 4)), f[m][s]);
+      for (int s = 0; s < steps; ++s)
+        ptx::store_matrices(to + s / 4 * given_block + m * 16 * 64 + (at ^ (s % 4 << 4)), f[m][s]);
   }
 
   // h = h_1 of the step whose maps are in `buffer`.
@@ -108,7 +110,7 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N, MT> {
     Mask mask;
 
     // The warp's rows of the tiles that it gives.
-    TCAM_DEVICE uint16_t* h_rows() const { return memory.given + warp / share * 2 * tile + Block::first_row(warp) * N; }
+    TCAM_DEVICE uint16_t* h_rows() const { return memory.given + warp / share * 2 * tile + Block::first_row(warp) * 64; }
     TCAM_DEVICE uint16_t* delta_rows() const { return h_rows() + tile; }
     // Writes h_(layer-1) for the outer warps, after they have read this tile of the step before.
     TCAM_DEVICE void give_h(const Fragment& h) const {
@@ -120,7 +122,10 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N, MT> {
       store_tile(delta_rows(), delta, lane);
       tell();
     }
-    TCAM_DEVICE void tell() const { ptx::barrier_arrive(written + warp / share, tile_threads); }
+    TCAM_DEVICE void tell() const {
+      if (MT == 1) ptx::products_fence();
+      ptx::barrier_arrive(written + warp / share, tile_threads);
+    }
   };
 
   // Computes h from h_1 up to h_(layer-1) or, in the head, up to h_(P+1). The head stores the mask of each layer.

@@ -82,12 +82,14 @@ struct Fiber {
     int columns;
     float before[64];  // *to when the first product to it began; later ones leave it
     bool first;
-    uint32_t a[4];
-    const uint16_t* rows;
-    int k_step;
+    uint32_t a[4];           // A in registers, or
+    const uint16_t* a_rows;  // A in shared memory
+    const uint16_t* rows;    // B
+    int k_step, block;
+    int group;
   };
   std::vector<Product> products;
-  size_t committed = 0;      // how many of `products` are in closed groups
+  int group = 0;             // the open group
   bool fenced = false;       // whether warpgroup_fence was called since the last wait
   bool copies_seen = false;  // whether products_fence was called, so that products see the copies before it
   std::vector<const void*> unseen;  // where copies wrote before that

@@ -226,6 +226,7 @@ class Machine {
       f.state = State::running;
       f.barriers = 0;
       f.fenced = f.copies_seen = false;
+      f.group = 0;
       f.unseen.clear();
       prepare(f, &Machine::entry);
 #if defined(__SANITIZE_THREAD__)
