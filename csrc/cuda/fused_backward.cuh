@@ -28,7 +28,7 @@ template <class T, int N, int MT>
 struct FusedBackwardKernel : FusedBackwardBlock<T, N, MT> {
   using Base = FusedBackwardBlock<T, N, MT>;
   using Base::chain_threads, Base::threads, Base::forward_products, Base::back_products;
-  using typename Base::Block, typename Base::Memory;
+  using typename Base::Team, typename Base::Memory;
   static constexpr int width = N, row_blocks = MT;
 
   // Loads the launch's panels, biases and last layer to shared memory; then the warps divide into chain and outer warps.
@@ -37,26 +37,22 @@ struct FusedBackwardKernel : FusedBackwardBlock<T, N, MT> {
     const Memory memory(shared, p);
     const int tid = threadIdx.x, forward = forward_products(p), back = back_products(p);
     for (int q = 0; q < forward; ++q)
-      Block::stage_panel(memory.panels + q * N * N, p.weights + static_cast<size_t>(q) * N * N, tid, threads);
+      Team::stage_panel(memory.panels + q * N * N, p.weights + static_cast<size_t>(q) * N * N, tid, threads);
     for (int q = 0; q < back; ++q)
-      Block::stage_panel(memory.panels + (forward + q) * N * N,
+      Team::stage_panel(memory.panels + (forward + q) * N * N,
                          p.weights_back + static_cast<size_t>(p.products - 1 - q) * N * N, tid, threads);
     ptx::commit_copies();
     const float last_scale = p.last_scale ? *p.last_scale : 1.f;
     for (int c = tid; c < p.products * N; c += threads) memory.biases[c] = p.biases[c];
-    Block::split_last(memory.split_last, p.last, p.n_out, tid, threads);
+    Team::split_last(memory.split_last, p.last, p.n_out, tid, threads);
     for (int c = tid; c < fused_most_out * N; c += threads) memory.last[c] = c < p.n_out * N ? p.last[c] * last_scale : 0.f;
     if (tid < fused_most_out) memory.last_bias[tid] = p.last_bias[p.n_out == 1 ? 0 : tid < p.n_out ? tid : 0];
-    Block::wait_panels();
+    Team::wait_panels();
     __syncthreads();
-    const typename Block::Steps all(p.maps, blockIdx.x, gridDim.x);
-    if (tid < chain_threads) {
-      if (MT == 1) ptx::release_registers<152>();
-      FusedBackwardChain<T, N, MT>::chain(p, memory, all);
-    } else {
-      if (MT == 1) ptx::take_registers<200>();
-      if (p.weighted) FusedBackwardOuter<T, N, MT>::outer(p, memory, all);
-    }
+    if (tid < chain_threads)
+      FusedBackwardChain<T, N, MT>::chain(p, memory);
+    else if (p.weighted)
+      FusedBackwardOuter<T, N, MT>::outer(p, memory);
   }
 };
 
@@ -74,9 +70,9 @@ auto with_fused_backward(int width, bool warpgroups, F f) {
   return width == 64 ? f(FusedBackwardKernel<T, 64, 2>()) : f(FusedBackwardKernel<T, 128, 2>());
 }
 
-// The number of steps of a launch over these maps, for every kernel.
+// The number of steps of four tiles of a launch over these maps. Kernels with teams of two tiles have at most twice as many.
 inline int fused_backward_steps(const FusedMaps& maps) {
-  return FusedBackwardKernel<ptx::BFloat16, 128, 2>::Block::Steps(maps, 0, 1).count();
+  return FusedBackwardKernel<ptx::BFloat16, 128, 2>::Team::Steps(maps, 0, 1).count();
 }
 
 // The threads of a block's chain warps, and its bytes of dynamic shared memory.

@@ -8,9 +8,9 @@ namespace tcam {
 template <class T, int N, int MT>
 struct FusedBackwardChain : FusedBackwardBlock<T, N, MT> {
   using Base = FusedBackwardBlock<T, N, MT>;
-  using Base::chain_threads, Base::tile_threads, Base::chain_barrier, Base::written, Base::read, Base::forward_products;
-  using Base::WI, Base::WJ, Base::R, Base::steps, Base::tile, Base::tiles, Base::share, Base::lines, Base::words, Base::given_block;
-  using typename Base::Block, typename Base::Fragment, typename Base::Memory, typename Base::Mask;
+  using Base::steps_of, Base::tile_threads, Base::chain_barrier, Base::written, Base::read, Base::forward_products;
+  using Base::WI, Base::WJ, Base::R, Base::steps, Base::tile, Base::teams, Base::share, Base::lines, Base::words, Base::given_block;
+  using typename Base::Team, typename Base::Fragment, typename Base::Memory, typename Base::Mask;
 
   // mask = where the numbers of h are positive. h is the output of a ReLU, so each number is positive or zero. Register
   // h[m][s][r] has word (m * steps + s) / 4: bit (s % 4) * 4 + r for its low half, 16 bits above for its high half.
@@ -34,7 +34,7 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N, MT> {
 
   // This thread's mask of h_layer at step s in p.masks.
   TCAM_DEVICE static Mask& stored_mask(const FusedBackward& p, int layer, int steps_in_all, int s, int tid) {
-    return static_cast<Mask*>(p.masks)[(static_cast<size_t>(layer - 2) * steps_in_all + s) * chain_threads + tid];
+    return static_cast<Mask*>(p.masks)[(static_cast<size_t>(layer - 2) * steps_in_all + s) * Team::threads + tid];
   }
 
   // Writes a fragment to the warp's rows of a given tile.
@@ -45,14 +45,6 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N, MT> {
 #pragma unroll
       for (int s = 0; s < steps; ++s)
         ptx::store_matrices(to + s / 4 * given_block + m * 16 * 64 + (at ^ (s % 4 << 4)), f[m][s]);
-  }
-
-  // h = h_1 of the step whose maps are in `buffer`.
-  TCAM_DEVICE static void first_layer(Fragment& h, const Memory& memory, int warp, int buffer, const Lane<N>& lane) {
-#pragma unroll
-    for (int q = 0; q < steps; ++q)
-      Block::first_layer(h, q, memory.stage.a_row(warp, buffer), memory.stage.b_rows(warp, buffer), memory.stage.g_rows(warp),
-                         lane);
   }
 
   // The elements of p.volume, the target or the output's gradient, that a lane needs in the head. With several outputs entry n
@@ -99,22 +91,61 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N, MT> {
     }
   }
 
-  // A chain warp's position and buffers at one step: the voxels (i, j) from k0 on, the number s of steps_in_all steps, the
-  // warp's rows of p.dy (n_out, R), and the mask of one layer, which the walks load and replace.
+  // What a launch after the head reads at a step, loaded a step ahead: each layer's mask and, with one output, dy.
+  struct Ahead {
+    Mask masks[fused_most_products];
+    float dy[lines];
+    TCAM_DEVICE void load(const FusedBackward& p, int steps_in_all, int s, const float* dy_at, int tid, const Lane<N>& lane) {
+#pragma unroll
+      for (int l = 0; l < fused_most_products; ++l)
+        if (l < p.products) masks[l] = stored_mask(p, l + 2, steps_in_all, s, tid);
+#pragma unroll
+      for (int n = 0; n < lines; ++n) dy[n] = p.n_out == 1 ? dy_at[n * 8 + lane.g] : 0.f;
+    }
+  };
+
+  // A chain warp's position and buffers at one step: the voxels (i, j) from k0 on, the number s of steps_in_all steps, whether
+  // the team has a step after it, the warp's rows of p.dy (n_out, R), and the mask of one layer, which the walks load and
+  // replace. tile: the warp's tile in its block; warp and tid: in its team.
   struct Step {
     const FusedBackward& p;
     const Memory& memory;
+    const typename Team::Stage& stage;
+    const typename Team::Column& column;
+    Ahead& ahead;
     const Lane<N>& lane;
-    int tid, warp, buffer, s, steps_in_all, i, j, k0;
+    int tid, warp, tile, s, steps_in_all, jb, i, j, k0;
     float* dy_at;
     Mask mask;
 
+    TCAM_DEVICE void meet() const { ptx::barrier_wait(chain_barrier + tile / WI, Team::threads); }
+    // h = h_1. The step's maps have been staged. Where nothing else of the step reads them (`last`), those of the next step in
+    // the column are staged after it.
+    TCAM_DEVICE void first_layer(Fragment& h, bool last) const {
+      ptx::wait_copies();
+      meet();
+#pragma unroll
+      for (int q = 0; q < steps; ++q) Team::first_layer(h, q, stage, warp, lane);
+      if (!last) return;
+      meet();  // all warps have read the maps
+      if (jb + 1 < column.j_last) Team::stage_step(stage, p.maps, column, jb + 1, tid);
+    }
+    // Takes the stored mask of a layer and loads that of the next step in its place.
+    TCAM_DEVICE void take_mask(int layer, bool more) {
+#pragma unroll
+      for (int l = 0; l < fused_most_products; ++l)
+        if (l == layer - 2) {
+          mask = ahead.masks[l];
+          if (more) ahead.masks[l] = stored_mask(p, layer, steps_in_all, s + 1, tid);
+        }
+    }
+
     // The warp's rows of the tiles that it gives.
-    TCAM_DEVICE uint16_t* h_rows() const { return memory.given + warp / share * 2 * tile + Block::first_row(warp) * 64; }
-    TCAM_DEVICE uint16_t* delta_rows() const { return h_rows() + tile; }
+    TCAM_DEVICE uint16_t* h_rows() const { return memory.given + tile * 2 * Base::tile + Team::first_row(warp) * 64; }
+    TCAM_DEVICE uint16_t* delta_rows() const { return h_rows() + Base::tile; }
     // Writes h_(layer-1) for the outer warps, after they have read this tile of the step before.
     TCAM_DEVICE void give_h(const Fragment& h) const {
-      ptx::barrier_wait(read + warp / share, tile_threads);
+      ptx::barrier_wait(read + tile, tile_threads);
       store_tile(h_rows(), h, lane);
     }
     // Writes delta_layer and tells the outer warps that both are ready; called after give_h.
@@ -124,7 +155,7 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N, MT> {
     }
     TCAM_DEVICE void tell() const {
       if (MT == 1) ptx::products_fence();
-      ptx::barrier_arrive(written + warp / share, tile_threads);
+      ptx::barrier_arrive(written + tile, tile_threads);
     }
   };
 
@@ -132,13 +163,13 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N, MT> {
   TCAM_DEVICE static void walk_forward(Step& at, Fragment& h) {
     const FusedBackward& p = at.p;
     const int forward = forward_products(p);
-    if (forward > 0) first_layer(h, at.memory, at.warp, at.buffer, at.lane);
+    if (forward > 0) at.first_layer(h, p.layer > 2);
 #pragma unroll 1
     for (int q = 0; q < forward; ++q) {
       Fragment next;
-      Block::template multiply<2>(
+      Team::template multiply<2>(
           h, at.memory.panels + q * N * N, at.memory.biases + q * N, at.lane, [](int) {},
-          [&](int s, int m, const float (&sum)[2][4]) { Block::to_operand(next[m][s], sum); });
+          [&](int s, int m, const float (&sum)[2][4]) { Team::to_operand(next[m][s], sum); });
       copy(h, next);
       if (p.head && p.masks) {
         to_mask(at.mask, h);
@@ -162,7 +193,7 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N, MT> {
 #pragma unroll
     for (int q = 0; q < steps; ++q)
 #pragma unroll
-      for (int m = 0; m < MT; ++m) Block::add_last(out[m], h[m][q], at.memory.split_last, q, lane);
+      for (int m = 0; m < MT; ++m) Team::add_last(out[m], h[m][q], at.memory.split_last, q, lane);
     finish(p, out, lane, seen, dy, loss);
     if (!p.masks) return;
     if (p.n_out == 1) {
@@ -180,7 +211,7 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N, MT> {
     const int back = at.p.products + 1 - layer;
     const uint16_t* panel = at.memory.panels + (forward_products(at.p) + back) * N * N;
     Fragment next;
-    Block::template multiply<2>(
+    Team::template multiply<2>(
         h, panel, nullptr, at.lane, [](int) {},
         [&](int s, int m, const float (&sum)[2][4]) {
 #pragma unroll
@@ -195,7 +226,7 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N, MT> {
   // Walks from dl/dy down to delta_layer, which it gives to the outer warps; the launch of layer 2 continues to delta_1 and
   // writes it. On entry at.mask is that of h_(P+1). h is overwritten; it is a parameter so that no second fragment needs
   // registers.
-  TCAM_DEVICE static void walk_back(Step& at, Fragment& h, const float (&dy)[lines]) {
+  TCAM_DEVICE static void walk_back(Step& at, Fragment& h, const float (&dy)[lines], bool more) {
     const FusedBackward& p = at.p;
     const int top = p.products + 1;
     if (p.layer > top) {  // the last layer of several outputs: its delta is dy itself
@@ -209,12 +240,12 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N, MT> {
       spread(h, at.dy_at, p.n_out, at.memory.last, at.mask, at.lane);
 #pragma unroll 1
     for (int layer = top; layer > p.layer; --layer) {
-      at.mask = stored_mask(p, layer - 1, at.steps_in_all, at.s, at.tid);
+      at.take_mask(layer - 1, more);
       step_back(at, h, layer);
     }
     if (p.layer == 2) {  // h_1 is computed again, which saves the registers that keeping it or its mask would take
       Fragment h1;
-      first_layer(h1, at.memory, at.warp, at.buffer, at.lane);
+      at.first_layer(h1, true);
       to_mask(at.mask, h1);
       if (p.weighted) at.give_h(h1);
     }
@@ -225,61 +256,55 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N, MT> {
     }
   }
 
-  // The block's steps, for one chain warp. Chain warps wait for each other at chain_barrier before they reuse staged maps.
-  // After the last step the head writes each thread's sums of losses and of dy.
-  TCAM_DEVICE static void chain(const FusedBackward& p, const Memory& memory, const typename Block::Steps& all) {
-    const Lane<N> lane;
-    const int tid = threadIdx.x, warp = tid >> 5, first_row = Block::first_row(warp);
+  // The team's steps, for one chain warp. The team waits for its own warps alone. After the last step the head writes each
+  // thread's sums of losses and of dy.
+  TCAM_DEVICE static void chain(const FusedBackward& p, const Memory& memory) {
+    Lane<N> lane;
+    const int team = teams == 1 ? 0 : threadIdx.x / Team::threads, tid = threadIdx.x % Team::threads, warp = tid >> 5;
+    const int first_row = Team::first_row(warp);
+    const typename Team::Stage stage(memory.maps + team * Team::Stage::elements);
+    const typename Team::Steps all = steps_of(p, team);
+    // The warp's rows of p.dy at step s.
+    auto dy_at = [&](int s) { return p.dy + (static_cast<size_t>(s) * Team::tiles + warp / share) * p.n_out * R + first_row; };
     double loss = 0, dy_sum = 0;
+    Ahead ahead = {};
+    if (!p.head && all.begin < all.end) ahead.load(p, all.count(), all.begin, dy_at(all.begin), tid, lane);
     int s = all.begin;
     while (s < all.end) {
-      const typename Block::Column column(all, s);
-      ptx::barrier_wait(chain_barrier, chain_threads);  // all warps have finished the column before
-      Block::stage_column(memory.stage, p.maps, column, tid);
-      Block::stage_step(memory.stage, p.maps, column, column.j_first, 0, tid);
+      const typename Team::Column column(all, s);
+      Team::stage_column(stage, p.maps, column, tid);
+      Team::stage_step(stage, p.maps, column, column.j_first, tid);
 #pragma unroll 1
       for (int jb = column.j_first; jb < column.j_last; ++jb, ++s) {
-        const int buffer = (jb - column.j_first) & 1;
-        ptx::wait_copies();
-        ptx::barrier_wait(chain_barrier, chain_threads);  // step jb has arrived, and all warps have read step jb - 1
-        if (jb + 1 < column.j_last) Block::stage_step(memory.stage, p.maps, column, jb + 1, buffer ^ 1, tid);
-        Step at = {p,
-                   memory,
-                   lane,
-                   tid,
-                   warp,
-                   buffer,
-                   s,
-                   all.count(),
-                   column.i0 + warp / share % WI,
-                   jb * WJ + warp / share / WI,
-                   column.k0 + first_row,
-                   p.dy + (static_cast<size_t>(s) * tiles + warp / share) * p.n_out * R + first_row,
-                   {}};
+        lane.forget();
+        const int i = column.i0 + warp / share % WI, j = jb * WJ + warp / share / WI;
+        Step at = {p,    memory, stage,        column, ahead, lane, tid, warp, team * WI + warp / share,
+                   s,    all.count(), jb, i,      j,     column.k0 + first_row, dy_at(s), {}};
+        const bool more = s + 1 < all.end;
         Seen seen;
+        float dy[lines];
         if (p.head) {
           look(seen, p, at.i, at.j, at.k0, lane);
         } else {
-          at.mask = stored_mask(p, p.products + 1, at.steps_in_all, s, tid);
+          at.take_mask(p.products + 1, more);
 #pragma unroll
-          for (int n = 0; n < lines; ++n) seen.loaded[n] = p.n_out == 1 ? Bits::of(at.dy_at[n * 8 + lane.g]) : 0;
+          for (int n = 0; n < lines; ++n) dy[n] = ahead.dy[n];
+          if (more && p.n_out == 1)
+#pragma unroll
+            for (int n = 0; n < lines; ++n) ahead.dy[n] = dy_at(s + 1)[n * 8 + lane.g];
         }
         Fragment h;
         walk_forward(at, h);
-        float dy[lines];
         if (p.head) {
           head(at, h, seen, dy, loss, dy_sum);
           if (!p.masks) continue;
-        } else {
-#pragma unroll
-          for (int n = 0; n < lines; ++n) dy[n] = Bits::value(seen.loaded[n]);
         }
-        walk_back(at, h, dy);
+        walk_back(at, h, dy, more);
       }
     }
     if (p.head) {
-      p.losses[blockIdx.x * chain_threads + tid] = loss;
-      p.dy_sums[blockIdx.x * chain_threads + tid] = dy_sum;
+      p.losses[blockIdx.x * Base::chain_threads + threadIdx.x] = loss;
+      p.dy_sums[blockIdx.x * Base::chain_threads + threadIdx.x] = dy_sum;
     }
   }
 

@@ -8,21 +8,43 @@ template <class T, int N, int MT>
 struct FusedBackwardOuter : FusedBackwardBlock<T, N, MT> {
   using Base = FusedBackwardBlock<T, N, MT>;
   using Base::tile, Base::tiles, Base::chain_threads, Base::tile_threads, Base::written, Base::read, Base::R;
-  using Base::given_block;
-  using typename Base::Block, typename Base::Memory;
+  using Base::given_block, Base::teams, Base::WI, Base::steps_of;
+  using typename Base::Team, typename Base::Memory;
 
   // The outer warps: p.sums[block] += dW = sum over voxels of delta^T h, and p.row_sums[block] += the sums of delta, computed as
-  // products with ones. Tiles are added in the order of steps, then of i.
-  TCAM_DEVICE static void outer(const FusedBackward& p, const Memory& memory, const typename Block::Steps& all) {
-#pragma unroll 1
-    for (int w = 0; w < tiles; ++w) ptx::barrier_arrive(read + w, tile_threads);
+  // products with ones. Tiles are added in the order of steps, then teams, then i.
+  TCAM_DEVICE static void outer(const FusedBackward& p, const Memory& memory) {
     if constexpr (MT == 1)
-      outer_of_warpgroup(p, memory, all);
+      outer_of_warpgroup(p, memory);
     else
-      outer_of_warp(p, memory, all);
+      outer_of_warp(p, memory);
   }
 
  private:
+  // Calls add(h_tile, delta_tile) for every tile that the block's teams give, between the barriers of the tile.
+  template <class Add>
+  TCAM_DEVICE static void each_tile(const FusedBackward& p, const Memory& memory, Add add) {
+    int count[teams], most = 0;
+#pragma unroll
+    for (int t = 0; t < teams; ++t) {
+      const typename Team::Steps all = steps_of(p, t);
+      count[t] = all.end - all.begin;
+      most = count[t] > most ? count[t] : most;
+      for (int w = 0; w < WI && count[t] > 0; ++w) ptx::barrier_arrive(read + t * WI + w, tile_threads);
+    }
+#pragma unroll 1
+    for (int s = 0; s < most; ++s)
+#pragma unroll 1
+      for (int w = 0; w < tiles; ++w) {
+        const int left = (teams == 1 || w < WI ? count[0] : count[teams - 1]) - s;  // steps of the tile's team
+        if (left <= 0) continue;
+        const uint16_t* h_tile = memory.given + w * 2 * tile;
+        ptx::barrier_wait(written + w, tile_threads);
+        add(h_tile, h_tile + tile);
+        if (left > 1) ptx::barrier_arrive(read + w, tile_threads);
+      }
+  }
+
   // The offset in a given tile, from 16 of its rows on, from which a lane loads an A operand of delta^T for the 16 channels
   // from `channel` on, transposed by the load. From one 8 x 8 matrix of a load to the next, channels advance first, then voxels.
   TCAM_DEVICE static int delta_at(int channel, const Lane<N>& lane) {
@@ -31,45 +53,38 @@ struct FusedBackwardOuter : FusedBackwardBlock<T, N, MT> {
   }
 
   // With wgmma: the warpgroup has all of dW, warp w the 16 rows of each 64 from 16 w on, and their sums of delta.
-  TCAM_DEVICE static void outer_of_warpgroup(const FusedBackward& p, const Memory& memory, const typename Block::Steps& all) {
+  TCAM_DEVICE static void outer_of_warpgroup(const FusedBackward& p, const Memory& memory) {
     constexpr int blocks = N / 64;
     const Lane<N> lane;
     const int warp = (static_cast<int>(threadIdx.x) - chain_threads) >> 5;
     const uint32_t ones[2] = {T::ones, T::ones};
     float sum[blocks][N / 2] = {}, row_sum[blocks][4] = {};
-#pragma unroll 1
-    for (int s = all.begin; s < all.end; ++s) {
-#pragma unroll 1
-      for (int w = 0; w < tiles; ++w) {
-        const uint16_t *h_tile = memory.given + w * 2 * tile, *delta_tile = h_tile + tile;
-        ptx::barrier_wait(written + w, tile_threads);
-        ptx::warpgroup_fence();
+    each_tile(p, memory, [&](const uint16_t* h_tile, const uint16_t* delta_tile) {
+      ptx::warpgroup_fence();
 #pragma unroll
-        for (int half = 0; half < R / 16; ++half)
+      for (int half = 0; half < R / 16; ++half)
 #pragma unroll
-          for (int b = 0; b < blocks; ++b)
-            ptx::warpgroup_outer_product<T>(sum[b], delta_tile + b * given_block + half * 16 * 64, h_tile + half * 16 * 64,
-                                            given_block);
-        ptx::warpgroup_commit();
+        for (int b = 0; b < blocks; ++b)
+          ptx::warpgroup_outer_product<T>(sum[b], delta_tile + b * given_block + half * 16 * 64, h_tile + half * 16 * 64,
+                                          given_block);
+      ptx::warpgroup_commit();
 #pragma unroll
-        for (int half = 0; half < R / 16; ++half)
+      for (int half = 0; half < R / 16; ++half)
 #pragma unroll
-          for (int b = 0; b < blocks; ++b) {
-            uint32_t delta[4];
-            ptx::load_matrices_transposed(delta, delta_tile + half * 16 * 64 + delta_at(b * 64 + warp * 16, lane));
-            T::mma(row_sum[b], delta, ones, row_sum[b]);
-          }
-        ptx::warpgroup_wait();
-        if (s + 1 < all.end) ptx::barrier_arrive(read + w, tile_threads);
-      }
-    }
+        for (int b = 0; b < blocks; ++b) {
+          uint32_t delta[4];
+          ptx::load_matrices_transposed(delta, delta_tile + half * 16 * 64 + delta_at(b * 64 + warp * 16, lane));
+          T::mma(row_sum[b], delta, ones, row_sum[b]);
+        }
+      ptx::warpgroup_wait();
+    });
 #pragma unroll
     for (int b = 0; b < blocks; ++b) add_rows(p, b * 64 + warp * 16, 0, 0, sum[b], row_sum[b], lane);
   }
 
   // With mma.sync: the warp has a quarter of dW, N/2 rows from `row` on and N/2 columns from `column` on. Of each tile's 32
   // voxels, the warps of the left half of dW sum delta over the first 16 and those of the right half over the others.
-  TCAM_DEVICE static void outer_of_warp(const FusedBackward& p, const Memory& memory, const typename Block::Steps& all) {
+  TCAM_DEVICE static void outer_of_warp(const FusedBackward& p, const Memory& memory) {
     constexpr int row_tiles = N / 32, column_tiles = N / 16;
     const Lane<N> lane;
     const int warp = (static_cast<int>(threadIdx.x) - chain_threads) >> 5;
@@ -79,37 +94,30 @@ struct FusedBackwardOuter : FusedBackwardBlock<T, N, MT> {
                      (((column % 64 / 8 + (lane.lane >> 4)) ^ lane.swizzle) << 3);
     const uint32_t ones[2] = {T::ones, T::ones};
     float sum[row_tiles][column_tiles * 4] = {}, row_sum[row_tiles][4] = {};
-#pragma unroll 1
-    for (int s = all.begin; s < all.end; ++s) {
-#pragma unroll 1
-      for (int w = 0; w < tiles; ++w) {
-        const uint16_t* h_tile = memory.given + w * 2 * tile;
-        ptx::barrier_wait(written + w, tile_threads);
+    each_tile(p, memory, [&](const uint16_t* h_tile, const uint16_t* delta_tile) {
 #pragma unroll
-        for (int half = 0; half < R / 16; ++half) {
-          uint32_t delta[row_tiles][4];
+      for (int half = 0; half < R / 16; ++half) {
+        uint32_t delta[row_tiles][4];
+#pragma unroll
+        for (int m = 0; m < row_tiles; ++m)
+          ptx::load_matrices_transposed(delta[m], delta_tile + half * 16 * 64 + (delta_at(row, lane) ^ (m << 4)));
+#pragma unroll
+        for (int n = 0; n < column_tiles / 2; ++n) {
+          uint32_t h[4];
+          ptx::load_matrices_transposed(h, h_tile + half * 16 * 64 + (h_at ^ (n << 4)));
 #pragma unroll
           for (int m = 0; m < row_tiles; ++m)
-            ptx::load_matrices_transposed(delta[m], h_tile + tile + half * 16 * 64 + (delta_at(row, lane) ^ (m << 4)));
 #pragma unroll
-          for (int n = 0; n < column_tiles / 2; ++n) {
-            uint32_t h[4];
-            ptx::load_matrices_transposed(h, h_tile + half * 16 * 64 + (h_at ^ (n << 4)));
-#pragma unroll
-            for (int m = 0; m < row_tiles; ++m)
-#pragma unroll
-              for (int e = 0; e < 2; ++e) {
-                float(&c)[4] = *reinterpret_cast<float(*)[4]>(&sum[m][(2 * n + e) * 4]);
-                T::mma(c, delta[m], h + 2 * e, c);
-              }
-          }
-          if (half == right)
-#pragma unroll
-            for (int m = 0; m < row_tiles; ++m) T::mma(row_sum[m], delta[m], ones, row_sum[m]);
+            for (int e = 0; e < 2; ++e) {
+              float(&c)[4] = *reinterpret_cast<float(*)[4]>(&sum[m][(2 * n + e) * 4]);
+              T::mma(c, delta[m], h + 2 * e, c);
+            }
         }
-        if (s + 1 < all.end) ptx::barrier_arrive(read + w, tile_threads);
+        if (half == right)
+#pragma unroll
+          for (int m = 0; m < row_tiles; ++m) T::mma(row_sum[m], delta[m], ones, row_sum[m]);
       }
-    }
+    });
 #pragma unroll
     for (int m = 0; m < row_tiles; ++m) add_rows(p, row + m * 16, column, right, sum[m], row_sum[m], lane);
   }

@@ -3,15 +3,13 @@
 //
 //     h_1(i,j,k) = relu(A[i,j] + B[j,k] + G[i,k]);  h_l = relu(W_l h_(l-1) + b_l);  out = W_L h_(L-1) + b_L
 //
-// A block has WI x WJ tiles at a time (fused_tile.cuh). Shared memory has all weights, the column's tiles of G, and two buffers
-// of B and A. h_1 of the next step is computed during the last product of the current one, so that the tensor cores do not wait
-// for it.
+// A block has one or more teams of warps (fused_tile.cuh). Shared memory has all weights and each team's tiles of the maps. With
+// mma.sync, h_1 of the next step is computed during the last product of the current one, so that the tensor cores do not wait
+// for it. With wgmma, the products of other teams fill such gaps, and more teams fit if each needs the registers of one h.
 #pragma once
 #include "fused_tile.cuh"
 
 namespace tcam {
-
-constexpr int fused_most_products = 3;
 
 // Arguments of fused_forward_kernel; N is the padded width, P = products.
 struct FusedForward {
@@ -27,67 +25,77 @@ struct FusedForward {
   int64_t channel_stride;
 };
 
+// The teams of a block. With wgmma, four of 128 threads use all registers of an SM.
+constexpr int fused_forward_teams(int MT) { return MT == 1 ? 4 : 1; }
+
 // Bytes of dynamic shared memory of a block.
 template <int N, int MT, int WI, int WJ, int products>
 constexpr size_t fused_shared_bytes() {
-  return 2 * (products * N * N + FusedBlock<float, N, MT, WI, WJ>::Stage::elements + 8 * N) + 4 * products * N + 128;
+  return 2 * (products * N * N + fused_forward_teams(MT) * FusedTeam<float, N, MT, WI, WJ>::Stage::elements + 8 * N) +
+         4 * products * N + 128;
 }
 
 template <class T, int N, int MT, int WI, int WJ, int products>
 struct FusedForwardKernel {
-  using Block = FusedBlock<T, N, MT, WI, WJ>;
-  static constexpr int threads = Block::threads, steps = Block::steps, lines = Block::lines, share = Block::share;
+  using Team = FusedTeam<T, N, MT, WI, WJ>;
+  static constexpr int teams = fused_forward_teams(MT), threads = teams * Team::threads;
+  static constexpr int steps = Team::steps, lines = Team::lines, share = Team::share;
+  static constexpr bool two = MT == 2;  // whether a product's result goes to another h than its input
 
-  // Loads the weights to shared memory, then walks the block's steps, column by column.
+  // Loads the weights to shared memory; then each team walks its steps, column by column.
   TCAM_DEVICE static void run(const FusedForward& p) {
     Shared shared;
     uint16_t* sw = shared.take<uint16_t>(products * N * N);
-    const typename Block::Stage stage(shared);
     uint16_t* slast = shared.take<uint16_t>(8 * N);
     float* sbias = shared.take<float>(products * N + fused_most_out);
-    const Lane<N> lane;
-    const int tid = threadIdx.x, warp = tid >> 5;
-
+    const int tid = threadIdx.x, team = teams == 1 ? 0 : tid / Team::threads;
+    uint16_t* const maps = shared.take<uint16_t>(teams * Team::Stage::elements);
     for (int l = 0; l < products; ++l)
-      Block::stage_panel(sw + l * N * N, p.weights + static_cast<size_t>(l) * N * N, tid, threads);
+      Team::stage_panel(sw + l * N * N, p.weights + static_cast<size_t>(l) * N * N, tid, threads);
     ptx::commit_copies();
     for (int c = tid; c < products * N; c += threads) sbias[c] = p.biases[c];
-    Block::split_last(slast, p.last, p.n_out, tid, threads);
+    Team::split_last(slast, p.last, p.n_out, tid, threads);
     if (tid < fused_most_out) {
       const int o = p.n_out == 1 ? 0 : tid;
       sbias[products * N + tid] = p.last_bias && o < p.n_out ? p.last_bias[o] : 0.f;
     }
+    Team::wait_panels();
+    __syncthreads();
+    walk(p, sw, sbias, slast, typename Team::Stage(maps + team * Team::Stage::elements), team, tid % Team::threads);
+  }
 
-    const uint16_t* g_rows = stage.g_rows(warp);
-    typename Block::Fragment h[2];
-    constexpr int in = (products - 1) & 1;  // which h the last product takes; h_1 of the next step goes to the other
-    // With wgmma and one product, h_1 waits for the end of the product, which reads the registers it ends in.
-    constexpr bool late = MT == 1 && products == 1;
-    // After the last step of a column this reads stale tiles; the result is not used.
-    auto next_first = [&](int s, int buffer) {
-      Block::first_layer(h[in ^ 1], s, stage.a_row(warp, buffer), stage.b_rows(warp, buffer), g_rows, lane);
-    };
-    const typename Block::Steps all(p.maps, blockIdx.x, gridDim.x);
+  TCAM_DEVICE static void walk(const FusedForward& p, const uint16_t* sw, const float* sbias, const uint16_t* slast,
+                               const typename Team::Stage& stage, int team, int tid) {
+    Lane<N> lane;
+    const int warp = tid >> 5;
+    constexpr int in = two ? (products - 1) & 1 : 0, next = two ? in ^ 1 : 0;
+    typename Team::Fragment h[two ? 2 : 1];  // a step begins with h_1 in h[0]
+    auto meet = [&] { ptx::barrier_wait(1 + team, Team::threads); };
+    const typename Team::Steps all(p.maps, blockIdx.x * teams + team, gridDim.x * teams);
     for (int s = all.begin; s < all.end;) {
-      const typename Block::Column column(all, s);
+      const typename Team::Column column(all, s);
       const int j_first = column.j_first, j_last = column.j_last;
       s += j_last - j_first;
-      __syncthreads();  // all warps have finished the column before
-      Block::stage_column(stage, p.maps, column, tid);
-      Block::stage_step(stage, p.maps, column, j_first, 0, tid);
-      Block::wait_panels();
-      __syncthreads();
-      if (j_last - j_first > 1) Block::stage_step(stage, p.maps, column, j_first + 1, 1, tid);
+      Team::stage_column(stage, p.maps, column, tid);
+      Team::stage_step(stage, p.maps, column, j_first, tid);
+      // h_1 of a step whose maps have been staged; then those of step `following` are.
+      auto first = [&](int following) {
+        ptx::wait_copies();
+        meet();
 #pragma unroll
-      for (int q = 0; q < steps; ++q) Block::first_layer(h[0], q, stage.a_row(warp, 0), stage.b_rows(warp, 0), g_rows, lane);
+        for (int q = 0; q < steps; ++q) Team::first_layer(h[0], q, stage, warp, lane);
+        meet();  // all warps have read the maps
+        if (following < j_last) Team::stage_step(stage, p.maps, column, following, tid);
+      };
+      if (two) first(j_first + 1);
 #pragma unroll 1
       for (int jb = j_first; jb < j_last; ++jb) {
-        const int next = (jb - j_first + 1) & 1;
+        if (!two) lane.forget(), first(jb + 1);
 #pragma unroll
         for (int l = 0; l + 1 < products; ++l)
-          Block::template multiply<1>(
-              h[l & 1], sw + l * N * N, sbias + l * N, lane, [](int) {},
-              [&](int s, int m, const float (&sum)[2][4]) { Block::to_operand(h[(l + 1) & 1][m][s], sum); });
+          Team::template multiply<1>(
+              h[two ? l & 1 : 0], sw + l * N * N, sbias + l * N, lane, [](int) {},
+              [&](int q, int m, const float (&sum)[2][4]) { Team::to_operand(h[two ? (l + 1) & 1 : 0][m][q], sum); });
         float out[MT][4];
         const float last_bias = sbias[products * N + lane.t];
 #pragma unroll
@@ -95,37 +103,37 @@ struct FusedForwardKernel {
           out[m][0] = out[m][2] = last_bias;
           out[m][1] = out[m][3] = 0.f;
         }
-        Block::template multiply<1>(
+        Team::template multiply<1>(
             h[in], sw + (products - 1) * N * N, sbias + (products - 1) * N, lane,
-            [&](int s) {
-              if (s == 0) {
+            [&](int q) {
+              if (!two) return;
+              if (q == 0) {
                 ptx::wait_copies();
-                __syncthreads();  // step jb + 1 has arrived, and all warps have read step jb
-                if (jb + 2 < j_last) Block::stage_step(stage, p.maps, column, jb + 2, next ^ 1, tid);
+                meet();  // the maps of step jb + 1 have arrived; after the last step of a column, stale ones are read
               }
-              if (!late) next_first(s, next);
+              Team::first_layer(h[next], q, stage, warp, lane);
             },
-            [&](int s, int m, const float (&sum)[2][4]) {
+            [&](int q, int m, const float (&sum)[2][4]) {
               uint32_t operand[4];
-              Block::to_operand(operand, sum);
-              Block::add_last(out[m], operand, slast, s, lane);
+              Team::to_operand(operand, sum);
+              Team::add_last(out[m], operand, slast, q, lane);
             });
-        if (late)
-#pragma unroll
-          for (int s = 0; s < steps; ++s) next_first(s, next);
-        write(p, out, column.i0 + warp / share % WI, jb * WJ + warp / share / WI, column.k0 + Block::first_row(warp), lane.g,
+        write(p, out, column.i0 + warp / share % WI, jb * WJ + warp / share / WI, column.k0 + Team::first_row(warp), lane.g,
               lane.t);
-        if (in == 0) {  // h_1 of the next step belongs in h[0]
+        if (two) {
+          meet();  // all warps have read the maps of step jb + 1
+          if (jb + 2 < j_last) Team::stage_step(stage, p.maps, column, jb + 2, tid);
+        }
+        if (next == 1) {
 #pragma unroll
           for (int m = 0; m < MT; ++m)
 #pragma unroll
             for (int q = 0; q < steps; ++q)
 #pragma unroll
-              for (int r = 0; r < 4; ++r) h[0][m][q][r] = h[1][m][q][r];
+              for (int r = 0; r < 4; ++r) h[0][m][q][r] = h[next][m][q][r];
         }
       }
     }
-    ptx::wait_copies();  // a block without steps still has copies of weights in flight
   }
 
   // Writes the outputs of the warp's rows, from voxel k0 on. In out[m], a lane has rows g and g + 8: of output t or, with a single output, of that in every
@@ -149,15 +157,16 @@ struct FusedForwardKernel {
   }
 };
 
-// One block for each multiprocessor; each walks an equal range of the steps (FusedBlock::Steps).
+// One block for each multiprocessor; each team walks an equal range of the steps (FusedTeam::Steps).
 template <class T, int N, int MT, int WI, int WJ, int products>
-__global__ void __launch_bounds__(WI * WJ * 64 / MT, 1) fused_forward_kernel(FusedForward p) {
+__global__ void __launch_bounds__(FusedForwardKernel<T, N, MT, WI, WJ, products>::threads, 1)
+    fused_forward_kernel(FusedForward p) {
   FusedForwardKernel<T, N, MT, WI, WJ, products>::run(p);
 }
 
-// The instances of the kernel: padded width N, MT, and the WI x WJ tiles of a block. The first of a width that the device takes
+// The instances of the kernel: padded width N, MT, and the WI x WJ tiles of a team. The first of a width that the device takes
 // is chosen: MT = 1 needs wgmma, and the last one is for sm_80, where a block may have 163 KiB of shared memory.
-#define TCAM_FUSED_FORWARD(X) X(64, 1, 6, 1) X(128, 1, 6, 1) X(64, 2, 12, 1) X(128, 2, 12, 1) X(128, 2, 3, 2)
+#define TCAM_FUSED_FORWARD(X) X(64, 1, 2, 1) X(128, 1, 2, 1) X(64, 2, 12, 1) X(128, 2, 12, 1) X(128, 2, 3, 2)
 
 struct FusedForwardKind {
   int width, mt, wi, wj;
@@ -185,7 +194,8 @@ cudaError_t launch_fused_forward(const FusedForward& p, const Device& device, cu
   auto kernel = fused_forward_kernel<T, N, MT, WI, WJ, products>;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (status != cudaSuccess) return status;
-  return launch(kernel, dim3(static_cast<unsigned>(device.processors)), WI * WJ * 64 / MT, bytes, stream, p);
+  return launch(kernel, dim3(static_cast<unsigned>(device.processors)),
+                FusedForwardKernel<T, N, MT, WI, WJ, products>::threads, bytes, stream, p);
 }
 
 template <class T>

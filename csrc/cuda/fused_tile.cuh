@@ -16,7 +16,7 @@
 
 namespace tcam {
 
-constexpr int fused_most_out = 4;
+constexpr int fused_most_out = 4, fused_most_products = 3;
 
 // The maps of the first layer in a 16-bit format, padded to N channels: h_1(i,j,k) = relu(A[i,j] + B[j,k] + G[i,k]).
 struct FusedMaps {
@@ -42,6 +42,11 @@ struct Lane {
         swizzle(lane & 7),
         rows((lane & 15) * N + (((lane >> 4) ^ swizzle) << 3)),
         weights(((lane & 7) + ((lane >> 4) << 3)) * N + ((((lane >> 3) & 1) ^ swizzle) << 3)) {}
+  // Called once a step: otherwise the offsets of all k-steps occupy registers from step to step.
+  TCAM_DEVICE void forget() {
+    ptx::forget(swizzle);
+    ptx::forget(rows);
+  }
 };
 
 template <class T, int N, int MT>
@@ -92,7 +97,8 @@ struct FusedTile {
     }
   }
 
-  // Multiplies: in W^T + bias, from the panel of W. biases (N), null: none. Each sum adds its k-steps in ascending order. For
+  // Multiplies: in W^T + bias, from the panel of W. biases (N), null: none. Each sum adds its k-steps in ascending order, and its bias before
+  // (mma.sync) or after them (wgmma). For
   // every s, calls meanwhile(s), for work that does not need the product, and then each(s, m, sum) with the accumulators sum[e]
   // of rows 16 m on and columns 16 s + 8 e on. With mma.sync, `blocks` k-steps of columns are in registers at a time, and `each`
   // is called while `in` is still needed; with wgmma all are, and `each` is called after the last use of `in`.
@@ -101,23 +107,23 @@ struct FusedTile {
                                    Meanwhile meanwhile, Each each) {
     if constexpr (MT == 1) {
       float sum[N / 2];
-#pragma unroll
-      for (int n = 0; n < N / 8; ++n) {
-        float* c = sum + 4 * n;
-        load_bias(c, biases, n * 8, lane);
-        c[2] = c[0], c[3] = c[1];
-      }
       ptx::warpgroup_fence();
+      ptx::warpgroup_product<T, true>(sum, in[0][0], panel, 0);
 #pragma unroll
-      for (int s = 0; s < steps; ++s) ptx::warpgroup_product<T>(sum, in[0][s], panel + s / 4 * N * 64, s % 4);
+      for (int s = 1; s < steps; ++s) ptx::warpgroup_product<T, false>(sum, in[0][s], panel + s / 4 * N * 64, s % 4);
       ptx::warpgroup_commit();
 #pragma unroll
       for (int s = 0; s < steps; ++s) meanwhile(s);
       ptx::warpgroup_wait();
 #pragma unroll
       for (int s = 0; s < steps; ++s) {
+        float bias[2][2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) load_bias(bias[e], biases, s * 16 + e * 8, lane);
         const float* c = sum + 8 * s;
-        each(s, 0, {{c[0], c[1], c[2], c[3]}, {c[4], c[5], c[6], c[7]}});
+        each(s, 0,
+             {{c[0] + bias[0][0], c[1] + bias[0][1], c[2] + bias[0][0], c[3] + bias[0][1]},
+              {c[4] + bias[1][0], c[5] + bias[1][1], c[6] + bias[1][0], c[7] + bias[1][1]}});
       }
     } else {
 #pragma unroll
@@ -194,28 +200,31 @@ struct FusedTile {
   }
 };
 
-// A block of WI x WJ such tiles, neighbours along i and j, and its walk over a volume. A step is one such block of tiles. A
+// A team of warps with WI x WJ tiles, neighbours along i and j, and its walk over a volume. A step is one such set of tiles. A
 // column consists of the steps that share a tile of k and WI values of i: only j advances, so the tiles of G stay in shared
-// memory. Steps are numbered column by column, and each block walks an equal range of them. Tile w has the warps w * share to
+// memory. Steps are numbered column by column, and each team walks an equal range of them. Tile w has the warps w * share to
 // (w + 1) * share - 1; its i is i0 + w % WI, its j is jb * WJ + w / WI.
+//
+// With mma.sync a block has one team. With wgmma it has several of a warpgroup each, which wait for nothing of each other, so
+// that one multiplies while another does something else.
 template <class T, int N, int MT, int WI, int WJ>
-struct FusedBlock : FusedTile<T, N, MT> {
+struct FusedTeam : FusedTile<T, N, MT> {
   using Tile = FusedTile<T, N, MT>;
   static constexpr int R = Tile::R, tile = Tile::tile, chunks = Tile::chunks, share = Tile::share;
   static constexpr int tiles = WI * WJ, warps = tiles * share, threads = warps * 32;
-  static_assert(MT == 2 || warps % 4 == 0, "whole warpgroups");
+  static_assert(MT == 2 || warps == 4, "a warpgroup");
 
   struct Steps {
     int tiles_k, tiles_i, tiles_j, begin, end;
-    TCAM_HD Steps(const FusedMaps& maps, int block, int blocks)
+    TCAM_HD Steps(const FusedMaps& maps, int team, int teams)
         : tiles_k((maps.nk + R - 1) / R), tiles_i((maps.ni + WI - 1) / WI), tiles_j((maps.nj + WJ - 1) / WJ) {
-      begin = static_cast<int>(static_cast<int64_t>(count()) * block / blocks);
-      end = static_cast<int>(static_cast<int64_t>(count()) * (block + 1) / blocks);
+      begin = static_cast<int>(static_cast<int64_t>(count()) * team / teams);
+      end = static_cast<int>(static_cast<int64_t>(count()) * (team + 1) / teams);
     }
     TCAM_HD int count() const { return tiles_k * tiles_i * tiles_j; }  // below 2^31, see FusedMlp::refuses
   };
 
-  // The steps of one column that a block walks from step s on: j tiles [j_first, j_last) at voxels i0 and k0.
+  // The steps of one column that a team walks from step s on: j tiles [j_first, j_last) at voxels i0 and k0.
   struct Column {
     int i0, k0, j_first, j_last;
     TCAM_DEVICE Column(const Steps& steps, int s) {
@@ -227,27 +236,26 @@ struct FusedBlock : FusedTile<T, N, MT> {
     }
   };
 
-  // The tiles of the maps in shared memory: G of the column (WI, R, N), and two buffers of B (WJ, R, N) and of A (tiles, N).
+  // The tiles of the maps in shared memory: G of the column (WI, R, N), B (WJ, R, N) and A (tiles, N) of a step.
   struct Stage {
     uint16_t *g, *b, *a;
-    static constexpr int elements = (WI + 2 * WJ) * tile + 2 * tiles * N;
-    TCAM_DEVICE explicit Stage(Shared& shared) {
-      g = shared.take<uint16_t>(WI * tile);
-      b = shared.take<uint16_t>(2 * WJ * tile);
-      a = shared.take<uint16_t>(2 * tiles * N);
-    }
-    // A warp's rows of its tiles.
+    static constexpr int elements = (WI + WJ) * tile + tiles * N;
+    TCAM_DEVICE explicit Stage(uint16_t* at) : g(at), b(at + WI * tile), a(at + (WI + WJ) * tile) {}
+    // The rows of a warp of the team.
     TCAM_DEVICE const uint16_t* g_rows(int warp) const { return g + warp / share % WI * tile + Tile::first_row(warp) * N; }
-    TCAM_DEVICE const uint16_t* b_rows(int warp, int buffer) const {
-      return b + (buffer * WJ + warp / share / WI) * tile + Tile::first_row(warp) * N;
-    }
-    TCAM_DEVICE const uint16_t* a_row(int warp, int buffer) const { return a + (buffer * tiles + warp / share) * N; }
+    TCAM_DEVICE const uint16_t* b_rows(int warp) const { return b + warp / share / WI * tile + Tile::first_row(warp) * N; }
+    TCAM_DEVICE const uint16_t* a_row(int warp) const { return a + warp / share * N; }
   };
+
+  // Tile::first_layer for a warp of the team.
+  TCAM_DEVICE static void first_layer(typename Tile::Fragment& out, int s, const Stage& from, int warp, const Lane<N>& lane) {
+    Tile::first_layer(out, s, from.a_row(warp), from.b_rows(warp), from.g_rows(warp), lane);
+  }
 
   // Indices past the end are clamped: their voxels are computed but never used.
   TCAM_DEVICE static int clamped(int x, int n) { return x < n ? x : n - 1; }
 
-  // Starts copying the column's tiles of G. Called by all threads of the tiles' warps.
+  // Starts copying the column's tiles of G. Called by all threads of the team.
   TCAM_DEVICE static void stage_column(const Stage& to, const FusedMaps& maps, const Column& c, int tid) {
 #pragma unroll 1
     for (int e = tid; e < WI * R * chunks; e += threads) {
@@ -259,21 +267,18 @@ struct FusedBlock : FusedTile<T, N, MT> {
     }
   }
 
-  // Starts copying B and A of j tile jb to a buffer, and commits all copies started so far. Called by the same threads.
-  TCAM_DEVICE static void stage_step(const Stage& to, const FusedMaps& maps, const Column& c, int jb, int buffer, int tid) {
-#pragma unroll 2
-    for (int u = 0; u < (WJ * R * chunks + threads - 1) / threads; ++u) {
-      const int e = tid + u * threads, r = e / chunks;
-      if (WJ * R * chunks % threads == 0 || e < WJ * R * chunks)
-        ptx::copy16(
-            to.b + buffer * WJ * tile + Tile::at(r, e % chunks),
-            maps.b + (static_cast<size_t>(clamped(jb * WJ + r / R, maps.nj)) * maps.nk + clamped(c.k0 + r % R, maps.nk)) * N +
-                e % chunks * 8);
+  // Starts copying B and A of j tile jb, and commits all copies started so far. Called by the same threads.
+  TCAM_DEVICE static void stage_step(const Stage& to, const FusedMaps& maps, const Column& c, int jb, int tid) {
+#pragma unroll 1  // unrolled, its addresses would take registers throughout the step
+    for (int e = tid; e < WJ * R * chunks; e += threads) {
+      const int r = e / chunks;
+      const int64_t row = static_cast<int64_t>(clamped(jb * WJ + r / R, maps.nj)) * maps.nk + clamped(c.k0 + r % R, maps.nk);
+      ptx::copy16(to.b + Tile::at(r, e % chunks), maps.b + row * N + e % chunks * 8);
     }
     if (tid < tiles * chunks) {
       const int w = tid / chunks;
       ptx::copy16(
-          to.a + (buffer * tiles + w) * N + tid % chunks * 8,
+          to.a + w * N + tid % chunks * 8,
           maps.a + (static_cast<size_t>(clamped(c.i0 + w % WI, maps.ni)) * maps.nj + clamped(jb * WJ + w / WI, maps.nj)) * N +
               tid % chunks * 8);
     }

@@ -66,6 +66,9 @@ TCAM_DEVICE uint32_t spread_signs(uint32_t v) {
   return r;
 }
 
+// Hides the value of x from the compiler, which then computes again what it would otherwise keep in registers.
+TCAM_DEVICE void forget(int& x) { asm volatile("" : "+r"(x)); }
+
 // Loads two neighbouring numbers from shared memory at once.
 TCAM_DEVICE void load_pair(float* r, const float* p) {
   const float2 v = *reinterpret_cast<const float2*>(p);

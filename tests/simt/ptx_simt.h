@@ -70,6 +70,8 @@ inline void barrier_arrive(int id, int threads) { simt::machine->named_barrier(i
 
 inline uint32_t spread_signs(uint32_t v) { return (v >> 31 ? 0xffff0000u : 0) | (v >> 15 & 1 ? 0xffffu : 0); }
 
+inline void forget(int&) {}
+
 inline void load_pair(float* r, const float* p) {
   if (reinterpret_cast<uintptr_t>(p) & 7) simt::die("a load of two floats: the address is not divisible by 8");
   r[0] = p[0];

@@ -16,15 +16,6 @@ inline void products_fence() {
   simt::machine->current->unseen.clear();
 }
 
-template <int count>
-void take_registers() {
-  static_assert(count % 8 == 0 && count >= 24 && count <= 256, "");
-}
-template <int count>
-void release_registers() {
-  static_assert(count % 8 == 0 && count >= 24 && count <= 256, "");
-}
-
 // Element (row, column) of an operand in shared memory, rows of 64.
 template <class T>
 float operand(const uint16_t* rows, int row, int column) {
@@ -102,7 +93,7 @@ void start_product(float (&d)[accumulators], simt::Fiber::Product p) {
   me.products.push_back(p);
 }
 
-template <class T, int accumulators>
+template <class T, bool first, int accumulators>
 void warpgroup_product(float (&d)[accumulators], const uint32_t (&a)[4], const uint16_t* rows, int k_step) {
   constexpr int columns = 2 * accumulators;
   aligned(rows, "wgmma: the shared address is not divisible by 16");
@@ -113,6 +104,7 @@ void warpgroup_product(float (&d)[accumulators], const uint32_t (&a)[4], const u
         if (at >= rows && at < rows + columns * 64) simt::die("wgmma: its operand was copied without a fence after it");
   }
   const int group = simt::machine->current->group;
+  if (first) memset(d, 0, sizeof d);
   start_product<T>(d, {d, columns, {}, true, {a[0], a[1], a[2], a[3]}, nullptr, rows, k_step, 0, group});
 }
 
