@@ -113,6 +113,29 @@ TCAM_DEVICE void write_two(float* row, int c, int n, float2 v) {
   if (c + 1 < n) row[c + 1] = v.y;
 }
 
+// Adds two neighbouring numbers of format T to each of three sums.
+template <class T>
+TCAM_DEVICE void add_two(uint32_t two, float (&a)[2], float (&b)[2], float (&g)[2]) {
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const float v = T::widen(static_cast<uint16_t>(two >> (16 * e)));
+    a[e] += v, b[e] += v, g[e] += v;
+  }
+}
+
+// Adds `sums` (warp, i, position) over the warps, ascending. The threads of a block share the calls write(i, position, sum).
+template <class Write>
+TCAM_DEVICE void add_warps(const float* sums, Write write) {
+#pragma unroll
+  for (int q = 0; q < sum_i * sum_channels / threads; ++q) {
+    const int e = q * threads + threadIdx.x;
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < warps; ++w) sum += sums[w * sum_i * sum_channels + e];
+    write(e / sum_channels, e % sum_channels, sum);
+  }
+}
+
 // The sums of a slab's delta_1 over its three axes, times *factor (null: 1):
 //   delta1 (ni, nj, nk, N): 16-bit numbers of format T, channels in the order of delta1_column;
 //   db (nj, nk, n) += the sums over i;
@@ -178,12 +201,7 @@ __global__ void __launch_bounds__(threads)
           const int i = g * sum_group + q;
           float sum_a[2] = {};
 #pragma unroll
-          for (int k = 0; k < sum_k; ++k)
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              const float v = T::widen(static_cast<uint16_t>(two[q][k] >> (16 * e)));
-              sum_g[i][k][e] += v, sum_b[k][e] += v, sum_a[e] += v;
-            }
+          for (int k = 0; k < sum_k; ++k) add_two<T>(two[q][k], sum_a, sum_b[k], sum_g[i][k]);
           *reinterpret_cast<float2*>(sums + (warp * sum_i + i) * sum_channels + 2 * lane) = {sum_a[0], sum_a[1]};
         }
       }
@@ -191,15 +209,11 @@ __global__ void __launch_bounds__(threads)
       for (int k = 0; k < sum_k; ++k)
         if (k0 + k < nk) write_two(db_row + k * n, c, n, {before[k].x + sum_b[k][0] * f, before[k].y + sum_b[k][1] * f});
       __syncthreads();  // the sums of this step are written, and those of the step before have been read
-#pragma unroll
-      for (int q = 0; q < sum_i * sum_channels / threads; ++q) {
-        const int e = q * threads + threadIdx.x, i = i0 + e / sum_channels;
-        const int channel = span * sum_channels + delta1_column(e % sum_channels);
-        float sum = 0;
-#pragma unroll
-        for (int w = 0; w < warps; ++w) sum += sums[w * sum_i * sum_channels + e];
-        if (i < ni && channel < n) partial_a[((static_cast<size_t>(i) * nj + j) * tiles + tile) * n + channel] = sum * f;
-      }
+      add_warps(sums, [&](int i, int at, float sum) {
+        const int channel = span * sum_channels + delta1_column(at);
+        if (i0 + i < ni && channel < n)
+          partial_a[((static_cast<size_t>(i0 + i) * nj + j) * tiles + tile) * n + channel] = sum * f;
+      });
     }
 #pragma unroll
     for (int i = 0; i < sum_i; ++i)
