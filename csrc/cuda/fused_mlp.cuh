@@ -40,6 +40,7 @@ struct FusedDelta {
   const float* factor;   // delta_1 is rows times *factor; null: 1
   int channels;
   bool bfloat;
+  int processors;  // multiprocessors of the device
 };
 
 // Calls f with the 16-bit format, a ptx::BFloat16 or a ptx::Float16.
@@ -145,7 +146,7 @@ class FusedMlp {
     with_format(bfloat(), [&](auto format) { pad<decltype(format)>(); });
   }
   Input input() const { return maps_; }
-  FusedDelta delta() const { return {delta1_, factor_, N_, bfloat()}; }
+  FusedDelta delta() const { return {delta1_, factor_, N_, bfloat(), device_.processors}; }
 
   // Computes a slab's output, or its losses, from the maps in input(); backward computes its delta_1 and partial sums.
   void forward(const Region& slab, const Volume& volume, const tcam_objective* objective, double* loss) {

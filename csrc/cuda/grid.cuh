@@ -27,7 +27,7 @@ class Grid {
   int64_t voxel_bytes() const { return 0; }   // workspace for a voxel of a region, beside the MLP's
   // Workspace for one i of a slab: partial_a_ and partial_g_.
   int64_t slice_bytes() const {
-    return (n_[1] * tiles(2) + tiles(1) * n_[2]) * c.width(1) * static_cast<int64_t>(sizeof(Real));
+    return (n_[1] * tiles() + most_parts() * n_[2]) * c.width(1) * static_cast<int64_t>(sizeof(Real));
   }
 
   // Takes the arrays from the workspace. Input is the type of the MLP's input: Real* for Mlp, FusedInput for FusedMlp.
@@ -48,8 +48,8 @@ class Grid {
     between_ = ws.array<Real>(most_between * n1);
     grad_projected_ = ws.array<Real>(most_texels * n1);
     if (!std::is_same<Input, FusedInput>::value) return;
-    partial_a_ = ws.array<Real>(regions.size[0] * n_[1] * tiles(2) * n1);
-    partial_g_ = ws.array<Real>(regions.size[0] * tiles(1) * n_[2] * n1);
+    partial_a_ = ws.array<Real>(regions.size[0] * n_[1] * tiles() * n1);
+    partial_g_ = ws.array<Real>(regions.size[0] * most_parts() * n_[2] * n1);
   }
   void carve_partials(Carver& ws) {
     for (int b = 0; b < blocks(); ++b) weight_partials_[b] = ws.array<Real>(texel_splits * c.width(1) * p.channels);
@@ -141,7 +141,7 @@ class Grid {
   int64_t rows(int q) const { return p.planes[q].rows; }
   int64_t columns(int q) const { return p.planes[q].columns; }
   int64_t texels(int q) const { return rows(q) * columns(q); }
-  int64_t tiles(int axis) const { return ceil_div(n_[axis], sum_tile); }
+  int64_t tiles() const { return ceil_div(n_[2], sum_tile); }  // of k, in delta_sums_kernel
   const Real* plane(const void* const* planes, int q, int64_t object) const {
     return static_cast<const Real*>(planes[q]) + object * p.channels * texels(q);
   }
@@ -184,16 +184,28 @@ class Grid {
     c.run_warps(map_kernel<T>, nx * ny, projected(which), c.width(1), to.channels, x0, nx, ny, bias, out);
   }
 
+  // The parts of j in delta_sums_kernel: of the numbers up to most_parts(), the first that takes the fewest steps. A
+  // multiprocessor runs one block at a time. A block takes a step for each of its j, and the time of about 4 steps to fill its
+  // shared memory and to write its sums over j.
+  int64_t most_parts() const { return tiles() < 128 ? (128 / tiles() < n_[1] ? 128 / tiles() : n_[1]) : 1; }
+  int64_t parts(int64_t columns, int64_t processors) const {
+    auto steps = [&](int64_t parts) { return ceil_div(columns * parts, processors) * (ceil_div(n_[1], parts) + 4); };
+    int64_t best = 1;
+    for (int64_t other = 2; other <= most_parts(); ++other)
+      if (steps(other) < steps(best)) best = other;
+    return best;
+  }
   template <class T>
   void sum_delta1(int64_t i0, int64_t ni, const FusedDelta& delta) {
-    const int64_t nj = n_[1], nk = n_[2], n1 = c.width(1), N = delta.channels;
-    const dim3 grid(static_cast<unsigned>(tiles(2)), static_cast<unsigned>(tiles(1)));
-    auto kernel = N == 64 ? delta_sums_kernel<T, 64> : delta_sums_kernel<T, 128>;
-    c.run(kernel, grid, static_cast<unsigned>(sum_tile * N / 4), 4 * sum_tile * N * sizeof(float) + 16, delta.rows,
+    const int64_t nj = n_[1], nk = n_[2], n1 = c.width(1), columns = tiles() * (delta.channels / sum_channels);
+    const int64_t all = parts(columns, delta.processors);
+    auto kernel = delta.channels == 64 ? delta_sums_kernel<T, 64> : delta_sums_kernel<T, 128>;
+    c.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(delta_sums_bytes)));
+    c.run(kernel, dim3(static_cast<unsigned>(columns), static_cast<unsigned>(all)), threads, delta_sums_bytes, delta.rows,
           static_cast<int>(ni), static_cast<int>(nj), static_cast<int>(nk), c.width(1), delta.factor, grad_maps_[1], partial_a_,
           partial_g_);
-    add_axis_sum(partial_a_, grad_maps_[0] + i0 * nj * n1, nj, ni, nj, tiles(2), nj * tiles(2), tiles(2), 1);
-    add_axis_sum(partial_g_, grad_maps_[2] + i0 * nk * n1, nk, ni, nk, tiles(1), tiles(1) * nk, 1, nk);
+    add_axis_sum(partial_a_, grad_maps_[0] + i0 * nj * n1, nj, ni, nj, tiles(), nj * tiles(), tiles(), 1);
+    add_axis_sum(partial_g_, grad_maps_[2] + i0 * nk * n1, nk, ni, nk, all, all * nk, 1, nk);
   }
 
   void add_axis_sum(const Real* in, Real* map, int64_t pitch, int64_t nx, int64_t ny, int64_t ns, int64_t x_step,

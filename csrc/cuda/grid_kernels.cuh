@@ -93,88 +93,135 @@ __global__ void __launch_bounds__(threads) map_kernel(PlaneList<float> planes, i
 
 // ---- from delta_1 to the maps -----------------------------------------------------------------
 
-constexpr int sum_tile = 16;  // voxels of j and of k that a block of delta_sums_kernel owns
+// A thread of delta_sums_kernel owns sum_i x sum_k voxels (i, k) and two neighbouring channels. A warp owns sum_channels
+// channels of these voxels, and copies sum_group of its i at a time to shared memory. A block owns sum_tile of k.
+constexpr int sum_i = 12, sum_k = 4, sum_channels = 64, sum_group = 3, sum_tile = sum_k * warps;
+constexpr size_t delta_sums_bytes = warps * sum_i * sum_channels * (2 * sizeof(float) + sum_k * sizeof(uint16_t));
+
+// Channels c and c + 1 of a row of n: read with zeros beyond the row, and written but for what is beyond it. c is even, and the
+// row lies at an even number of floats where n is even.
+TCAM_DEVICE float2 read_two(const float* row, int c, int n) {
+  if (n % 2 == 0 && c < n) return *reinterpret_cast<const float2*>(row + c);
+  return {c < n ? row[c] : 0.f, c + 1 < n ? row[c + 1] : 0.f};
+}
+TCAM_DEVICE void write_two(float* row, int c, int n, float2 v) {
+  if (n % 2 == 0 && c < n) {
+    *reinterpret_cast<float2*>(row + c) = v;
+    return;
+  }
+  if (c < n) row[c] = v.x;
+  if (c + 1 < n) row[c + 1] = v.y;
+}
+
+// Adds two neighbouring numbers of format T to each of three sums.
+template <class T>
+TCAM_DEVICE void add_two(uint32_t two, float (&a)[2], float (&b)[2], float (&g)[2]) {
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const float v = T::widen(static_cast<uint16_t>(two >> (16 * e)));
+    a[e] += v, b[e] += v, g[e] += v;
+  }
+}
+
+// Adds `sums` (warp, i, position) over the warps, ascending. The threads of a block share the calls write(i, position, sum).
+template <class Write>
+TCAM_DEVICE void add_warps(const float* sums, Write write) {
+#pragma unroll
+  for (int q = 0; q < sum_i * sum_channels / threads; ++q) {
+    const int e = q * threads + threadIdx.x;
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < warps; ++w) sum += sums[w * sum_i * sum_channels + e];
+    write(e / sum_channels, e % sum_channels, sum);
+  }
+}
 
 // The sums of a slab's delta_1 over its three axes, times *factor (null: 1):
 //   delta1 (ni, nj, nk, N): 16-bit numbers of format T, channels in the order of delta1_column;
 //   db (nj, nk, n) += the sums over i;
 //   partial_a (ni, nj, tiles of k, n) = the sums over the k of a tile; add_axis_sum_kernel adds the tiles to dA;
-//   partial_g (ni, tiles of j, nk, n) = the sums over the j of a tile; likewise for dG.
-// A block owns a tile of sum_tile x sum_tile voxels (j, k) and walks i in ascending order. A thread owns 8 channels. It adds
-// half of the tile's j at one k for g and b, then half of the tile's k at one j for a. The thread of the lower half adds the
-// upper half's sum, which it reads from shared memory. Loads carry no bounds check (indices are clamped), so that all eight of
-// a thread are in flight at once.
+//   partial_g (ni, parts of j, nk, n) = the sums over the j of a part; likewise for dG.
+// Block (x, y) owns tile x / (N / 64) of k, 64 channels, and part y of j. For every sum_i of i in turn, it walks its j. The
+// sums over j stay in registers. The sums over i are complete in a thread. The sums over k are added from warp to warp in
+// shared memory, in two buffers that take turns. Each number of delta1 is read once: as soon as a warp has used a group of i,
+// it starts to copy the same group of the next j to the same place.
 template <class T, int N>
-__global__ void __launch_bounds__(sum_tile* N / 4)
-    delta_sums_kernel(const uint16_t* __restrict__ delta1, int ni, int nj, int nk, int n, const float* factor,
-                      float* __restrict__ db, float* __restrict__ partial_a, float* __restrict__ partial_g) {
-  constexpr int lanes = N / 8, half = sum_tile / 2;
+__global__ void __launch_bounds__(threads)
+    delta_sums_kernel(const uint16_t* __restrict__ delta1, int ni, int nj, int nk, int n, const float* factor, float* db,
+                      float* __restrict__ partial_a, float* __restrict__ partial_g) {
+  constexpr int spans = N / sum_channels, groups = sum_i / sum_group, last = groups - 1;
   Shared shared;
-  float* other = shared.take<float>(2 * 2 * sum_tile * N);  // upper halves' sums: (i & 1, g and a, line, channel)
-  const int at = threadIdx.x % lanes * 8, line = threadIdx.x / lanes % sum_tile, upper = threadIdx.x / (lanes * sum_tile);
-  const int tk = blockIdx.x, tj = blockIdx.y, tiles_k = gridDim.x, tiles_j = gridDim.y;
-  const int j0 = tj * sum_tile, k0 = tk * sum_tile;
+  float* const all_sums = shared.take<float>(2 * warps * sum_i * sum_channels);  // over k: (step & 1, warp, i, position)
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  uint16_t* const rows = shared.take<uint16_t>(warps * sum_i * sum_k * sum_channels) +
+                         warp * sum_i * sum_k * sum_channels;  // the warp's part: (i, k, position)
+  const int span = blockIdx.x % spans, tile = blockIdx.x / spans, tiles = gridDim.x / spans;
+  const int begin = static_cast<int>(static_cast<int64_t>(nj) * blockIdx.y / gridDim.y);
+  const int end = static_cast<int>(static_cast<int64_t>(nj) * (blockIdx.y + 1) / gridDim.y);
+  const int k0 = tile * sum_tile + warp * sum_k, c = span * sum_channels + delta1_column(2 * lane);
+  const size_t slice = static_cast<size_t>(nj) * nk * N;
   const float f = factor ? *factor : 1.f;
-  float sum_b[half][8] = {};
-  // Calls use(q, delta_1 of 8 channels) for the `half` voxels (j + q dj, k + q dk), with zeros beyond the volume.
-  auto each = [&](int i, int j, int k, int dj, int dk, auto use) {
-    uint4 raw[half];
+  int step = 0;
+  for (int i0 = 0; i0 < ni; i0 += sum_i) {
+    float sum_g[sum_i][sum_k][2] = {};
+    for (int q = 0; q < sum_i; ++q) reinterpret_cast<uint4*>(rows)[q * 32 + lane] = {0, 0, 0, 0};
+    __syncwarp();  // zeros are where no voxel of the volume will be copied
+    // Where the lane copies its next 16 bytes from, of voxel k0 + lane / 8.
+    const uint16_t* from =
+        delta1 + i0 * slice + (static_cast<size_t>(begin) * nk + k0) * N + lane / 8 * N + span * sum_channels + lane % 8 * 8;
+    // Starts the copies of a group of i: 0, 1, ..., last of the first j, then of the next j.
+    auto copy = [&](int group, bool more) {
 #pragma unroll
-    for (int q = 0; q < half; ++q) {
-      const int jq = j + q * dj, kq = k + q * dk;
-      const size_t voxel = (static_cast<size_t>(i) * nj + (jq < nj ? jq : nj - 1)) * nk + (kq < nk ? kq : nk - 1);
-      raw[q] = *reinterpret_cast<const uint4*>(delta1 + voxel * N + at);
-    }
+      for (int i = group * sum_group; i < (group + 1) * sum_group; ++i, from += slice)
+        if (more && i0 + i < ni && k0 + lane / 8 < nk) ptx::copy16(rows + (i * 32 + lane) * 8, from);
+      ptx::commit_copies();
+      if (group == last) from += static_cast<size_t>(nk) * N - sum_i * slice;
+    };
 #pragma unroll
-    for (int q = 0; q < half; ++q) {
-      const bool inside = j + q * dj < nj && k + q * dk < nk;
-      const uint32_t all[4] = {raw[q].x, raw[q].y, raw[q].z, raw[q].w};
-      float v[8];
+    for (int g = 0; g < last; ++g) copy(g, true);
+    for (int j = begin; j < end; ++j, ++step) {
+      float* const db_row = db + (static_cast<size_t>(j) * nk + k0) * n;
+      float2 before[sum_k];
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        v[2 * c] = inside ? T::widen(static_cast<uint16_t>(all[c])) : 0.f;
-        v[2 * c + 1] = inside ? T::widen(static_cast<uint16_t>(all[c] >> 16)) : 0.f;
+      for (int k = 0; k < sum_k; ++k)
+        if (k0 + k < nk) before[k] = read_two(db_row + k * n, c, n);
+      float sum_b[sum_k][2] = {};
+      float* const sums = all_sums + (step & 1) * warps * sum_i * sum_channels;
+#pragma unroll
+      for (int g = 0; g < groups; ++g) {
+        ptx::wait_copies<last - 1>();
+        __syncwarp();  // the group is there, and the group before has been used
+        copy(g ? g - 1 : last, g == 0 || j + 1 < end);
+        uint32_t two[sum_group][sum_k];
+#pragma unroll
+        for (int q = 0; q < sum_group * sum_k; ++q)
+          two[q / sum_k][q % sum_k] = reinterpret_cast<const uint32_t*>(rows)[(g * sum_group * sum_k + q) * 32 + lane];
+#pragma unroll
+        for (int q = 0; q < sum_group; ++q) {
+          const int i = g * sum_group + q;
+          float sum_a[2] = {};
+#pragma unroll
+          for (int k = 0; k < sum_k; ++k) add_two<T>(two[q][k], sum_a, sum_b[k], sum_g[i][k]);
+          *reinterpret_cast<float2*>(sums + (warp * sum_i + i) * sum_channels + 2 * lane) = {sum_a[0], sum_a[1]};
+        }
       }
-      use(q, v);
+#pragma unroll
+      for (int k = 0; k < sum_k; ++k)
+        if (k0 + k < nk) write_two(db_row + k * n, c, n, {before[k].x + sum_b[k][0] * f, before[k].y + sum_b[k][1] * f});
+      __syncthreads();  // the sums of this step are written, and those of the step before have been read
+      add_warps(sums, [&](int i, int at, float sum) {
+        const int channel = span * sum_channels + delta1_column(at);
+        if (i0 + i < ni && channel < n)
+          partial_a[((static_cast<size_t>(i0 + i) * nj + j) * tiles + tile) * n + channel] = sum * f;
+      });
     }
-  };
-  for (int i = 0; i < ni; ++i) {
-    float sum_g[8] = {}, sum_a[8] = {};
-    each(i, j0 + upper * half, k0 + line, 1, 0, [&](int q, const float (&v)[8]) {
 #pragma unroll
-      for (int c = 0; c < 8; ++c) sum_b[q][c] += v[c], sum_g[c] += v[c];
-    });
-    each(i, j0 + line, k0 + upper * half, 0, 1, [&](int, const float (&v)[8]) {
+    for (int i = 0; i < sum_i; ++i)
 #pragma unroll
-      for (int c = 0; c < 8; ++c) sum_a[c] += v[c];
-    });
-    float* const g_other = other + ((i & 1) * 2 * sum_tile + line) * N + at;
-    float* const a_other = g_other + sum_tile * N;
-    if (upper)
-#pragma unroll
-      for (int c = 0; c < 8; ++c) g_other[c] = sum_g[c], a_other[c] = sum_a[c];
-    __syncthreads();  // the halves of i are written, and those of i - 1 have been read
-    if (upper) continue;
-#pragma unroll
-    for (int c = 0; c < 8; ++c) {
-      const int channel = delta1_column(at + c);
-      if (channel < n && k0 + line < nk)
-        partial_g[((static_cast<size_t>(i) * tiles_j + tj) * nk + k0 + line) * n + channel] = (sum_g[c] + g_other[c]) * f;
-      if (channel < n && j0 + line < nj)
-        partial_a[((static_cast<size_t>(i) * nj + j0 + line) * tiles_k + tk) * n + channel] = (sum_a[c] + a_other[c]) * f;
-    }
-  }
-#pragma unroll
-  for (int q = 0; q < half; ++q) {
-    const int j = j0 + upper * half + q;
-    if (j >= nj || k0 + line >= nk) continue;
-    float* const to = db + (static_cast<size_t>(j) * nk + k0 + line) * n;
-    float before[8];
-#pragma unroll
-    for (int c = 0; c < 8; ++c) before[c] = to[delta1_column(at + c) < n ? delta1_column(at + c) : 0];
-#pragma unroll
-    for (int c = 0; c < 8; ++c)
-      if (delta1_column(at + c) < n) to[delta1_column(at + c)] = before[c] + sum_b[q][c] * f;
+      for (int k = 0; k < sum_k; ++k)
+        if (i0 + i < ni && k0 + k < nk)
+          write_two(partial_g + ((static_cast<size_t>(i0 + i) * gridDim.y + blockIdx.y) * nk + k0 + k) * n, c, n,
+                    {sum_g[i][k][0] * f, sum_g[i][k][1] * f});
   }
 }
 

@@ -14,12 +14,15 @@ namespace ptx {
 TCAM_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 // Copies 16 bytes from global to shared memory asynchronously. Both addresses are multiples of 16. commit_copies closes a group
-// of copies; wait_copies waits for all groups of the calling thread.
+// of copies; wait_copies waits for all groups of the calling thread but the newest `but`.
 TCAM_DEVICE void copy16(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 TCAM_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-TCAM_DEVICE void wait_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+template <int but = 0>
+TCAM_DEVICE void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(but) : "memory");
+}
 
 // Loads four 8 x 8 matrices of 16-bit numbers from shared memory; lane l passes the address of row l % 8 of matrix l / 8.
 TCAM_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {

@@ -125,6 +125,8 @@ BARRIERS = {
         "ptx::barrier_wait(chain_barrier, chain_threads);  // step jb",
         "// ",
     ),
+    "sums over k": ("backward", "grid_kernels.cuh", "__syncthreads();  // the sums of this step", "// "),
+    "copies of delta_1": ("backward", "grid_kernels.cuh", "__syncwarp();  // the group is there", "// "),
     "tile read": ("backward", "fused_backward_chain.cuh", "barrier_wait(read + warp", "barrier_arrive(read + warp"),
     "tile written": ("backward", "fused_backward_outer.cuh", "barrier_wait(written + w", "barrier_arrive(written + w"),
 }
@@ -144,6 +146,7 @@ FAULTS = {
     "the last row tile is missing": ("gemm.cuh", "(m + Tile::rows - 1) / Tile::rows", "m > Tile::rows ? m / Tile::rows : 1"),
     "the last depth is not read": ("gemm.cuh", "if (k0 + depth < end)", "if (k0 + 2 * depth < end)"),
     "weights of the taps swapped": ("grid_kernels.cuh", "t.w_lo * (u.w_lo", "t.w_lo * (u.w_hi"),
+    "a group of delta_1 before its copies end": ("grid_kernels.cuh", "wait_copies<last - 1>", "wait_copies<last>"),
     "texels above forgotten": ("grid_kernels.cuh", "first_tap(taps, count, r + 1)", "first_tap(taps, count, r)"),
     "a region's sum replaces the one before": (
         "sums.cuh",

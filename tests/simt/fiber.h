@@ -75,8 +75,10 @@ struct Fiber {
   struct Copy {
     void* to;
     const void* from;
+    int group;
   };
-  std::vector<Copy> copies;  // asynchronous copies in flight
+  std::vector<Copy> copies;  // asynchronous copies in flight, in ascending order of groups
+  int groups = 0;            // of copies, closed so far
   struct Product {           // of a warpgroup, in flight
     float* to;
     int columns;

@@ -17,14 +17,17 @@ inline void copy16(void* to, const void* from) {
   simt::Unwatched u;
   if (!simt::machine->current->copies_seen) simt::machine->current->unseen.push_back(to);
   if (simt::schedule.early_copies) return;
-  simt::machine->current->copies.push_back({to, from});
+  simt::machine->current->copies.push_back({to, from, simt::machine->current->groups});
 }
-inline void commit_copies() {}
-inline void wait_copies() {
+inline void commit_copies() { ++simt::machine->current->groups; }
+template <int but = 0>
+void wait_copies() {
   auto& copies = simt::machine->current->copies;
-  for (const auto& c : copies) memcpy(c.to, c.from, 16);
+  auto pending = copies.begin();
+  for (; pending != copies.end() && pending->group + but < simt::machine->current->groups; ++pending)
+    memcpy(pending->to, pending->from, 16);
   simt::Unwatched u;
-  copies.clear();
+  copies.erase(copies.begin(), pending);
 }
 
 template <bool transposed>
