@@ -106,7 +106,7 @@ class Grid {
       if (p.grad_decoder)
         c.texel_product(n1, channels, texels(q), ceil_div(texels(q), texel_splits), Transposed<Real>{grad_projected_, n1},
                         Transposed<Real>{plane(in.planes, q, object), texels(q)},
-                        AddPartial<Real>{weight_partials_[block(q)], n1, p.channels});
+                        AddPartial<Real>{weight_partials_[block(q)], n1, p.channels, nullptr});
       if (p.grad_planes)
         c.texel_product(texels(q), channels, n1, 0, Rows<Real>{grad_projected_, n1}, Rows<Real>{weight(q), p.width[0]},
                         WriteTransposed<Real>{static_cast<Real*>(to.planes[q]) + object * p.channels * texels(q), texels(q)});

@@ -2,6 +2,7 @@
 #pragma once
 #include "../maths/half.h"
 #include "../maths/loss.h"
+#include "gemm_tile.cuh"
 #include "region.cuh"
 #include "sums.cuh"
 
@@ -9,15 +10,24 @@ namespace tcam {
 
 // ---- operands of the products ----------------------------------------------------------------
 
-// A operand or B operand: element (r, c) is activation(z[r * pitch + c]); rows are voxels.
+// A operand or B operand: element (r, c) is activation(data[r * pitch + c]); rows are voxels.
 template <class Real>
 struct Activated {
   static constexpr bool columns_adjacent = true;
-  const Real* z;
+  const Real* data;
   int64_t pitch;
   Hidden<Real> activation;
-  TCAM_DEVICE Real load(int64_t r, int64_t c) const { return z[r * pitch + c]; }
-  TCAM_DEVICE Real value(Real x) const { return Maths<Scalar<Real>>::value(activation, x); }
+  template <int count>
+  TCAM_DEVICE void values(Real (&x)[count]) const {
+    using M = Maths<Scalar<Real>>;
+    if (activation.kind == Activation::relu) {  // chosen once for the group
+#pragma unroll
+      for (int i = 0; i < count; ++i) x[i] = M::value(Hidden<Real>{Activation::relu, 0}, x[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < count; ++i) x[i] = M::value(activation, x[i]);
+    }
+  }
 };
 
 // The activation's derivative at z; at kinks, as maths/activation.h defines it.
@@ -27,16 +37,26 @@ TCAM_DEVICE Real slope_at(Hidden<Real> activation, Real z) {
   const Real value = M::value(activation, z);
   return slope_from_value(activation.kind) ? M::slope_of_value(activation, value) : M::slope(activation, z, value);
 }
+template <class Real>
+TCAM_OUT_OF_LINE Real smooth_slope_at(Hidden<Real> activation, Real z) {
+  return slope_at(activation, z);
+}
 
 // Store: out[r, c] = sum * activation'(z[r, c]). out, z: (voxels, pitch).
 template <class Real>
 struct WriteDelta {
+  static constexpr bool sums_rows = false;
   Real* out;
   const Real* z;
   int64_t pitch;
   Hidden<Real> activation;
-  TCAM_DEVICE void operator()(int, int64_t r, int c, Real sum) const {
-    out[r * pitch + c] = sum * slope_at(activation, z[r * pitch + c]);
+  bool can_use_vectors() const { return on_vectors(out, pitch) && on_vectors(z, pitch); }
+  TCAM_DEVICE Real* at(int, int64_t r, int c) const { return out + r * pitch + c; }
+  TCAM_DEVICE const Real* reads(int, int64_t r, int c) const { return z + r * pitch + c; }
+  // The smooth slopes are calls out of line: a thread has up to 64 sums.
+  TCAM_DEVICE Real value(Real sum, Real z) const {
+    if (!slope_from_value(activation.kind)) return sum * smooth_slope_at(activation, z);
+    return sum * Maths<Scalar<Real>>::slope_of_value(activation, z);  // a value has its argument's sign
   }
 };
 
