@@ -3,6 +3,8 @@
 #pragma once
 #include <stdio.h>
 
+#include <type_traits>
+
 #include "../carver.h"
 #include "gemm.cuh"
 #include "sums.cuh"
@@ -73,8 +75,6 @@ class Context {
   static unsigned blocks(int64_t wanted) { return static_cast<unsigned>(wanted < 1 ? 1 : wanted < 65535 ? wanted : 65535); }
   static unsigned channel_threads(int n) { return n > 128 ? 256 : n > 64 ? 128 : n > 32 ? 64 : 32; }
 
-  static bool fills_large_tiles(int64_t m, int64_t n) { return m > 64 && n > 64; }
-
   template <class... P, class... A>
   void run(void (*kernel)(P...), dim3 grid, unsigned block, size_t shared_bytes, A... arguments) {
     check(launch(kernel, grid, block, shared_bytes, stream, arguments...));
@@ -93,17 +93,15 @@ class Context {
   // TensorFloat-32 where tensor_floats().
   template <class A, class B, class Store>
   void texel_product(int64_t m, int n, int64_t k, int64_t k_chunk, A a, B b, Store store) {
-    if constexpr (sizeof(Real) == sizeof(float))
-      if (fills_large_tiles(m, n)) return check(gemm<Scalars<Real, 128, 128, 8>>(m, n, k, k_chunk, a, b, store, stream));
-    check(gemm<Scalars<Real, 64, 64, 16>>(m, n, k, k_chunk, a, b, store, stream));
+    using Small = Scalars<Real, 64, 64, 16>;
+    using Large = std::conditional_t<sizeof(Real) == sizeof(float), Scalars<Real, 128, 128, 8>, Small>;
+    check(gemm<Large, Small>(m, n, k, k_chunk, a, b, store, stream));
   }
   template <class A, class B, class Store>
   void product(int64_t m, int n, int64_t k, int64_t k_chunk, A a, B b, Store store) {
-    if constexpr (sizeof(Real) == sizeof(float)) {
-      if (tensor_floats() && fills_large_tiles(m, n))
-        return check(gemm<TensorFloats<128, 128>>(m, n, k, k_chunk, a, b, store, stream));
-      if (tensor_floats()) return check(gemm<TensorFloats<64, 64>>(m, n, k, k_chunk, a, b, store, stream));
-    }
+    if constexpr (sizeof(Real) == sizeof(float))
+      if (tensor_floats())
+        return check(gemm<TensorFloats<128, 128>, TensorFloats<64, 64>>(m, n, k, k_chunk, a, b, store, stream));
     texel_product(m, n, k, k_chunk, a, b, store);
   }
 

@@ -8,71 +8,96 @@ namespace tcam {
 // One operand's panel for the block's step: `lines` rows of A or columns of B by `depth` of k. fetch() reads the numbers of a
 // step from memory to registers; put() turns them into elements and writes them to shared memory. They are separate because the
 // loads of the next step are issued before the products of this one, and their values are needed only after. A thread reads
-// groups of numbers that are neighbours in memory: along k in a `deep` operand, else along the lines.
+// groups of numbers that are neighbours in memory: along k in a `deep` operand, else along the lines. Lines beyond the end of
+// the matrix repeat others: they add to sums that are not stored.
 template <class Tile, int lines, bool deep, class Operand>
 struct PanelReader {
   using Real = typename Tile::Real;
+  using Number = typename Tile::Number;
   using Panel = typename Tile::template Panel<lines, deep>;
   static constexpr int group = 16 / sizeof(Real), across = (deep ? Tile::depth : lines) / group;  // groups from row to row
   static constexpr int groups = lines * Tile::depth / group, own = (groups + gemm_threads - 1) / gemm_threads;
-  static constexpr bool all_busy = groups % gemm_threads == 0;
+  static constexpr int group_step = deep ? Panel::k_step : Panel::line_step;  // within a group in the panel
 
   const Operand& operand;
-  const bool vectors;    // whether a group is 16 aligned bytes
-  const int64_t line0;   // the panel's first line
-  const int lines_left;  // lines from there on that exist
+  const bool vectors;     // whether a group is 16 aligned bytes
+  const Real* from[own];  // the groups of the next step
+  int64_t k_pitch;        // numbers from k to k + 1
+  int lines_left;         // lines of the panel that exist
   Real next[own][group];
 
   TCAM_DEVICE static int number(int u) { return threadIdx.x + u * gemm_threads; }
-  TCAM_DEVICE static int line(int e) { return deep ? e / across : e % across * group; }
-  TCAM_DEVICE static int k(int e) { return deep ? e % across * group : e / across; }
+  TCAM_DEVICE static bool exists(int u) { return groups % gemm_threads == 0 || number(u) < groups; }
+  TCAM_DEVICE static int line(int u) { return deep ? number(u) / across : number(u) % across * group; }
+  TCAM_DEVICE static int k(int u) { return deep ? number(u) % across * group : number(u) / across; }
+  TCAM_DEVICE static Number* place(Number* panel, int u) { return panel + line(u) * Panel::line_step + k(u) * Panel::k_step; }
 
-  TCAM_DEVICE PanelReader(const Operand& from, bool by_vectors, int64_t first, int64_t count)
-      : operand(from),
-        vectors(by_vectors),
-        line0(first),
-        lines_left(static_cast<int>(count - first < lines ? count - first : lines)) {}
+  TCAM_DEVICE PanelReader(const Operand& reads, bool by_vectors, int64_t line0, int64_t count, int64_t k0)
+      : operand(reads), vectors(by_vectors), k_pitch(deep ? 1 : reads.pitch) {
+    lines_left = static_cast<int>(count - line0 < lines ? count - line0 : lines);
+#pragma unroll
+    for (int u = 0; u < own; ++u)
+      from[u] =
+          operand.data + (line0 + (line(u) < lines_left ? line(u) : 0)) * (deep ? operand.pitch : 1) + (k0 + k(u)) * k_pitch;
+  }
 
-  // Reads the panel of [k0, k0 + k_left). What lies beyond the end of the matrix is replaced by what does not.
-  TCAM_DEVICE void fetch(int64_t k0, int k_left) {
+  // Reads a step of which `k_left` of k exist; what does not exist is replaced by what does.
+  TCAM_DEVICE void fetch(int k_left) {
 #pragma unroll
     for (int u = 0; u < own; ++u) {
-      const int e = number(u), l = line(e) < lines_left ? line(e) : 0, q = k(e) < k_left ? k(e) : 0;
-      const Real* const from =
-          operand.data + (deep ? (line0 + l) * operand.pitch + k0 + q : (k0 + q) * operand.pitch + line0 + l);
-      if (!all_busy && e >= groups) continue;
-      if (vectors) {
-        load_vector(next[u], from);
+      if (!exists(u)) continue;
+      const Real* at = from[u];
+      from[u] += Tile::depth * k_pitch;
+      if (k(u) >= k_left) at -= k(u) * k_pitch;
+      if (Tile::large || vectors) {
+        load_vector(next[u], at);
       } else {
-        const int most = (deep ? k_left - q : lines_left - l) - 1;
+        const int most = (deep ? k_left - (k(u) < k_left ? k(u) : 0) : lines_left - (line(u) < lines_left ? line(u) : 0)) - 1;
 #pragma unroll
-        for (int i = 0; i < group; ++i) next[u][i] = from[i < most ? i : most];
+        for (int i = 0; i < group; ++i) next[u][i] = at[i < most ? i : most];
       }
     }
   }
 
-  // Writes the elements to `panel`, with zeros beyond the end of the matrix, and adds them over k to line_sum.
-  TCAM_DEVICE void put(typename Tile::Number* panel, int k_left, Real (&line_sum)[group]) {
+  // Writes the elements to `panel`, with zeros from k_left on, and adds them over k to line_sum.
+  TCAM_DEVICE void put(Number* panel, int k_left, Real (&line_sum)[group]) {
+    const bool rare = operand.rare();
 #pragma unroll
     for (int u = 0; u < own; ++u) {
-      const int e = number(u), l = line(e), q = k(e);
-      if (!all_busy && e >= groups) continue;
-      operand.values(next[u]);
-      typename Tile::Number to[group];
+      if (!exists(u)) continue;
+      if (!rare) operand.usual(next[u]);
+      if (k_left < Tile::depth) clear(next[u], u, k_left);
+      Number to[group];
 #pragma unroll
       for (int i = 0; i < group; ++i) {
-        const bool inside = deep ? l < lines_left && q + i < k_left : l + i < lines_left && q < k_left;
-        const Real x = inside ? next[u][i] : Real(0);
-        line_sum[i] += x;
-        to[i] = Tile::number(x);
+        line_sum[i] += next[u][i];
+        to[i] = rare ? bits_as<Number>(next[u][i]) : Tile::number(next[u][i]);
       }
-      typename Tile::Number* const at = panel + l * Panel::line_step + q * Panel::k_step;
-      if ((deep ? Panel::k_step : Panel::line_step) == 1) {
-        store_vector(at, to);
+      if (group_step == 1) {
+        store_vector(place(panel, u), to);
       } else {
 #pragma unroll
-        for (int i = 0; i < group; ++i) at[i * (deep ? Panel::k_step : Panel::line_step)] = to[i];
+        for (int i = 0; i < group; ++i) place(panel, u)[i * group_step] = to[i];
       }
+    }
+    if (rare) apply_rare(panel, k_left);
+  }
+
+ private:
+  TCAM_DEVICE static bool inside(int u, int i, int k_left) { return k(u) + (deep ? i : 0) < k_left; }
+  TCAM_DEVICE static void clear(Real (&x)[group], int u, int k_left) {
+#pragma unroll
+    for (int i = 0; i < group; ++i)
+      if (!inside(u, i, k_left)) x[i] = 0;
+  }
+  // The rare activations of the thread's elements, in place. A loop in code, as they are long.
+  TCAM_DEVICE void apply_rare(Number* panel, int k_left) const {
+#pragma unroll 1
+    for (int e = 0; e < own * group; ++e) {
+      const int u = e / group, i = e % group;
+      if (!exists(u)) continue;
+      Number& x = place(panel, u)[i * group_step];
+      x = Tile::number(inside(u, i, k_left) ? operand.rare_value(bits_as<Real>(x)) : Real(0));
     }
   }
 };
@@ -123,19 +148,19 @@ __global__ void __launch_bounds__(gemm_threads, Tile::blocks)
   const int64_t end = begin + k_chunk < k ? begin + k_chunk : k;
   auto left = [&](int64_t k0) { return static_cast<int>(end - k0 < depth ? end - k0 : depth); };
 
-  ReaderA a_reader(a, vectors.a, row0, m);
-  ReaderB b_reader(b, vectors.b, column0, n);
+  ReaderA a_reader(a, vectors.a, row0, m, begin);
+  ReaderB b_reader(b, vectors.b, column0, n, begin);
   Real a_sum[group] = {}, b_sum[group] = {};  // over the thread's elements; b_sum is not used
-  a_reader.fetch(begin, left(begin));
-  b_reader.fetch(begin, left(begin));
+  a_reader.fetch(left(begin));
+  b_reader.fetch(left(begin));
   a_reader.put(a_panels, left(begin), a_sum);
   b_reader.put(b_panels, left(begin), b_sum);
   __syncthreads();
   Tile tile;
   int now = 0;
   for (int64_t k0 = begin + depth; k0 < end; k0 += depth, now ^= 1) {
-    a_reader.fetch(k0, left(k0));
-    b_reader.fetch(k0, left(k0));
+    a_reader.fetch(left(k0));
+    b_reader.fetch(left(k0));
     tile.template add<PanelA, PanelB>(a_panels + now * PanelA::size, b_panels + now * PanelB::size);
     a_reader.put(a_panels + (now ^ 1) * PanelA::size, left(k0), a_sum);
     b_reader.put(b_panels + (now ^ 1) * PanelB::size, left(k0), b_sum);
@@ -143,7 +168,8 @@ __global__ void __launch_bounds__(gemm_threads, Tile::blocks)
   }
   tile.template add<PanelA, PanelB>(a_panels + now * PanelA::size, b_panels + now * PanelB::size);
   tile.each([&](int r, int c, const auto& sum) {
-    if (row0 + r < m) store_group<Real>(store, vectors.c, blockIdx.z, row0 + r, column0 + c, n - column0 - c, sum);
+    if (row0 + r < m)
+      store_group<Real>(store, Tile::large || vectors.c, blockIdx.z, row0 + r, column0 + c, n - column0 - c, sum);
   });
 
   if constexpr (Store::sums_rows) {  // of A: thread t has summed a group of rows over every (threads / across)th k
@@ -160,43 +186,56 @@ __global__ void __launch_bounds__(gemm_threads, Tile::blocks)
   }
 }
 
-// Launches gemm_kernel. k_chunk 0: a single split over all of k.
 template <class Tile, class A, class B, class Store>
-cudaError_t gemm(int64_t m, int n, int64_t k, int64_t k_chunk, A a, B b, Store store, cudaStream_t stream) {
-  using Real = typename Tile::Real;
-  constexpr int group = 16 / sizeof(Real);
-  if (k_chunk <= 0 || k_chunk > k) k_chunk = k;
+cudaError_t launch_gemm(int64_t m, int n, int64_t k, int64_t k_chunk, Vectors vectors, A a, B b, Store store,
+                        cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>((m + Tile::rows - 1) / Tile::rows),
                   static_cast<unsigned>((n + Tile::columns - 1) / Tile::columns),
                   static_cast<unsigned>((k + k_chunk - 1) / k_chunk));
-  const bool chunks = k_chunk == k || k_chunk % group == 0;  // whether a split begins with a group
-  const Vectors vectors = {on_vectors(a.data, a.pitch) && (chunks || !A::columns_adjacent),
-                           on_vectors(b.data, b.pitch) && (chunks || B::columns_adjacent), store.can_use_vectors()};
   constexpr size_t panels = Tile::template Panel<Tile::rows, A::columns_adjacent>::size +
                             Tile::template Panel<Tile::columns, !B::columns_adjacent>::size;
   constexpr size_t bytes = 2 * panels * sizeof(typename Tile::Number) + (Store::sums_rows ? gemm_threads * 16 : 0) + 64;
   return launch(gemm_kernel<Tile, A, B, Store>, grid, gemm_threads, bytes, stream, m, n, k, k_chunk, vectors, a, b, store);
 }
 
+// Launches gemm_kernel with tiles of Large where they are of use and all reads and writes are of 16 bytes, else of Small. Both
+// give the same bits. k_chunk 0: a single split over all of k.
+template <class Large, class Small, class A, class B, class Store>
+cudaError_t gemm(int64_t m, int n, int64_t k, int64_t k_chunk, A a, B b, Store store, cudaStream_t stream) {
+  constexpr int group = 16 / sizeof(typename Small::Real);
+  if (k_chunk <= 0 || k_chunk > k) k_chunk = k;
+  const bool chunks = k_chunk == k || k_chunk % group == 0;  // whether a split begins with a group
+  const Vectors vectors = {on_vectors(a.data, a.pitch) && (chunks || !A::columns_adjacent),
+                           on_vectors(b.data, b.pitch) && (chunks || B::columns_adjacent), store.can_use_vectors()};
+  if (Large::large && m > Small::rows && n > Small::columns && vectors.a && vectors.b && vectors.c)
+    return launch_gemm<Large>(m, n, k, k_chunk, vectors, a, b, store, stream);
+  return launch_gemm<Small>(m, n, k, k_chunk, vectors, a, b, store, stream);
+}
+
 // ---- operands and results ---------------------------------------------------------------------
 
 // Operands: a row-major matrix with `pitch` numbers from row to row (Rows), and the transpose of such a matrix (Transposed).
-// columns_adjacent: whether neighbours in memory differ in the column. values(x) turns numbers read into elements.
+// columns_adjacent: whether neighbours in memory differ in the column. usual(x) or, where rare(), rare_value(x) turn numbers
+// read into elements.
 template <class Real>
 struct Rows {
   static constexpr bool columns_adjacent = true;
   const Real* data;
   int64_t pitch;
+  TCAM_DEVICE bool rare() const { return false; }
+  TCAM_DEVICE Real rare_value(Real x) const { return x; }
   template <int count>
-  TCAM_DEVICE void values(Real (&)[count]) const {}
+  TCAM_DEVICE void usual(Real (&)[count]) const {}
 };
 template <class Real>
 struct Transposed {
   static constexpr bool columns_adjacent = false;
   const Real* data;
   int64_t pitch;
+  TCAM_DEVICE bool rare() const { return false; }
+  TCAM_DEVICE Real rare_value(Real x) const { return x; }
   template <int count>
-  TCAM_DEVICE void values(Real (&)[count]) const {}
+  TCAM_DEVICE void usual(Real (&)[count]) const {}
 };
 
 // Stores: *at(split, r, c) = value(sum, *reads(split, r, c)), where reads may return null for 0. sums_rows: whether the sums of

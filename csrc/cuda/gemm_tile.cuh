@@ -37,6 +37,14 @@ TCAM_DEVICE void store_vector(T* to, const T (&from)[count]) {
     *reinterpret_cast<Part*>(to + i) = part;
   }
 }
+// The number of type To with the bits of `from`.
+template <class To, class From>
+TCAM_DEVICE To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
 // Whether rows of numbers, `pitch` from one to the next, begin at addresses divisible by 16. True for null.
 template <class T>
 bool on_vectors(const T* data, int64_t pitch) {
@@ -49,6 +57,7 @@ bool on_vectors(const T* data, int64_t pitch) {
 template <class Real_, int rows_, int columns_, int depth_>
 struct Scalars {
   static constexpr int rows = rows_, columns = columns_, depth = depth_, blocks = 2;
+  static constexpr bool large = rows == 128;
   static constexpr int own_rows = rows / 16, own_columns = columns / 16;
   static constexpr int row_group = own_rows < 4 ? own_rows : 4, group = own_columns < 4 ? own_columns : 4;
   using Real = Real_;
@@ -96,6 +105,7 @@ struct Scalars {
 template <int rows_, int columns_>
 struct TensorFloats {
   static constexpr int rows = rows_, columns = columns_, depth = 16, blocks = 2, group = 2;
+  static constexpr bool large = rows == 128;
   static constexpr int tall = rows / 32, wide = columns / 32;  // products m16n8k8 of a warp
   using Real = float;
   using Number = uint32_t;

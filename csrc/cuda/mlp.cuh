@@ -140,7 +140,8 @@ class Mlp {
         const Transposed<Real> a = {delta, n};
         const AddPartial<Real> add = {weight_partials_[l], n, m, bias_partials_[l]};
         if (n <= 16)
-          c.check(gemm<Scalars<Real, 16, 64, 16>>(n, m, voxels, voxel_chunk, a, activated(l - 1), add, c.stream));
+          c.check(gemm<Scalars<Real, 16, 64, 16>, Scalars<Real, 16, 64, 16>>(n, m, voxels, voxel_chunk, a, activated(l - 1),
+                                                                             add, c.stream));
         else
           c.product(n, m, voxels, voxel_chunk, a, activated(l - 1), add);
       }

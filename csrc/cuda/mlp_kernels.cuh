@@ -17,15 +17,16 @@ struct Activated {
   const Real* data;
   int64_t pitch;
   Hidden<Real> activation;
+  TCAM_DEVICE bool rare() const { return !slope_from_value(activation.kind); }
+  TCAM_DEVICE Real rare_value(Real x) const { return Maths<Scalar<Real>>::value(activation, x); }
   template <int count>
-  TCAM_DEVICE void values(Real (&x)[count]) const {
-    using M = Maths<Scalar<Real>>;
-    if (activation.kind == Activation::relu) {  // chosen once for the group
+  TCAM_DEVICE void usual(Real (&x)[count]) const {  // relu or leaky_relu, chosen once for the group
+    if (activation.kind == Activation::relu) {
 #pragma unroll
-      for (int i = 0; i < count; ++i) x[i] = M::value(Hidden<Real>{Activation::relu, 0}, x[i]);
+      for (int i = 0; i < count; ++i) x[i] = x[i] < 0 ? Real(0) : x[i];
     } else {
 #pragma unroll
-      for (int i = 0; i < count; ++i) x[i] = M::value(activation, x[i]);
+      for (int i = 0; i < count; ++i) x[i] = x[i] < 0 ? x[i] * activation.p : x[i];
     }
   }
 };
