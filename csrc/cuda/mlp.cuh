@@ -146,12 +146,14 @@ class Mlp {
           c.product(n, m, voxels, voxel_chunk, a, activated(l - 1), add);
       }
       Real* next = delta_[(l - 1) & 1];
-      if (l == p.layers)
-        c.run_elements(last_delta_kernel<Real>, voxels * m, delta, n, c.weights[l], z_[l - 1], m, c.activation(l - 1),
-                       voxels * m, next);
-      else
+      if (l == p.layers) {
+        const int across = static_cast<int>(c.channel_threads(m));
+        c.run(last_delta_kernel<Real>, c.blocks(ceil_div(voxels * across, 8 * threads)), threads, 0, delta, n, c.weights[l],
+              z_[l - 1], m, c.activation(l - 1), static_cast<int>(voxels), across, next);
+      } else {
         c.product(voxels, m, n, 0, Rows<Real>{delta, n}, Rows<Real>{c.weights[l], m},
                   WriteDelta<Real>{next, z_[l - 1], m, c.activation(l - 1)});
+      }
     }
   }
 };

@@ -2,7 +2,6 @@
 #pragma once
 #include "../maths/half.h"
 #include "../maths/loss.h"
-#include "gemm_tile.cuh"
 #include "region.cuh"
 #include "sums.cuh"
 
@@ -120,18 +119,21 @@ __global__ void __launch_bounds__(threads) last_layer_kernel(LastLayer<Real> p, 
   }
 }
 
-// out = (delta weight) * activation'(z), which is delta_(L-1). delta: (voxels, n_out); weight: (n_out, n); z, out: (voxels, n),
-// `elements` numbers. A thread owns an element: n_out is small, so a tiled product would not pay.
+// out = (delta weight) * activation'(z), which is delta_(L-1). delta: (voxels, n_out); weight: (n_out, n); z, out: (voxels, n).
+// A thread owns an element, a block's row of threads a voxel: n_out is small, so a tiled product would not pay. `across`:
+// threads of a block for one voxel.
 template <class Real>
-__global__ void __launch_bounds__(threads) last_delta_kernel(const Real* delta, int n_out, const Real* weight, const Real* z,
-                                                             int n, Hidden<Real> activation, int64_t elements, Real* out) {
-  for (int64_t e = blockIdx.x * static_cast<int64_t>(threads) + threadIdx.x; e < elements;
-       e += static_cast<int64_t>(gridDim.x) * threads) {
-    const int64_t v = e / n, c = e % n;
-    Real sum = 0;
-    for (int o = 0; o < n_out; ++o) sum += delta[v * n_out + o] * weight[o * n + c];
-    out[e] = sum * slope_at(activation, z[e]);
-  }
+__global__ void __launch_bounds__(threads)
+    last_delta_kernel(const Real* delta, int n_out, const Real* weight, const Real* z, int n, Hidden<Real> activation,
+                      int voxels, int across, Real* out) {
+  const int at_once = threads / across;
+  for (int v = blockIdx.x * at_once + threadIdx.x / across; v < voxels; v += gridDim.x * at_once)
+    for (int c = threadIdx.x % across; c < n; c += across) {
+      const int64_t e = static_cast<int64_t>(v) * n + c;
+      Real sum = 0;
+      for (int o = 0; o < n_out; ++o) sum += delta[static_cast<int64_t>(v) * n_out + o] * weight[o * n + c];
+      out[e] = sum * slope_at(activation, z[e]);
+    }
 }
 
 }  // namespace tcam
