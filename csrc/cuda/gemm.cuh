@@ -102,22 +102,55 @@ struct PanelReader {
   }
 };
 
-// store(...) of the neighbours sum[0, count) of row r from column c on; `left` of them exist.
-template <class Real, int count, class Store>
-TCAM_DEVICE void store_group(const Store& store, bool vectors, int split, int64_t r, int c, int left,
-                             const Real (&sum)[count]) {
-  if (vectors && left >= count) {
-    Real read[count] = {}, out[count];
-    if (const Real* from = store.reads(split, r, c)) load_vector(read, from);
+// Stores the block's tile of C, whose first element is (row0, column0). What a store reads is loaded for a batch of groups
+// before any of them is written, so that the loads are in flight together.
+template <class Tile, class Store>
+TCAM_DEVICE void store_tile(const Tile& tile, const Store& store, bool vectors, int split, int64_t row0, int column0, int64_t m,
+                            int n) {
+  using Real = typename Tile::Real;
+  constexpr int group = Tile::group, most = 16 / group, batch = Tile::groups < most ? Tile::groups : most;
 #pragma unroll
-    for (int i = 0; i < count; ++i) out[i] = store.value(sum[i], read[i]);
-    store_vector(store.at(split, r, c), out);
-  } else {
+  for (int first = 0; first < Tile::groups; first += batch) {
+    Real x[batch][group];
 #pragma unroll
-    for (int i = 0; i < count; ++i) {
-      if (i >= left) continue;
-      const Real* from = store.reads(split, r, c + i);
-      *store.at(split, r, c + i) = store.value(sum[i], from ? *from : Real(0));
+    for (int g = 0; g < batch; ++g) {
+      const int64_t r = row0 + Tile::row(first + g);
+      const int c = column0 + Tile::column(first + g);
+      const Real* const from = store.reads(split, r, c);
+#pragma unroll
+      for (int i = 0; i < group; ++i) x[g][i] = 0;
+      if (!from || r >= m) continue;
+      if (vectors && c + group <= n) {
+        load_vector(x[g], from);
+      } else {
+#pragma unroll
+        for (int i = 0; i < group; ++i)
+          if (c + i < n) x[g][i] = from[i];
+      }
+    }
+#pragma unroll
+    for (int g = 0; g < batch; ++g) {
+      const int64_t r = row0 + Tile::row(first + g);
+      const int c = column0 + Tile::column(first + g);
+      if (r >= m) continue;
+#pragma unroll
+      for (int i = 0; i < group; ++i) x[g][i] = store.value(tile.sums(first + g)[i], x[g][i]);
+      if (vectors && c + group <= n) {
+        store_vector(store.at(split, r, c), x[g]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < group; ++i)
+          if (c + i < n) *store.at(split, r, c + i) = x[g][i];
+      }
+    }
+  }
+  if constexpr (Store::has_rare) {
+    if (!store.rare()) return;
+#pragma unroll 1
+    for (int e = 0; e < Tile::groups * group; ++e) {  // a loop in code, as they are long
+      const int64_t r = row0 + Tile::row(e / group);
+      const int c = column0 + Tile::column(e / group) + e % group;
+      if (r < m && c < n) *store.at(split, r, c) = store.rare_value(*store.at(split, r, c), *store.reads(split, r, c));
     }
   }
 }
@@ -167,10 +200,7 @@ __global__ void __launch_bounds__(gemm_threads, Tile::blocks)
     __syncthreads();
   }
   tile.template add<PanelA, PanelB>(a_panels + now * PanelA::size, b_panels + now * PanelB::size);
-  tile.each([&](int r, int c, const auto& sum) {
-    if (row0 + r < m)
-      store_group<Real>(store, Tile::large || vectors.c, blockIdx.z, row0 + r, column0 + c, n - column0 - c, sum);
-  });
+  store_tile(tile, store, Tile::large || vectors.c, blockIdx.z, row0, column0, m, n);
 
   if constexpr (Store::sums_rows) {  // of A: thread t has summed a group of rows over every (threads / across)th k
     static_assert(!A::columns_adjacent && gemm_threads % ReaderA::across == 0, "a thread's groups have the same rows");
@@ -238,14 +268,16 @@ struct Transposed {
   TCAM_DEVICE void usual(Real (&)[count]) const {}
 };
 
-// Stores: *at(split, r, c) = value(sum, *reads(split, r, c)), where reads may return null for 0. sums_rows: whether the sums of
-// the rows of A over a split's k are stored too. can_use_vectors: whether neighbours in a row of C are neighbours in memory, at
+// Stores: *at(split, r, c) = value(sum, *reads(split, r, c)). reads may return null for 0; else its neighbours belong to the
+// neighbouring columns. sums_rows: whether the sums of
+// the rows of A over a split's k are stored too. where has_rare and rare(), value leaves sum as it is,
+// and rare_value(sum, read) follows. can_use_vectors: whether neighbours in a row of C are neighbours in memory, at
 // aligned addresses.
 //
 // out[r, c] = sum + bias[c].
 template <class Real>
 struct WriteRows {
-  static constexpr bool sums_rows = false;
+  static constexpr bool sums_rows = false, has_rare = false;
   Real* out;
   int64_t pitch;
   const Real* bias;  // null: none
@@ -257,7 +289,7 @@ struct WriteRows {
 // out[r, c] += sum.
 template <class Real>
 struct AddRows {
-  static constexpr bool sums_rows = false;
+  static constexpr bool sums_rows = false, has_rare = false;
   Real* out;
   int64_t pitch;
   bool can_use_vectors() const { return on_vectors(out, pitch); }
@@ -268,7 +300,7 @@ struct AddRows {
 // out[c, r] = sum.
 template <class Real>
 struct WriteTransposed {
-  static constexpr bool sums_rows = false;
+  static constexpr bool sums_rows = false, has_rare = false;
   Real* out;
   int64_t pitch;
   bool can_use_vectors() const { return false; }
@@ -279,7 +311,7 @@ struct WriteTransposed {
 // partials[split, r, c] += sum, and row_sums[split, r] += the sum of A's row r: the one store that takes more than one split.
 template <class Real>
 struct AddPartial {
-  static constexpr bool sums_rows = true;
+  static constexpr bool sums_rows = true, has_rare = false;
   Real* partials;  // (splits, rows, columns)
   int64_t rows, columns;
   Real* row_sums;  // (splits, rows); null: not wanted

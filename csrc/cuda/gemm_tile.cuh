@@ -38,12 +38,14 @@ struct Scalars {
   Real sum[own_rows][own_columns / group][group] = {};
 
   TCAM_DEVICE static Real number(Real x) { return x; }
-  TCAM_DEVICE static int row() { return (threadIdx.x / 64 * 4 + threadIdx.x % 32 / 16 * 2 + threadIdx.x % 2) * row_group; }
-  TCAM_DEVICE static int column() { return (threadIdx.x / 32 % 2 * 8 + threadIdx.x % 16 / 2) * group; }
+  TCAM_DEVICE static int first_row() {
+    return (threadIdx.x / 64 * 4 + threadIdx.x % 32 / 16 * 2 + threadIdx.x % 2) * row_group;
+  }
+  TCAM_DEVICE static int first_column() { return (threadIdx.x / 32 % 2 * 8 + threadIdx.x % 16 / 2) * group; }
 
   template <class PanelA, class PanelB>
   TCAM_DEVICE void add(const Real* a, const Real* b) {
-    a += row(), b += column();
+    a += first_row(), b += first_column();
 #pragma unroll
     for (int q = 0; q < depth; ++q) {
       Real x[own_rows / row_group][row_group], y[own_columns / group][group];
@@ -59,14 +61,10 @@ struct Scalars {
     }
   }
 
-  template <class F>
-  TCAM_DEVICE void each(F f) const {
-#pragma unroll
-    for (int r = 0; r < own_rows; ++r)
-#pragma unroll
-      for (int c = 0; c < own_columns / group; ++c)
-        f(row() + r / row_group * 16 * row_group + r % row_group, column() + c * 16 * group, sum[r][c]);
-  }
+  static constexpr int across = own_columns / group, groups = own_rows * across;
+  TCAM_DEVICE static int row(int g) { return first_row() + g / across / row_group * 16 * row_group + g / across % row_group; }
+  TCAM_DEVICE static int column(int g) { return first_column() + g % across * 16 * group; }
+  TCAM_DEVICE const Real* sums(int g) const { return sum[g / across][g % across]; }
 };
 
 // On tensor cores: float32 numbers rounded to TensorFloat-32 (10 bits of mantissa), summed in float32. The warps form 2 rows of
@@ -86,14 +84,14 @@ struct TensorFloats {
   float sum[tall][wide][4] = {};
 
   TCAM_DEVICE static uint32_t number(float x) { return ptx::to_tensor_float(x); }
-  TCAM_DEVICE static int row() { return threadIdx.x / 128 * (tall * 16) + threadIdx.x % 32 / 4; }
-  TCAM_DEVICE static int column() { return threadIdx.x / 32 % 4 * (wide * 8); }
+  TCAM_DEVICE static int first_row() { return threadIdx.x / 128 * (tall * 16) + threadIdx.x % 32 / 4; }
+  TCAM_DEVICE static int first_column() { return threadIdx.x / 32 % 4 * (wide * 8); }
 
   template <class PanelA, class PanelB>
   TCAM_DEVICE void add(const uint32_t* a_panel, const uint32_t* b_panel) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    a_panel += row() * PanelA::line_step + t * PanelA::k_step;
-    b_panel += (column() + g) * PanelB::line_step + t * PanelB::k_step;
+    a_panel += first_row() * PanelA::line_step + t * PanelA::k_step;
+    b_panel += (first_column() + g) * PanelB::line_step + t * PanelB::k_step;
 #pragma unroll
     for (int q = 0; q < depth; q += 8) {
       uint32_t a[tall][4], b[wide][2];
@@ -113,18 +111,10 @@ struct TensorFloats {
     }
   }
 
-  template <class F>
-  TCAM_DEVICE void each(F f) const {
-#pragma unroll
-    for (int m = 0; m < tall; ++m)
-#pragma unroll
-      for (int n = 0; n < wide; ++n)
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const float pair[2] = {sum[m][n][r * 2], sum[m][n][r * 2 + 1]};
-          f(row() + m * 16 + r * 8, column() + n * 8 + threadIdx.x % 4 * 2, pair);
-        }
-  }
+  static constexpr int groups = tall * wide * 2;
+  TCAM_DEVICE static int row(int g) { return first_row() + g / 2 / wide * 16 + g % 2 * 8; }
+  TCAM_DEVICE static int column(int g) { return first_column() + g / 2 % wide * 8 + threadIdx.x % 4 * 2; }
+  TCAM_DEVICE const float* sums(int g) const { return sum[g / 2 / wide][g / 2 % wide] + g % 2 * 2; }
 };
 
 }  // namespace tcam

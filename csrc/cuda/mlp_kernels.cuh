@@ -37,15 +37,11 @@ TCAM_DEVICE Real slope_at(Hidden<Real> activation, Real z) {
   const Real value = M::value(activation, z);
   return slope_from_value(activation.kind) ? M::slope_of_value(activation, value) : M::slope(activation, z, value);
 }
-template <class Real>
-TCAM_OUT_OF_LINE Real smooth_slope_at(Hidden<Real> activation, Real z) {
-  return slope_at(activation, z);
-}
 
 // Store: out[r, c] = sum * activation'(z[r, c]). out, z: (voxels, pitch).
 template <class Real>
 struct WriteDelta {
-  static constexpr bool sums_rows = false;
+  static constexpr bool sums_rows = false, has_rare = true;
   Real* out;
   const Real* z;
   int64_t pitch;
@@ -53,10 +49,10 @@ struct WriteDelta {
   bool can_use_vectors() const { return on_vectors(out, pitch) && on_vectors(z, pitch); }
   TCAM_DEVICE Real* at(int, int64_t r, int c) const { return out + r * pitch + c; }
   TCAM_DEVICE const Real* reads(int, int64_t r, int c) const { return z + r * pitch + c; }
-  // The smooth slopes are calls out of line: a thread has up to 64 sums.
-  TCAM_DEVICE Real value(Real sum, Real z) const {
-    if (!slope_from_value(activation.kind)) return sum * smooth_slope_at(activation, z);
-    return sum * Maths<Scalar<Real>>::slope_of_value(activation, z);  // a value has its argument's sign
+  TCAM_DEVICE bool rare() const { return !slope_from_value(activation.kind); }
+  TCAM_DEVICE Real rare_value(Real sum, Real z) const { return sum * slope_at(activation, z); }
+  TCAM_DEVICE Real value(Real sum, Real z) const {  // relu and leaky_relu keep the sign of z
+    return rare() ? sum : sum * Maths<Scalar<Real>>::slope_of_value(activation, z);
   }
 };
 

@@ -18,6 +18,7 @@ template <class Real, int group>
 __global__ void __launch_bounds__(threads)
     add_axis_sum_kernel(const Real* delta, int n, int nx, int ny, int ns, int64_t x_step, int64_t y_step, int64_t s_step,
                         Real* map, int64_t map_pitch, int lanes, int slices) {
+  constexpr int at_once = 8;
   Shared shared;
   Real* const others = shared.take<Real>(threads * group);
   const int lane = threadIdx.x % lanes, slice = threadIdx.x / lanes % slices, pairs = threads / (lanes * slices);
@@ -28,15 +29,15 @@ __global__ void __launch_bounds__(threads)
       const int c = c0 + lane * group;
       const bool exists = b < nx * ny && c < n;
       Real sum[group] = {};
-      if (exists) {
-        const Real* from = delta + (x * x_step + y * y_step + slice * s_step) * n + c;
-#pragma unroll 8
-        for (int s = slice; s < ns; s += slices, from += slices * s_step * n) {
-          Real v[group];
-          load_vector(v, from);
+      const Real* const from = delta + (x * x_step + y * y_step) * n + c;
+      for (int s = slice; exists && s < ns; s += at_once * slices) {
+        Real v[at_once][group];  // loaded without a branch between, beyond the end a second time
 #pragma unroll
-          for (int i = 0; i < group; ++i) sum[i] += v[i];
-        }
+        for (int t = 0; t < at_once; ++t) load_vector(v[t], from + (s + t * slices < ns ? s + t * slices : s) * s_step * n);
+#pragma unroll
+        for (int t = 0; t < at_once; ++t)
+#pragma unroll
+          for (int i = 0; i < group; ++i) sum[i] += s + t * slices < ns ? v[t][i] : Real(0);
       }
       if (slices > 1) {
         store_vector(mine, sum);
