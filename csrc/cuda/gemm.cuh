@@ -41,7 +41,7 @@ struct PanelReader {
           operand.data + (line0 + (line(u) < lines_left ? line(u) : 0)) * (deep ? operand.pitch : 1) + (k0 + k(u)) * k_pitch;
   }
 
-  // Reads a step of which `k_left` of k exist; what does not exist is replaced by what does.
+  // Reads a step of which the first `k_left` of k exist; what does not exist is replaced by what does.
   TCAM_DEVICE void fetch(int k_left) {
 #pragma unroll
     for (int u = 0; u < own; ++u) {
@@ -178,25 +178,24 @@ __global__ void __launch_bounds__(gemm_threads, Tile::blocks)
   Number* const b_panels = shared.take<Number>(2 * PanelB::size);
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * Tile::rows, begin = blockIdx.z * k_chunk;
   const int column0 = blockIdx.y * Tile::columns;
-  const int64_t end = begin + k_chunk < k ? begin + k_chunk : k;
-  auto left = [&](int64_t k0) { return static_cast<int>(end - k0 < depth ? end - k0 : depth); };
+  int left = static_cast<int>(k - begin < k_chunk ? k - begin : k_chunk);  // of k, from the step that was last fetched on
 
   ReaderA a_reader(a, vectors.a, row0, m, begin);
   ReaderB b_reader(b, vectors.b, column0, n, begin);
   Real a_sum[group] = {}, b_sum[group] = {};  // over the thread's elements; b_sum is not used
-  a_reader.fetch(left(begin));
-  b_reader.fetch(left(begin));
-  a_reader.put(a_panels, left(begin), a_sum);
-  b_reader.put(b_panels, left(begin), b_sum);
+  a_reader.fetch(left);
+  b_reader.fetch(left);
+  a_reader.put(a_panels, left, a_sum);
+  b_reader.put(b_panels, left, b_sum);
   __syncthreads();
   Tile tile;
   int now = 0;
-  for (int64_t k0 = begin + depth; k0 < end; k0 += depth, now ^= 1) {
-    a_reader.fetch(left(k0));
-    b_reader.fetch(left(k0));
+  for (left -= depth; left > 0; left -= depth, now ^= 1) {
+    a_reader.fetch(left);
+    b_reader.fetch(left);
     tile.template add<PanelA, PanelB>(a_panels + now * PanelA::size, b_panels + now * PanelB::size);
-    a_reader.put(a_panels + (now ^ 1) * PanelA::size, left(k0), a_sum);
-    b_reader.put(b_panels + (now ^ 1) * PanelB::size, left(k0), b_sum);
+    a_reader.put(a_panels + (now ^ 1) * PanelA::size, left, a_sum);
+    b_reader.put(b_panels + (now ^ 1) * PanelB::size, left, b_sum);
     __syncthreads();
   }
   tile.template add<PanelA, PanelB>(a_panels + now * PanelA::size, b_panels + now * PanelB::size);
@@ -228,8 +227,8 @@ cudaError_t launch_gemm(int64_t m, int n, int64_t k, int64_t k_chunk, Vectors ve
   return launch(gemm_kernel<Tile, A, B, Store>, grid, gemm_threads, bytes, stream, m, n, k, k_chunk, vectors, a, b, store);
 }
 
-// Launches gemm_kernel with tiles of Large where they are of use and all reads and writes are of 16 bytes, else of Small. Both
-// give the same bits. k_chunk 0: a single split over all of k.
+// Launches gemm_kernel with tiles of Large where they are of use and all operands and results allow vectors, else of Small.
+// Both give the same bits. k_chunk 0: a single split over all of k.
 template <class Large, class Small, class A, class B, class Store>
 cudaError_t gemm(int64_t m, int n, int64_t k, int64_t k_chunk, A a, B b, Store store, cudaStream_t stream) {
   constexpr int group = 16 / sizeof(typename Small::Real);
@@ -269,10 +268,9 @@ struct Transposed {
 };
 
 // Stores: *at(split, r, c) = value(sum, *reads(split, r, c)). reads may return null for 0; else its neighbours belong to the
-// neighbouring columns. sums_rows: whether the sums of
-// the rows of A over a split's k are stored too. where has_rare and rare(), value leaves sum as it is,
-// and rare_value(sum, read) follows. can_use_vectors: whether neighbours in a row of C are neighbours in memory, at
-// aligned addresses.
+// neighbouring columns. sums_rows: whether the sums of the rows of A over a split's k are stored too. Where has_rare and
+// rare(), value leaves the sum as it is, and rare_value(sum, read) follows. can_use_vectors: whether neighbours in a row of C
+// are neighbours in memory, at aligned addresses.
 //
 // out[r, c] = sum + bias[c].
 template <class Real>
