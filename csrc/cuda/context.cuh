@@ -10,8 +10,7 @@
 namespace tcam {
 
 constexpr int64_t region_voxels = 65536, region_bytes = 256ll << 20;
-constexpr int64_t voxel_chunk = 512;  // voxels in one partial sum of a weight gradient
-constexpr int64_t bias_chunk = 256;   // voxels in one partial sum of a bias gradient, which a single thread adds
+constexpr int64_t voxel_chunk = 256;  // voxels in one partial sum of a weight or bias gradient
 constexpr int64_t texel_splits = 32;  // partial sums of a weight gradient over a plane's texels
 
 enum class Output { volume, losses, gradients };
@@ -88,17 +87,21 @@ class Context {
     run(kernel, blocks(ceil_div(items, warps)), threads, 0, arguments...);
   }
 
-  // The product C = A B of gemm.cuh: `texel_product` in Real, where A or B has a plane's texels; `product` over voxels, in
-  // TensorFloat-32 where tensor_floats().
+  // The product C = A B of gemm.cuh: `texel_product` in Real, where A or B has a plane's texels, which are few; `product` over
+  // voxels, in TensorFloat-32 where tensor_floats().
   template <class A, class B, class Store>
   void texel_product(int64_t m, int n, int64_t k, int64_t k_chunk, A a, B b, Store store) {
-    check(gemm<Scalars<Real, 64>>(m, n, k, k_chunk, a, b, store, stream));
+    check(gemm<SmallTile, SmallTile>(m, n, k, k_chunk, a, b, store, stream));
   }
   template <class A, class B, class Store>
   void product(int64_t m, int n, int64_t k, int64_t k_chunk, A a, B b, Store store) {
-    if constexpr (sizeof(Real) == sizeof(float))
-      if (tensor_floats()) return check(gemm<TensorFloats>(m, n, k, k_chunk, a, b, store, stream));
-    texel_product(m, n, k, k_chunk, a, b, store);
+    if constexpr (sizeof(Real) == sizeof(float)) {
+      if (tensor_floats())
+        return check(gemm<TensorFloats<128, 128>, TensorFloats<64, 64>>(m, n, k, k_chunk, a, b, store, stream));
+      check(gemm<Scalars<Real, 128, 128, 8>, SmallTile>(m, n, k, k_chunk, a, b, store, stream));
+    } else {
+      texel_product(m, n, k, k_chunk, a, b, store);
+    }
   }
 
   void add_column_sums(const Real* rows, int64_t count, int n, int64_t chunk, Real* partials) {
@@ -113,6 +116,7 @@ class Context {
   }
 
  private:
+  using SmallTile = Scalars<Real, 64, 64, 16>;
   cudaError_t status_ = cudaSuccess;
 };
 

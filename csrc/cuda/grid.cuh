@@ -72,7 +72,9 @@ class Grid {
   // delta_1, of the same shape, to dA, dB and dG.
   void forward(const Region& region, Real* z) {
     const Sampled<Real> sampled = {projected(-1), c.biases[1], c.width(1)};
-    c.run_warps(first_layer_kernel<Real>, region.voxels(), sampled, region, z);
+    constexpr int vector = 16 / sizeof(Real);
+    c.run_warps(sampled.n % vector ? first_layer_kernel<Real, 1> : first_layer_kernel<Real, vector>,
+                ceil_div(region.voxels(), first_layer_run), sampled, region, z);
   }
   void backward(const Region& r, const Real* delta, const tcam_gradients&) {
     const int64_t row = r.nk, slice = row * r.nj;
@@ -106,7 +108,7 @@ class Grid {
       if (p.grad_decoder)
         c.texel_product(n1, channels, texels(q), ceil_div(texels(q), texel_splits), Transposed<Real>{grad_projected_, n1},
                         Transposed<Real>{plane(in.planes, q, object), texels(q)},
-                        AddPartial<Real>{weight_partials_[block(q)], n1, p.channels});
+                        AddPartial<Real>{weight_partials_[block(q)], n1, p.channels, nullptr});
       if (p.grad_planes)
         c.texel_product(texels(q), channels, n1, 0, Rows<Real>{grad_projected_, n1}, Rows<Real>{weight(q), p.width[0]},
                         WriteTransposed<Real>{static_cast<Real*>(to.planes[q]) + object * p.channels * texels(q), texels(q)});
@@ -210,8 +212,14 @@ class Grid {
 
   void add_axis_sum(const Real* in, Real* map, int64_t pitch, int64_t nx, int64_t ny, int64_t ns, int64_t x_step,
                     int64_t y_step, int64_t s_step) {
-    c.run(add_axis_sum_kernel<Real>, c.blocks(nx * ny), c.channel_threads(c.width(1)), 0, in, c.width(1), static_cast<int>(nx),
-          static_cast<int>(ny), static_cast<int>(ns), x_step, y_step, s_step, map, pitch);
+    constexpr int vector = 16 / sizeof(Real);
+    const int n = c.width(1), group = n % vector ? 1 : vector;
+    int lanes = 1, slices = 1;
+    while (lanes < threads && lanes * group < n) lanes *= 2;
+    while (slices * lanes < threads && slices * 16 < ns) slices *= 2;
+    c.run(group == 1 ? add_axis_sum_kernel<Real, 1> : add_axis_sum_kernel<Real, vector>,
+          c.blocks(ceil_div(nx * ny, threads / (lanes * slices))), threads, threads * group * sizeof(Real) + 16, in, n,
+          static_cast<int>(nx), static_cast<int>(ny), static_cast<int>(ns), x_step, y_step, s_step, map, pitch, lanes, slices);
   }
   void gather(const Real* in, const VoxelTap<Real>* taps, int64_t count, int64_t texels, int64_t ny, int64_t x_step,
               int64_t y_step, Real* out, int64_t r_step, int64_t y_out) {

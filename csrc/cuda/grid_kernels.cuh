@@ -38,13 +38,19 @@ struct PlaneList {
   const VoxelTap<Real>*rows_at[TCAM_MAX_PLANES], *columns_at[TCAM_MAX_PLANES];
 };
 
-// Channel c of a plane (rows, columns, n), interpolated between the rows of tap t and the columns of tap u.
-template <class Real>
-TCAM_DEVICE Real bilinear(const Real* plane, int columns, int n, int c, const VoxelTap<Real>& t, const VoxelTap<Real>& u) {
+// Adds to sum channels [c, c + group) of a plane (rows, columns, n), interpolated between the rows of tap t and the columns of
+// tap u. With a group above 1, c, n and the plane allow vector loads.
+template <class Real, int group>
+TCAM_DEVICE void add_bilinear(const Real* plane, int columns, int n, int c, const VoxelTap<Real>& t, const VoxelTap<Real>& u,
+                              Real (&sum)[group]) {
   const Real* lo = plane + static_cast<int64_t>(t.lo) * columns * n + c;
   const Real* hi = plane + static_cast<int64_t>(t.hi) * columns * n + c;
   const int64_t a = static_cast<int64_t>(u.lo) * n, b = static_cast<int64_t>(u.hi) * n;
-  return t.w_lo * (u.w_lo * lo[a] + u.w_hi * lo[b]) + t.w_hi * (u.w_lo * hi[a] + u.w_hi * hi[b]);
+  Real lo_a[group], lo_b[group], hi_a[group], hi_b[group];
+  load_vector(lo_a, lo + a), load_vector(lo_b, lo + b), load_vector(hi_a, hi + a), load_vector(hi_b, hi + b);
+#pragma unroll
+  for (int i = 0; i < group; ++i)
+    sum[i] += t.w_lo * (u.w_lo * lo_a[i] + u.w_hi * lo_b[i]) + t.w_hi * (u.w_lo * hi_a[i] + u.w_hi * hi_b[i]);
 }
 
 // ---- the first layer -----------------------------------------------------------------------
@@ -56,21 +62,29 @@ struct Sampled {
   int n;
 };
 
+constexpr int first_layer_run = 8;  // neighbouring voxels that a warp takes at a time: they share texels
+
 // z[v, :] = bias + sum over the planes of their samples at the region's voxel v. z: (voxels of the region, n). A warp owns a
-// voxel, a lane every 32nd channel. The planes are summed in the order of the list.
-template <class Real>
+// run of voxels, a lane every 32nd group of channels. The planes are summed in the order of the list.
+template <class Real, int group>
 __global__ void __launch_bounds__(threads) first_layer_kernel(Sampled<Real> s, Region region, Real* z) {
-  const int lane = threadIdx.x % 32;
-  for (int v = blockIdx.x * warps + threadIdx.x / 32; v < region.voxels(); v += gridDim.x * warps) {
-    const int64_t at[3] = {region.i(v), region.j(v), region.k(v)};
-    for (int c = lane; c < s.n; c += 32) {
-      Real sum = s.bias ? s.bias[c] : Real(0);
-      for (int q = 0; q < s.planes.count; ++q)
-        sum += bilinear(s.planes.plane[q], s.planes.columns[q], s.n, c, s.planes.rows_at[q][at[s.planes.row_axis[q]]],
-                        s.planes.columns_at[q][at[s.planes.column_axis[q]]]);
-      z[static_cast<int64_t>(v) * s.n + c] = sum;
+  const PlaneList<Real>& p = s.planes;
+  const int voxels = region.voxels();
+  for (int run = (blockIdx.x * warps + threadIdx.x / 32) * first_layer_run; run < voxels;
+       run += gridDim.x * warps * first_layer_run)
+    for (int v = run; v < run + first_layer_run && v < voxels; ++v) {
+      const int64_t i = region.i(v), j = region.j(v), k = region.k(v);
+      auto along = [&](int axis) { return axis == 0 ? i : axis == 1 ? j : k; };
+      for (int c = threadIdx.x % 32 * group; c < s.n; c += 32 * group) {
+        Real sum[group];
+#pragma unroll
+        for (int e = 0; e < group; ++e) sum[e] = s.bias ? s.bias[c + e] : Real(0);
+        for (int q = 0; q < p.count; ++q)
+          add_bilinear(p.plane[q], p.columns[q], s.n, c, p.rows_at[q][along(p.row_axis[q])],
+                       p.columns_at[q][along(p.column_axis[q])], sum);
+        store_vector(z + static_cast<int64_t>(v) * s.n + c, sum);
+      }
     }
-  }
 }
 
 // map[x, y, :] = bias (null: 0) + sum over the planes of their samples at voxels x0 + x of the map's first axis and y of its
@@ -83,10 +97,11 @@ __global__ void __launch_bounds__(threads) map_kernel(PlaneList<float> planes, i
   for (int64_t v = blockIdx.x * static_cast<int64_t>(warps) + threadIdx.x / 32; v < nx * ny;
        v += static_cast<int64_t>(gridDim.x) * warps) {
     for (int c = lane; c < padded; c += 32) {
-      float sum = bias && c < n ? bias[c] : 0.f;
+      float sum[1] = {bias && c < n ? bias[c] : 0.f};
       for (int q = 0; q < planes.count && c < n; ++q)
-        sum += bilinear(planes.plane[q], planes.columns[q], n, c, planes.rows_at[q][x0 + v / ny], planes.columns_at[q][v % ny]);
-      map[v * padded + c] = T::round(sum);
+        add_bilinear(planes.plane[q], planes.columns[q], n, c, planes.rows_at[q][x0 + v / ny], planes.columns_at[q][v % ny],
+                     sum);
+      map[v * padded + c] = T::round(sum[0]);
     }
   }
 }

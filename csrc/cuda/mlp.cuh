@@ -53,7 +53,7 @@ class Mlp {
   void carve_partials(Carver& ws) {
     for (int l = 2; l <= p.layers; ++l) {
       weight_partials_[l] = ws.array<Real>(splits() * c.width(l) * c.width(l - 1));
-      bias_partials_[l] = ws.array<Real>(bias_splits() * c.width(l));
+      bias_partials_[l] = ws.array<Real>(splits() * c.width(l));
     }
   }
 
@@ -78,7 +78,7 @@ class Mlp {
     for (int l = 2; l <= p.layers; ++l) {
       const int64_t n = c.width(l), m = c.width(l - 1);
       c.combine({weight_partials_[l], splits(), n * m, m}, n, m, nullptr, c.grad_weights[l], m);
-      if (c.grad_biases[l]) c.combine({bias_partials_[l], bias_splits(), n, n}, 1, n, nullptr, c.grad_biases[l], n);
+      if (c.grad_biases[l]) c.combine({bias_partials_[l], splits(), n, n}, 1, n, nullptr, c.grad_biases[l], n);
     }
   }
 
@@ -92,7 +92,6 @@ class Mlp {
   Real *weight_partials_[TCAM_MAX_LAYERS + 1] = {}, *bias_partials_[TCAM_MAX_LAYERS + 1] = {};
 
   int64_t splits() const { return ceil_div(most_, voxel_chunk); }
-  int64_t bias_splits() const { return ceil_div(most_, bias_chunk); }
   int64_t widest() const {
     int most = 1;
     for (int l = 1; l <= p.layers; ++l) most = c.width(l) > most ? c.width(l) : most;
@@ -139,20 +138,22 @@ class Mlp {
       const int n = c.width(l), m = c.width(l - 1);
       if (p.grad_decoder) {
         const Transposed<Real> a = {delta, n};
-        const AddPartial<Real> add = {weight_partials_[l], n, m};
+        const AddPartial<Real> add = {weight_partials_[l], n, m, bias_partials_[l]};
         if (n <= 16)
-          c.check(gemm<Scalars<Real, 16>>(n, m, voxels, voxel_chunk, a, activated(l - 1), add, c.stream));
+          c.check(gemm<Scalars<Real, 16, 64, 16>, Scalars<Real, 16, 64, 16>>(n, m, voxels, voxel_chunk, a, activated(l - 1),
+                                                                             add, c.stream));
         else
           c.product(n, m, voxels, voxel_chunk, a, activated(l - 1), add);
-        c.add_column_sums(delta, voxels, n, bias_chunk, bias_partials_[l]);
       }
       Real* next = delta_[(l - 1) & 1];
-      if (l == p.layers)
-        c.run_elements(last_delta_kernel<Real>, voxels * m, delta, n, c.weights[l], z_[l - 1], m, c.activation(l - 1),
-                       voxels * m, next);
-      else
+      if (l == p.layers) {
+        const int across = static_cast<int>(c.channel_threads(m));
+        c.run(last_delta_kernel<Real>, c.blocks(ceil_div(voxels * across, 8 * threads)), threads, 0, delta, n, c.weights[l],
+              z_[l - 1], m, c.activation(l - 1), static_cast<int>(voxels), across, next);
+      } else {
         c.product(voxels, m, n, 0, Rows<Real>{delta, n}, Rows<Real>{c.weights[l], m},
                   WriteDelta<Real>{next, z_[l - 1], m, c.activation(l - 1)});
+      }
     }
   }
 };

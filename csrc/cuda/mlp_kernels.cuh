@@ -9,15 +9,25 @@ namespace tcam {
 
 // ---- operands of the products ----------------------------------------------------------------
 
-// A operand or B operand: element (r, c) is activation(z[r * pitch + c]); rows are voxels.
+// A operand or B operand: element (r, c) is activation(data[r * pitch + c]); rows are voxels.
 template <class Real>
 struct Activated {
   static constexpr bool columns_adjacent = true;
-  const Real* z;
+  const Real* data;
   int64_t pitch;
   Hidden<Real> activation;
-  TCAM_DEVICE Real load(int64_t r, int64_t c) const { return z[r * pitch + c]; }
-  TCAM_DEVICE Real value(Real x) const { return Maths<Scalar<Real>>::value(activation, x); }
+  TCAM_DEVICE bool rare() const { return !slope_from_value(activation.kind); }
+  TCAM_DEVICE Real rare_value(Real x) const { return Maths<Scalar<Real>>::value(activation, x); }
+  template <int count>
+  TCAM_DEVICE void usual(Real (&x)[count]) const {  // relu or leaky_relu, chosen once for the group
+    if (activation.kind == Activation::relu) {
+#pragma unroll
+      for (int i = 0; i < count; ++i) x[i] = x[i] < 0 ? Real(0) : x[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < count; ++i) x[i] = x[i] < 0 ? x[i] * activation.p : x[i];
+    }
+  }
 };
 
 // The activation's derivative at z; at kinks, as maths/activation.h defines it.
@@ -31,12 +41,18 @@ TCAM_DEVICE Real slope_at(Hidden<Real> activation, Real z) {
 // Store: out[r, c] = sum * activation'(z[r, c]). out, z: (voxels, pitch).
 template <class Real>
 struct WriteDelta {
+  static constexpr bool sums_rows = false, has_rare = true;
   Real* out;
   const Real* z;
   int64_t pitch;
   Hidden<Real> activation;
-  TCAM_DEVICE void operator()(int, int64_t r, int c, Real sum) const {
-    out[r * pitch + c] = sum * slope_at(activation, z[r * pitch + c]);
+  bool can_use_vectors() const { return on_vectors(out, pitch) && on_vectors(z, pitch); }
+  TCAM_DEVICE Real* at(int, int64_t r, int c) const { return out + r * pitch + c; }
+  TCAM_DEVICE const Real* reads(int, int64_t r, int c) const { return z + r * pitch + c; }
+  TCAM_DEVICE bool rare() const { return !slope_from_value(activation.kind); }
+  TCAM_DEVICE Real rare_value(Real sum, Real z) const { return sum * slope_at(activation, z); }
+  TCAM_DEVICE Real value(Real sum, Real z) const {  // relu and leaky_relu keep the sign of z
+    return rare() ? sum : sum * Maths<Scalar<Real>>::slope_of_value(activation, z);
   }
 };
 
@@ -99,18 +115,21 @@ __global__ void __launch_bounds__(threads) last_layer_kernel(LastLayer<Real> p, 
   }
 }
 
-// out = (delta weight) * activation'(z), which is delta_(L-1). delta: (voxels, n_out); weight: (n_out, n); z, out: (voxels, n),
-// `elements` numbers. A thread owns an element: n_out is small, so a tiled product would not pay.
+// out = (delta weight) * activation'(z), which is delta_(L-1). delta: (voxels, n_out); weight: (n_out, n); z, out: (voxels, n).
+// A thread owns an element, a block's row of threads a voxel: n_out is small, so a tiled product would not pay. `across`:
+// threads of a block for one voxel.
 template <class Real>
-__global__ void __launch_bounds__(threads) last_delta_kernel(const Real* delta, int n_out, const Real* weight, const Real* z,
-                                                             int n, Hidden<Real> activation, int64_t elements, Real* out) {
-  for (int64_t e = blockIdx.x * static_cast<int64_t>(threads) + threadIdx.x; e < elements;
-       e += static_cast<int64_t>(gridDim.x) * threads) {
-    const int64_t v = e / n, c = e % n;
-    Real sum = 0;
-    for (int o = 0; o < n_out; ++o) sum += delta[v * n_out + o] * weight[o * n + c];
-    out[e] = sum * slope_at(activation, z[e]);
-  }
+__global__ void __launch_bounds__(threads)
+    last_delta_kernel(const Real* delta, int n_out, const Real* weight, const Real* z, int n, Hidden<Real> activation,
+                      int voxels, int across, Real* out) {
+  const int at_once = threads / across;
+  for (int v = blockIdx.x * at_once + threadIdx.x / across; v < voxels; v += gridDim.x * at_once)
+    for (int c = threadIdx.x % across; c < n; c += across) {
+      const int64_t e = static_cast<int64_t>(v) * n + c;
+      Real sum = 0;
+      for (int o = 0; o < n_out; ++o) sum += delta[static_cast<int64_t>(v) * n_out + o] * weight[o * n + c];
+      out[e] = sum * slope_at(activation, z[e]);
+    }
 }
 
 }  // namespace tcam

@@ -62,7 +62,7 @@ class Points {
   }
   void carve_partials(Carver& ws) {
     for (int b = 0; b < blocks(); ++b) weight_partials_[b] = ws.array<Real>(splits() * c.width(1) * block_width(b));
-    bias_partials_ = ws.array<Real>(bias_splits() * c.width(1));
+    bias_partials_ = ws.array<Real>(splits() * c.width(1));
   }
 
   // Stores the texels of the round's objects as rows, projected or not. `volume` receives the features of a decoder without
@@ -126,7 +126,7 @@ class Points {
   void backward(const Region& wave, const Real* delta, const tcam_gradients& to) {
     const int64_t count = wave.voxels();
     const int n1 = c.width(1);
-    if (p.layers && p.grad_decoder) c.add_column_sums(delta, count, n1, bias_chunk, bias_partials_);
+    if (p.layers && p.grad_decoder) c.add_column_sums(delta, count, n1, voxel_chunk, bias_partials_);
     if (!projected_) back_to_samples(wave, delta);
     if (p.extra && p.grad_decoder) weight_gradient(plane_blocks(), count, delta, extra(wave));
     if (p.extra && p.grad_extra)
@@ -160,7 +160,7 @@ class Points {
         if (p.grad_decoder)
           c.texel_product(row_, channels, texels(q), ceil_div(texels(q), texel_splits), Transposed<Real>{grad, row_},
                           Transposed<Real>{plane_of(in.planes, q, object), texels(q)},
-                          AddPartial<Real>{weight_partials_[b], row_, p.channels});
+                          AddPartial<Real>{weight_partials_[b], row_, p.channels, nullptr});
         if (out)
           c.texel_product(texels(q), channels, row_, 0, Rows<Real>{grad, row_}, Rows<Real>{block_weight(b), p.width[0]},
                           WriteTransposed<Real>{out, texels(q)});
@@ -171,7 +171,7 @@ class Points {
     for (int b = 0, column = 0; b < blocks(); column += block_width(b), ++b)
       c.combine({weight_partials_[b], splits(), n1 * block_width(b), block_width(b)}, n1, block_width(b), nullptr,
                 c.grad_weights[1] + column, p.width[0]);
-    if (c.grad_biases[1]) c.combine({bias_partials_, bias_splits(), n1, n1}, 1, n1, nullptr, c.grad_biases[1], n1);
+    if (c.grad_biases[1]) c.combine({bias_partials_, splits(), n1, n1}, 1, n1, nullptr, c.grad_biases[1], n1);
   }
 
  private:
@@ -200,7 +200,6 @@ class Points {
     const int64_t of_points = ceil_div(most_, voxel_chunk);
     return of_points > texel_splits ? of_points : texel_splits;
   }
-  int64_t bias_splits() const { return ceil_div(most_, bias_chunk); }
   // W_1's blocks of columns: one for each concatenated plane or a single one for the planes' sum or product, then one for the
   // extra features.
   int plane_blocks() const { return p.reduce == TCAM_CONCAT ? p.plane_count : 1; }
@@ -262,7 +261,7 @@ class Points {
   // Adds delta_1^T operand to the partial sums of the gradient of W_1's block b. operand: (count, block_width(b)).
   void weight_gradient(int b, int64_t count, const Real* delta, Rows<Real> operand) {
     c.product(c.width(1), block_width(b), count, voxel_chunk, Transposed<Real>{delta, c.width(1)}, operand,
-              AddPartial<Real>{weight_partials_[b], c.width(1), block_width(b)});
+              AddPartial<Real>{weight_partials_[b], c.width(1), block_width(b), nullptr});
   }
   // Computes the gradients of the sampled features from delta_1, and adds to the partial sums of W_1's blocks for the planes.
   void back_to_samples(const Region& wave, const Real* delta) {

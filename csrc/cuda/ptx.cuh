@@ -79,10 +79,15 @@ TCAM_DEVICE void load_pair(float* r, const float* p) {
   r[1] = v.y;
 }
 
-// to_tensor_float rounds a float to TensorFloat-32. mma_tensor_float: D += A B of such numbers, m16n8k8.
+// to_tensor_float rounds a float to TensorFloat-32: ties to even where that is one instruction, else away from zero.
+// mma_tensor_float: D += A B of such numbers, m16n8k8.
 TCAM_DEVICE uint32_t to_tensor_float(float x) {
   uint32_t r;
+#if __CUDA_ARCH__ >= 900
+  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
+#else
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
+#endif
   return r;
 }
 TCAM_DEVICE void mma_tensor_float(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

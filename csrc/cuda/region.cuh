@@ -20,13 +20,15 @@ struct Region {
 struct Regions {
   int64_t box[3], size[3];  // voxels along i, j, k of the box and of a region; the last region along an axis may be shorter
 
-  // Regions of at most `voxels` voxels: part of a row of k, else whole rows of one slice, else whole slices.
+  // Regions of at most `voxels` voxels: part of a row of k, or whole rows of a patch of i and j that is about square. So sums
+  // over any axis have several terms, and neighbouring voxels read the same texels.
   static Regions of(const int64_t* box, int64_t voxels) {
-    Regions r = {{box[0], box[1], box[2]}, {}};
-    for (int a = 2; a >= 0; --a) {
-      r.size[a] = box[a] < voxels ? box[a] : voxels;
-      voxels = voxels / r.size[a] > 1 ? voxels / r.size[a] : 1;
-    }
+    auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
+    Regions r = {{box[0], box[1], box[2]}, {1, 1, least(box[2], voxels)}};
+    const int64_t rows = voxels / r.size[2];
+    while (r.size[0] * 2 <= box[0] && r.size[0] * r.size[0] * 4 <= rows) r.size[0] *= 2;
+    r.size[1] = least(box[1], rows / r.size[0]);
+    r.size[0] = least(box[0], rows / r.size[1]);
     return r;
   }
   int64_t most() const { return size[0] * size[1] * size[2]; }  // voxels of the largest region

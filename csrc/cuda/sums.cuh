@@ -1,7 +1,7 @@
 // Sums in a fixed order: along an axis, down the rows of a matrix, over partial sums, over a block. Each output element is
 // summed by one thread in ascending order, or by a fixed tree; none uses atomics.
 #pragma once
-#include "device.cuh"
+#include "vector.cuh"
 
 namespace tcam {
 
@@ -9,18 +9,51 @@ constexpr int threads = 256, warps = threads / 32;
 
 inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// map[x, y, :] += sum over s < ns of delta[x*x_step + y*y_step + s*s_step, :], s ascending.
+// map[x, y, :] += sum over s < ns of delta[x*x_step + y*y_step + s*s_step, :].
 //   delta: rows of n channels, the steps count rows; map: rows of n channels, map_pitch rows from x to x + 1.
-// A block owns a pair (x, y), a thread some of its channels.
-template <class Real>
-__global__ void add_axis_sum_kernel(const Real* delta, int n, int nx, int ny, int ns, int64_t x_step, int64_t y_step,
-                                    int64_t s_step, Real* map, int64_t map_pitch) {
-  for (int b = blockIdx.x; b < nx * ny; b += gridDim.x) {
-    const int x = b / ny, y = b % ny;
-    for (int c = threadIdx.x; c < n; c += blockDim.x) {
-      Real sum = 0;
-      for (int s = 0; s < ns; ++s) sum += delta[(x * x_step + y * y_step + s * s_step) * n + c];
-      map[(x * map_pitch + y) * n + c] += sum;
+// A thread owns some groups of `group` channels of a pair (x, y), and every slices-th s in ascending order, from its slice on;
+// the first slice's thread then adds the others'. A block has `threads` threads: lanes * slices for each of its pairs; both are
+// powers of two.
+template <class Real, int group>
+__global__ void __launch_bounds__(threads)
+    add_axis_sum_kernel(const Real* delta, int n, int nx, int ny, int ns, int64_t x_step, int64_t y_step, int64_t s_step,
+                        Real* map, int64_t map_pitch, int lanes, int slices) {
+  constexpr int at_once = 8;
+  Shared shared;
+  Real* const others = shared.take<Real>(threads * group);
+  const int lane = threadIdx.x % lanes, slice = threadIdx.x / lanes % slices, pairs = threads / (lanes * slices);
+  Real* const mine = others + threadIdx.x * group;
+  for (int first = blockIdx.x * pairs; first < nx * ny; first += gridDim.x * pairs) {
+    const int b = first + threadIdx.x / (lanes * slices), x = b / ny, y = b % ny;
+    for (int c0 = 0; c0 < n; c0 += lanes * group) {
+      const int c = c0 + lane * group;
+      const bool exists = b < nx * ny && c < n;
+      Real sum[group] = {};
+      const Real* const from = delta + (x * x_step + y * y_step) * n + c;
+      for (int s = slice; exists && s < ns; s += at_once * slices) {
+        Real v[at_once][group];  // loaded without a branch between, beyond the end a second time
+#pragma unroll
+        for (int t = 0; t < at_once; ++t) load_vector(v[t], from + (s + t * slices < ns ? s + t * slices : s) * s_step * n);
+#pragma unroll
+        for (int t = 0; t < at_once; ++t)
+#pragma unroll
+          for (int i = 0; i < group; ++i) sum[i] += s + t * slices < ns ? v[t][i] : Real(0);
+      }
+      if (slices > 1) {
+        store_vector(mine, sum);
+        __syncthreads();
+        for (int t = 1; t < slices && slice == 0; ++t)
+#pragma unroll
+          for (int i = 0; i < group; ++i) sum[i] += mine[t * lanes * group + i];
+        __syncthreads();
+      }
+      if (!exists || slice) continue;
+      Real* const to = map + (x * map_pitch + y) * n + c;
+      Real before[group];
+      load_vector(before, to);
+#pragma unroll
+      for (int i = 0; i < group; ++i) before[i] += sum[i];
+      store_vector(to, before);
     }
   }
 }

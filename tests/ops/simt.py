@@ -32,6 +32,7 @@ SHAPES = [
     dict(channels=5, texels=(4, 5, 6), widths=(37, 21, 3), size=(8, 9, 5), bias=False),
     dict(channels=3, texels=(3, 4, 5), widths=(9, 2), size=(5, 7, 9), align_corners=True, batch=2),
     dict(channels=4, texels=(4, 5, 6), widths=(5,), size=(8, 7, 5), padding_mode="zeros"),
+    dict(channels=2, texels=(3, 9, 7), widths=(84, 132, 76), size=(3, 11, 8)),  # large tiles of gemm.cuh, with ends of all axes
     dict(channels=2, texels=(9, 3, 7), widths=(70, 130, 18), size=(3, 11, 8), padding_mode="zeros"),
     dict(channels=2, texels=(1, 1, 1), widths=(8, 8, 8, 8, 1), size=(7, 6, 5)),
 ]

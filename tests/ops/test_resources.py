@@ -34,7 +34,7 @@ SPILLS = [
     (r"fused_forward_kernel<.*, 128, 2, 3, 2, \d>", 160),  # 6 warps; only where a block has less than 218 KiB of shared memory
     (r"fused_forward_kernel<.*, 64, 2, 12, 1, \d>", 16),
     (r"fused_backward_kernel<.*, 128>", 64),
-    (r"gemm_kernel<", 16),
+    (r"gemm_kernel<", 32),
     (r"last_layer_kernel<double, .*2>", 64),  # float64 with a loss, around the call of a rare output activation
 ]
 #: Read first for architectures with less shared memory a block than the wide backward kernel needs: it never runs there.

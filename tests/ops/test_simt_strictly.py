@@ -141,20 +141,25 @@ def test_a_missing_barrier_is_a_race(barrier, tmp_path):
 
 BARRIER = "__syncthreads();\n"
 FAULTS = {
-    "no barrier after the load": ("gemm.cuh", BARRIER + "    if (k0 + depth", "    if (k0 + depth"),
-    "no barrier after the products": ("gemm.cuh", "b_tile);\n    " + BARRIER, "b_tile);\n"),
+    "no barrier after the load": ("gemm.cuh", BARRIER + "  Tile tile;", "  Tile tile;"),
+    "no barrier after the products": ("gemm.cuh", "left, b_sum);\n    " + BARRIER, "left, b_sum);\n"),
     "the last row tile is missing": ("gemm.cuh", "(m + Tile::rows - 1) / Tile::rows", "m > Tile::rows ? m / Tile::rows : 1"),
-    "the last depth is not read": ("gemm.cuh", "if (k0 + depth < end)", "if (k0 + 2 * depth < end)"),
+    "the last depth is not read": ("gemm.cuh", "left -= depth; left > 0;", "left -= depth; left >= depth;"),
     "weights of the taps swapped": ("grid_kernels.cuh", "t.w_lo * (u.w_lo", "t.w_lo * (u.w_hi"),
     "a group of delta_1 before its copies end": ("grid_kernels.cuh", "wait_copies<last - 1>", "wait_copies<last>"),
     "texels above forgotten": ("grid_kernels.cuh", "first_tap(taps, count, r + 1)", "first_tap(taps, count, r)"),
     "a region's sum replaces the one before": (
         "sums.cuh",
-        "map_pitch + y) * n + c] += sum",
-        "map_pitch + y) * n + c] = sum",
+        "before[i] += sum[i]",
+        "before[i] = sum[i]",
     ),
     "half of the lanes forgotten": ("mlp_kernels.cuh", "int other = 16;", "int other = 8;"),
-    "partial sums replaced": ("gemm.cuh", "columns + c] += sum;", "columns + c] = sum;"),
+    "partial sums replaced": (
+        "gemm.cuh",
+        "columns + c; }\n  TCAM_DEVICE const Real* reads(int split, int64_t r, int c) const { return at(split, r, c); }",
+        "columns + c; }\n  TCAM_DEVICE const Real* reads(int, int64_t, int) const { return nullptr; }",
+    ),
+    "partial sums of rows replaced": ("gemm.cuh", "m + row0 + r] += sum;", "m + row0 + r] = sum;"),
     "a map not cleared": ("grid.cuh", "m < 3; ++m) c.clear(", "m < 1; ++m) c.clear("),
     "no barrier before the next step's tiles": ("fused_forward.cuh", "__syncthreads();  // step jb + 1", "// "),
     "no wait for the copies": ("fused_forward.cuh", "ptx::wait_copies();\n        __syncthreads();", "__syncthreads();"),
