@@ -24,7 +24,7 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N, MT> {
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
           uint32_t& word = mask.word[(m * steps + s) / 4];
-          word = word >> 1 | ((h[m][s][r] + 0x7fff7fffu) & 0x80008000u);
+          word = T::note_positive(word, h[m][s][r], s % 4 * 4 + r);
         }
   }
   // Register [m][s][r] with each half set to zero where the mask has no bit for it.
@@ -91,32 +91,18 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N, MT> {
     }
   }
 
-  // What a launch after the head reads at a step, loaded a step ahead: each layer's mask and, with one output, dy.
-  struct Ahead {
-    Mask masks[fused_most_products];
-    float dy[lines];
-    TCAM_DEVICE void load(const FusedBackward& p, int steps_in_all, int s, const float* dy_at, int tid, const Lane<N>& lane) {
-#pragma unroll
-      for (int l = 0; l < fused_most_products; ++l)
-        if (l < p.products) masks[l] = stored_mask(p, l + 2, steps_in_all, s, tid);
-#pragma unroll
-      for (int n = 0; n < lines; ++n) dy[n] = p.n_out == 1 ? dy_at[n * 8 + lane.g] : 0.f;
-    }
-  };
-
-  // A chain warp's position and buffers at one step: the voxels (i, j) from k0 on, the number s of steps_in_all steps, whether
-  // the team has a step after it, the warp's rows of p.dy (n_out, R), and the mask of one layer, which the walks load and
-  // replace. tile: the warp's tile in its block; warp and tid: in its team.
+  // A chain warp's position and buffers at one step: the voxels (i, j) from k0 on, the number s of steps_in_all steps, the
+  // warp's rows of p.dy (n_out, R), and masks: in the head masks[0], in a later launch
+  // those of the layers from the top down to p.layer. tile: the warp's tile in its block; warp and tid: in its team.
   struct Step {
     const FusedBackward& p;
     const Memory& memory;
     const typename Team::Stage& stage;
     const typename Team::Column& column;
-    Ahead& ahead;
     const Lane<N>& lane;
     int tid, warp, tile, s, steps_in_all, jb, i, j, k0;
     float* dy_at;
-    Mask mask;
+    Mask masks[fused_most_products];
 
     TCAM_DEVICE void meet() const { ptx::barrier_wait(chain_barrier + tile / WI, Team::threads); }
     // h = h_1. The step's maps have been staged. Where nothing else of the step reads them (`last`), those of the next step in
@@ -130,16 +116,6 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N, MT> {
       meet();  // all warps have read the maps
       if (jb + 1 < column.j_last) Team::stage_step(stage, p.maps, column, jb + 1, tid);
     }
-    // Takes the stored mask of a layer and loads that of the next step in its place.
-    TCAM_DEVICE void take_mask(int layer, bool more) {
-#pragma unroll
-      for (int l = 0; l < fused_most_products; ++l)
-        if (l == layer - 2) {
-          mask = ahead.masks[l];
-          if (more) ahead.masks[l] = stored_mask(p, layer, steps_in_all, s + 1, tid);
-        }
-    }
-
     // The warp's rows of the tiles that it gives.
     TCAM_DEVICE uint16_t* h_rows() const { return memory.given + tile * 2 * Base::tile + Team::first_row(warp) * 64; }
     TCAM_DEVICE uint16_t* delta_rows() const { return h_rows() + Base::tile; }
@@ -167,13 +143,13 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N, MT> {
 #pragma unroll 1
     for (int q = 0; q < forward; ++q) {
       Fragment next;
-      Team::template multiply<2>(
+      Team::template multiply<2, true>(
           h, at.memory.panels + q * N * N, at.memory.biases + q * N, at.lane, [](int) {},
           [&](int s, int m, const float (&sum)[2][4]) { Team::to_operand(next[m][s], sum); });
       copy(h, next);
       if (p.head && p.masks) {
-        to_mask(at.mask, h);
-        stored_mask(p, q + 2, at.steps_in_all, at.s, at.tid) = at.mask;
+        to_mask(at.masks[0], h);
+        stored_mask(p, q + 2, at.steps_in_all, at.s, at.tid) = at.masks[0];
       }
       if (p.weighted && q + 2 == p.layer - 1) at.give_h(h);
     }
@@ -205,28 +181,27 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N, MT> {
     }
   }
 
-  // Takes h from delta_layer to delta_(layer-1): multiplied by the panel of `layer`, then masked by at.mask, that of
-  // h_(layer-1).
-  TCAM_DEVICE static void step_back(const Step& at, Fragment& h, int layer) {
+  // Takes h from delta_layer to delta_(layer-1): multiplied by the panel of `layer`, then masked by the mask of h_(layer-1).
+  TCAM_DEVICE static void step_back(const Step& at, Fragment& h, int layer, const Mask& mask) {
     const int back = at.p.products + 1 - layer;
     const uint16_t* panel = at.memory.panels + (forward_products(at.p) + back) * N * N;
     Fragment next;
-    Team::template multiply<2>(
+    Team::template multiply<2, false>(
         h, panel, nullptr, at.lane, [](int) {},
         [&](int s, int m, const float (&sum)[2][4]) {
 #pragma unroll
           for (int r = 0; r < 4; ++r) {
             const float* c = sum[r >> 1] + (r & 1) * 2;
-            next[m][s][r] = masked(T::pack(c[0], c[1]), at.mask, m, s, r);
+            next[m][s][r] = masked(T::pack(c[0], c[1]), mask, m, s, r);
           }
         });
     copy(h, next);
   }
 
   // Walks from dl/dy down to delta_layer, which it gives to the outer warps; the launch of layer 2 continues to delta_1 and
-  // writes it. On entry at.mask is that of h_(P+1). h is overwritten; it is a parameter so that no second fragment needs
+  // writes it. On entry at.masks[0] is that of h_(P+1). h is overwritten; it is a parameter so that no second fragment needs
   // registers.
-  TCAM_DEVICE static void walk_back(Step& at, Fragment& h, const float (&dy)[lines], bool more) {
+  TCAM_DEVICE static void walk_back(Step& at, Fragment& h, const float (&dy)[lines]) {
     const FusedBackward& p = at.p;
     const int top = p.products + 1;
     if (p.layer > top) {  // the last layer of several outputs: its delta is dy itself
@@ -235,25 +210,39 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N, MT> {
       return at.tell();
     }
     if (p.n_out == 1)
-      spread_one(h, dy, p.head, at.mask, at.lane);
+      spread_one(h, dy, p.head, at.masks[0], at.lane);
     else
-      spread(h, at.dy_at, p.n_out, at.memory.last, at.mask, at.lane);
-#pragma unroll 1
-    for (int layer = top; layer > p.layer; --layer) {
-      at.take_mask(layer - 1, more);
-      step_back(at, h, layer);
-    }
+      spread(h, at.dy_at, p.n_out, at.memory.last, at.masks[0], at.lane);
+#pragma unroll
+    for (int u = 1; u < fused_most_products; ++u)
+      if (top - u >= p.layer) step_back(at, h, top - u + 1, at.masks[u]);
     if (p.layer == 2) {  // h_1 is computed again, which saves the registers that keeping it or its mask would take
       Fragment h1;
       at.first_layer(h1, true);
-      to_mask(at.mask, h1);
+      to_mask(at.masks[0], h1);
       if (p.weighted) at.give_h(h1);
     }
     if (p.weighted) at.give_delta(h);
     if (p.layer == 2) {
-      step_back(at, h, 2);
+      step_back(at, h, 2, at.masks[0]);
       write_delta1(p, h, at.i, at.j, at.k0, at.lane);
     }
+  }
+
+  // Loads what a launch after the head reads at a step: masks and, with one output, dy. Prefetches those of the next step.
+  TCAM_DEVICE static void load_step(Step& at, float (&dy)[lines], bool more) {
+    const FusedBackward& p = at.p;
+    const int top = p.products + 1;
+#pragma unroll
+    for (int u = 0; u < fused_most_products; ++u)
+      if (top - u >= p.layer) {
+        const Mask& from = stored_mask(p, top - u, at.steps_in_all, at.s, at.tid);
+        at.masks[u] = from;
+        if (more) ptx::prefetch(&from + Team::threads);
+      }
+#pragma unroll
+    for (int n = 0; n < lines; ++n) dy[n] = p.n_out == 1 ? at.dy_at[n * 8 + at.lane.g] : 0.f;
+    if (more) ptx::prefetch(at.dy_at + Team::tiles * R * p.n_out);
   }
 
   // The team's steps, for one chain warp. The team waits for its own warps alone. After the last step the head writes each
@@ -267,8 +256,6 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N, MT> {
     // The warp's rows of p.dy at step s.
     auto dy_at = [&](int s) { return p.dy + (static_cast<size_t>(s) * Team::tiles + warp / share) * p.n_out * R + first_row; };
     double loss = 0, dy_sum = 0;
-    Ahead ahead = {};
-    if (!p.head && all.begin < all.end) ahead.load(p, all.count(), all.begin, dy_at(all.begin), tid, lane);
     int s = all.begin;
     while (s < all.end) {
       const typename Team::Column column(all, s);
@@ -278,28 +265,21 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N, MT> {
       for (int jb = column.j_first; jb < column.j_last; ++jb, ++s) {
         lane.forget();
         const int i = column.i0 + warp / share % WI, j = jb * WJ + warp / share / WI;
-        Step at = {p,    memory, stage,        column, ahead, lane, tid, warp, team * WI + warp / share,
-                   s,    all.count(), jb, i,      j,     column.k0 + first_row, dy_at(s), {}};
-        const bool more = s + 1 < all.end;
+        Step at = {p, memory, stage, column, lane, tid, warp, team * WI + warp / share, s, all.count(), jb, i, j,
+                   column.k0 + first_row, dy_at(s), {}};
         Seen seen;
         float dy[lines];
-        if (p.head) {
+        if (p.head)
           look(seen, p, at.i, at.j, at.k0, lane);
-        } else {
-          at.take_mask(p.products + 1, more);
-#pragma unroll
-          for (int n = 0; n < lines; ++n) dy[n] = ahead.dy[n];
-          if (more && p.n_out == 1)
-#pragma unroll
-            for (int n = 0; n < lines; ++n) ahead.dy[n] = dy_at(s + 1)[n * 8 + lane.g];
-        }
+        else
+          load_step(at, dy, s + 1 < all.end);
         Fragment h;
         walk_forward(at, h);
         if (p.head) {
           head(at, h, seen, dy, loss, dy_sum);
           if (!p.masks) continue;
         }
-        walk_back(at, h, dy, more);
+        walk_back(at, h, dy);
       }
     }
     if (p.head) {

@@ -60,21 +60,21 @@ struct FusedBackwardOuter : FusedBackwardBlock<T, N, MT> {
     const uint32_t ones[2] = {T::ones, T::ones};
     float sum[blocks][N / 2] = {}, row_sum[blocks][4] = {};
     each_tile(p, memory, [&](const uint16_t* h_tile, const uint16_t* delta_tile) {
+      const ptx::Operand h(h_tile, given_block), delta(delta_tile);
       ptx::warpgroup_fence();
 #pragma unroll
       for (int half = 0; half < R / 16; ++half)
 #pragma unroll
         for (int b = 0; b < blocks; ++b)
-          ptx::warpgroup_outer_product<T>(sum[b], delta_tile + b * given_block + half * 16 * 64, h_tile + half * 16 * 64,
-                                          given_block);
+          ptx::warpgroup_outer_product<T>(sum[b], delta.at(b * given_block + half * 16 * 64), h.at(half * 16 * 64));
       ptx::warpgroup_commit();
 #pragma unroll
       for (int half = 0; half < R / 16; ++half)
 #pragma unroll
         for (int b = 0; b < blocks; ++b) {
-          uint32_t delta[4];
-          ptx::load_matrices_transposed(delta, delta_tile + half * 16 * 64 + delta_at(b * 64 + warp * 16, lane));
-          T::mma(row_sum[b], delta, ones, row_sum[b]);
+          uint32_t a[4];
+          ptx::load_matrices_transposed(a, delta_tile + half * 16 * 64 + delta_at(b * 64 + warp * 16, lane));
+          T::mma(row_sum[b], a, ones, row_sum[b]);
         }
       ptx::warpgroup_wait();
     });

@@ -93,7 +93,7 @@ struct FusedForwardKernel {
         if (!two) lane.forget(), first(jb + 1);
 #pragma unroll
         for (int l = 0; l + 1 < products; ++l)
-          Team::template multiply<1>(
+          Team::template multiply<1, true>(
               h[two ? l & 1 : 0], sw + l * N * N, sbias + l * N, lane, [](int) {},
               [&](int q, int m, const float (&sum)[2][4]) { Team::to_operand(h[two ? (l + 1) & 1 : 0][m][q], sum); });
         float out[MT][4];
@@ -103,7 +103,7 @@ struct FusedForwardKernel {
           out[m][0] = out[m][2] = last_bias;
           out[m][1] = out[m][3] = 0.f;
         }
-        Team::template multiply<1>(
+        Team::template multiply<1, true>(
             h[in], sw + (products - 1) * N * N, sbias + (products - 1) * N, lane,
             [&](int q) {
               if (!two) return;

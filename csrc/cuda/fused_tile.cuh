@@ -97,39 +97,43 @@ struct FusedTile {
     }
   }
 
-  // Multiplies: in W^T + bias, from the panel of W. biases (N), null: none. Each sum adds its k-steps in ascending order, and its bias before
+  // Multiplies: in W^T, plus the biases (N) where `biased`, from the panel of W. Each sum adds its k-steps in ascending order, and its bias before
   // (mma.sync) or after them (wgmma). For
   // every s, calls meanwhile(s), for work that does not need the product, and then each(s, m, sum) with the accumulators sum[e]
   // of rows 16 m on and columns 16 s + 8 e on. With mma.sync, `blocks` k-steps of columns are in registers at a time, and `each`
   // is called while `in` is still needed; with wgmma all are, and `each` is called after the last use of `in`.
-  template <int blocks, class Meanwhile, class Each>
+  template <int blocks, bool biased, class Meanwhile, class Each>
   TCAM_DEVICE static void multiply(const Fragment& in, const uint16_t* panel, const float* biases, const Lane<N>& lane,
                                    Meanwhile meanwhile, Each each) {
     if constexpr (MT == 1) {
       float sum[N / 2];
+      const ptx::Operand weights(panel);
       ptx::warpgroup_fence();
-      ptx::warpgroup_product<T, true>(sum, in[0][0], panel, 0);
+      ptx::warpgroup_product<T, true>(sum, in[0][0], weights, 0);
 #pragma unroll
-      for (int s = 1; s < steps; ++s) ptx::warpgroup_product<T, false>(sum, in[0][s], panel + s / 4 * N * 64, s % 4);
+      for (int s = 1; s < steps; ++s)
+        ptx::warpgroup_product<T, false>(sum, in[0][s], weights.at(s / 4 * N * 64), s % 4);
       ptx::warpgroup_commit();
 #pragma unroll
       for (int s = 0; s < steps; ++s) meanwhile(s);
       ptx::warpgroup_wait();
 #pragma unroll
       for (int s = 0; s < steps; ++s) {
-        float bias[2][2];
+        float c[2][4];
 #pragma unroll
-        for (int e = 0; e < 2; ++e) load_bias(bias[e], biases, s * 16 + e * 8, lane);
-        const float* c = sum + 8 * s;
-        each(s, 0,
-             {{c[0] + bias[0][0], c[1] + bias[0][1], c[2] + bias[0][0], c[3] + bias[0][1]},
-              {c[4] + bias[1][0], c[5] + bias[1][1], c[6] + bias[1][0], c[7] + bias[1][1]}});
+        for (int e = 0; e < 2; ++e) {
+          float bias[2];
+          if (biased) ptx::load_pair(bias, biases + s * 16 + e * 8 + lane.t * 2);
+#pragma unroll
+          for (int r = 0; r < 4; ++r) c[e][r] = biased ? sum[8 * s + 4 * e + r] + bias[r & 1] : sum[8 * s + 4 * e + r];
+        }
+        each(s, 0, c);
       }
     } else {
 #pragma unroll
       for (int nb = 0; nb < steps; nb += blocks) {
         float sum[blocks][MT][2][4];
-        multiply_columns(sum, in, panel, biases, nb, lane);
+        multiply_columns<biased>(sum, in, panel, biases, nb, lane);
 #pragma unroll
         for (int q = 0; q < blocks; ++q) {
           meanwhile(nb + q);
@@ -139,14 +143,8 @@ struct FusedTile {
       }
     }
   }
-  TCAM_DEVICE static void load_bias(float* to, const float* biases, int column, const Lane<N>& lane) {
-    if (biases)
-      ptx::load_pair(to, biases + column + lane.t * 2);
-    else
-      to[0] = to[1] = 0.f;
-  }
   // sum = columns [16 nb, 16 (nb + blocks)) of in W^T + bias, by mma.sync.
-  template <int blocks>
+  template <bool biased, int blocks>
   TCAM_DEVICE static void multiply_columns(float (&sum)[blocks][MT][2][4], const Fragment& in, const uint16_t* panel,
                                            const float* biases, int nb, const Lane<N>& lane) {
     float bias[blocks][2][4];
@@ -154,7 +152,8 @@ struct FusedTile {
     for (int q = 0; q < blocks; ++q)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        load_bias(bias[q][e], biases, (nb + q) * 16 + e * 8, lane);
+        bias[q][e][0] = bias[q][e][1] = 0.f;
+        if (biased) ptx::load_pair(bias[q][e], biases + (nb + q) * 16 + e * 8 + lane.t * 2);
         bias[q][e][2] = bias[q][e][0];
         bias[q][e][3] = bias[q][e][1];
       }
@@ -269,11 +268,17 @@ struct FusedTeam : FusedTile<T, N, MT> {
 
   // Starts copying B and A of j tile jb, and commits all copies started so far. Called by the same threads.
   TCAM_DEVICE static void stage_step(const Stage& to, const FusedMaps& maps, const Column& c, int jb, int tid) {
-#pragma unroll 1  // unrolled, its addresses would take registers throughout the step
-    for (int e = tid; e < WJ * R * chunks; e += threads) {
-      const int r = e / chunks;
-      const int64_t row = static_cast<int64_t>(clamped(jb * WJ + r / R, maps.nj)) * maps.nk + clamped(c.k0 + r % R, maps.nk);
-      ptx::copy16(to.b + Tile::at(r, e % chunks), maps.b + row * N + e % chunks * 8);
+    ptx::forget(tid);  // otherwise the addresses of all copies occupy registers from step to step
+    constexpr int pass = threads / chunks;  // rows that the team copies at once
+    const int r0 = tid / chunks, chunk = tid % chunks;
+    const uint16_t* from = maps.b + static_cast<int64_t>(jb) * WJ * maps.nk * N + chunk * 8;
+#pragma unroll
+    for (int u = 0; u < (WJ * R + pass - 1) / pass; ++u) {
+      const int r = r0 + u * pass;
+      if (WJ * R % pass && r >= WJ * R) break;
+      const int64_t rows = WJ == 1 ? 0 : static_cast<int64_t>(clamped(jb * WJ + r / R, maps.nj) - jb * WJ) * maps.nk;
+      ptx::copy16(to.b + (pass % 8 ? Tile::at(r, chunk) : Tile::at(r0, chunk) + u * pass * N),
+                  from + (rows + clamped(c.k0 + r % R, maps.nk)) * N);
     }
     if (tid < tiles * chunks) {
       const int w = tid / chunks;

@@ -69,6 +69,9 @@ TCAM_DEVICE uint32_t spread_signs(uint32_t v) {
   return r;
 }
 
+// Brings the line of an address in global memory to the L2 cache.
+TCAM_DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(at))); }
+
 // Hides the value of x from the compiler, which then computes again what it would otherwise keep in registers.
 TCAM_DEVICE void forget(int& x) { asm volatile("" : "+r"(x)); }
 
@@ -95,6 +98,16 @@ TCAM_DEVICE void mma_tensor_float(float (&d)[4], const uint32_t (&a)[4], const u
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+
+// word with bits k and k + 16 set where the low and the high half of h are positive. h has no negative half; the bits were zero.
+#if __CUDA_ARCH__ >= 900
+#define TCAM_NOTE_POSITIVE(type)                                                    \
+  uint32_t mask;                                                                    \
+  asm("set.gt.u32." type " %0, %1, %2;" : "=r"(mask) : "r"(h), "r"(0u));            \
+  return word | (mask & 0x00010001u << k)
+#else
+#define TCAM_NOTE_POSITIVE(type) return word | ((h + 0x7fff7fffu) >> (15 - k) & 0x00010001u << k)
+#endif
 
 #define TCAM_MMA(type)                                                          \
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type           \
@@ -130,6 +143,7 @@ struct BFloat16 {
     asm("fma.rn.relu.bf16x2 %0, %1, %3, %2;" : "=r"(r) : "r"(a), "r"(b), "r"(ones));
     return r;
   }
+  TCAM_DEVICE static uint32_t note_positive(uint32_t word, uint32_t h, int k) { TCAM_NOTE_POSITIVE("bf16x2"); }
   TCAM_DEVICE static uint16_t round(float x) { return Bits::to_bfloat(x); }
   TCAM_DEVICE static float widen(uint16_t x) { return Bits::bfloat(x); }
 };
@@ -160,6 +174,7 @@ struct Float16 {
     asm("fma.rn.relu.f16x2 %0, %1, %3, %2;" : "=r"(r) : "r"(a), "r"(b), "r"(ones));
     return r;
   }
+  TCAM_DEVICE static uint32_t note_positive(uint32_t word, uint32_t h, int k) { TCAM_NOTE_POSITIVE("f16x2"); }
   TCAM_DEVICE static uint16_t round(float x) {
     uint16_t r;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(x));
@@ -172,6 +187,7 @@ struct Float16 {
   }
 };
 #undef TCAM_MMA
+#undef TCAM_NOTE_POSITIVE
 
 }  // namespace ptx
 }  // namespace tcam

@@ -74,6 +74,7 @@ inline void barrier_arrive(int id, int threads) { simt::machine->named_barrier(i
 inline uint32_t spread_signs(uint32_t v) { return (v >> 31 ? 0xffff0000u : 0) | (v >> 15 & 1 ? 0xffffu : 0); }
 
 inline void forget(int&) {}
+inline void prefetch(const void*) {}
 
 inline void load_pair(float* r, const float* p) {
   if (reinterpret_cast<uintptr_t>(p) & 7) simt::die("a load of two floats: the address is not divisible by 8");
@@ -152,6 +153,9 @@ struct Packed {
   static float hi(uint32_t v) { return Format::widen(static_cast<uint16_t>(v >> 16)); }
   static uint32_t pack(float a, float b) { return Format::round(a) | static_cast<uint32_t>(Format::round(b)) << 16; }
   static uint32_t pack_relu(float a, float b) { return pack(a != a || a > 0 ? a : 0.f, b != b || b > 0 ? b : 0.f); }
+  static uint32_t note_positive(uint32_t word, uint32_t h, int k) {
+    return word | static_cast<uint32_t>(lo(h) > 0) << k | static_cast<uint32_t>(hi(h) > 0) << (k + 16);
+  }
   static uint32_t add(uint32_t a, uint32_t b) { return pack(lo(a) + lo(b), hi(a) + hi(b)); }
   static uint32_t add_relu(uint32_t a, uint32_t b) { return pack_relu(lo(a) + lo(b), hi(a) + hi(b)); }
 };

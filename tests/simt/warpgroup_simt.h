@@ -16,6 +16,14 @@ inline void products_fence() {
   simt::machine->current->unseen.clear();
 }
 
+// An operand's address takes the place of its descriptor.
+struct Operand {
+  const uint16_t* rows;
+  int leading;
+  explicit Operand(const uint16_t* at, int next = 8) : rows(at), leading(next) {}
+  Operand at(int offset) const { return Operand(rows + offset, leading); }
+};
+
 // Element (row, column) of an operand in shared memory, rows of 64.
 template <class T>
 float operand(const uint16_t* rows, int row, int column) {
@@ -94,26 +102,26 @@ void start_product(float (&d)[accumulators], simt::Fiber::Product p) {
 }
 
 template <class T, bool first, int accumulators>
-void warpgroup_product(float (&d)[accumulators], const uint32_t (&a)[4], const uint16_t* rows, int k_step) {
+void warpgroup_product(float (&d)[accumulators], const uint32_t (&a)[4], const Operand& b, int k_step) {
   constexpr int columns = 2 * accumulators;
-  aligned(rows, "wgmma: the shared address is not divisible by 16");
+  aligned(b.rows, "wgmma: the shared address is not divisible by 16");
   {
     simt::Unwatched u;
     for (int l = 0; simt::machine->is_thread(l); ++l)
       for (const void* at : simt::machine->fiber(l).unseen)
-        if (at >= rows && at < rows + columns * 64) simt::die("wgmma: its operand was copied without a fence after it");
+        if (at >= b.rows && at < b.rows + columns * 64) simt::die("wgmma: its operand was copied without a fence after it");
   }
   const int group = simt::machine->current->group;
   if (first) memset(d, 0, sizeof d);
-  start_product<T>(d, {d, columns, {}, true, {a[0], a[1], a[2], a[3]}, nullptr, rows, k_step, 0, group});
+  start_product<T>(d, {d, columns, {}, true, {a[0], a[1], a[2], a[3]}, nullptr, b.rows, k_step, 0, group});
 }
 
 template <class T, int accumulators>
-void warpgroup_outer_product(float (&d)[accumulators], const uint16_t* a_rows, const uint16_t* b_rows, int block) {
-  aligned(a_rows, "wgmma: the shared address is not divisible by 16");
-  aligned(b_rows, "wgmma: the shared address is not divisible by 16");
+void warpgroup_outer_product(float (&d)[accumulators], const Operand& a, const Operand& b) {
+  aligned(a.rows, "wgmma: the shared address is not divisible by 16");
+  aligned(b.rows, "wgmma: the shared address is not divisible by 16");
   const int group = simt::machine->current->group;
-  start_product<T>(d, {d, 2 * accumulators, {}, true, {}, a_rows, b_rows, 0, block, group});
+  start_product<T>(d, {d, 2 * accumulators, {}, true, {}, a.rows, b.rows, 0, b.leading, group});
 }
 
 }  // namespace ptx
