@@ -7,7 +7,7 @@
 
 The most important steps come first. Every step has a time limit, and a failed step does not stop the others. The calls write
 OUT/CALL.log, OUT/CALL.jsonl (one line for each result, written at once) and OUT/CALL.json; the second also writes
-OUT/profile.ncu-rep.
+OUT/profile.ncu-rep. --steps runs some of the steps only.
 
 Required: torch with CUDA, nvcc, pybind11, ninja, pytest, hypothesis. Not required: .git (TCAM_COMMIT names the commit), an
 installed tcam_ext, a network. `make rehearse` runs both calls without a GPU (--device cpu and small sizes).
@@ -64,9 +64,9 @@ METRICS = [
 class Run:
     """One call with its folder, log and rows."""
 
-    def __init__(self, call: str, out: Path, device: str, patience: float) -> None:
+    def __init__(self, call: str, out: Path, device: str, patience: float, steps: list[str]) -> None:
         out.mkdir(parents=True, exist_ok=True)
-        self.call, self.out, self.device, self.patience = call, out, device, patience
+        self.call, self.out, self.device, self.patience, self.steps = call, out, device, patience, steps
         self.rows, self.started = out / f"{call}.jsonl", time.monotonic()
         self.log: IO[str] = (out / f"{call}.log").open("w")
         self.rows.write_text("")
@@ -101,6 +101,8 @@ class Run:
 
     def step(self, name: str, limit: float, *command: str | Path, keep_rows: bool = False, **environment: str) -> bool:
         """Run a command under a time limit and record its exit status. ``keep_rows``: its output contains rows of JSON."""
+        if self.steps and name not in self.steps:
+            return True
         started = time.monotonic()
         left = LIMIT[self.call] * self.patience - (started - self.started) - 3
         limit = max(1.0, min(limit * self.patience, left))
@@ -213,14 +215,14 @@ def first(run: Run, size: int) -> None:
         rivals = ["naive float32", "factored PyTorch float32", "ours float32"]
     run.step(
         "rivals", 100, sys.executable, "benchmarks/bench_decode_grid.py", "--device", run.device, "--cases", "tcam", "--sizes",
-        str(size), "--repeats", "3", "--budget", "6", "--rivals", *rivals, "--jsonl", run.rows,
+        str(size), "--repeats", "3", "--budget", "2", "--rivals", *rivals, "--jsonl", run.rows,
     )  # fmt: skip
     run.step("test_cuda", 75, *pytest("tests/ops/test_cuda.py", workers=0))
     compiling.join()
 
 
 def second(run: Run, size: int) -> None:
-    part = "fused" if run.device != "cpu" else "wide"
+    part = "fused bfloat16 128" if run.device != "cpu" else "wide"
     for tool, limit, cases in (("memcheck", 60, ""), ("racecheck", 50, part), ("synccheck", 30, part)):
         run.step(
             tool, limit, "compute-sanitizer", "--tool", tool, "--target-processes", "all", "--error-exitcode", "9",
@@ -246,9 +248,10 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="the folder for results")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--size", type=int, default=512, help="voxels along each axis of the volume that is timed")
+    parser.add_argument("--steps", nargs="+", default=[], metavar="STEP", help="run these steps only, as named in the log")
     parser.add_argument("--patience", type=float, default=1.0, help="factor on every time limit, for slower machines")
     a = parser.parse_args()
-    run = Run(a.call, a.out.resolve(), a.device, a.patience)
+    run = Run(a.call, a.out.resolve(), a.device, a.patience, a.steps)
     {"first": first, "second": second}[a.call](run, a.size)
     sys.exit(run.finish())
 

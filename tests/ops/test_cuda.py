@@ -61,13 +61,13 @@ def test_fused_kernels_equal_their_mirror(shape, dtype):
 
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_tensor_floats(activation):
-    """The root mean square over seeds; with a single draw of relu masks the error is between 3e-4 and 1.2e-3."""
+    """The root mean square over seeds. Voxels within 2e-3 of a kink, several times the error of z, are left out."""
     errors = []
     for seed in range(2 if SIZE < 64 else 8):
         torch.manual_seed(seed)
         p = problems.make(**{**OPERATING_POINT, "size": (min(SIZE, 24),) * 3}, activation=activation)
         exact, mine = p.to(torch.float64, True), p.to(torch.float32, True, "cuda")
-        out, trusted = problems.masked_reference(exact, problems.round_tensor_float, margin=1e-4)
+        out, trusted = problems.masked_reference(exact, problems.round_tensor_float, margin=2e-3)
         volume = mine.call(tcam_ext.decode_grid, compute_dtype="tf32")
         grad = torch.randn_like(out) * trusted
         want = torch.autograd.grad(out, exact.tensors, grad)
