@@ -89,6 +89,7 @@ struct Fiber {
     const uint16_t* rows;    // B
     int k_step, block;
     int group;
+    void (*run)(const Product&);
   };
   std::vector<Product> products;
   int group = 0;             // the open group

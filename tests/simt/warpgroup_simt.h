@@ -66,6 +66,16 @@ void multiply_rows(const simt::Fiber::Product& p) {
 
 template <class T>
 void run_product(const simt::Fiber::Product& p) {
+#if defined(__SANITIZE_THREAD__)
+  const int lane = simt::machine->current->lane;  // reads of the operands that the sanitizer sees as this thread's
+  auto read = [](const uint16_t* row) {
+    for (int i = 0; i < 64; i += 2) (void)*reinterpret_cast<const volatile uint32_t*>(row + i);
+  };
+  if (p.a_rows)
+    for (int n = 0; n < p.columns / 64; ++n) read(p.rows + n * p.block + lane % 16 * 64), read(p.a_rows + lane % 16 * 64);
+  else
+    for (int n = lane; n < p.columns; n += 32) read(p.rows + n * 64);
+#endif
   if (p.columns == 64)
     multiply_rows<T, 64>(p);
   else
@@ -73,16 +83,13 @@ void run_product(const simt::Fiber::Product& p) {
   for (int r = 0; r < p.columns / 2; ++r) p.to[r] += simt::machine->current->wide[r];
 }
 
-// The products of a kernel are all in one format. A product leaves it here for the wait.
-inline thread_local void (*run_products)(const simt::Fiber::Product&) = nullptr;
-
 inline void warpgroup_wait() {
   simt::Fiber& me = *simt::machine->current;
   me.fenced = false;
   for (const simt::Fiber::Product& p : me.products) {
     if (p.group == me.group) simt::die("wgmma: a wait for products whose group is not closed");
     if (p.first) memcpy(p.to, p.before, static_cast<size_t>(p.columns) * 2);
-    run_products(p);
+    p.run(p);
   }
   me.products.clear();
 }
@@ -92,7 +99,6 @@ template <class T, int accumulators>
 void start_product(float (&d)[accumulators], simt::Fiber::Product p) {
   simt::Fiber& me = *simt::machine->current;
   if (!me.fenced) simt::die("wgmma: no fence of registers before it");
-  run_products = run_product<T>;
   if (simt::schedule.early_copies) return run_product<T>(p);
   simt::Unwatched u;
   for (const simt::Fiber::Product& before : me.products) p.first = p.first && before.to != d;
@@ -113,7 +119,7 @@ void warpgroup_product(float (&d)[accumulators], const uint32_t (&a)[4], const O
   }
   const int group = simt::machine->current->group;
   if (first) memset(d, 0, sizeof d);
-  start_product<T>(d, {d, columns, {}, true, {a[0], a[1], a[2], a[3]}, nullptr, b.rows, k_step, 0, group});
+  start_product<T>(d, {d, columns, {}, true, {a[0], a[1], a[2], a[3]}, nullptr, b.rows, k_step, 0, group, run_product<T>});
 }
 
 template <class T, int accumulators>
@@ -121,7 +127,7 @@ void warpgroup_outer_product(float (&d)[accumulators], const Operand& a, const O
   aligned(a.rows, "wgmma: the shared address is not divisible by 16");
   aligned(b.rows, "wgmma: the shared address is not divisible by 16");
   const int group = simt::machine->current->group;
-  start_product<T>(d, {d, 2 * accumulators, {}, true, {}, a.rows, b.rows, 0, b.leading, group});
+  start_product<T>(d, {d, 2 * accumulators, {}, true, {}, a.rows, b.rows, 0, b.leading, group, run_product<T>});
 }
 
 }  // namespace ptx
