@@ -160,7 +160,32 @@ def stage2_table(results: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
+GPU: Columns = {
+    "pass": lambda r: r["what"],
+    "rival": lambda r: r["rival"],
+    "median ms": lambda r: f"{1e3 * r['seconds']:.1f}",
+    "Mvoxel/s": lambda r: f"{r['mvoxels']:.0f}",
+    "peak MB": lambda r: number(r["memory_mb"], 0),
+}
+
+
+def gpu_table(results: dict[str, Any]) -> str:
+    """The times of a run of benchmarks/run_gpu.sh, and what its checks found."""
+    e, kernels, tests = results["environment"], results["kernels"], results["tests"]
+    sanitizers = {"memcheck", "racecheck", "synccheck"}
+    clean = [s["step"] for s in results["steps"] if s["step"] in sanitizers and s["status"] == 0]
+    rows = sorted((r for r in results["rows"] if "rival" in r), key=lambda r: (r["what"], r["seconds"]))
+    return "\n".join([
+        f"`{e['command']}`, commit {e['commit']}, {e['date']}: {e['card']}, torch {e['torch']}, CUDA {e['cuda']}. "
+        f"{kernels['right']} checks of kernels right, {len(kernels['wrong'])} wrong; GPU tests: {tests['passed']} passed, "
+        f"{tests['failed']} failed; without an error under compute-sanitizer: {', '.join(clean)}.",
+        "",
+        *table(GPU, ([cell(r) for cell in GPU.values()] for r in rows)),
+    ])  # fmt: skip
+
+
 WRITERS = {
+    "gpu": gpu_table,
     "fit": by_columns(FIT),
     "points": by_columns(POINTS),
     "sample": by_columns(POINTS),

@@ -1,12 +1,13 @@
 // The ops on CUDA. A Decode has a first layer (Grid or Points) and an MLP (Mlp for every shape; FusedMlp or FusedRows on tensor
 // cores). It lays out their workspace and runs the loop over rounds and regions.
+#include <stdlib.h>
+
 #include "../formulation.h"
 #include "fused_rows.cuh"
 #include "grid.cuh"
 #include "launch.h"
 #include "mlp.cuh"
 #include "points.cuh"
-#include <stdlib.h>
 
 #if !defined(TCAM_CUDA_ARCHITECTURES)  // setup.py defines it; the emulator runs everything
 #define TCAM_CUDA_ARCHITECTURES "sm_90a"
@@ -149,7 +150,8 @@ void with_decode(const tcam_problem& problem, Output output, const Device& devic
   });
 }
 
-// Whether kernels with wgmma run on a device of a compute capability. The environment variable TCAM_WARPGROUPS=0 turns them off.
+// Whether kernels with wgmma run on a device of a compute capability. The environment variable TCAM_WARPGROUPS=0 turns them
+// off.
 bool has_warpgroups(int major, int minor) {
   const bool built = strstr(TCAM_CUDA_ARCHITECTURES, "sm_90a") != nullptr;
   const char* wanted = getenv("TCAM_WARPGROUPS");
@@ -215,7 +217,8 @@ extern "C" int tcam_decode_loss_cuda(const tcam_problem* problem, const tcam_obj
                          });
 }
 
-extern "C" void tcam_decode_cuda_explain(const tcam_problem* problem, int output, int shared_limit, int warpgroups, char* text, int size) {
+extern "C" void tcam_decode_cuda_explain(const tcam_problem* problem, int output, int shared_limit, int warpgroups, char* text,
+                                         int size) {
   using namespace tcam;
   const Output wanted = static_cast<Output>(output);
   with_decode(*problem, wanted, {shared_limit, 1, warpgroups != 0}, nullptr, nullptr, [&](auto& decode, const Refusal& why) {

@@ -10,10 +10,10 @@
 // do P P + 2 products a voxel.
 //
 // A block has chain warps, for four tiles at a time, and four outer warps. Chain warps take their tiles through the layers,
-// forward and back, as the forward kernel's warps do, and write each tile's h_(l-1) and delta_l to shared memory. The four outer
-// warps each have a quarter of dW_l in registers and add the outer products of these tiles, in the order of steps and tiles, so
-// that every sum has one order. Each scheduler has one or two chain warps and an outer warp, so outer products run while the
-// chain's dependent products wait.
+// forward and back, as the forward kernel's warps do, and write each tile's h_(l-1) and delta_l to shared memory. The four
+// outer warps each have a quarter of dW_l in registers and add the outer products of these tiles, in the order of steps and
+// tiles, so that every sum has one order. Each scheduler has one or two chain warps and an outer warp, so outer products run
+// while the chain's dependent products wait.
 //
 // With one output, row r of delta_(P+1) is dy w_r mask_r. The kernel leaves out the factor w_r from dW_(P+1) and db_(P+1);
 // combine_top_kernel multiplies it in, and computes the gradient of w from the same sums. The walk back correspondingly begins
@@ -39,8 +39,8 @@ struct FusedBackwardKernel : FusedBackwardBlock<T, N, MT> {
     for (int q = 0; q < forward; ++q)
       Team::stage_panel(memory.panels + q * N * N, p.weights + static_cast<size_t>(q) * N * N, tid, threads);
     for (int q = 0; q < back; ++q)
-      Team::stage_panel(memory.panels + (forward + q) * N * N,
-                         p.weights_back + static_cast<size_t>(p.products - 1 - q) * N * N, tid, threads);
+      Team::stage_panel(memory.panels + (forward + q) * N * N, p.weights_back + static_cast<size_t>(p.products - 1 - q) * N * N,
+                        tid, threads);
     ptx::commit_copies();
     const float last_scale = p.last_scale ? *p.last_scale : 1.f;
     for (int c = tid; c < p.products * N; c += threads) memory.biases[c] = p.biases[c];

@@ -14,11 +14,11 @@ constexpr int fused_backward_most_chain_threads = 64 * fused_backward_wide;
 // Arguments of a launch of fused_backward_kernel; N is the padded width, P = products, R the voxels of a tile.
 struct FusedBackward {
   FusedMaps maps;
-  const uint16_t* weights;  // (P, N outputs, N inputs): W_2 to W_(P+1) in the 16-bit format
+  const uint16_t* weights;       // (P, N outputs, N inputs): W_2 to W_(P+1) in the 16-bit format
   const uint16_t* weights_back;  // (P, N, N): their transposes, which take delta_l to delta_(l-1); see `diag(w)` above
-  const float* biases;      // (P, N): b_2 to b_(P+1)
-  const float* last;        // (n_out, N): W_L
-  const float* last_bias;   // (n_out)
+  const float* biases;           // (P, N): b_2 to b_(P+1)
+  const float* last;             // (n_out, N): W_L
+  const float* last_bias;        // (n_out)
   int products, n_out;
   int layer;                // the layer whose weight gradient this launch computes, L or P+1 down to 2
   bool head, weighted;      // head: this is the first launch; weighted: the weight gradient is wanted
@@ -35,9 +35,9 @@ struct FusedBackward {
   double* losses;      // (blocks, chain threads) = the sum of each thread's losses
   double* dy_sums;     // (blocks, chain threads) = with one output, the sum of each thread's dl/dy
   // Written by the head, read by later launches:
-  void* masks;  // (P, steps, threads of a team) of FusedBackwardBlock::Mask: where h_2 to h_(P+1) are positive; null: only losses
-                // are wanted
-  float* dy;    // (steps, tiles of a team, n_out, R): dl/dy; null where masks is
+  void* masks;  // (P, steps, threads of a team) of FusedBackwardBlock::Mask: where h_2 to h_(P+1) are positive; null: only
+                // losses are wanted
+  float* dy;  // (steps, tiles of a team, n_out, R): dl/dy; null where masks is
   // Results:
   uint16_t* delta1;  // (ni, nj, nk, N), channels in the order of delta1_column; written by the launch of layer 2
   float* sums;       // (blocks, N, N) += dW_layer
@@ -53,8 +53,8 @@ struct FusedBackwardBlock {
   static constexpr int chain_threads = teams * Team::threads, threads = chain_threads + 32 * outer_warps;
   static constexpr int steps = Team::steps, tile = Team::tile, R = Team::R, share = Team::share, lines = Team::lines;
   static_assert(chain_threads <= fused_backward_most_chain_threads, "");
-  // A given tile consists of N / 64 blocks of 64 channels, each with rows of 64 numbers (R, 64). The 16-byte chunk c of row r is
-  // stored at chunk c ^ (r & 7).
+  // A given tile consists of N / 64 blocks of 64 channels, each with rows of 64 numbers (R, 64). The 16-byte chunk c of row r
+  // is stored at chunk c ^ (r & 7).
   static constexpr int given_block = R * 64;
   // Named barriers: chain_barrier + t joins the warps of team t; written + w says that the chain warps of tile w have written h
   // and delta, read + w that the outer warps have read them.
@@ -87,10 +87,10 @@ struct FusedBackwardBlock {
 
   // The arrays in shared memory.
   struct Memory {
-    uint16_t* panels;  // (products, N, N): the panels of the walk forward, then those of the walk back
-    uint16_t* given;   // (tiles, 2, N / 64, R, 64): each tile's h_(layer-1), then its delta_layer
-    uint16_t* maps;    // (teams, Stage::elements)
-    uint16_t* split_last;  // (8, N): FusedTile::split_last
+    uint16_t* panels;                  // (products, N, N): the panels of the walk forward, then those of the walk back
+    uint16_t* given;                   // (tiles, 2, N / 64, R, 64): each tile's h_(layer-1), then its delta_layer
+    uint16_t* maps;                    // (teams, Stage::elements)
+    uint16_t* split_last;              // (8, N): FusedTile::split_last
     float *biases, *last, *last_bias;  // (P, N); (fused_most_out, N), times last_scale; (fused_most_out)
     TCAM_DEVICE Memory(Shared& shared, const FusedBackward& p)
         : panels(shared.take<uint16_t>((forward_products(p) + back_products(p)) * N * N)),

@@ -9,7 +9,8 @@ template <class T, int N, int MT>
 struct FusedBackwardChain : FusedBackwardBlock<T, N, MT> {
   using Base = FusedBackwardBlock<T, N, MT>;
   using Base::steps_of, Base::tile_threads, Base::chain_barrier, Base::written, Base::read, Base::forward_products;
-  using Base::WI, Base::WJ, Base::R, Base::steps, Base::tile, Base::teams, Base::share, Base::lines, Base::words, Base::given_block;
+  using Base::WI, Base::WJ, Base::R, Base::steps, Base::tile, Base::teams, Base::share, Base::lines, Base::words,
+      Base::given_block;
   using typename Base::Team, typename Base::Fragment, typename Base::Memory, typename Base::Mask;
 
   // mask = where the numbers of h are positive. h is the output of a ReLU, so each number is positive or zero. Register
@@ -48,8 +49,9 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N, MT> {
   }
 
   // The elements of p.volume, the target or the output's gradient, that a lane needs in the head. With several outputs entry n
-  // is output t at row g + 8 n; with one output entry 0 is row g + 8 t, and the others are empty. Entries beyond the warp's rows
-  // or the volume are zero. look() loads them at the start of the step, so that they have arrived when finish() needs them.
+  // is output t at row g + 8 n; with one output entry 0 is row g + 8 t, and the others are empty. Entries beyond the warp's
+  // rows or the volume are zero. look() loads them at the start of the step, so that they have arrived when finish() needs
+  // them.
   struct Seen {
     uint32_t loaded[lines];
     bool inside[lines];
@@ -265,8 +267,14 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N, MT> {
       for (int jb = column.j_first; jb < column.j_last; ++jb, ++s) {
         lane.forget();
         const int i = column.i0 + warp / share % WI, j = jb * WJ + warp / share / WI;
-        Step at = {p, memory, stage, column, lane, tid, warp, team * WI + warp / share, s, all.count(), jb, i, j,
-                   column.k0 + first_row, dy_at(s), {}};
+        Step at = {p,        memory,
+                   stage,    column,
+                   lane,     tid,
+                   warp,     team * WI + warp / share,
+                   s,        all.count(),
+                   jb,       i,
+                   j,        column.k0 + first_row,
+                   dy_at(s), {}};
         Seen seen;
         float dy[lines];
         if (p.head)
@@ -316,8 +324,8 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N, MT> {
   }
 
   // delta = delta_(P+1) of several outputs: the sum over outputs of dy w, where the mask is set. dy_at: (n_out, R).
-  TCAM_DEVICE static void spread(Fragment& delta, const float* dy_at, int n_out, const float* last,
-                                 const Mask& mask, const Lane<N>& lane) {
+  TCAM_DEVICE static void spread(Fragment& delta, const float* dy_at, int n_out, const float* last, const Mask& mask,
+                                 const Lane<N>& lane) {
     float dy[fused_most_out][lines];
 #pragma unroll
     for (int o = 0; o < fused_most_out; ++o)

@@ -1,4 +1,5 @@
-// The outer warps of the fused backward kernel: they sum the weight gradient of the launch's layer from the tiles that the chain warps give.
+// The outer warps of the fused backward kernel: they sum the weight gradient of the launch's layer from the tiles that the
+// chain warps give.
 #pragma once
 #include "fused_backward_block.cuh"
 
@@ -7,12 +8,12 @@ namespace tcam {
 template <class T, int N, int MT>
 struct FusedBackwardOuter : FusedBackwardBlock<T, N, MT> {
   using Base = FusedBackwardBlock<T, N, MT>;
-  using Base::tile, Base::tiles, Base::chain_threads, Base::tile_threads, Base::written, Base::read, Base::R;
   using Base::given_block, Base::teams, Base::WI, Base::steps_of;
+  using Base::tile, Base::tiles, Base::chain_threads, Base::tile_threads, Base::written, Base::read, Base::R;
   using typename Base::Team, typename Base::Memory;
 
-  // The outer warps: p.sums[block] += dW = sum over voxels of delta^T h, and p.row_sums[block] += the sums of delta, computed as
-  // products with ones. Tiles are added in the order of steps, then teams, then i.
+  // The outer warps: p.sums[block] += dW = sum over voxels of delta^T h, and p.row_sums[block] += the sums of delta, computed
+  // as products with ones. Tiles are added in the order of steps, then teams, then i.
   TCAM_DEVICE static void outer(const FusedBackward& p, const Memory& memory) {
     if constexpr (MT == 1)
       outer_of_warpgroup(p, memory);
@@ -46,7 +47,8 @@ struct FusedBackwardOuter : FusedBackwardBlock<T, N, MT> {
   }
 
   // The offset in a given tile, from 16 of its rows on, from which a lane loads an A operand of delta^T for the 16 channels
-  // from `channel` on, transposed by the load. From one 8 x 8 matrix of a load to the next, channels advance first, then voxels.
+  // from `channel` on, transposed by the load. From one 8 x 8 matrix of a load to the next, channels advance first, then
+  // voxels.
   TCAM_DEVICE static int delta_at(int channel, const Lane<N>& lane) {
     return channel / 64 * given_block + ((lane.lane & 7) + ((lane.lane >> 4) << 3)) * 64 +
            (((channel % 64 / 8 + ((lane.lane >> 3) & 1)) ^ lane.swizzle) << 3);
@@ -90,8 +92,8 @@ struct FusedBackwardOuter : FusedBackwardBlock<T, N, MT> {
     const int warp = (static_cast<int>(threadIdx.x) - chain_threads) >> 5;
     const int right = warp >> 1, row = (warp & 1) * (N / 2), column = right * (N / 2);
     // Two B operands of h, transposed by the load: from one 8 x 8 matrix to the next, voxels advance first, then channels.
-    const int h_at = column / 64 * given_block + (lane.lane & 15) * 64 +
-                     (((column % 64 / 8 + (lane.lane >> 4)) ^ lane.swizzle) << 3);
+    const int h_at =
+        column / 64 * given_block + (lane.lane & 15) * 64 + (((column % 64 / 8 + (lane.lane >> 4)) ^ lane.swizzle) << 3);
     const uint32_t ones[2] = {T::ones, T::ones};
     float sum[row_tiles][column_tiles * 4] = {}, row_sum[row_tiles][4] = {};
     each_tile(p, memory, [&](const uint16_t* h_tile, const uint16_t* delta_tile) {
@@ -109,7 +111,7 @@ struct FusedBackwardOuter : FusedBackwardBlock<T, N, MT> {
           for (int m = 0; m < row_tiles; ++m)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-              float(&c)[4] = *reinterpret_cast<float(*)[4]>(&sum[m][(2 * n + e) * 4]);
+              float (&c)[4] = *reinterpret_cast<float (*)[4]>(&sum[m][(2 * n + e) * 4]);
               T::mma(c, delta[m], h + 2 * e, c);
             }
         }

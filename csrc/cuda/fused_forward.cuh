@@ -3,9 +3,9 @@
 //
 //     h_1(i,j,k) = relu(A[i,j] + B[j,k] + G[i,k]);  h_l = relu(W_l h_(l-1) + b_l);  out = W_L h_(L-1) + b_L
 //
-// A block has one or more teams of warps (fused_tile.cuh). Shared memory has all weights and each team's tiles of the maps. With
-// mma.sync, h_1 of the next step is computed during the last product of the current one, so that the tensor cores do not wait
-// for it. With wgmma, the products of other teams fill such gaps, and more teams fit if each needs the registers of one h.
+// A block has one or more teams of warps (fused_tile.cuh). Shared memory has all weights and each team's tiles of the maps.
+// With mma.sync, h_1 of the next step is computed during the last product of the current one, so that the tensor cores do not
+// wait for it. With wgmma, the products of other teams fill such gaps, and more teams fit if each needs the registers of one h.
 #pragma once
 #include "fused_tile.cuh"
 
@@ -90,7 +90,8 @@ struct FusedForwardKernel {
       if (two) first(j_first + 1);
 #pragma unroll 1
       for (int jb = j_first; jb < j_last; ++jb) {
-        if (!two) lane.forget(), first(jb + 1);
+        lane.forget();
+        if (!two) first(jb + 1);
 #pragma unroll
         for (int l = 0; l + 1 < products; ++l)
           Team::template multiply<1, true>(
@@ -118,12 +119,12 @@ struct FusedForwardKernel {
               Team::to_operand(operand, sum);
               Team::add_last(out[m], operand, slast, q, lane);
             });
-        write(p, out, column.i0 + warp / share % WI, jb * WJ + warp / share / WI, column.k0 + Team::first_row(warp), lane.g,
-              lane.t);
         if (two) {
           meet();  // all warps have read the maps of step jb + 1
           if (jb + 2 < j_last) Team::stage_step(stage, p.maps, column, jb + 2, tid);
         }
+        write(p, out, column.i0 + warp / share % WI, jb * WJ + warp / share / WI, column.k0 + Team::first_row(warp), lane.g,
+              lane.t);
         if (next == 1) {
 #pragma unroll
           for (int m = 0; m < MT; ++m)
@@ -136,8 +137,8 @@ struct FusedForwardKernel {
     }
   }
 
-  // Writes the outputs of the warp's rows, from voxel k0 on. In out[m], a lane has rows g and g + 8: of output t or, with a single output, of that in every
-  // lane; each as a high and a low part to be added.
+  // Writes the outputs of the warp's rows, from voxel k0 on. In out[m], a lane has rows g and g + 8: of output t or, with a
+  // single output, of that in every lane; each as a high and a low part to be added.
   TCAM_DEVICE static void write(const FusedForward& p, const float (&out)[MT][4], int i, int j, int k0, int g, int t) {
     const FusedMaps& maps = p.maps;
     if (i >= maps.ni || j >= maps.nj) return;
@@ -172,8 +173,13 @@ struct FusedForwardKind {
   int width, mt, wi, wj;
   size_t bytes[fused_most_products + 1];  // shared memory of a block, by number of products
 };
-#define TCAM_KIND(N, MT, WI, WJ)                                                                                          \
-  {N, MT, WI, WJ, {0, fused_shared_bytes<N, MT, WI, WJ, 1>(), fused_shared_bytes<N, MT, WI, WJ, 2>(), fused_shared_bytes<N, MT, WI, WJ, 3>()}},
+#define TCAM_KIND(N, MT, WI, WJ)                                                       \
+  {N,                                                                                  \
+   MT,                                                                                 \
+   WI,                                                                                 \
+   WJ,                                                                                 \
+   {0, fused_shared_bytes<N, MT, WI, WJ, 1>(), fused_shared_bytes<N, MT, WI, WJ, 2>(), \
+    fused_shared_bytes<N, MT, WI, WJ, 3>()}},
 constexpr FusedForwardKind fused_forward_kinds[] = {TCAM_FUSED_FORWARD(TCAM_KIND)};
 #undef TCAM_KIND
 
@@ -194,8 +200,8 @@ cudaError_t launch_fused_forward(const FusedForward& p, const Device& device, cu
   auto kernel = fused_forward_kernel<T, N, MT, WI, WJ, products>;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (status != cudaSuccess) return status;
-  return launch(kernel, dim3(static_cast<unsigned>(device.processors)),
-                FusedForwardKernel<T, N, MT, WI, WJ, products>::threads, bytes, stream, p);
+  return launch(kernel, dim3(static_cast<unsigned>(device.processors)), FusedForwardKernel<T, N, MT, WI, WJ, products>::threads,
+                bytes, stream, p);
 }
 
 template <class T>

@@ -85,11 +85,11 @@ class FusedMlp {
   void describe(Output output, char* text, size_t size) const {
     const char* type = bfloat() ? "bfloat16" : "float16";
     if (output == Output::volume)
-      snprintf(text, size, "fused, on tensor cores in %s by %s: %d channels, %d products, blocks of %d x %d tiles", type,
-               kind_->mt == 1 ? "wgmma" : "mma", N_, products(), kind_->wi, kind_->wj);
+      snprintf(text, size, "fused, on tensor cores in %s by %s: %d channels, %d products, teams of %d x %d tiles", type,
+               kind_->mt == 1 ? "wgmma" : "mma.sync", N_, products(), kind_->wi, kind_->wj);
     else
       snprintf(text, size, "fused, on tensor cores in %s by %s: %d channels, %d products, %d launches", type,
-               device_.warpgroups ? "wgmma" : "mma", N_, products(), launches(output).count);
+               device_.warpgroups ? "wgmma" : "mma.sync", N_, products(), launches(output).count);
   }
 
   // Slabs: a multiple of fused_backward_wide of i (fewer only in a small box), all j and k. They depend on the problem alone.

@@ -19,7 +19,8 @@ TCAM_DEVICE void pad_matrix(const float* weight, const float* row_factors, const
   for (int e = blockIdx.x * threads + threadIdx.x; e < padded_rows * padded; e += gridDim.x * threads) {
     const int r = e / padded, c = e % padded;
     const float w = r < rows && c < columns ? weight[static_cast<int64_t>(r) * columns + c] : 0.f;
-    to_weight[transposed ? c * padded + r : e] = round(row_factors && r < rows ? w * (row_factors[r] * (scale ? *scale : 1.f)) : w);
+    to_weight[transposed ? c * padded + r : e] =
+        round(row_factors && r < rows ? w * (row_factors[r] * (scale ? *scale : 1.f)) : w);
     if (c == 0 && to_bias) to_bias[r] = bias && r < rows ? bias[r] : 0.f;
   }
 }

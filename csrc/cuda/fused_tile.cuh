@@ -46,6 +46,7 @@ struct Lane {
   TCAM_DEVICE void forget() {
     ptx::forget(swizzle);
     ptx::forget(rows);
+    ptx::forget(weights);
   }
 };
 
@@ -97,11 +98,11 @@ struct FusedTile {
     }
   }
 
-  // Multiplies: in W^T, plus the biases (N) where `biased`, from the panel of W. Each sum adds its k-steps in ascending order, and its bias before
-  // (mma.sync) or after them (wgmma). For
-  // every s, calls meanwhile(s), for work that does not need the product, and then each(s, m, sum) with the accumulators sum[e]
-  // of rows 16 m on and columns 16 s + 8 e on. With mma.sync, `blocks` k-steps of columns are in registers at a time, and `each`
-  // is called while `in` is still needed; with wgmma all are, and `each` is called after the last use of `in`.
+  // Multiplies: in W^T, plus the biases (N) where `biased`, from the panel of W. Each sum adds its k-steps in ascending order,
+  // and its bias before (mma.sync) or after them (wgmma). For every s, calls meanwhile(s), for work that does not need the
+  // product, and then each(s, m, sum) with the accumulators sum[e] of rows 16 m on and columns 16 s + 8 e on. With mma.sync,
+  // `blocks` k-steps of columns are in registers at a time, and `each` is called while `in` is still needed; with wgmma all
+  // are, and `each` is called after the last use of `in`.
   template <int blocks, bool biased, class Meanwhile, class Each>
   TCAM_DEVICE static void multiply(const Fragment& in, const uint16_t* panel, const float* biases, const Lane<N>& lane,
                                    Meanwhile meanwhile, Each each) {
@@ -111,8 +112,7 @@ struct FusedTile {
       ptx::warpgroup_fence();
       ptx::warpgroup_product<T, true>(sum, in[0][0], weights, 0);
 #pragma unroll
-      for (int s = 1; s < steps; ++s)
-        ptx::warpgroup_product<T, false>(sum, in[0][s], weights.at(s / 4 * N * 64), s % 4);
+      for (int s = 1; s < steps; ++s) ptx::warpgroup_product<T, false>(sum, in[0][s], weights.at(s / 4 * N * 64), s % 4);
       ptx::warpgroup_commit();
 #pragma unroll
       for (int s = 0; s < steps; ++s) meanwhile(s);
@@ -268,7 +268,7 @@ struct FusedTeam : FusedTile<T, N, MT> {
 
   // Starts copying B and A of j tile jb, and commits all copies started so far. Called by the same threads.
   TCAM_DEVICE static void stage_step(const Stage& to, const FusedMaps& maps, const Column& c, int jb, int tid) {
-    ptx::forget(tid);  // otherwise the addresses of all copies occupy registers from step to step
+    ptx::forget(tid);                       // otherwise the addresses of all copies occupy registers from step to step
     constexpr int pass = threads / chunks;  // rows that the team copies at once
     const int r0 = tid / chunks, chunk = tid % chunks;
     const uint16_t* from = maps.b + static_cast<int64_t>(jb) * WJ * maps.nk * N + chunk * 8;

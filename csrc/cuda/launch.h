@@ -23,7 +23,8 @@ int tcam_resample_axis_cuda(const tcam_resample* problem, const double bounds[2]
 int tcam_normals_cuda(const tcam_normals* normals, float* out, int device, void* stream);
 
 // Writes to `text` (`size` bytes) which kernels a problem takes on a device that allows `shared_limit` bytes of shared memory a
-// block and runs wgmma or not, and why not faster ones. `output`: 0 the volume, 1 the losses alone, 2 gradients. Works without a device.
+// block and runs wgmma or not, and why not faster ones. `output`: 0 the volume, 1 the losses alone, 2 gradients. Works without
+// a device.
 void tcam_decode_cuda_explain(const tcam_problem* problem, int output, int shared_limit, int warpgroups, char* text, int size);
 
 int tcam_cuda_info(int* runtime, int* driver, int* devices);

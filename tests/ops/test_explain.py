@@ -39,9 +39,17 @@ def test_why_a_grid_goes_voxel_by_voxel():
 @pytest.mark.parametrize(
     ("widths", "outputs", "activation", "compute", "card", "values", "gradients"),
     [
-        ((128,) * 4, 1, "relu", torch.bfloat16, "sm_90a", "12 x 1 warps", "3 launches"),
-        ((128,) * 4, 1, "relu", torch.bfloat16, "sm_80", "3 x 2 warps", "needs 220944 bytes of shared memory and has 166912"),
-        ((128,) * 4, 1, "relu", torch.float16, "sm_86", "needs 162432 bytes", "needs 220944 bytes"),
+        ((128,) * 4, 1, "relu", torch.bfloat16, "sm_90a", "by wgmma: 128 channels, 3 products, teams of 2 x 1", "3 launches"),
+        (
+            (128,) * 4,
+            1,
+            "relu",
+            torch.bfloat16,
+            "sm_80",
+            "by mma.sync: 128 channels, 3 products, teams of 3 x 2",
+            "211728 bytes of shared memory and has",
+        ),
+        ((128,) * 4, 1, "relu", torch.float16, "sm_86", "needs 144512 bytes", "needs 211728 bytes"),
         ((64,) * 4, 1, "relu", torch.float16, "sm_89", "64 channels", "float16"),
         ((200, 8), 1, "relu", torch.bfloat16, "sm_90", "200 wide, and they take up to 128", "200 wide"),
         ((64, 64), 1, "silu", torch.bfloat16, "sm_90", "hidden layer 1 is not a relu", "not a relu"),

@@ -16,9 +16,19 @@ from tcam_ext.losses import LOSSES
 pytestmark = simt.skip_where_it_cannot_run
 
 
-@pytest.fixture(params=[(227 << 10, 2, True), (227 << 10, 2, False), (163 << 10, 3, False)], ids=["wgmma", "227 KiB", "163 KiB"])
+@pytest.fixture(
+    params=[(227 << 10, 2, True), (227 << 10, 2, False), (163 << 10, 3, False)], ids=["wgmma", "227 KiB", "163 KiB"]
+)
 def device(request, kernels):
     kernels.library.simt_device(*request.param)
+    yield
+    kernels.library.simt_device(*HOPPER)
+
+
+@pytest.fixture(params=[True, False], ids=["wgmma", "mma.sync"])
+def instruction(request, kernels):
+    """The instruction with which the fused kernels multiply."""
+    kernels.library.simt_device(227 << 10, 2, request.param)
     yield
     kernels.library.simt_device(*HOPPER)
 
@@ -74,7 +84,7 @@ def test_no_fused_kernel_fits_and_the_general_path_serves(kernels):
 @pytest.mark.parametrize("shape", FUSED_BACKWARD, ids=[str(s["widths"]) for s in FUSED_BACKWARD])
 @pytest.mark.parametrize("dtype", sorted(HALF))
 @pytest.mark.parametrize("tile", [0, 1], ids=["one slab", "slabs"])
-def test_fused_gradients(kernels, shape, dtype, tile):
+def test_fused_gradients(kernels, instruction, shape, dtype, tile):
     p = problems.make(**shape, output_activation="sigmoid")
     exact, out, trusted = problems.fused_reference(p, HALF[dtype])
     grad = torch.randn_like(out) * trusted

@@ -111,23 +111,13 @@ def mutated(tmp_path: Path, file: str, old: str, new: str) -> Path:
 #: Barriers without which a race or a deadlock shows, and the part of the driver in which it does.
 BARRIERS = {
     "general": ("general", "gemm.cuh", "    __syncthreads();\n", ""),
-    "forward step": ("forward", "fused_forward.cuh", "__syncthreads();  // step jb + 1", "// "),
-    "backward start": ("backward", "fused_backward.cuh", "    __syncthreads();\n    const typename", "    const typename"),
-    "backward column": (
-        "backward",
-        "fused_backward_chain.cuh",
-        "ptx::barrier_wait(chain_barrier, chain_threads);  // all",
-        "// ",
-    ),
-    "backward step": (
-        "backward",
-        "fused_backward_chain.cuh",
-        "ptx::barrier_wait(chain_barrier, chain_threads);  // step jb",
-        "// ",
-    ),
+    "forward step": ("forward", "fused_forward.cuh", "meet();  // all warps have read the maps\n        if (f", "if (f"),
+    "backward start": ("backward", "fused_backward.cuh", "    __syncthreads();\n    if (tid", "    if (tid"),
+    "backward step": ("backward", "fused_backward_chain.cuh", "meet();  // all warps have read the maps", ""),
+    "backward maps": ("backward", "fused_backward_chain.cuh", "ptx::wait_copies();\n      meet();", "ptx::wait_copies();"),
     "sums over k": ("backward", "grid_kernels.cuh", "__syncthreads();  // the sums of this step", "// "),
     "copies of delta_1": ("backward", "grid_kernels.cuh", "__syncwarp();  // the group is there", "// "),
-    "tile read": ("backward", "fused_backward_chain.cuh", "barrier_wait(read + warp", "barrier_arrive(read + warp"),
+    "tile read": ("backward", "fused_backward_chain.cuh", "barrier_wait(read + tile", "barrier_arrive(read + tile"),
     "tile written": ("backward", "fused_backward_outer.cuh", "barrier_wait(written + w", "barrier_arrive(written + w"),
 }
 
@@ -161,8 +151,18 @@ FAULTS = {
     ),
     "partial sums of rows replaced": ("gemm.cuh", "m + row0 + r] += sum;", "m + row0 + r] = sum;"),
     "a map not cleared": ("grid.cuh", "m < 3; ++m) c.clear(", "m < 1; ++m) c.clear("),
-    "no barrier before the next step's tiles": ("fused_forward.cuh", "__syncthreads();  // step jb + 1", "// "),
-    "no wait for the copies": ("fused_forward.cuh", "ptx::wait_copies();\n        __syncthreads();", "__syncthreads();"),
+    "no wait for the copies": ("fused_forward.cuh", "ptx::wait_copies();\n        meet();", "meet();"),
+    "no fence of registers": ("fused_tile.cuh", "ptx::warpgroup_fence();", ""),
+    "no fence after the panels": ("fused_tile.cuh", "if (MT == 1) ptx::products_fence();", ""),
+    "products whose group stays open": ("fused_tile.cuh", "ptx::warpgroup_commit();", ""),
+    "no wait for the products": ("fused_tile.cuh", "ptx::warpgroup_wait();", ""),
+    "another swizzle for wgmma": ("fused_tile.cuh", "((chunk ^ row) & 7) << 3", "((chunk ^ row ^ 1) & 7) << 3"),
+    "no fence after a given tile": ("fused_backward_chain.cuh", "if (MT == 1) ptx::products_fence();", ""),
+    "a given tile's blocks swapped": (
+        "fused_backward_outer.cuh",
+        "delta.at(b * given_block",
+        "delta.at((blocks - 1 - b) * given_block",
+    ),
     "two registers of a fragment swapped": ("fused_tile.cuh", "pack_relu(c[0][2], c[0][3])", "pack_relu(c[1][0], c[1][1])"),
     "another swizzle for the weights": ("fused_tile.cuh", "((lane >> 3) & 1) ^ swizzle", "((lane >> 3) & 1) ^ (swizzle ^ 2)"),
     "rows past the end are written": (
@@ -174,8 +174,8 @@ FAULTS = {
     "a bit of the masks shifted": ("fused_backward_chain.cuh", "<< (15 - (s % 4 * 4 + r))", "<< (15 - (s % 4 * 4 + (r ^ 1)))"),
     "the mask of another layer": (
         "fused_backward_chain.cuh",
-        "load_mask(at.mask, p, layer - 1,",
-        "load_mask(at.mask, p, layer,",
+        "stored_mask(p, top - u, at",
+        "stored_mask(p, top, at",
     ),
     "the panel of another layer": (
         "fused_backward_chain.cuh",
@@ -185,10 +185,15 @@ FAULTS = {
     "voxels past the end count": ("fused_backward_chain.cuh", "&& k + n * 8 < p.maps.nk && (n", "&& (n"),
     "rows of dW swapped": (
         "fused_backward_outer.cuh",
-        "r = row + m * 16 + half * 8 + lane.g",
-        "r = row + m * 16 + (half ^ 1) * 8 + lane.g",
+        "r = row + half * 8 + lane.g",
+        "r = row + (half ^ 1) * 8 + lane.g",
     ),
     "half of the sums of delta": ("fused_backward_outer.cuh", "if (half == right)", "if (half == 0)"),
+    "half of the sums of delta with wgmma": (
+        "fused_backward_outer.cuh",
+        "T::mma(row_sum[b], a,",
+        "if (half) T::mma(row_sum[b], a,",
+    ),
     "the sums of a slab replace those before": ("fused_backward_outer.cuh", "lane.t * 2 + e] += sum", "lane.t * 2 + e] = sum"),
     "columns of delta_1 in another order": (
         "fused_tile.cuh",

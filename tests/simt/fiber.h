@@ -92,10 +92,10 @@ struct Fiber {
     void (*run)(const Product&);
   };
   std::vector<Product> products;
-  int group = 0;             // the open group
-  bool fenced = false;       // whether warpgroup_fence was called since the last wait
-  bool copies_seen = false;  // whether products_fence was called, so that products see the copies before it
-  std::vector<const void*> unseen;  // where copies wrote before that
+  int group = 0;                    // the open group
+  bool fenced = false;              // whether warpgroup_fence was called since the last wait
+  bool copies_seen = false;         // whether products_fence was called; later copies are not of operands
+  std::vector<const void*> unseen;  // where copies and stores of matrices wrote that no products_fence follows yet
   float wide[64];                   // results of a product
   void* stack_pointer = nullptr;
   char* stack = nullptr;

@@ -107,16 +107,19 @@ void start_product(float (&d)[accumulators], simt::Fiber::Product p) {
   me.products.push_back(p);
 }
 
+// Stops where a thread wrote to an operand without products_fence after it.
+inline void seen(const uint16_t* rows, int count) {
+  simt::Unwatched u;
+  for (int l = 0; simt::machine->is_thread(l); ++l)
+    for (const void* at : simt::machine->fiber(l).unseen)
+      if (at >= rows && at < rows + count) simt::die("wgmma: its operand was written without a fence after it");
+}
+
 template <class T, bool first, int accumulators>
 void warpgroup_product(float (&d)[accumulators], const uint32_t (&a)[4], const Operand& b, int k_step) {
   constexpr int columns = 2 * accumulators;
   aligned(b.rows, "wgmma: the shared address is not divisible by 16");
-  {
-    simt::Unwatched u;
-    for (int l = 0; simt::machine->is_thread(l); ++l)
-      for (const void* at : simt::machine->fiber(l).unseen)
-        if (at >= b.rows && at < b.rows + columns * 64) simt::die("wgmma: its operand was copied without a fence after it");
-  }
+  seen(b.rows, columns * 64);
   const int group = simt::machine->current->group;
   if (first) memset(d, 0, sizeof d);
   start_product<T>(d, {d, columns, {}, true, {a[0], a[1], a[2], a[3]}, nullptr, b.rows, k_step, 0, group, run_product<T>});
@@ -126,6 +129,8 @@ template <class T, int accumulators>
 void warpgroup_outer_product(float (&d)[accumulators], const Operand& a, const Operand& b) {
   aligned(a.rows, "wgmma: the shared address is not divisible by 16");
   aligned(b.rows, "wgmma: the shared address is not divisible by 16");
+  seen(a.rows, 16 * 64);
+  for (int n = 0; n < accumulators / 32; ++n) seen(b.rows + n * b.leading, 16 * 64);
   const int group = simt::machine->current->group;
   start_product<T>(d, {d, 2 * accumulators, {}, true, {}, a.rows, b.rows, 0, b.leading, group, run_product<T>});
 }
