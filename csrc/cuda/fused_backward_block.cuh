@@ -34,10 +34,9 @@ struct FusedBackward {
   const float* scale;  // factor of dl/dy; null: 1
   double* losses;      // (blocks, chain threads) = the sum of each thread's losses
   double* dy_sums;     // (blocks, chain threads) = with one output, the sum of each thread's dl/dy
-  // Written by the head, read by later launches:
-  void* masks;  // (P, steps, threads of a team) of FusedBackwardBlock::Mask: where h_2 to h_(P+1) are positive; null: only
-                // losses are wanted
-  float* dy;  // (steps, tiles of a team, n_out, R): dl/dy; null where masks is
+  // Written by the head, read by later launches; not where only losses are wanted, and masks is null:
+  void* masks;  // (P, steps, threads of a team) of FusedBackwardBlock::Mask: where h_2 to h_(P+1) are positive
+  float* dy;    // (steps, tiles of a team, n_out, R): dl/dy
   // Results:
   uint16_t* delta1;  // (ni, nj, nk, N), channels in the order of delta1_column; written by the launch of layer 2
   float* sums;       // (blocks, N, N) += dW_layer
