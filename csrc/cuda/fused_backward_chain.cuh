@@ -94,8 +94,8 @@ struct FusedBackwardChain : FusedBackwardBlock<T, N, MT> {
   }
 
   // A chain warp's position and buffers at one step: the voxels (i, j) from k0 on, the number s of steps_in_all steps, the
-  // warp's rows of p.dy (n_out, R), and masks: in the head masks[0], in a later launch
-  // those of the layers from the top down to p.layer. tile: the warp's tile in its block; warp and tid: in its team.
+  // warp's rows of p.dy (n_out, R), and masks: in the head masks[0], in a later launch those of the layers from the top down to
+  // p.layer. tile: the warp's tile in its block; warp and tid: in its team.
   struct Step {
     const FusedBackward& p;
     const Memory& memory;
