@@ -27,17 +27,20 @@ def main() -> None:
 
     import tcam_ext
     from tcam_diff.demo.run import fit_one, generate
+    from tcam_diff.files import reason
 
     print(f"tcam_ext {tcam_ext.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     start = time.monotonic()
     out: Path = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
     try:
+        out.mkdir(parents=True, exist_ok=True)
         fit_one(out, arguments.overrides, start)
         if not arguments.fit_only:
             generate(out, start)
     except UserError as error:
         raise SystemExit(f"demo: {error}") from error
+    except OSError as error:
+        raise SystemExit(f"demo: {error.filename or 'a file'}: {reason(error)}") from error
     except KeyboardInterrupt:
         print("\ndemo: interrupted; the same command continues")
         raise SystemExit(130) from None

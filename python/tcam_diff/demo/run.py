@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import shutil
 import time
@@ -33,7 +34,7 @@ from tcam_diff.errors import UserError
 from tcam_diff.evaluation import metrics
 from tcam_diff.evaluation.compare import compare_volumes, figures_text
 from tcam_diff.evaluation.picture import sheet, strip
-from tcam_diff.files import write_text
+from tcam_diff.files import write_bytes, write_text
 from tcam_diff.progress import Progress, ProgressCallback
 from tcam_diff.training.logger import read_metrics
 from tcam_diff.training.report import curves, page, png
@@ -56,7 +57,7 @@ def write_template(path: Path) -> None:
     affine[:3, 3] += affine[:3, :3] @ corner
     image = nib.Nifti1Image(crop, affine)
     image.header.set_xyzt_units("mm", "sec")
-    nib.save(image, path)
+    write_bytes(path, gzip.compress(image.to_bytes(), mtime=0))
 
 
 def progress(what: str, every: float = 20.0) -> ProgressCallback:
