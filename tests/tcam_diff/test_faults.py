@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import sys
 from pathlib import Path
@@ -182,6 +183,39 @@ def test_a_case_that_vanishes_is_reported_and_the_others_are_used(name, number, 
     assert done.returncode == 1, done.stderr
     assert "FAILS a [train]: " in done.stdout
     assert "1 of 2 cases" in done.stdout
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("name", ["fit", "check-data"])
+def test_a_slice_of_a_series_that_vanishes_is_named(name, number, tmp_path, monkeypatch, vanishes):
+    pytest.importorskip("pydicom")
+    from test_dicom import write_series
+
+    monkeypatch.chdir(tmp_path)
+    write_series(Path("series"))
+    gone = vanishes("000.dcm", number, "series/001.dcm")
+    done = runs.command(name, "series", *(["--out", "out", *SMALL] if name == "fit" else ["--jobs", "1"]), check=False)
+    assert gone()
+    assert done.returncode == (2 if name == "fit" else 1), done.stderr
+    text = done.stderr if name == "fit" else done.stdout
+    assert "series/001.dcm: " in text
+    assert "No such file" in text
+    assert "Traceback" not in text
+
+
+def test_the_demo_on_a_full_disk(tmp_path, monkeypatch):
+    from tcam_diff import files
+    from tcam_diff.demo import __main__ as demo
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(sys, "argv", ["demo", "--out", str(tmp_path / "demo"), "--fit-only"])
+    with pytest.raises(SystemExit) as ended:
+        demo.main()
+    assert ended.value.code == f"demo: {tmp_path / 'demo' / 'mni152_128.nii.gz'}: No space left on device"
+    assert not list((tmp_path / "demo").iterdir())
 
 
 def test_a_configuration_that_vanishes(here, vanishes):
