@@ -1,6 +1,6 @@
 """Spinning threads: a training step of stage 1 for several GOMP_SPINCOUNT, alone and beside a process that keeps one core busy.
 
-    python benchmarks/bench_spin.py [--rounds N] [--steps N] [--json FILE]
+    python benchmarks/bench_spin.py [--rounds N] [--steps N] [--settings SETTING ...] [--json FILE]
 
 The settings are those of `make demo`: volumes of 48^3, C = 8, planes of 24^2. Each measurement is a process of its own; the
 settings take turns.
@@ -61,6 +61,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="SETTING",
+                        help="settings beside the default: " + ", ".join(SETTINGS))  # fmt: skip
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     a = parser.parse_args()
@@ -72,7 +74,8 @@ def main() -> None:
     for key, value in harness.environment().items():
         print(f"# {key}: {value}")
     plain = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    times: dict[tuple[str, bool], list[float]] = {(name, busy): [] for name in SETTINGS for busy in (False, True)}
+    settings = [name for name in SETTINGS if name in ("default", *a.settings)]
+    times: dict[tuple[str, bool], list[float]] = {(name, busy): [] for name in settings for busy in (False, True)}
     with tempfile.TemporaryDirectory() as folder:
         make_store(Path(folder) / "store")
         for _ in range(a.rounds):
@@ -90,7 +93,7 @@ def main() -> None:
                 measured.append(statistics.median(map(float, done.stdout.split())))
     best = statistics.median(times["default", False])
     rows = []
-    for name in SETTINGS:
+    for name in settings:
         alone, beside_busy = (sorted(times[name, busy]) for busy in (False, True))
         row = {
             "setting": name,
