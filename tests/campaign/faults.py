@@ -27,7 +27,10 @@ def shards() -> list[Shard]:
 
     return [
         *(Shard(f"memory-{name}", 20, partial(on_inputs, out_of_memory, name)) for name in NAMES),
-        *(Shard(f"disk-{name}", PLACES.get(name, 120), partial(on_inputs, full_disk, name), SOURCE) for name in NAMES),
+        *(
+            Shard(f"disk-{name}", PLACES.get(name, 120), partial(on_inputs, full_disk, name), SOURCE, at_most=True)
+            for name in NAMES
+        ),
         *(Shard(f"twins-{name}", 20, partial(on_inputs, twins, name)) for name in NAMES),
     ]
 

@@ -39,7 +39,8 @@ def filled(page: str, rows: list[dict[str, Any]]) -> str:
 
 def provenance(rows: list[dict[str, Any]]) -> str:
     """Commits, dates and machines."""
-    commits = Counter(r["commit"] for r in rows)
+    states = sorted({r["sources"] for r in rows})
+    commits = ", ".join(dict.fromkeys(r["commit"] for r in rows))
     machines = Counter(
         "{cpu}, {cores} cores, {isa} kernels, Python {python}, torch {torch}".format(**r["machine"]) for r in rows
     )
@@ -47,7 +48,8 @@ def provenance(rows: list[dict[str, Any]]) -> str:
     cases, wrong = sum(r["cases"] for r in rows), sum(r["outcomes"].get("WRONG", 0) for r in rows)
     return (
         f"{len(rows)} shards, **{cases:,} cases, {wrong} wrong**; {sum(r['seconds'] for r in rows) / 3600:.1f} hours in all. "
-        f"Commit {' and '.join(commits)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}; {'; '.join(machines)}."
+        f"{'One state' if len(states) == 1 else f'{len(states)} states'} of the sources ({', '.join(states)}: both packages "
+        f"without the CUDA kernels), of commits {commits}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}; {'; '.join(machines)}."
     )
 
 

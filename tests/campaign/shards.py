@@ -58,12 +58,14 @@ class Shard:
         cases: number of cases.
         run: function of the seed, the number of cases, an empty folder and the tally.
         preload: C source of a library that is loaded before the others, if any.
+        at_most: whether the task may end with fewer cases, when it has been through all that there are.
     """
 
     name: str
     cases: int
     run: Callable[[int, int, Path, Tally], None]
     preload: Path | None = None
+    at_most: bool = False
 
     @property
     def file(self) -> Path:
@@ -75,7 +77,7 @@ class Shard:
             row = json.loads(self.file.read_text())
         except (OSError, ValueError):
             return False
-        return bool(row["sources"] == sources() and row["cases"] >= self.cases)
+        return bool(row["sources"] == sources() and (self.at_most or row["cases"] >= self.cases))
 
 
 def seed_of(name: str, seed: int) -> int:
