@@ -49,7 +49,8 @@ def provenance(rows: list[dict[str, Any]]) -> str:
     return (
         f"{len(rows)} shards, **{cases:,} cases, {wrong} wrong**; {sum(r['seconds'] for r in rows) / 3600:.1f} hours in all. "
         f"{'One state' if len(states) == 1 else f'{len(states)} states'} of the sources ({', '.join(states)}: both packages "
-        f"without the CUDA kernels), of commits {commits}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}; {'; '.join(machines)}."
+        f"without the CUDA kernels), of commits {commits}; "
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}; {'; '.join(machines)}."
     )
 
 
