@@ -92,9 +92,25 @@ def test_reconstructions_of_other_volumes_are_refused(made, tmp_path):
     store = Store(made / "store")
     with pytest.raises(UserError, match=r"blob0: the reconstruction has shape \(1, 8, 8, 8\)"):
         reconstruction.evaluate(reconstruction.find_reconstructions(store, tmp_path / "files"), store)
-    (tmp_path / "files" / "blob0.nii").rename(tmp_path / "files" / "nobody.nii")
+    shutil.copy(tmp_path / "files" / "blob0.nii", tmp_path / "files" / "nobody.nii")
     with pytest.raises(UserError, match="'nobody' is no case of"):
         reconstruction.find_reconstructions(store, tmp_path / "files")
+
+
+def test_generated_volumes_beside_held_out_ones(made, tmp_path):
+    """Volumes with other names are generated ones; copies of training volumes are found to be that."""
+    store = Store(made / "store")
+    for number, record in enumerate(store.in_split("train")):
+        image = nib.Nifti1Image(unit(torch.tensor(store.volume(record)))[0].numpy(), record.info.affine)
+        nib.save(image, tmp_path / f"new{number}.nii")
+    done = runs.command("evaluate", str(made / "store"), str(tmp_path), "--out", str(tmp_path / "out"), "--size", "8")
+    assert "generated,              3 volumes" in done.stdout
+    assert "held out, split test,   2 volumes" in done.stdout
+    sets = json.loads((tmp_path / "out" / "summary.json").read_text())["sets"]
+    assert sets["generated"]["nearest"]["mean"] == pytest.approx(0, abs=1e-6)
+    assert sets["held out, split test"]["nearest"]["mean"] > 0.01
+    assert sets["generated"]["variance"]["mean"] == pytest.approx(sets["training volumes"]["variance"]["mean"], rel=1e-5)
+    assert "nearest" not in sets["training volumes"]
 
 
 def test_intervals_cover_the_mean_as_often_as_they_say():

@@ -73,6 +73,14 @@ class Mean:
     high: float
 
 
+def is_generated(store: Store, path: Path) -> bool:
+    """Whether a folder has volumes of which none has the name of a case of the store: no reconstructions of them."""
+    if (path / INDEX).is_file() or (path / "config.yaml").is_file():
+        return False
+    names = {r.name for r in store.records}
+    return not any(case.name in names for case in find_cases(path).cases)
+
+
 def find_reconstructions(store: Store, path: Path, split: str | None = None) -> list[Reconstruction]:
     """Find the reconstructions of a store's volumes.
 
