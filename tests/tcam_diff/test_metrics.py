@@ -21,6 +21,32 @@ def test_ssim_equals_monais(slab):
     assert metrics.ssim3d(a, b, slab) == pytest.approx(float(dense(a[None], b[None])), abs=1e-6)
 
 
+def test_ms_ssim():
+    """Equal to a dense window in float64, and near MONAI's value, whose variances are differences of squares in float32."""
+    from monai.metrics import MultiScaleSSIMMetric
+
+    a = torch.rand(2, 26, 22, 24)
+    b = (a + 0.1 * torch.randn_like(a)).clamp(0, 1)
+    weights = [w / sum(metrics.SCALES[:2]) for w in metrics.SCALES[:2]]
+    g = metrics.gaussian(11, 1.5)
+    window, want, x, y = torch.einsum("i,j,k->ijk", g, g, g)[None, None], 1.0, a.double(), b.double()
+    for scale, weight in enumerate(weights):
+        mean_x, mean_y, xx, yy, xy = (
+            torch.nn.functional.conv3d(v[:, None], window) for v in (x, y, x * x, y * y, x * y)
+        )  # fmt: skip
+        structure = (2 * (xy - mean_x * mean_y) + 9e-4) / (xx - mean_x**2 + yy - mean_y**2 + 9e-4)
+        luminance = (2 * mean_x * mean_y + 1e-4) / (mean_x**2 + mean_y**2 + 1e-4)
+        want *= float((structure * luminance if scale else structure).mean()) ** weight
+        x, y = (torch.nn.functional.avg_pool3d(v.float(), 2).double() for v in (x, y))
+    for slab in (5, 100):
+        assert metrics.ms_ssim3d(a, b, slab) == pytest.approx(want, abs=1e-9)
+    theirs = MultiScaleSSIMMetric(spatial_dims=3, weights=weights)(a[None], b[None])
+    assert want == pytest.approx(float(theirs), abs=5e-5)
+    assert [metrics.scales(n) for n in (10, 11, 21, 22, 175, 176, 1000)] == [0, 1, 1, 2, 4, 5, 5]
+    with pytest.raises(ValueError, match="22"):
+        metrics.ms_ssim3d(a[:, :, :21], b[:, :, :21])
+
+
 def test_limits():
     a = torch.rand(1, 12, 13, 14)
     assert metrics.ssim3d(a, a) == pytest.approx(1, abs=1e-6)

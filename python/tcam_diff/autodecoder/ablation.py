@@ -9,15 +9,12 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
 
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.encode import load_run
-from tcam_diff.autodecoder.objective import TrainingObjective
-from tcam_diff.autodecoder.planes import normalise
 from tcam_diff.autodecoder.train import AutodecoderTraining, train_autodecoder
-from tcam_diff.data.store import Store, unit
-from tcam_diff.evaluation import metrics
+from tcam_diff.data.store import Store
+from tcam_diff.evaluation.reconstruction import evaluate, find_reconstructions, means
 from tcam_diff.files import writable_folder, write_bytes, write_text
 from tcam_diff.progress import ProgressCallback, StopCallback
 from tcam_diff.training.report import png
@@ -62,7 +59,6 @@ def ablate(
     return rows
 
 
-@torch.no_grad()
 def evaluate_run(folder: Path) -> dict[str, Any]:
     """Evaluate a run on its whole fitted volumes, without noise.
 
@@ -72,23 +68,14 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     """
     run = load_run(folder)
     store = Store(run.config.data)
-    by_name = {r.name: r for r in store.records}
-    first = by_name[run.objects[0]].info
-    size = first.shape
-    objective = TrainingObjective(run.config, size)
-    scores: dict[str, list[float]] = {"mse": [], "psnr": [], "ssim": []}
-    count = 0
-    for name, raw in run.raw_planes().items():
-        want = unit(torch.from_numpy(np.array(store.volume(by_name[name]))))
-        planes = normalise(raw, run.config.norm)
-        got = run.decoder(planes, size, compute_dtype=objective.compute)[0].clamp(0, 1).float()
-        scores["mse"].append(metrics.mse(got, want))
-        scores["psnr"].append(metrics.psnr(got, want))
-        if min(size) >= metrics.WINDOW:
-            scores["ssim"].append(metrics.ssim3d(got, want))
-        count = sum(p.numel() for p in planes)
-    means = {k: sum(v) / len(v) if v else None for k, v in scores.items()}
-    return {**means, "ratio": count / int(np.prod(first.array_shape)), "volumes": len(scores["mse"])}
+    found = find_reconstructions(store, folder)
+    (figures,) = means(evaluate(found, store)).values()
+    parameters = sum(p.numel() for p in run.raw_planes()[run.objects[0]])
+    return {
+        **{name: figures[name].mean if name in figures else None for name in ("mse", "psnr", "ssim")},
+        "ratio": parameters / int(np.prod(found[0].record.info.array_shape)),
+        "volumes": len(found),
+    }
 
 
 def plot(key: str, rows: list[dict[str, Any]]) -> bytes:

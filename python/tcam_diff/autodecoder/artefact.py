@@ -48,8 +48,13 @@ class FittedVolume:
     config: AutodecoderConfig
     info: VolumeInfo  # metadata of the fitted volume
 
-    @torch.no_grad()
     def decode(self, size: tuple[int, int, int], slab: int | None = None) -> Iterator[np.ndarray]:
+        """Decode to any size, in physical units: consecutive slabs (channels, H, W, d). For arguments see ``decode_unit``."""
+        for values in self.decode_unit(size, slab):
+            yield self.info.to_physical(values).numpy()
+
+    @torch.no_grad()
+    def decode_unit(self, size: tuple[int, int, int], slab: int | None = None) -> Iterator[Tensor]:
         """Decode to any size.
 
         Args:
@@ -57,15 +62,14 @@ class FittedVolume:
             slab: thickness along the last axis; None: about 16 million voxels per slab.
 
         Yields:
-            Consecutive slabs (channels, H, W, d) in physical units.
+            Consecutive slabs (channels, H, W, d) in [0, 1], float32 in the memory of the CPU.
         """
         if slab is None:
             slab = max(1, min(size[2], (1 << 24) // (size[0] * size[1] * self.info.channels) or 1))
         compute = decoding_dtype(self.config, self.planes[0].device)
         for z in range(0, size[2], slab):
             box = ((0, size[0]), (0, size[1]), (z, min(z + slab, size[2])))
-            values = self.decoder(self.planes, size, box=box, compute_dtype=compute)[0].clamp(0, 1).float().cpu()
-            yield self.info.to_physical(values).numpy()
+            yield self.decoder(self.planes, size, box=box, compute_dtype=compute)[0].clamp(0, 1).float().cpu()
 
 
 def save(path: str | os.PathLike[str], result: FitResult, info: VolumeInfo) -> None:

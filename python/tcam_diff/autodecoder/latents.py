@@ -171,6 +171,14 @@ class LatentSet:
         """Compare the planes of a volume with their checksum. Raises UserError with the file's name."""
         self.files.verify(_planes(entry.name), entry.sha256)
 
+    def check_volume(self, entry: Entry, record: Record) -> None:
+        """Raise UserError if the planes were not made from this volume of a store."""
+        path = self.files / _planes(entry.name)
+        with self.files.reading(_planes(entry.name)), safe_open(path, framework="pt") as file:
+            digest = (file.metadata() or {}).get("volume", record.sha256)
+        if digest != record.sha256:
+            raise UserError(f"{path}: made from another volume than {record.name!r} of the store, or from other preprocessing")
+
     def decoder(self) -> tcam_ext.TriplaneDecoder:
         """The frozen decoder in float32. Raises UserError if its file is missing or damaged."""
         with self.files.reading():

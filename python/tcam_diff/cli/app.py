@@ -14,6 +14,7 @@ from tcam_diff.cli import (
     decode,
     encode,
     estimate,
+    evaluate,
     export_bundle,
     fit,
     interpolate,
@@ -34,6 +35,7 @@ app = typer.Typer(
 app.command("fit")(fit.command)
 app.command("decode")(decode.command)
 app.command("compare")(compare.command)
+app.command("evaluate")(evaluate.command)
 app.command("critic")(critic.command)
 app.command("check-data")(check_data.command)
 app.command("prepare")(prepare.command)

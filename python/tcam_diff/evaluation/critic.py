@@ -127,7 +127,7 @@ def prepare(volumes: Tensor, config: CriticConfig) -> Tensor:
 def blurred(volumes: Tensor, sigma: float) -> Tensor:
     """Smooth volumes (N, channels, H, W, D) with a Gaussian of ``sigma`` voxels."""
     taps = 2 * max(1, round(3 * sigma)) + 1
-    kernel, x = gaussian(taps, sigma), volumes.float().flatten(0, 1).unsqueeze(1)
+    kernel, x = gaussian(taps, sigma).float(), volumes.float().flatten(0, 1).unsqueeze(1)
     for axis in range(3):
         shape, pad = [1, 1, 1, 1, 1], [0] * 6
         shape[2 + axis] = taps
