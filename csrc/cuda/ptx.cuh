@@ -99,12 +99,12 @@ TCAM_DEVICE void mma_tensor_float(float (&d)[4], const uint32_t (&a)[4], const u
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// word with bits k and k + 16 set where the low and the high half of h are positive. h has no negative half; the bits were
-// zero.
+// word with bits k and k + 16 set where the low and the high half of h are positive or NaN, which goes on into gradients as in
+// torch. h has no negative half; the bits were zero.
 #if __CUDA_ARCH__ >= 900
-#define TCAM_NOTE_POSITIVE(type)                                         \
-  uint32_t mask;                                                         \
-  asm("set.gt.u32." type " %0, %1, %2;" : "=r"(mask) : "r"(h), "r"(0u)); \
+#define TCAM_NOTE_POSITIVE(type)                                          \
+  uint32_t mask;                                                          \
+  asm("set.gtu.u32." type " %0, %1, %2;" : "=r"(mask) : "r"(h), "r"(0u)); \
   return word | (mask & 0x00010001u << k)
 #else
 #define TCAM_NOTE_POSITIVE(type) return word | ((h + 0x7fff7fffu) >> (15 - k) & 0x00010001u << k)

@@ -136,6 +136,15 @@ def test_fused_losses_equal_decode_then_loss_then_backward(kernels, shape, dtype
     assert problems.gradient_error(got, [w.double() for w in want]) < limit
 
 
+def test_a_nan_of_the_planes_reaches_the_gradients(kernels, instruction):
+    """As in torch, whose relu passes it on: a mask that took it for zero would hide it."""
+    p = problems.make(**FUSED_BACKWARD[0], output_activation="sigmoid").to(torch.float32)
+    p.planes[0][0, 0, 1, 1] = torch.nan
+    gradients = kernels.backward(p, torch.ones(1, 1, *p.size), 3)
+    assert all(g.isnan().any() for g in gradients if g is not None)
+    assert not gradients[0].isnan().all()
+
+
 def test_a_launch_that_fails_is_an_error_and_no_reason_for_other_kernels(kernels):
     p = problems.make(**FUSED_BACKWARD[0]).to(torch.float32)
     for call in (lambda: kernels.forward(p, 3), lambda: kernels.backward(p, torch.ones(1, 1, *p.size), 3)):

@@ -156,7 +156,7 @@ struct Packed {
   static uint32_t pack(float a, float b) { return Format::round(a) | static_cast<uint32_t>(Format::round(b)) << 16; }
   static uint32_t pack_relu(float a, float b) { return pack(a != a || a > 0 ? a : 0.f, b != b || b > 0 ? b : 0.f); }
   static uint32_t note_positive(uint32_t word, uint32_t h, int k) {
-    return word | static_cast<uint32_t>(lo(h) > 0) << k | static_cast<uint32_t>(hi(h) > 0) << (k + 16);
+    return word | static_cast<uint32_t>(!(lo(h) <= 0)) << k | static_cast<uint32_t>(!(hi(h) <= 0)) << (k + 16);
   }
   static uint32_t add(uint32_t a, uint32_t b) { return pack(lo(a) + lo(b), hi(a) + hi(b)); }
   static uint32_t add_relu(uint32_t a, uint32_t b) { return pack_relu(lo(a) + lo(b), hi(a) + hi(b)); }
