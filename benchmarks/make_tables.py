@@ -188,15 +188,15 @@ def changes_table(results: dict[str, Any]) -> str:
     """Milliseconds of several builds of the CUDA kernels on one card, from benchmarks/time_build.py."""
     e, passes = results["environment"], ["forward", "loss", "loss+gradients", "forward+backward"]
 
-    def cells(r: dict[str, Any]) -> list[str]:
+    def cells(r: dict[str, Any]) -> list[object]:
         build = f"{r['commit']}{', ' + r['setting'] if r['setting'] else ''}"
-        return [r["change"], build, *("{:.1f} ({:.1f} to {:.1f})".format(*r["ms"][name]) for name in passes)]
+        return [r["change"], build, r["repeats"], *("{:.1f} ({:.1f} to {:.1f})".format(*r["ms"][name]) for name in passes)]
 
     return "\n".join([
-        f"`{e['command']}`, {e['date']}: {e['card']}, torch {e['torch']}, {e['size']}³, {e['compute']}; medians and ranges of "
-        f"{e['repeats']} runs in milliseconds.",
+        f"`{e['command']}` ({e['form']}), {e['date']}: {e['card']}, torch {e['torch']}, {e['size']}³, {e['compute']}; medians "
+        "and ranges in milliseconds.",
         "",
-        *table(["change", "build", *passes], map(cells, results["rows"])),
+        *table(["change", "build", "runs", *passes], map(cells, results["rows"])),
     ])  # fmt: skip
 
 
