@@ -156,6 +156,11 @@ def reason(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
+def fault(error: OSError) -> str:
+    """The file of a machine's fault, such as a full disk, and the reason, as one line."""
+    return f"{error.filename or 'a file'}: {reason(error)}"
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -29,7 +29,7 @@ def main() -> None:
         from tcam_diff.cli.app import app
         from tcam_diff.cli.common import INTERRUPTED
         from tcam_diff.errors import UserError
-        from tcam_diff.files import reason
+        from tcam_diff.files import fault
     except ModuleNotFoundError as missing:
         print(f"tcam: needs the package {missing.name!r}: pip install 'tcam-ext[train]'", file=sys.stderr)
         sys.exit(2)
@@ -39,7 +39,7 @@ def main() -> None:
         print(f"tcam: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # the machine's faults: a full disk, a folder that vanished
-        print(f"tcam: {error.filename or 'a file'}: {reason(error)}", file=sys.stderr)
+        print(f"tcam: {fault(error)}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
         if not _says_out_of_memory(error):

@@ -27,7 +27,7 @@ def main() -> None:
 
     import tcam_ext
     from tcam_diff.demo.run import fit_one, generate
-    from tcam_diff.files import reason
+    from tcam_diff.files import fault
 
     print(f"tcam_ext {tcam_ext.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     start = time.monotonic()
@@ -40,7 +40,7 @@ def main() -> None:
     except UserError as error:
         raise SystemExit(f"demo: {error}") from error
     except OSError as error:
-        raise SystemExit(f"demo: {error.filename or 'a file'}: {reason(error)}") from error
+        raise SystemExit(f"demo: {fault(error)}") from error
     except KeyboardInterrupt:
         print("\ndemo: interrupted; the same command continues")
         raise SystemExit(130) from None
