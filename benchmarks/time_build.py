@@ -14,6 +14,7 @@ import json
 import statistics
 from collections.abc import Callable
 
+import harness  # noqa: F401  finds tcam_ext in the tree if it is not installed
 import torch
 
 import tcam_ext
