@@ -27,7 +27,8 @@ from tcam_diff.autodecoder.planes import normalise
 from tcam_diff.diffusion.config import SampleConfig
 from tcam_diff.diffusion.model import TriplaneDiffusion
 from tcam_diff.diffusion.sampling import Sampler
-from tcam_diff.evaluation.critic import CriticConfig, Score, blurred, halves, prepare, score
+from tcam_diff.evaluation.config import CriticConfig
+from tcam_diff.evaluation.critic import Score, blurred, halves, prepare, score
 from tcam_diff.evaluation.picture import sheet, strip
 from tcam_diff.evaluation.sets import read_set
 from tcam_diff.training.logger import read_metrics
@@ -96,8 +97,8 @@ def run(a: argparse.Namespace, work: Path) -> None:
     config = CriticConfig(size=32, epochs=a.epochs)
     cpu = torch.device("cpu")
     fast = ("compute_dtype=bfloat16",) if harness.environment()["bf16_instructions"] else ()
-    truth = read_set(store, lambda v: v.half(), split="test")
-    trained = read_set(store, lambda v: v.half(), split="train")
+    truth = read_set(store, lambda v: v.half(), split="test").volumes
+    trained = read_set(store, lambda v: v.half(), split="train").volumes
     rows: list[dict[str, object]] = []
     about = {"cores": len(os.sched_getaffinity(0)), "steps": a.steps, "psnr": psnr, "before": before}
     about["controls"] = controls(truth, reconstructed(latents, a.samples), config)

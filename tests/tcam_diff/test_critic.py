@@ -10,8 +10,12 @@ import pytest
 import runs
 import torch
 from tcam_diff.cli.app import app
+from tcam_diff.data.store import StoreWriter, quantise
+from tcam_diff.data.volume import VolumeInfo
 from tcam_diff.errors import UserError
-from tcam_diff.evaluation.critic import Critic, CriticConfig, _epoch, blurred, halves, prepare, score
+from tcam_diff.evaluation.config import CriticConfig
+from tcam_diff.evaluation.critic import Critic, _epoch, blurred, halves, prepare, score
+from tcam_diff.evaluation.distances import convergence
 from tcam_diff.evaluation.sets import read_set
 from typer.testing import CliRunner
 
@@ -130,39 +134,85 @@ def write(folder, volumes, lo, hi, sidecars=True):
 def test_sets_come_from_stores_samples_and_files(tmp_path):
     volumes = blob_set(3, 0, size=12)
     samples = write(tmp_path / "samples", volumes, -1000.0, 400.0)
-    torch.testing.assert_close(read_set(samples, lambda v: v), volumes, rtol=0, atol=1e-5)
-    unchanged = read_set(samples, lambda v: v, intensity=(0, 200))  # the JSON files have priority
+    torch.testing.assert_close(read_set(samples, lambda v: v).volumes, volumes, rtol=0, atol=1e-5)
+    unchanged = read_set(samples, lambda v: v, intensity=(0, 200)).volumes  # the JSON files have priority
     torch.testing.assert_close(unchanged, volumes, rtol=0, atol=1e-5)
     plain = write(tmp_path / "plain", volumes, -1000.0, 400.0, sidecars=False)
     with pytest.raises(UserError, match=r"s0\.nii\.gz: values from .*--intensity"):
         read_set(plain, lambda v: v)
-    torch.testing.assert_close(read_set(plain, lambda v: v, intensity=(-1000, 400)), volumes, rtol=0, atol=1e-5)
+    torch.testing.assert_close(read_set(plain, lambda v: v, intensity=(-1000, 400)).volumes, volumes, rtol=0, atol=1e-5)
     (plain / "s0.json").write_text(json.dumps({"EchoTime": 0.03}))  # as in BIDS
-    torch.testing.assert_close(read_set(plain, lambda v: v, intensity=(-1000, 400)), volumes, rtol=0, atol=1e-5)
+    torch.testing.assert_close(read_set(plain, lambda v: v, intensity=(-1000, 400)).volumes, volumes, rtol=0, atol=1e-5)
     (plain / "s0.json").write_text("{")
     with pytest.raises(UserError, match=r"s0\.json: damaged"):
         read_set(plain, lambda v: v, intensity=(-1000, 400))
     store = runs.make_store(tmp_path / "store", count=3, held_out=2)
-    assert read_set(store.folder, lambda v: v).shape == (5, 1, 12, 10, 14)
-    held_out = read_set(store.folder, lambda v: v, split="test")
+    assert read_set(store.folder, lambda v: v).volumes.shape == (5, 1, 12, 10, 14)
+    held_out = read_set(store.folder, lambda v: v, split="test").volumes
     assert float(held_out.max()) <= 1
     assert len(held_out) == 2
 
 
-def test_the_command_prints_a_line_for_every_set(tmp_path):
-    real, near, far = (
-        write(tmp_path / name, blob_set(12, seed, shift), 0.0, 1.0)
-        for name, seed, shift in (("truth", 0, 0.0), ("real", 1, 0.05), ("far", 2, 0.4))
-    )
-    path = tmp_path / "scores.json"
-    command = ["critic", real, near, far, "size=16", "width=8", "epochs=10", "lr=1e-3", "--seeds", 2, "--json", path, "-q"]
-    done = CliRunner().invoke(app, [str(c) for c in command])
-    assert done.exit_code == 0, (done.output, done.exception)
-    assert [line.split(":")[0] for line in done.output.splitlines()] == [
-        "real", str(near), str(far), "control", "control", "control",
-    ]  # fmt: skip
-    scores = json.loads(path.read_text())["scores"]
-    assert all(len(v) == 2 for v in scores.values())
-    assert scores[str(far)][0]["distance"][str(far)] > scores[str(far)][0]["distance"][str(near)]
-    done = CliRunner().invoke(app, ["critic", str(real), str(near), str(near)])
-    assert "expected another folder" in str(done.exception)
+def test_critics_report_how_their_training_went():
+    real, fake = prepare(blob_set(12, 0), SMALL), prepare(blob_set(12, 1, 0.3), SMALL)
+    result = score(real, {"x": fake}, SMALL.model_copy(update={"epochs": 4}), 0, CPU)
+    assert len(result.history) == result.epochs == 4
+    assert result.end == "all epochs"
+    assert result.history[result.epoch - 1][0] == result.train_distance
+    assert result.history[result.epoch - 1][1] == result.gradient_norm
+    text = convergence("x", [result])
+    assert f"all epochs ({result.epoch} of 4)" in text
+    assert ("NOT CONVERGED" in text) == (not result.valid)
+    same = score(real, {"x": real}, SMALL.model_copy(update={"constraint": "clip", "lr": 1e-9, "window": 2}), 0, CPU)
+    assert same.end in ("steady", "all epochs")  # W is 0: steady only if it is positive
+
+
+@pytest.mark.slow
+def test_the_command_orders_sets_by_their_distance(tmp_path):
+    """Real, blurred and noisy volumes and a shifted set, by critics, FID and MMD."""
+    store = StoreWriter(tmp_path / "store", {"percentiles": [0.0, 100.0]})
+    info = VolumeInfo(channels=1, shape=(16, 16, 16), affine=np.eye(4))
+    records = [
+        store.write(f"{split}{i}", split, quantise(v, "float16"), info, [])
+        for split, seed, count in (("train", 0, 16), ("test", 1, 16))
+        for i, v in enumerate(blob_set(count, seed).numpy())
+    ]
+    store.finish(records)
+    near, far = (write(tmp_path / n, blob_set(16, s, d), 0.0, 1.0) for n, s, d in (("near", 2, 0.0), ("far", 3, 0.4)))
+    runs.command("features", "train", str(tmp_path / "store"), "--out", str(tmp_path / "net"), "size=16", "channels=[4,8]",
+                 "steps=60", "-q")  # fmt: skip
+    done = runs.command(
+        "evaluate", str(tmp_path / "store"), str(near), str(far), "size=16", "width=8", "epochs=10", "lr=1e-3",
+        "--critics", "2",
+        "--size", "16", "--features", str(tmp_path / "net"), "--out", str(tmp_path / "out"), "-q",
+    )  # fmt: skip
+    assert "encoder of an autoencoder of 16 volumes of store, 12 features" in done.stdout
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["real"] == "held out"
+    w = {name: np.mean([s["distance"][name] for s in scores]) for name, scores in summary["critics"].items()}
+    assert w[str(far)] > w[str(near)]
+    assert {len(s["history"]) for s in summary["critics"]["control: real"]} == {10}
+    for statistic in ("fid", "mmd"):
+        of = {name: figures[statistic] for name, figures in summary["sets"].items() if statistic in figures}
+        assert "held out" not in of
+        real = of["training volumes"]
+        for worse in (str(far), "training volumes, blurred by 2 voxels", "training volumes, with noise of 0.1"):
+            assert of[worse]["mean"] > real["high"], (statistic, worse)
+        assert of["training volumes, blurred by 1 voxel"]["mean"] < of["training volumes, blurred by 2 voxels"]["mean"]
+        assert of[str(near)]["mean"] < of[str(far)]["mean"]
+    for name in ("statistics.png", "critics.png", "volumes.csv"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+
+
+def test_options_that_do_not_apply_are_refused(tmp_path):
+    store = runs.make_store(tmp_path / "store", count=4, held_out=2)
+    samples = write(tmp_path / "new", blob_set(3, 0, size=10), 0.0, 1.0)
+    command = ["evaluate", str(store.folder)]
+    for arguments, message in (
+        ([str(samples), "epochs=3"], "epochs=3: a change to the critic, but --critics is 0"),
+        (["epochs=3"], "FAKE: expected a folder"),
+        ([str(samples), str(samples)], "FAKE: expected different folders"),
+        ([str(samples), "--features", str(tmp_path / "no")], "no: cannot be read"),
+    ):
+        done = CliRunner().invoke(app, [*command, *arguments])
+        assert message in str(done.exception), (arguments, done.output, done.exception)

@@ -44,7 +44,7 @@ def sets(tmp_path_factory):
     model = TriplaneDiffusion.load(work / "two")
     planes = Sampler(model, SampleConfig(steps=20)).sample(range(COUNT))
     noise = normalise([torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) for i, p in enumerate(planes)])
-    data = read_set(store, lambda v: v, split="train")
+    data = read_set(store, lambda v: v, split="train").volumes
     with torch.no_grad():
         return data, model.decode(planes), model.decode(noise)
 

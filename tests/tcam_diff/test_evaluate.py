@@ -104,13 +104,15 @@ def test_generated_volumes_beside_held_out_ones(made, tmp_path):
         image = nib.Nifti1Image(unit(torch.tensor(store.volume(record)))[0].numpy(), record.info.affine)
         nib.save(image, tmp_path / f"new{number}.nii")
     done = runs.command("evaluate", str(made / "store"), str(tmp_path), "--out", str(tmp_path / "out"), "--size", "8")
-    assert "generated,              3 volumes" in done.stdout
-    assert "held out, split test,   2 volumes" in done.stdout
+    assert f"{tmp_path}, 3 volumes" in " ".join(done.stdout.split())
+    assert "held out, 2 volumes" in " ".join(done.stdout.split())
     sets = json.loads((tmp_path / "out" / "summary.json").read_text())["sets"]
-    assert sets["generated"]["nearest"]["mean"] == pytest.approx(0, abs=1e-6)
-    assert sets["held out, split test"]["nearest"]["mean"] > 0.01
-    assert sets["generated"]["variance"]["mean"] == pytest.approx(sets["training volumes"]["variance"]["mean"], rel=1e-5)
+    assert sets[str(tmp_path)]["nearest"]["mean"] == pytest.approx(0, abs=1e-6)
+    assert sets["held out"]["nearest"]["mean"] > 0.01
+    assert sets[str(tmp_path)]["variance"]["mean"] == pytest.approx(sets["training volumes"]["variance"]["mean"], rel=1e-5)
     assert "nearest" not in sets["training volumes"]
+    rows = list(csv.DictReader((tmp_path / "out" / "volumes.csv").open()))
+    assert [r["nearest_training_volume"] for r in rows if r["set"] == str(tmp_path)] == ["blob0", "blob1", "blob2"]
 
 
 def test_intervals_cover_the_mean_as_often_as_they_say():

@@ -129,6 +129,6 @@ def test_a_model_with_a_sample_and_an_interpolation(data):
 
 
 def test_samples_are_read_in_the_unit_range(data):
-    unit = read_set(data / "samples", lambda v: v)
+    unit = read_set(data / "samples", lambda v: v).volumes
     assert unit.shape == (1, 2, 8, 8, 8)
     np.testing.assert_allclose(unit.mean((0, 2, 3, 4)), (0.53193, 0.43013), rtol=1e-3)

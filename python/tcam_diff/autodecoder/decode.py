@@ -5,16 +5,29 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from tcam_diff.autodecoder import artefact, latents
 from tcam_diff.data.nifti import Quantiser, write_volume
+from tcam_diff.data.volume import VolumeInfo
 from tcam_diff.errors import UserError
 from tcam_diff.progress import Progress, ProgressCallback
 
 #: Least levels of an integer type that each channel of a file must keep.
 LEAST_LEVELS = 32
+
+
+class Decodable(Protocol):
+    """A volume that is decoded when it is written."""
+
+    @property
+    def info(self) -> VolumeInfo:
+        """Its metadata."""
+
+    def decode(self, size: tuple[int, int, int]) -> Iterator[np.ndarray]:
+        """Consecutive slabs (channels, H, W, d) of a size, in physical units."""
 
 
 def load_fitted(folder: Path, volume: str | None = None) -> artefact.FittedVolume:
@@ -46,7 +59,7 @@ def check_output(size: tuple[int, int, int], dtype: str) -> None:
 
 
 def decode_to_file(
-    fitted: artefact.FittedVolume,
+    fitted: Decodable,
     out: str | os.PathLike[str],
     size: tuple[int, int, int],
     dtype: str = "float32",

@@ -8,14 +8,15 @@ import typer
 
 from tcam_diff.cli import (
     ablate,
+    baseline,
     check_data,
     compare,
-    critic,
     decode,
     encode,
     estimate,
     evaluate,
     export_bundle,
+    features,
     fit,
     interpolate,
     make_cohort,
@@ -36,7 +37,8 @@ app.command("fit")(fit.command)
 app.command("decode")(decode.command)
 app.command("compare")(compare.command)
 app.command("evaluate")(evaluate.command)
-app.command("critic")(critic.command)
+app.add_typer(features.app, name="features")
+app.add_typer(baseline.app, name="baseline")
 app.command("check-data")(check_data.command)
 app.command("prepare")(prepare.command)
 app.command("train-autodecoder")(train_autodecoder.command)

@@ -67,7 +67,11 @@ def progress_bar(what: str, quiet: bool = False, shown: Shown = ()) -> Iterator[
             if p.what not in ("", current) or p.done < bar.tasks[0].completed:
                 current = p.what or current
                 bar.reset(task, description=current)
-            figures = ", ".join(figure(label, p.metrics.get(key, math.nan), form, unit) for label, key, form, unit in shown)
+            figures = ", ".join(
+                figure(label, p.metrics.get(key, math.nan), form, unit)
+                for label, key, form, unit in shown
+                if key in p.metrics or not p.what
+            )
             bar.update(task, total=p.total, completed=p.done, figures=figures)
             if not quiet and not console.is_terminal and (time.monotonic() - last > 20 or p.done == p.total):
                 last, left = time.monotonic(), bar.tasks[0].time_remaining

@@ -1,29 +1,34 @@
-"""``tcam evaluate``: metrics of reconstructions of a store's volumes, or the spread of generated volumes beside theirs."""
+"""``tcam evaluate``: metrics of reconstructions of a store's volumes, or of generated volumes beside them."""
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from tcam_diff import config as configs
 from tcam_diff.cli.common import progress_bar, say
+from tcam_diff.errors import UserError
+from tcam_diff.evaluation.config import CriticConfig
 
 
 def command(
     real: Annotated[Path, typer.Argument(help="The real volumes: a store of `tcam prepare`.")],
     fake: Annotated[
-        Path,
+        list[str],
         typer.Argument(
-            help="Reconstructions: a run of `tcam train-autodecoder`, a set of `tcam encode` or `tcam export-latents`, or "
-            "volumes in any layout with the names of the store's cases. Generated volumes: a folder of `tcam sample`, or "
-            "volumes with other names."
+            metavar="FAKE... [KEY=VALUE]...",
+            help="Reconstructions: a run of `tcam train-autodecoder` or `tcam baseline`, a set of `tcam encode` or "
+            "`tcam export-latents`, or volumes in any layout with the names of the store's cases. Generated volumes: folders "
+            "of `tcam sample` or other volumes; {seed} in a name is replaced by 0, 1, ... for each critic. KEY=VALUE: changes "
+            "to the critic, e.g. epochs=50 constraint=clip.",
         ),
     ],
     out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Folder of summary.json and, for reconstructions, volumes.csv and metrics.png."),
+        Path | None, typer.Option("--out", help="Folder of summary.json, volumes.csv and pictures.", show_default=False)
     ] = None,
     split: Annotated[str | None, typer.Option(help="Reconstructions of this split. [default: all]", show_default=False)] = None,
     lpips: Annotated[
@@ -31,6 +36,27 @@ def command(
         typer.Option(help="File with torchvision's squeezenet1_1 weights: also LPIPS, of the slices across each axis."),
     ] = None,
     size: Annotated[int, typer.Option(min=2, help="Voxels along each axis, at most, for generated volumes.")] = 64,
+    features: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also FID and MMD of generated volumes, over the features of a network: a folder of `tcam features train`, or "
+            "a file of MedicalNet's weights.",
+            show_default=False,
+        ),
+    ] = None,
+    critics: Annotated[
+        int, typer.Option(min=0, help="Also this many critics (WGAN-GP) of generated volumes, each with its own seed.")
+    ] = 0,
+    controls: Annotated[
+        bool, typer.Option(help="Features and critics: also compare real volumes, unchanged, blurred and noisy.")
+    ] = True,
+    intensity: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            help="Physical values at 0 and 1, for generated files other than samples. [default: values are in 0 to 1]",
+            show_default=False,
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Compare volumes with those of a store, in its [0, 1].
@@ -38,20 +64,30 @@ def command(
     Reconstructions: MSE, PSNR, 3D SSIM, MS-SSIM and LPIPS of every volume, and their means with 95 % bootstrap intervals over
     volumes. Fitted volumes, whose planes were trained with the decoder, and encoded ones are apart.
 
-    Generated volumes: their spread, and their distance from the training volumes, beside those of held-out volumes.
+    Generated volumes: their spread and diversity, and their distance from the training volumes, beside those of held-out
+    volumes; FID and MMD; the Wasserstein distance by critics. Values of FID, MMD and critics depend on size, network and
+    numbers of volumes, so compare only those of one call.
     """
     from tcam_diff.data.store import Store
     from tcam_diff.evaluation.reconstruction import is_generated
     from tcam_diff.files import writable_folder
 
+    paths, changes = [f for f in fake if "=" not in f], [f for f in fake if "=" in f]
+    if not paths:
+        raise UserError(f"FAKE: expected a folder of volumes, a run or a latent set, got only {' '.join(changes)}")
     if out is not None:
         writable_folder(out)
     store = Store(real)
-    protocol: dict[str, Any] = {"real": os.fspath(real), "fake": os.fspath(fake), "preprocessing": store.config}
-    if is_generated(store, fake):
-        _generated(store, fake, size, protocol, out, quiet)
+    protocol: dict[str, Any] = {"real": os.fspath(real), "fake": paths, "preprocessing": store.config}
+    if is_generated(store, Path(paths[0].replace("{seed}", "0"))):
+        options = {"seeds": critics, "controls": controls, "intensity": intensity}
+        _generated(store, paths, size, features, changes, options, protocol, out, quiet)
     else:
-        _reconstructions(store, fake, split, lpips, protocol, out, quiet)
+        unused = [n for n, given in (("--features", features), ("--critics", critics), (" ".join(changes), changes)) if given]
+        if len(paths) > 1 or unused:
+            what = unused[0] if unused else paths[1]
+            raise UserError(f"{what}: only for generated volumes, but {paths[0]} has reconstructions")
+        _reconstructions(store, Path(paths[0]), split, lpips, protocol, out, quiet)
     if out is not None:
         say(f"{out}")
 
@@ -86,28 +122,54 @@ def _reconstructions(
         of.write(out, rows, protocol)
 
 
-def _generated(store: Any, fake: Path, size: int, protocol: dict[str, Any], out: Path | None, quiet: bool) -> None:
-    from tcam_diff.evaluation import spread as of
-    from tcam_diff.evaluation.sets import read_set
+def _generated(
+    store: Any,
+    paths: list[str],
+    size: int,
+    features: Path | None,
+    changes: list[str],
+    options: dict[str, Any],
+    protocol: dict[str, Any],
+    out: Path | None,
+    quiet: bool,
+) -> None:
+    from tcam_diff.evaluation import generation as of
+    from tcam_diff.evaluation.distances import convergence
+    from tcam_diff.evaluation.features import load_features
+    from tcam_diff.text import size_text
 
-    with progress_bar("reading", quiet) as show:
-
-        def read(path: Path, part: str | None = None) -> Any:
-            return read_set(path, lambda v: of.resampled(v, size), split=part, progress=show)
-
-        sets = {"generated": read(fake)}
-        for part in sorted({r.split for r in store.records} - {"train"}):
-            sets[f"held out, split {part}"] = read(store.folder, part)
-        training = read(store.folder, "train")
-    result = of.spreads(sets, training)
-    say(f"{fake} beside {store.folder}, at most {size} voxels along each axis; mean (95 % interval over volumes)")
+    network = load_features(features) if features else None
+    critic = CriticConfig.load("default", [f"size={size}", *changes]) if options["seeds"] else None
+    if changes and critic is None:
+        raise UserError(f"{changes[0]}: a change to the critic, but --critics is 0")
+    with progress_bar("reading", quiet, [("W", "distance", ".3g", "")]) as show:
+        result = of.evaluate_sets(store, paths, size=size, features=network, critic=critic, progress=show, **options)
+    say(f"beside {store.folder}, {size_text(result.size)} voxels; mean (95 % interval)")
+    width = 2 + max(map(len, result.figures))
     for name, (title, wanted) in of.STATISTICS.items():
-        say(f"{title}; of a good generator {wanted}")
-        for label, spread in result.items():
-            if name in spread.figures:
-                say(f"  {label + ',':<24}{_volumes(spread.volumes):<13}{_interval(spread.figures[name])}")
+        if not any(name in figures for figures in result.figures.values()):
+            continue
+        over = ""
+        if name in ("fid", "mmd"):
+            over = f" from {result.critic_real}, {result.compared} volumes each, {result.features}"
+        say(f"{title}{over}; of a good generator {wanted}")
+        for label, figures in result.figures.items():
+            if name in figures:
+                count = f"{_volumes(result.counts[label])}, " if label in result.counts and not over else ""
+                say(f"  {label + ',':<{width}}{count}{_interval(figures[name])}")
+    if critic is not None:
+        say(f"Wasserstein distance from {result.critic_real} by critics of {critic.size} voxels along each axis; low is close")
+        for label, scores in result.critics.items():
+            say(f"  {label}: {convergence(label, scores)}")
+    if (network or critic) and result.critic_real != of.HELD_OUT:
+        say(f"{store.folder}: no held-out volumes, so copies of training volumes have the best FID, MMD and W", "NOTE")
     if out is not None:
-        of.write(out, result, protocol | {"size": size, "interval": "95 %, percentile bootstrap over volumes, seed 0"})
+        intervals = {
+            "interval": "95 %: percentile bootstrap over volumes, seed 0; for FID and MMD the jackknife by tenths",
+            "critic": None if critic is None else critic.model_dump(mode="json"),
+            "options": options,
+        }
+        of.write(out, result, protocol | {"size": size} | intervals)
 
 
 def _volumes(count: int) -> str:
@@ -116,3 +178,8 @@ def _volumes(count: int) -> str:
 
 def _interval(value: Any) -> str:
     return f"{value.mean:.4g} ({value.low:.4g} to {value.high:.4g})"
+
+
+command.__doc__ = (
+    f"{inspect.getdoc(command)}\n\nKeys of the critic with their defaults:\n\n\b\n{configs.describe(CriticConfig)}\n"
+)

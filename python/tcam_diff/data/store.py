@@ -192,6 +192,11 @@ def unit(stored: Tensor) -> Tensor:
     return stored.float() / 255 if not stored.is_floating_point() else stored.float()
 
 
+def volumes_digest(records: Sequence[Record]) -> str:
+    """Digest of the names and voxels of volumes."""
+    return hashlib.sha256(json.dumps([(r.name, r.sha256) for r in records]).encode()).hexdigest()
+
+
 def one_shape(folder: Path, records: Sequence[Record]) -> tuple[int, int, int, int]:
     """The shape (channels, H, W, D) of all records. Raises UserError if they differ."""
     shape = records[0].info.array_shape

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tcam_diff.autodecoder.latents import Entry, LatentSet
+from tcam_diff.autodecoder.latents import LatentSet
 from tcam_diff.autodecoder.planes import PLANE_NAMES
-from tcam_diff.data.volume import VolumeInfo
+from tcam_diff.data.volume import VolumeInfo, VolumeRecord
 from tcam_diff.diffusion.process import flip
 from tcam_diff.errors import UserError
 
@@ -113,7 +113,7 @@ class LatentData:
         return [p[indices].float() for p in self.planes]
 
 
-def typical(entries: Sequence[Entry]) -> VolumeInfo:
+def typical(entries: Sequence[VolumeRecord]) -> VolumeInfo:
     """Metadata for generated volumes: those of the volume nearest to the median affine, with the median intensity ranges."""
     affines = np.array([e.info.affine for e in entries])
     distance = np.abs(affines - np.median(affines, 0)).sum((1, 2))

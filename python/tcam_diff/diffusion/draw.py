@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import tcam_ext
-from tcam_diff.autodecoder.decode import check_output, decode_to_file
+from tcam_diff.autodecoder.decode import Decodable, check_output, decode_to_file
 from tcam_diff.autodecoder.latents import LatentSet
 from tcam_diff.autodecoder.report import rgb
 from tcam_diff.diffusion.config import SampleConfig
@@ -116,7 +116,8 @@ def draw_samples(
         try:
             drawn = _draw(Sampler(model, config), mine, class_index, guidance, batch_size, stop)
             for done, (index, planes, details) in enumerate(drawn, 1):
-                files[index].write(planes, model, settings, details)
+                details["device"] = model.device.type
+                files[index].write(model.volume(planes), plane_strip(model, planes), settings, details)
                 if progress is not None and group.first:
                     progress(Progress(done, len(mine)))
         except _Stopped:
@@ -125,7 +126,7 @@ def draw_samples(
             return False
         group.barrier()
         if group.first:
-            _sheet(out / SHEET, [files[i].preview for i in indices])
+            contact_sheet(out / SHEET, [files[i].preview for i in indices])
         return True
 
 
@@ -217,14 +218,14 @@ class Files:
             raise UserError(f"{self.volume}: exists with other settings ({'; '.join(changes)}); choose another folder")
         return True
 
-    def write(self, planes: list[Tensor], model: TriplaneDiffusion, settings: dict[str, Any], details: dict[str, Any]) -> None:
-        """Decode the planes and write the files."""
+    def write(self, volume: Decodable, preview: np.ndarray, settings: dict[str, Any], details: dict[str, Any]) -> None:
+        """Decode the volume and write the files. ``preview`` is a strip of slices (rows, columns)."""
         self.sidecar.unlink(missing_ok=True)
-        decode_to_file(model.volume(planes), self.volume, tuple(settings["size"]), settings["dtype"])
+        decode_to_file(volume, self.volume, tuple(settings["size"]), settings["dtype"])
         with replacing(self.preview) as file:
-            file.write(png(sheet([(self.volume.name.removesuffix(".nii.gz"), plane_strip(model, planes))], 1)))
-        info = model.geometry.info.resized(tuple(settings["size"])).model_dump(mode="json", exclude={"source"})
-        origin = {"device": model.device.type, "sha256": sha256(self.volume), "tcam_ext": tcam_ext.__version__}
+            file.write(png(sheet([(self.volume.name.removesuffix(".nii.gz"), preview)], 1)))
+        info = volume.info.resized(tuple(settings["size"])).model_dump(mode="json", exclude={"source"})
+        origin = {"sha256": sha256(self.volume), "tcam_ext": tcam_ext.__version__}
         write_text(self.sidecar, json.dumps(settings | details | info | origin, indent=1))
 
 
@@ -295,7 +296,7 @@ def draw_between(
             file.write(png(sheet(strips)))
 
 
-def _sheet(path: Path, previews: list[Path], most: int = 64) -> None:
+def contact_sheet(path: Path, previews: Sequence[Path], most: int = 64) -> None:
     """Write a picture of the first ``most`` previews."""
     strips = [("", rgb(p.read_bytes()).mean(2).astype(np.uint8)) for p in previews[:most]]
     with replacing(path) as file:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from tcam_diff.training.ema import update_average
 from tcam_diff.training.logger import Logger
 from tcam_diff.training.loop import Outcome, Task
 from tcam_diff.training.lr import lr_scale
-from tcam_diff.training.rng import rng, seed_of
+from tcam_diff.training.rng import in_epochs, rng, seed_of
 from tcam_diff.training.run import train
 from tcam_diff.training.states import load_module, load_optimiser
 
@@ -106,15 +105,10 @@ class DiffusionTraining(Task):
 
     # ---- a step ------------------------------------------------------------------------
 
-    def volume(self, position: int) -> int:
-        """Volume at a position of the sequence of shuffled epochs, as a function without state."""
-        epoch, at = divmod(position, len(self.data))
-        return int(_shuffled(len(self.data), self.config.seed, epoch)[at])
-
     def _batch(self, step: int, positions: range) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
         """Planes, noise and labels at positions within the batch of a step. Each depends on step and position alone."""
         c, device = self.config, self.group.device
-        indices = [self.volume(step * c.batch + i) for i in positions]
+        indices = [in_epochs(step * c.batch + i, len(self.data), c.seed) for i in positions]
         planes = self.data.rows(indices)
         if self.centre is not None:
             planes = self.centre.apply(planes)
@@ -240,11 +234,6 @@ def _fill_normal(planes: Sequence[Tensor], row: int, generator: torch.Generator)
     """Fill a row of each plane with standard normals."""
     for plane in planes:
         torch.randn(plane.shape[1:], generator=generator, out=plane[row])
-
-
-@functools.lru_cache(maxsize=4)
-def _shuffled(count: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(count, generator=rng(seed, "order", epoch))
 
 
 def train_diffusion(

@@ -10,47 +10,18 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from tcam_diff.config import Config
 from tcam_diff.errors import UserError
+from tcam_diff.evaluation.config import CriticConfig
 from tcam_diff.evaluation.metrics import gaussian
+from tcam_diff.evaluation.sets import resampled
 from tcam_diff.progress import Progress, ProgressCallback
-from tcam_diff.training.config import Count, Rate
 from tcam_diff.training.rng import rng, seed_of
-
-
-class CriticConfig(Config):
-    """Critic and its training. Defaults are those of the released protocol, with a shuffled split and unscaled volumes."""
-
-    kind = "critic"
-
-    size: Annotated[int, Field(ge=16, le=512, description="voxels along each axis after resampling: 8 times a power of 2")] = (
-        128
-    )
-    ndim: Annotated[Literal[2, 3], Field(description="3: volumes; 2: their middle axial slices")] = 3
-    width: Annotated[int | None, Field(ge=4, description="channels of the first layer; null: size / 2, 32 to 128")] = None
-    epochs: Count = 200
-    batch: Count = 4
-    lr: Rate = 5e-5
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    grad_clip: Annotated[float, Field(gt=0, description="largest gradient norm")] = 1.0
-    constraint: Annotated[
-        Literal["penalty", "clip"],
-        Field(description="gradient penalty, or clipped weights, with which only ratios of distances are meaningful"),
-    ] = "penalty"
-    penalty: Annotated[float, Field(ge=0, description="weight lambda of the gradient penalty")] = 30.0
-    clip: Annotated[float, Field(gt=0, description="largest absolute weight with constraint=clip")] = 0.01
-    train_share: Annotated[float, Field(gt=0, lt=1, description="share of every set for training; the rest is scored")] = 0.6
-    tolerance: Annotated[float, Field(gt=0, description="largest deviation from 1 of a valid epoch's gradient norm")] = 0.2
-    window: Annotated[int, Field(ge=2, description="epochs with a steady distance before an early stop")] = 10
-    device: str = "auto"
 
 
 class Critic(nn.Module):
@@ -98,9 +69,11 @@ class Score:
     gradient_norm: float
     epoch: int  # the epoch used, from 1
     epochs: int  # number of epochs run
+    end: str  # why training ended: "steady", "unstable" (gradient norms above 2) or "all epochs"
     valid: bool  # whether an epoch had a gradient norm within the tolerance
     counts: dict[str, int] = field(default_factory=dict)  # number of scored volumes, by the name of the set
     real_count: int = 0  # number of scored real volumes
+    history: list[tuple[float, float, float]] = field(default_factory=list)  # W, gradient norm, penalty of every epoch
 
 
 def prepare(volumes: Tensor, config: CriticConfig) -> Tensor:
@@ -116,12 +89,11 @@ def prepare(volumes: Tensor, config: CriticConfig) -> Tensor:
     if config.ndim == 2:
         volumes = volumes[..., volumes.shape[-1] // 2 : volumes.shape[-1] // 2 + 1]
     target = (config.size,) * 3 if config.ndim == 3 else (config.size, config.size, 1)
-    h, w, d = (min(n, t) for n, t in zip(volumes.shape[2:], target, strict=True))
-    resampled = F.adaptive_avg_pool3d(volumes.float(), (h, w, d))
-    if (h, w, d) != target:
-        resampled = F.interpolate(resampled, target, mode="trilinear")
-    resampled = resampled.clamp(0, 1) * 2 - 1
-    return (resampled if config.ndim == 3 else resampled[..., 0]).half()
+    smaller = resampled(volumes, config.size)
+    if smaller.shape[2:] != target:
+        smaller = F.interpolate(smaller, target, mode="trilinear")
+    smaller = smaller.clamp(0, 1) * 2 - 1
+    return (smaller if config.ndim == 3 else smaller[..., 0]).half()
 
 
 def blurred(volumes: Tensor, sigma: float) -> Tensor:
@@ -183,7 +155,7 @@ def score(
         optimiser = torch.optim.Adam(critic.parameters(), lr=config.lr, betas=(0.0, 0.9), weight_decay=config.weight_decay)
     best: tuple[float, int, dict[str, Tensor], float] | None = None
     history: list[tuple[float, float, float]] = []  # W, gradient norm, penalty
-    epoch = 0
+    epoch, end = 0, "all epochs"
     for epoch in range(1, config.epochs + 1):
         history.append(_epoch(critic, optimiser, real_train, fakes_train, config, seed, epoch, device))
         distance, norm, _ = history[-1]
@@ -192,7 +164,11 @@ def score(
         valid = clipped or abs(norm - 1) <= config.tolerance
         if valid and (best is None or distance > best[0]):
             best = (distance, epoch, {k: v.clone() for k, v in critic.state_dict().items()}, norm)
-        if _steady(history[-config.window :], config) or all(n > 2 for _, n, _ in _last(history, config.window)):
+        if _steady(history[-config.window :], config):
+            end = "steady"
+            break
+        if not clipped and all(n > 2 for _, n, _ in _last(history, config.window)):
+            end = "unstable"
             break
     if best is not None:
         critic.load_state_dict(best[2])
@@ -202,7 +178,7 @@ def score(
         distances = {k: mean - _mean(critic, v, config.batch, device) for k, v in fakes_test.items()}
     kept = best or (history[-1][0], epoch, {}, history[-1][1])
     counts = {k: len(v) for k, v in fakes_test.items()}
-    return Score(distances, kept[0], kept[3], kept[1], epoch, best is not None, counts, len(real_test))
+    return Score(distances, kept[0], kept[3], kept[1], epoch, end, best is not None, counts, len(real_test), history)
 
 
 def _epoch(
@@ -257,12 +233,14 @@ def _last(history: Sequence[tuple[float, float, float]], count: int) -> Sequence
 
 
 def _steady(window: Sequence[tuple[float, float, float]], config: CriticConfig) -> bool:
-    """Whether the distance is steady, with valid gradient norms and small penalties."""
-    if len(window) < config.window or config.constraint == "clip":
+    """Whether the distance is steady, for a gradient penalty also with valid gradient norms and small penalties."""
+    if len(window) < config.window:
         return False
     distances = [w for w, _, _ in window]
     mean = statistics.fmean(distances)
     steady = mean > 0 and statistics.stdev(distances) < 0.05 * mean
+    if config.constraint == "clip":
+        return steady
     valid = all(abs(n - 1) <= config.tolerance for _, n, _ in window)
     return steady and valid and statistics.fmean(p for _, _, p in window) < 0.05 * config.penalty
 

@@ -1,94 +1,88 @@
-"""Wasserstein distances of sets of generated volumes from a real set, over several seeds and with controls."""
+"""Critics of sets of generated volumes, over several seeds and with controls."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from tcam_diff.errors import UserError
-from tcam_diff.evaluation.critic import CriticConfig, Score, blurred, halves, prepare, score
-from tcam_diff.evaluation.sets import read_set
+from tcam_diff.evaluation.config import CriticConfig
+from tcam_diff.evaluation.critic import Score, blurred, halves, prepare, score
 from tcam_diff.progress import Progress, ProgressCallback
 from tcam_diff.training.distributed import device_of
+from tcam_diff.training.rng import rng
+
+#: Standard deviation of the noise of a control.
+NOISE = 0.1
 
 
-@dataclass
-class Distances:
-    """Distances of sets from a real one."""
+def altered(volumes: Tensor, seed: int = 0) -> dict[str, Tensor]:
+    """Volumes (N, channels, H, W, D) in [0, 1] made worse, to see whether a distance tells: blurred by 1 and 2 voxels, and with
+    Gaussian noise of standard deviation 0.1."""
+    noise = torch.empty(volumes.shape).normal_(0, NOISE, generator=rng(seed, "control noise"))
+    sets = {f"blurred by {s:g} voxel{'s' if s > 1 else ''}": blurred(volumes, s) for s in (1.0, 2.0)}
+    return sets | {f"with noise of {NOISE}": (volumes.float() + noise).clamp(0, 1)}
 
-    volumes: int  # number of real volumes
-    scores: dict[str, list[Score]]  # a score per seed, by the path of the set or the name of the control
 
-
-def distances(
-    real: Path,
-    fakes: Sequence[str | Path],
-    config: CriticConfig | None = None,
+def critics(
+    real: Tensor,
+    fakes: Mapping[str, Sequence[Tensor]],
+    config: CriticConfig,
     *,
     seeds: int = 3,
-    split: str | None = None,
-    intensity: tuple[float, float] | None = None,
     controls: bool = True,
     progress: ProgressCallback | None = None,
-) -> Distances:
-    """Compute the Wasserstein distances of sets from a real one, with one critic per seed for all sets.
+) -> dict[str, list[Score]]:
+    """Compute the Wasserstein distances of sets from real volumes, with one critic per seed for all sets.
 
     Args:
-        real: real volumes in any form that ``read_set`` reads.
-        fakes: sets of generated volumes; {seed} in a path is replaced by each seed.
-        config: critic and training; default: ``CriticConfig()``.
+        real: real volumes (N, channels, H, W, D) in [0, 1].
+        fakes: for each set its volumes, or those of every seed.
+        config: critic and training.
         seeds: number of critics, each with its own initial weights and split.
-        split: split of ``real``; None: all.
-        intensity: physical values at 0 and 1, for files without this information.
-        controls: whether to score one half of the real volumes against the other half, unchanged and blurred.
-        progress: called after every volume read, and after every epoch with "distance"; ``what`` names the critic.
+        controls: whether to score one half of the real volumes against the other half, unchanged and altered.
+        progress: called after every epoch with "distance"; ``what`` names the critic.
+
+    Returns:
+        A score per seed, by the name of the set or of the control.
 
     Raises:
-        UserError: a set cannot be read, is too small, or has another number of channels than the real one.
+        UserError: a set is too small.
     """
-    config, names = config or CriticConfig(), [str(Path(f)) for f in fakes]
-    device = device_of(config.device)
-    if len(set(names)) < len(names):
-        raise UserError(f"FAKE2: expected another folder than FAKE, got {names[0]} twice")
-
-    def read(path: Path, part: str | None = None) -> Tensor:
-        return read_set(path, lambda v: prepare(v, config), split=part, intensity=intensity, progress=progress)
-
-    truth = read(real, split)
-    sets: dict[Path, Tensor] = {}
-    rows: dict[str, list[Score]] = {}
+    device, rows = device_of(config.device), dict[str, list[Score]]()
     for seed in range(seeds):
-        against = {}
-        for name in names:
-            path = Path(name.replace("{seed}", str(seed)))
-            if path not in sets:
-                sets[path] = read(path)
-                if sets[path].shape[1:] != truth.shape[1:]:
-                    raise UserError(f"{path}: its volumes have {sets[path].shape[1]} channels, the real ones {truth.shape[1]}")
-            against[name] = sets[path]
-        jobs = {"": (truth, against)}
+        jobs = {"": (real, {name: sets[seed % len(sets)] for name, sets in fakes.items()})}
         if controls:
-            jobs |= _controls(truth, seed, config)
+            a, b = halves(real, seed)
+            jobs["control: real"] = (a, {"control: real": b})
+            for how, other in altered(b, seed).items():
+                jobs[f"control: real, {how}"] = (a, {f"control: real, {how}": other})
         for job, (reals, others) in jobs.items():
-            what = f"seed {seed}, {job}" if job else f"seed {seed}"
+            what = f"critic {seed}, {job}" if job else f"critic {seed}"
 
             def show(p: Progress, what: str = what) -> None:
                 if progress is not None:
                     progress(replace(p, what=what))
 
-            result = score(reals, others, config, seed, device, show)
-            for other in others:
-                rows.setdefault(other, []).append(result)
-    return Distances(len(truth), rows)
+            prepared = {name: prepare(v, config) for name, v in others.items()}
+            result = score(prepare(reals, config), prepared, config, seed, device, show)
+            for name in others:
+                rows.setdefault(name, []).append(result)
+    return rows
 
 
-def _controls(real: Tensor, seed: int, config: CriticConfig) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
-    """Real volumes, and sets to score against them, by the names of the controls."""
-    a, b = halves(real, seed)
-    others = {"control: real": b}
-    if config.ndim == 3:
-        others |= {f"control: real, blurred by {s:g} voxels": blurred(b, s).half() for s in (1.0, 2.0)}
-    return {name: (a, {name: other}) for name, other in others.items()}
+def convergence(name: str, scores: Sequence[Score]) -> str:
+    """Distance of a set over the seeds with its standard deviation, and how the critics' training went, in one line."""
+    values = [s.distance[name] for s in scores]
+    spread = f" ± {statistics.stdev(values):.3g}" if len(values) > 1 else ""
+    norm, trained = (statistics.fmean(x) for x in ([s.gradient_norm for s in scores], [s.train_distance for s in scores]))
+    ends = ", ".join(f"{s.end} ({s.epoch} of {s.epochs})" for s in scores)
+    doubt = "" if all(s.valid for s in scores) else "; NOT CONVERGED: no epoch had a gradient norm near 1"
+    counts = f"{scores[0].real_count} real, {scores[0].counts[name]} other volumes scored"
+    return (
+        f"{statistics.fmean(values):.4g}{spread}   ({counts}; while training {trained:.4g}, gradient norm {norm:.2f}; "
+        f"ended, best epoch: {ends}{doubt})"
+    )

@@ -38,6 +38,8 @@ METRICS = {
     "lpips": ("LPIPS of slices", False),
 }
 FITTED = "fitted with the decoder"
+TRAINED = "trained on"
+BASELINE = "baseline.json"  # index of a rival's network
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Mean:
 
 def is_generated(store: Store, path: Path) -> bool:
     """Whether a folder has volumes of which none has the name of a case of the store: no reconstructions of them."""
-    if (path / INDEX).is_file() or (path / "config.yaml").is_file():
+    if (path / INDEX).is_file() or (path / "config.yaml").is_file() or (path / BASELINE).is_file():
         return False
     names = {r.name for r in store.records}
     return not any(case.name in names for case in find_cases(path).cases)
@@ -86,7 +88,8 @@ def find_reconstructions(store: Store, path: Path, split: str | None = None) -> 
 
     Args:
         store: original volumes.
-        path: a run of `tcam train-autodecoder`, a latent set, or volumes in any layout with the names of the store's cases.
+        path: a run of `tcam train-autodecoder` or `tcam baseline train`, a latent set, or volumes in any layout with the names
+            of the store's cases.
         split: split of the store; None: all.
 
     Raises:
@@ -94,6 +97,8 @@ def find_reconstructions(store: Store, path: Path, split: str | None = None) -> 
     """
     if (path / INDEX).is_file():
         found = _of_latents(store, LatentSet(path))
+    elif (path / BASELINE).is_file():
+        found = _of_compression(store, path)
     elif (path / "config.yaml").is_file():
         found = _of_run(store, path)
     else:
@@ -202,6 +207,21 @@ def _of_run(store: Store, path: Path) -> list[Reconstruction]:
         return _whole(FittedVolume(normalise(raw[record.name], run.config.norm), run.decoder, run.config, record.info))
 
     return [Reconstruction(r, FITTED, lambda r=r: read(r)) for r in map(by_name.__getitem__, run.objects)]  # type: ignore[misc]
+
+
+def _of_compression(store: Store, path: Path) -> list[Reconstruction]:
+    from tcam_diff.baselines.compression import Compression
+
+    model, provenance = Compression.load(path), Compression.provenance(path)
+    if provenance.get("preprocessing") != store.digest:
+        raise UserError(f"{store.folder}: prepared differently from the data of {path}; take the store of its config.yaml")
+    trained = set(provenance.get("objects", ()))
+
+    def read(record: Record) -> Tensor:
+        return model.reconstruct(unit(torch.tensor(store.volume(record)))[None])[0]
+
+    groups = [(r, TRAINED if r.name in trained else f"held out, split {r.split}") for r in store.records]
+    return [Reconstruction(r, group, lambda r=r: read(r)) for r, group in groups]  # type: ignore[misc]
 
 
 def _of_files(store: Store, path: Path) -> list[Reconstruction]:

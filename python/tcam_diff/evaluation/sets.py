@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tcam_diff.data import store as stores
@@ -15,6 +17,23 @@ from tcam_diff.data.readers import read_case
 from tcam_diff.data.sources import Case, find_cases
 from tcam_diff.errors import UserError
 from tcam_diff.progress import Progress, ProgressCallback
+from tcam_diff.text import size_text
+
+#: Name for all splits of a store but train.
+HELD_OUT = "held out"
+
+
+class VolumeSet(NamedTuple):
+    """Volumes of a set, and their names."""
+
+    names: list[str]
+    volumes: Tensor  # (N, ...)
+
+
+def resampled(volumes: Tensor, size: int) -> Tensor:
+    """Volumes (N, channels, H, W, D) with at most ``size`` voxels along each axis, by means over cells."""
+    h, w, d = (min(n, size) for n in volumes.shape[2:])
+    return F.adaptive_avg_pool3d(volumes.float(), (h, w, d))
 
 
 def read_set(
@@ -25,44 +44,51 @@ def read_set(
     intensity: tuple[float, float] | None = None,
     most: int | None = None,
     progress: ProgressCallback | None = None,
-) -> Tensor:
+) -> VolumeSet:
     """Read volumes, and apply a function to each.
 
     Args:
         path: a store of `tcam prepare`, a folder of `tcam sample`, or volumes in any layout of `tcam check-data`.
         prepare: function of a volume (1, channels, H, W, D) in [0, 1].
-        split: split of a store or of a layout with splits; None: all.
+        split: split of a store or of a layout with splits; "held out": all but train; None: all.
         intensity: physical values at 0 and 1, for files without this information and with values outside [0, 1].
         most: number of volumes, from the first; None: all.
         progress: called after every volume.
 
     Returns:
-        The results (N, ...), concatenated.
+        The names, and the results (N, ...), concatenated.
 
     Raises:
         UserError: a volume cannot be read, its range is unknown, or the numbers of channels differ.
     """
-    readers: list[Callable[[], Tensor]] = []
+    readers: list[tuple[str, Callable[[], Tensor]]] = []
     if (path / stores.INDEX).is_file():
         store = stores.Store(path)
-        splits = [split] if split else sorted({r.split for r in store.records})
-        for s in splits:
-            readers += [lambda r=r: stores.unit(torch.tensor(store.volume(r))) for r in store.in_split(s)]  # type: ignore[misc]
+        for r in store.records:
+            if split in (None, r.split) or (split == HELD_OUT and r.split != "train"):
+                readers.append((r.name, lambda r=r: stores.unit(torch.tensor(store.volume(r)))))  # type: ignore[misc]
+        if not readers and split != HELD_OUT:
+            store.in_split(split or "train")  # raises
     else:
         cases = [c for c in find_cases(path).cases if split is None or c.split == split]
-        if not cases:
-            raise UserError(f"{path}: no volume of the split {split}")
-        readers += [lambda c=c: torch.from_numpy(_read_case(c, intensity)) for c in cases]  # type: ignore[misc]
+        readers += [(c.name, lambda c=c: torch.from_numpy(_read_case(c, intensity))) for c in cases]  # type: ignore[misc]
+    if not readers:
+        raise UserError(f"{path}: no volume of the split {split}" if split else f"{path}: no volumes")
     readers = readers[:most]
     results: list[Tensor] = []
-    for i, read in enumerate(readers):
+    for i, (name, read) in enumerate(readers):
         result = prepare(read()[None])
+        if results and result.shape[1] != results[0].shape[1]:
+            raise UserError(f"{path}: {name} has {result.shape[1]} channels, {readers[0][0]} {results[0].shape[1]}")
         if results and result.shape != results[0].shape:
-            raise UserError(f"{path}: volume {i} has {result.shape[1]} channels, the first {results[0].shape[1]}")
+            raise UserError(
+                f"{path}: {name} has {size_text(result.shape[2:])} voxels, {readers[0][0]} {size_text(results[0].shape[2:])}; "
+                "prepare them with crop or resize"
+            )
         results.append(result)
         if progress is not None:
             progress(Progress(i + 1, len(readers), what=f"reading {path.name}"))
-    return torch.cat(results)
+    return VolumeSet([name for name, _ in readers], torch.cat(results))
 
 
 def _read_case(case: Case, intensity: tuple[float, float] | None) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Spread of a set of generated volumes beside that of real ones, and their distance from the training volumes.
 
-All figures come from root mean square differences of volumes, d(a, b) = sqrt(mean over voxels of (a - b)^2), after resampling:
+All figures but MS-SSIM come from root mean square differences of volumes, d(a, b) = sqrt(mean over voxels of (a - b)^2):
 
     variance          mean over pairs of d^2 / 2, an unbiased estimate of the variance about the mean, averaged over voxels
     pairwise          mean over pairs of d
@@ -12,82 +12,80 @@ Intervals are percentiles over bootstrap samples of volumes (95 %). Pairs of a v
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-import tcam_ext
 from tcam_diff.errors import UserError
+from tcam_diff.evaluation.metrics import ms_ssim3d
 from tcam_diff.evaluation.reconstruction import Mean
-from tcam_diff.files import locked_folder, write_text
+from tcam_diff.training.rng import rng
 
 MODES = 8
-#: Statistics of a set: name, title, and what a good generator shows.
-STATISTICS = {
-    "variance": ("variance about the mean", "that of held-out volumes"),
-    "pairwise": ("mean RMS difference of pairs", "that of held-out volumes"),
-    "modes": (f"variance in the first {MODES} modes of the training volumes, their own = 1", "that of held-out volumes"),
-    "nearest": ("median RMS difference from the nearest training volume", "not below that of held-out volumes"),
-}
+TRAINING = "training volumes"
 
 
-def resampled(volumes: Tensor, size: int) -> Tensor:
-    """Volumes (N, channels, H, W, D) as rows (N, numbers): means over cells, at most ``size`` along each axis."""
-    h, w, d = (min(n, size) for n in volumes.shape[2:])
-    return F.adaptive_avg_pool3d(volumes.float(), (h, w, d)).flatten(1)
+#: Statistics of a set by name. "nearest" is missing for the training volumes themselves.
+Figures = dict[str, Mean]
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Statistics of a set, with intervals. "nearest" is missing for the training volumes themselves."""
-
-    volumes: int
-    figures: dict[str, Mean]
-
-
-def spreads(sets: dict[str, Tensor], training: Tensor, resamples: int = 1000, seed: int = 0) -> dict[str, Spread]:
-    """Compute the statistics of sets.
+def spreads(sets: Mapping[str, Tensor], training: Tensor, resamples: int = 1000, seed: int = 0) -> dict[str, Figures]:
+    """Compute the statistics of sets and of the training volumes, under the name TRAINING.
 
     Args:
-        sets: rows (N, numbers) of ``resampled``, at least two, by name.
-        training: rows of the training volumes, at least two.
+        sets: volumes (N, ...) of one size, at least two, by name.
+        training: training volumes of the same size, at least two.
         resamples: number of bootstrap samples.
         seed: their seed.
 
     Raises:
         UserError: a set has fewer than two volumes, or the numbers of voxels differ.
     """
-    for name, rows in {**sets, "training volumes": training}.items():
-        if len(rows) < 2:
-            raise UserError(f"{name}: {len(rows)} volume; the spread of a set needs at least two")
-        if rows.shape[1] != training.shape[1]:
+    everything = {**sets, TRAINING: training}
+    for name, volumes in everything.items():
+        if len(volumes) < 2:
+            raise UserError(f"{name}: {len(volumes)} volume; the spread of a set needs at least two")
+        if volumes.shape[1:] != training.shape[1:]:
             raise UserError(f"{name}: its volumes have another size or number of channels than the training volumes")
+    rows = {name: volumes.flatten(1) for name, volumes in everything.items()}
+    training = rows[TRAINING]
     centre = training.double().mean(0)
     _, _, directions = torch.linalg.svd(training.double() - centre, full_matrices=False)
     modes = directions[: min(MODES, len(training) - 1)]
     own = _projected(training, centre, modes).var(axis=0, ddof=1).sum()
     result = {}
-    for name, rows in {**sets, "training volumes": training}.items():
-        squared = _squared(rows, rows)
-        projected = _projected(rows, centre, modes) / np.sqrt(own)
-        nearest = None if rows is training else np.sqrt(_squared(rows, training).min(1))
-        result[name] = Spread(len(rows), _figures(squared, projected, nearest, resamples, np.random.default_rng(seed)))
+    for name, own_rows in rows.items():
+        along = _projected(own_rows, centre, modes) / np.sqrt(own)
+        to_training = None if name == TRAINING else nearest(own_rows, training)[0]
+        squared = _squared(own_rows, own_rows)
+        result[name] = _figures(squared, along, to_training, resamples, np.random.default_rng(seed))
     return result
 
 
-def write(out: Path, result: dict[str, Spread], protocol: dict[str, Any]) -> None:
-    """Write summary.json, with the statistics of every set and ``protocol``, to a folder."""
-    with locked_folder(out):
-        sets = {name: {n: asdict(f) for n, f in spread.figures.items()} for name, spread in result.items()}
-        content = {"protocol": protocol | {"tcam_ext": tcam_ext.__version__}, "sets": sets}
-        write_text(out / "summary.json", json.dumps(content, indent=1))
+def nearest(volumes: Tensor, training: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """RMS difference of each volume from the nearest training volume, and the number of that volume."""
+    squared = _squared(volumes.flatten(1), training.flatten(1))
+    return np.sqrt(squared.min(1)), squared.argmin(1)
+
+
+def similarity(volumes: Tensor, most: int = 100, seed: int = 0, resamples: int = 1000) -> Mean:
+    """Mean MS-SSIM of pairs of different volumes (N, channels, H, W, D) of a set: the higher, the less they differ.
+
+    At most ``most`` random pairs; the interval is a bootstrap over volumes. Volumes need 22 voxels along each axis.
+    """
+    every = torch.combinations(torch.arange(len(volumes)))
+    pairs = every[torch.randperm(len(every), generator=rng(seed, "pairs"))[:most]].numpy()
+    values = np.array([ms_ssim3d(volumes[i].float(), volumes[j].float()) for i, j in pairs])
+    generator, means = np.random.default_rng(seed), []
+    for _ in range(resamples):
+        weight = np.bincount(generator.integers(0, len(volumes), len(volumes)), minlength=len(volumes))
+        of_pair = weight[pairs[:, 0]] * weight[pairs[:, 1]]
+        if of_pair.any():
+            means.append((values * of_pair).sum() / of_pair.sum())
+    low, high = np.percentile(means, [2.5, 97.5]) if means else (values.mean(),) * 2
+    return Mean(len(volumes), float(values.mean()), float(low), float(high))
 
 
 def _projected(rows: Tensor, centre: Tensor, modes: Tensor) -> np.ndarray:
@@ -100,16 +98,16 @@ def _squared(a: Tensor, b: Tensor) -> np.ndarray:
 
 
 def _figures(
-    squared: np.ndarray, projected: np.ndarray, nearest: np.ndarray | None, resamples: int, generator: np.random.Generator
-) -> dict[str, Mean]:
+    squared: np.ndarray, projected: np.ndarray, to_training: np.ndarray | None, resamples: int, generator: np.random.Generator
+) -> Figures:
     count = len(squared)
     functions: dict[str, Callable[[np.ndarray], float]] = {
         "variance": lambda chosen: _over_pairs(squared, chosen) / 2,
         "pairwise": lambda chosen: _over_pairs(np.sqrt(squared), chosen),
         "modes": lambda chosen: float(projected[chosen].var(axis=0, ddof=1).sum()),
     }
-    if nearest is not None:
-        functions["nearest"] = lambda chosen: float(np.median(nearest[chosen]))
+    if to_training is not None:
+        functions["nearest"] = lambda chosen: float(np.median(to_training[chosen]))
     everything = np.arange(count)
     samples = [generator.integers(0, count, count) for _ in range(resamples)]
     samples = [s for s in samples if len(np.unique(s)) > 1]

@@ -27,9 +27,15 @@ class RunConfig(OptimiserConfig):
     """Run in a folder: device, and intervals of logging, evaluation and checkpoints."""
 
     #: Keys that may change when a run is resumed, because they do not change what is computed.
-    changeable: ClassVar[frozenset[str]] = frozenset({"device", "log_every", "evaluate_every", "checkpoint_every", "keep"})
+    changeable: ClassVar[frozenset[str]] = frozenset(
+        {"device", "log_every", "evaluate_every", "checkpoint_every", "keep", "minutes"}
+    )
 
     device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, ...")] = "auto"
+    minutes: Annotated[
+        float | None,
+        Field(gt=0, description="end after this time, evaluations included; null: never"),
+    ] = None
     log_every: Annotated[Count, Field(description="steps between records of the log")] = 50
     evaluate_every: Annotated[int | None, Field(ge=1, description="steps between evaluations; null: a tenth of all")] = None
     checkpoint_every: Annotated[

@@ -70,6 +70,7 @@ class Cadence:
     evaluate: int
     checkpoint: int
     keep: int = 2  # number of last checkpoints to keep
+    seconds: float = math.inf  # time after which training ends before its last step
 
 
 @dataclass
@@ -92,7 +93,7 @@ def run(
     progress: ProgressCallback | None = None,
     stop: StopCallback | None = None,
 ) -> Outcome:
-    """Train to the last step, or until ``stop`` returns true.
+    """Train to the last step, to the end of the time, or until ``stop`` returns true.
 
     Args:
         task: the training.
@@ -141,14 +142,15 @@ class _Loop:
 
     def train(self, progress: ProgressCallback | None, stop: StopCallback | None) -> Outcome:
         task, group, cadence, stopped = self.task, self.group, self.cadence, False
-        while self.step < task.steps:
+        last = self.step == task.steps or self.spent()
+        while not last:
             if stop is not None and (group.world == 1 or self.step % 10 == 0) and group.any(stop()):
                 stopped = True
                 break
             values = task.step(self.step)
             self.step += 1
             self.finite &= torch.isfinite(values["loss"])
-            last = self.step == task.steps
+            last = self.step == task.steps or self.spent()
             if self.step % cadence.log == 0 or last:
                 self.log(values)
             if self.step % cadence.evaluate == 0 or last:
@@ -160,6 +162,10 @@ class _Loop:
         if self.saved != self.step:
             self.save()
         return Outcome(self.step, self.seconds(), stopped, self.metrics)
+
+    def spent(self) -> bool:
+        """Whether the time of the run is over, on all processes alike."""
+        return math.isfinite(self.cadence.seconds) and self.group.any(self.seconds() >= self.cadence.seconds)
 
     def seconds(self) -> float:
         return self.before + time.monotonic() - self.began

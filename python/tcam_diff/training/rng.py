@@ -6,6 +6,7 @@ and after a restart. Checkpoints therefore contain no state of random number gen
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 import torch
@@ -19,3 +20,14 @@ def seed_of(seed: int, *name: str | int) -> int:
 def rng(seed: int, *name: str | int, device: torch.device | None = None) -> torch.Generator:
     """Generator at the start of a stream. GPUs and CPUs give different numbers."""
     return torch.Generator(device or "cpu").manual_seed(seed_of(seed, *name))
+
+
+def in_epochs(position: int, count: int, seed: int) -> int:
+    """Number at a position of the sequence of shuffled epochs over 0 to count - 1, a function without state."""
+    epoch, at = divmod(position, count)
+    return int(_shuffled(count, seed, epoch)[at])
+
+
+@functools.lru_cache(maxsize=4)
+def _shuffled(count: int, seed: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(count, generator=rng(seed, "order", epoch))

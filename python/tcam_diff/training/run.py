@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -40,7 +41,8 @@ def train(
         try:
             if started is not None and group.first:
                 started(task)
-            cadence = Cadence(config.log_every, config.evaluation_steps(), config.checkpoint_steps(), config.keep)
+            seconds = math.inf if config.minutes is None else 60 * config.minutes
+            cadence = Cadence(config.log_every, config.evaluation_steps(), config.checkpoint_steps(), config.keep, seconds)
             outcome = run(task, out, cadence, group, resume=path, progress=progress, stop=stop)
             task.finish(outcome)
             return outcome
