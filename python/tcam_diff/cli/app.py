@@ -22,6 +22,7 @@ from tcam_diff.cli import (
     make_cohort,
     prepare,
     sample,
+    table,
     train_autodecoder,
     train_diffusion,
 )
@@ -48,6 +49,8 @@ app.command("encode")(encode.encode_command)
 app.command("export-latents")(encode.export_command)
 app.command("train-diffusion")(train_diffusion.command)
 app.command("sample")(sample.command)
+app.command("table")(table.table_command)
+app.command("figure")(table.figure_command)
 app.command("interpolate")(interpolate.command)
 app.command("export-bundle")(export_bundle.command)
 app.command("make-cohort")(make_cohort.command)

@@ -22,6 +22,7 @@ class TableConfig(Config):
         default=["--n", "120", "--size", "64", "--held-out", "24"]
     )
     prepare: Annotated[str, Field(description="preset of `tcam prepare` for tables 1, 3 and 4")] = "cohort"
+    prepare_changes: Changes = Field(default=[])
     prepare_channels: Annotated[str, Field(description="preset of `tcam prepare` for table 2, of all channels")] = "cohort"
     prepare_channels_changes: Changes = Field(default=["channels=[0,1,2,3]"])
     held_out: Annotated[str, Field(description="split of the held-out volumes")] = "test"

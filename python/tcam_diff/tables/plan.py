@@ -10,7 +10,7 @@ from tcam_diff.training.logger import read_metrics
 
 #: Names of the models, as folders and in tables.
 OURS, RIVALS = "tcam-diff", ("vae-gan", "vq-gan")
-#: Generators of table 3 beside ours.
+#: Generators of table 3 beside ours, the folder "diffusion".
 GENERATORS = {
     "ldm-vae-gan": "VAE-GAN + 3D latent diffusion",
     "ldm-vq-gan": "VQ-GAN + 3D latent diffusion",
@@ -18,6 +18,8 @@ GENERATORS = {
     "no-cross": "ours without cross-attention",
     "gaussian": "Gaussian of our latents",
 }
+#: Steps of trainings that end by their time.
+MANY = 1_000_000
 
 
 def last(run: Path, name: str) -> float:
@@ -47,163 +49,126 @@ class Plan:
     # ---- data ---------------------------------------------------------------------------
 
     def _store(self, name: str = "store") -> list[Step]:
-        c, steps = self.config, []
-        source = c.data or "cohort"
-        if c.data is None:
-            steps.append(step("cohort", "make-cohort", *c.cohort, "--out", "cohort"))
-        preset, changes = (c.prepare, []) if name == "store" else (c.prepare_channels, c.prepare_channels_changes)
-        return [*steps, step(name, "prepare", source, "--preset", preset, *changes, "--out", name, "-q")]
+        c = self.config
+        made = [] if c.data else [step("cohort", "make-cohort --out cohort -q", *c.cohort)]
+        preset, changes = (
+            (c.prepare, c.prepare_changes) if name == "store" else (c.prepare_channels, c.prepare_channels_changes)
+        )
+        return [*made, step(name, f"prepare --preset {preset} --out {name} -q", *changes, source=c.data or "cohort")]
 
     # ---- stage 1 ------------------------------------------------------------------------
 
-    def _ours(self, seed: int, store: str = "store") -> list[Step]:
+    def _ours(self, seed: int, store: str) -> list[Step]:
         c, run = self.config, f"seed-{seed}/{store}-{OURS}"
-        keys = [f"data={store}", f"seed={seed}", *c.train_changes]
-        tag = run.replace("/", "-")
+        train = f"train-autodecoder {c.train} data={store} seed={seed} --out {run} -q"
+        encode = f"encode {run} {store} --split {c.held_out} --out {run}-encoded -q"
         return [
-            step(tag, "train-autodecoder", c.train, *keys, "--out", run, "-q", resume=True),
-            step(
-                f"{tag}-encoded",
-                "encode",
-                run,
-                store,
-                "--split",
-                c.held_out,
-                *c.encode_changes,
-                "--out",
-                f"{run}-encoded",
-                "-q",
-            ),
+            step(f"{run}", train, *c.train_changes, resume=True),
+            step(f"{run}-encoded", encode, *c.encode_changes),
         ]
 
-    def _rival(self, name: str, seed: int, store: str = "store", steps: bool = False) -> list[Step]:
+    def _rival(self, name: str, seed: int, store: str, steps: bool = False) -> Step:
         """Training of a rival for the time of ours, or for its steps."""
         c, run = self.config, f"seed-{seed}/{store}-{name}{'-equal-steps' if steps else ''}"
         preset, changes = (c.vae_gan, c.vae_gan_changes) if name == "vae-gan" else (c.vq_gan, c.vq_gan_changes)
         ours = self.folder / f"seed-{seed}/{store}-{OURS}"
 
-        def arguments() -> list[str]:
+        def budget() -> list[str]:
             if steps:
-                budget = [f"steps={max(int(r['step']) for r in read_metrics(ours))}"]
-            else:
-                budget = ["steps=1000000", f"minutes={last(ours, 'seconds') / 60:.2f}"]
-            keys = [f"data={store}", f"seed={seed}", *changes, *budget]
-            return ["baseline", "train", preset, *keys, "--out", run, "-q"]
+                return [f"steps={max(int(r['step']) for r in read_metrics(ours))}"]
+            return [f"steps={MANY}", f"minutes={last(ours, 'seconds') / 60:.2f}"]
 
-        return [Step(run.replace("/", "-"), arguments, resume=True)]
-
-    def _evaluated(self, run: str, store: str = "store") -> Step:
-        return step(f"{run.replace('/', '-')}-evaluate", "evaluate", store, run, "--out", f"{run}-evaluation", "-q")
+        command = f"baseline train {preset} data={store} seed={seed} --out {run} -q"
+        return step(run, command, *changes, resume=True, later=budget)
 
     def reconstructions(self, seed: int, store: str = "store") -> dict[str, list[str]]:
         """Folders with reconstructions of each model."""
-        run = f"seed-{seed}/{store}-"
-        equal = {f"{n}-equal-steps": [f"{run}{n}-equal-steps"] for n in RIVALS if self.equal_steps and store == "store"}
-        return {OURS: [f"{run}{OURS}", f"{run}{OURS}-encoded"], **{n: [f"{run}{n}"] for n in RIVALS}, **equal}
+        at = f"seed-{seed}/{store}-"
+        folders = {OURS: [f"{at}{OURS}", f"{at}{OURS}-encoded"], **{n: [f"{at}{n}"] for n in RIVALS}}
+        if self.equal_steps and store == "store":
+            folders |= {f"{n}-equal-steps": [f"{at}{n}-equal-steps"] for n in RIVALS}
+        return folders
 
     def _stage1(self, seed: int, store: str = "store") -> list[Step]:
-        steps = [*self._store(store), *self._ours(seed, store)]
+        made = [*self._store(store), *self._ours(seed, store)]
         for name in RIVALS:
-            steps += self._rival(name, seed, store)
+            made.append(self._rival(name, seed, store))
             if self.equal_steps and store == "store":
-                steps += self._rival(name, seed, store, steps=True)
-        return steps
+                made.append(self._rival(name, seed, store, steps=True))
+        return made
 
     def _table1(self) -> list[Step]:
-        steps = []
+        made = []
         for seed in range(self.seeds):
-            steps += self._stage1(seed)
-            steps += [self._evaluated(f) for folders in self.reconstructions(seed).values() for f in folders]
-        return steps
+            made += self._stage1(seed)
+            runs = [f for folders in self.reconstructions(seed).values() for f in folders]
+            made += [step(f"{run}-evaluation", f"evaluate store {run} --out {run}-evaluation -q") for run in runs]
+        return made
 
     def _table2(self) -> list[Step]:
         c, store = self.config, "store-channels"
-        folders = [f for of in self.reconstructions(0, store).values() for f in of]
-        keys = ["--preset", c.segment, *c.segment_changes, "--repeats", str(c.repeats)]
-        return [*self._stage1(0, store), step("segment", "segment", store, *folders, *keys, "--out", "segmentation", "-q")]
+        runs = " ".join(f for of in self.reconstructions(0, store).values() for f in of)
+        command = f"segment {store} {runs} --preset {c.segment} --repeats {c.repeats} --out segmentation -q"
+        return [*self._stage1(0, store), step("segmentation", command, *c.segment_changes)]
 
     # ---- stage 2 ------------------------------------------------------------------------
 
-    def _generators(self, seed: int) -> list[Step]:
-        c, at = self.config, f"seed-{seed}"
-        ours = f"{at}/store-{OURS}"
-
-        def ours_like(name: str, *changes: str) -> list[Step]:
-            keys = [f"latents={ours}-latents", f"validation={ours}-encoded", f"seed={seed}", *c.diffusion_changes, *changes]
-            return [
-                step(f"{at}-{name}", "train-diffusion", c.diffusion, *keys, "--out", f"{at}/{name}", "-q", resume=True),
-                self._drawn(name, seed, "sample", "--steps", str(c.sample_steps)),
-            ]
-
-        def ldm(name: str) -> list[Step]:
-            preset, changes = (
-                (c.ldm_vae_gan, c.ldm_vae_gan_changes) if name == "ldm-vae-gan" else (c.ldm_vq_gan, c.ldm_vq_gan_changes)
-            )
-
-            def arguments() -> list[str]:
-                minutes = last(self.folder / at / "diffusion", "seconds") / 60
-                rival = f"{at}/store-{name.removeprefix('ldm-')}"
-                keys = [
-                    f"autoencoder={rival}",
-                    "data=store",
-                    f"seed={seed}",
-                    *changes,
-                    "steps=1000000",
-                    f"minutes={minutes:.2f}",
-                ]
-                return ["baseline", "train", preset, *keys, "--out", f"{at}/{name}", "-q"]
-
-            return [Step(f"{at}-{name}", arguments, resume=True), self._drawn(name, seed, "baseline", "sample")]
-
+    def _diffusion(self, name: str, seed: int, *changes: str) -> list[Step]:
+        c, run, ours = self.config, f"seed-{seed}/{name}", f"seed-{seed}/store-{OURS}"
+        data = f"latents={ours}-latents validation={ours}-encoded seed={seed}"
         return [
-            step(f"{at}-latents", "export-latents", ours, "--out", f"{ours}-latents", "-q"),
-            *ours_like("diffusion"),
-            *ours_like("no-cross", "network.cross=none"),
-            *ours_like("concatenated", "network.weights=concatenated"),
-            *ldm("ldm-vae-gan"),
-            *ldm("ldm-vq-gan"),
-            step(f"{at}-gaussian", "baseline", "train", "gaussian", f"latents={ours}-latents", "--out", f"{at}/gaussian"),
-            self._drawn("gaussian", seed, "baseline", "sample"),
+            step(run, f"train-diffusion {c.diffusion} {data} --out {run} -q", *c.diffusion_changes, *changes, resume=True),
+            step(f"{run}-samples", f"sample {run} {self._drawn(run, seed)} --steps {c.sample_steps}"),
         ]
 
-    def _drawn(self, name: str, seed: int, *command: str) -> Step:
-        run = f"seed-{seed}/{name}"
-        n, more = str(self.config.samples), command[1:] if command[0] == "sample" else ()
-        words = ("sample",) if command[0] == "sample" else command
-        return step(
-            f"{run.replace('/', '-')}-samples",
-            *words,
-            run,
-            "--n",
-            n,
-            "--seed",
-            str(seed),
-            *more,
-            "--out",
-            f"{run}-samples",
-            "-q",
-        )
+    def _latent_diffusion(self, name: str, seed: int) -> list[Step]:
+        """Training of a rival's diffusion for the time of ours."""
+        c, run, ours = self.config, f"seed-{seed}/{name}", self.folder / f"seed-{seed}/diffusion"
+        rival = f"seed-{seed}/store-{name.removeprefix('ldm-')}"
+        first = name == "ldm-vae-gan"
+        preset, changes = (c.ldm_vae_gan, c.ldm_vae_gan_changes) if first else (c.ldm_vq_gan, c.ldm_vq_gan_changes)
+
+        def budget() -> list[str]:
+            return [f"steps={MANY}", f"minutes={last(ours, 'seconds') / 60:.2f}"]
+
+        train = f"baseline train {preset} autoencoder={rival} data=store seed={seed} --out {run} -q"
+        return [
+            step(run, train, *changes, resume=True, later=budget),
+            step(f"{run}-samples", f"baseline sample {run} {self._drawn(run, seed)}"),
+        ]
+
+    def _drawn(self, run: str, seed: int) -> str:
+        return f"--n {self.config.samples} --seed {seed} --out {run}-samples -q"
 
     def _table3(self) -> list[Step]:
-        c, steps = self.config, []
+        c = self.config
+        made = []
         for seed in range(self.seeds):
-            steps += [*self._stage1(seed), *self._generators(seed)]
-        steps.append(step("features", "features", "train", "store", f"size={c.size}", "--out", "features", "-q", resume=True))
-        common = ["--size", str(c.size), "--features", "features", "-q"]
+            ours, gaussian = f"seed-{seed}/store-{OURS}", f"seed-{seed}/gaussian"
+            made += [
+                *self._stage1(seed),
+                step(f"{ours}-latents", f"export-latents {ours} --out {ours}-latents -q"),
+                *self._diffusion("diffusion", seed),
+                *self._diffusion("no-cross", seed, "network.cross=none"),
+                *self._diffusion("concatenated", seed, "network.weights=concatenated"),
+                *self._latent_diffusion("ldm-vae-gan", seed),
+                *self._latent_diffusion("ldm-vq-gan", seed),
+                step(gaussian, f"baseline train gaussian latents={ours}-latents --out {gaussian}"),
+                step(f"{gaussian}-samples", f"baseline sample {gaussian} {self._drawn(gaussian, seed)}"),
+            ]
+        made.append(step("features", f"features train store size={c.size} --out features -q", resume=True))
         for seed in range(self.seeds):
-            at = f"seed-{seed}"
-            every = [f"{at}/{n}-samples" for n in ("diffusion", *GENERATORS)]
-            steps.append(step(f"{at}-sets", "evaluate", "store", *every, *common, "--out", f"{at}/sets"))
+            at, every = f"seed-{seed}", " ".join(f"seed-{seed}/{n}-samples" for n in ("diffusion", *GENERATORS))
+            made.append(step(f"{at}/sets", f"evaluate store {every} --size {c.size} --features features --out {at}/sets -q"))
             for name in GENERATORS:
-                pair = [f"{at}/diffusion-samples", f"{at}/{name}-samples", f"size={c.size}", *c.critic_changes]
-                critics = ["--critics", str(c.critics), "--size", str(c.size), "-q"]
-                controls = [] if name == next(iter(GENERATORS)) else ["--no-controls"]
-                out = ["--out", f"{at}/pair-{name}"]
-                steps.append(step(f"{at}-pair-{name}", "evaluate", "store", *pair, *critics, *controls, *out))
-        return steps
+                pair = f"evaluate store {at}/diffusion-samples {at}/{name}-samples size={c.size} --size {c.size}"
+                more = f"--critics {c.critics} --out {at}/pair-{name} -q"
+                once = "" if name == next(iter(GENERATORS)) else "--no-controls"
+                made.append(step(f"{at}/pair-{name}", f"{pair} {more} {once}", *c.critic_changes))
+        return made
 
     def _table4(self) -> list[Step]:
         c = self.config
         values = "channels=" + ",".join(map(str, c.channels))
-        keys = [k for k in ["data=store", *c.train_changes] if not k.startswith("channels=")]
-        return [*self._store(), step("ablation", "ablate", c.train, values, *keys, "--out", "ablation", "-q")]
+        changes = [k for k in c.train_changes if not k.startswith("channels=")]
+        return [*self._store(), step("ablation", f"ablate {c.train} {values} data=store --out ablation -q", *changes)]

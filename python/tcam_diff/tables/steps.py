@@ -38,13 +38,30 @@ class Step:
     """
 
     name: str
-    arguments: Callable[[], Sequence[str]]
+    arguments: Callable[[], list[str]]
     resume: bool = False
 
+    @property
+    def record(self) -> str:
+        """Name of the files of its record."""
+        return self.name.replace("/", "-")
 
-def step(name: str, *arguments: str, resume: bool = False) -> Step:
-    """Step with arguments that are known from the start."""
-    return Step(name, lambda: arguments, resume)
+
+def step(
+    name: str,
+    command: str,
+    *more: str,
+    source: str | None = None,
+    resume: bool = False,
+    later: Callable[[], list[str]] = list,
+) -> Step:
+    """Step of a command in words, with further arguments: ``more``, and those of ``later``, known when it begins.
+
+    ``source`` is a first argument that may have spaces, after the name of the command.
+    """
+    first, *words = command.split()
+    known = [first, *([source] if source is not None else []), *words, *more]
+    return Step(name, lambda: known + later(), resume)
 
 
 def machine() -> dict[str, Any]:
@@ -80,7 +97,7 @@ def run(
         if progress is not None:
             progress(Progress(done, len(steps), what=current.name))
         arguments = list(current.arguments())
-        record = folder / "steps" / f"{current.name}.json"
+        record = folder / "steps" / f"{current.record}.json"
         if record.is_file():
             before = json.loads(record.read_text())
             if before["command"] != arguments:

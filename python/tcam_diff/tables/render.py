@@ -1,0 +1,181 @@
+"""Tables as Markdown, from the content of their JSON files: measured rows, then those that the paper prints."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from tcam_diff.evaluation.generation import STATISTICS
+from tcam_diff.tables.paper import PUBLISHED, TABLES
+from tcam_diff.tables.rows import TITLES, Row, mean_and_deviation
+
+#: What each table shows.
+NAMES = {
+    1: "Reconstruction",
+    2: "Segmentation of reconstructions",
+    3: "Distance of generated from real volumes",
+    4: "Latents against quality",
+}
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """A table's page."""
+    number = int(content["table"])
+    made = {1: _table1, 2: _table2, 3: _table3, 4: _table4}[number](content)
+    machine = content["machine"]
+    where = machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores"
+    heading, columns, printed = TABLES[number]
+    commands = "\n".join(f"tcam {shlex.join(s['command'])}" for s in content["steps"])
+    minutes = sum(s["seconds"] for s in content["steps"]) / 60
+    return "\n\n".join(
+        [
+            f"## Table {number}. {NAMES[number]}",
+            f"Measured: {content['data']}; {content['seeds']} seed{'s' if content['seeds'] > 1 else ''}; {where}, torch "
+            f"{machine['torch']}; {minutes:.0f} min in all.",
+            *made,
+            f"Printed in the paper, on its data sets and machines, not to be compared with the figures above. {heading}:",
+            grid(columns, printed),
+            f"Commands, in the folder of the table:\n\n```\n{commands}\n```",
+        ]
+    )
+
+
+def grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _table1(content: dict[str, Any]) -> list[str]:
+    rows: list[Row] = content["rows"]
+    parts = []
+    for kind in ("training", "held out"):
+        lines: list[list[str]] = []
+        for model in dict.fromkeys(r["model"] for r in rows):
+            of = [r for r in rows if r["model"] == model and r["volumes_are"] == kind]
+            if not of:
+                continue
+            lines.append(
+                [
+                    TITLES[model],
+                    f"{of[0]['latents']:,}",
+                    *(_figure(of, metric, form) for metric, form in (("mse", ".6f"), ("ssim", ".4f"), ("psnr", ".2f"))),
+                    f"{statistics.fmean(r['steps'] for r in of):.0f}",
+                    mean_and_deviation([r["seconds"] / 60 for r in of], ".1f"),
+                    mean_and_deviation([r["memory_gb"] for r in of], ".2f"),
+                    mean_and_deviation([r["late_gain_db"] for r in of], ".2f"),
+                ]
+            )
+        count = next(r["volumes"] for r in rows if r["volumes_are"] == kind)
+        what = "Training volumes" if kind == "training" else "Held-out volumes, for TCAM-Diff encoded with the decoder frozen"
+        spread = "mean ± standard deviation over seeds" if content["seeds"] > 1 else "mean (95 % interval over volumes)"
+        parts.append(f"{what} ({count}); {spread}:")
+        columns = ["model", "latents", "MSE ↓", "SSIM ↑", "PSNR, dB ↑", "steps", "training, min", "peak GB", "last fifth, dB"]
+        parts.append(grid(columns, lines))
+    parts.append(
+        "“last fifth” is the gain in PSNR in the last fifth of the training, on eight of its volumes: near 0 where the curve was flat."
+    )
+    parts.append(_bars(content["comparisons"]))
+    return parts
+
+
+def _figure(rows: Sequence[Row], metric: str, form: str) -> str:
+    values = [r["figures"][metric] for r in rows if metric in r["figures"]]
+    if not values:
+        return "–"
+    if len(values) == 1:
+        v = values[0]
+        return f"{v['mean']:{form}} ({v['low']:{form}} to {v['high']:{form}})"
+    return mean_and_deviation([v["mean"] for v in values], form)
+
+
+def _bars(comparisons: dict[str, Any]) -> str:
+    lines: list[list[str]] = []
+    for kind, by_seed in comparisons.items():
+        for c in by_seed:
+            share = c["time_to_its_psnr"]
+            reached = f"{share:.2f} of its time" if math.isfinite(share) else "not reached"
+            lines.append(
+                [
+                    kind, str(c["seed"]), TITLES[c["better_rival"]], f"{c['mse_ratio']:.2f}", f"{c['ssim_difference']:+.4f}",
+                    reached, f"{c['memory_ratio']:.2f}",
+                ]
+            )  # fmt: skip
+    columns = ["volumes", "seed", "better rival", "MSE, ratio", "SSIM, difference", "time to its PSNR", "memory, ratio"]
+    return "TCAM-Diff beside the better rival at equal time:\n\n" + grid(columns, lines)
+
+
+def _table2(content: dict[str, Any]) -> list[str]:
+    parts = []
+    rows: list[Row] = content["rows"]
+    order = ("split", "reference")
+    for key in dict.fromkeys(tuple(r[k] for k in order) for r in rows):
+        chosen = [r for r in rows if tuple(r[k] for k in order) == key]
+        labels = list(dict.fromkeys(r["label"] for r in chosen))
+        lines: list[list[str]] = []
+        for model, group in dict.fromkeys((r["model"], r["group"]) for r in chosen):
+            for metric in ("f1", "precision", "recall", "specificity", "accuracy"):
+                of = {r["label"]: r for r in chosen if (r["model"], r["group"]) == (model, group)}
+                line = [TITLES.get(model, model), metric, *(_pair(of[label]["metrics"][metric]) for label in labels)]
+                for label in labels:
+                    share = of[label]["share"] if metric == "f1" else None
+                    line.append("" if share is None else f"{share:.3f}")
+                lines.append(line)
+        reference = {"truth": "ground truth", "original": "segmentation of the original"}[key[1]]
+        count = chosen[0]["volumes"]
+        parts.append(f"Split {key[0]}, {count} volumes, against the {reference}; higher is better; mean ± SD over trainings:")
+        parts.append(grid(["images", "metric", *labels, *(f"F1 / F1 of originals, {n}" for n in labels)], lines))
+    return parts
+
+
+def _pair(value: dict[str, float | None]) -> str:
+    if value["mean"] is None:
+        return "–"
+    return f"{value['mean']:.3f}" + (f" ± {value['std']:.3f}" if value["std"] is not None else "")
+
+
+def _table3(content: dict[str, Any]) -> list[str]:
+    lines: list[list[str]] = []
+    for r in content["rows"]:
+        doubt = "" if r["valid"] else " (critic not converged)"
+        lines.append(
+            [r["pair"], str(r["seed"]), mean_and_deviation(r["ours"], ".3g"), mean_and_deviation(r["other"], ".3g") + doubt,
+             f"{r['seconds'] / 60:.1f}"]
+        )  # fmt: skip
+    controls = content["rows"][0]["controls"]
+    control = "; ".join(f"{k.removeprefix('control: ')}: {mean_and_deviation(v, '.3g')}" for k, v in controls.items())
+    parts = [
+        f"W from {content['rows'][0]['real']} volumes, lower is closer; mean ± SD over critics; each pair has its own critics, so "
+        "compare the two figures of one line alone:",
+        grid(["TCAM-Diff beside", "seed", "TCAM-Diff", "the other", "its training, min"], lines),
+        f"Controls, half of the real volumes against the other: {control}.",
+    ]
+    summary = content["sets"]
+    columns, names = ["set"], [s for s in STATISTICS if any(s in of for of in summary["sets"].values())]
+    columns += [STATISTICS[n][0] for n in names]
+    rows = [
+        [label, *(f"{of[n]['mean']:.4g} ({of[n]['low']:.3g} to {of[n]['high']:.3g})" if n in of else "–" for n in names)]
+        for label, of in summary["sets"].items()
+    ]
+    parts.append(f"Samples beside real volumes, seed 0; features: {summary['protocol']['features']}:")
+    parts.append(grid(columns, rows))
+    return parts
+
+
+def _table4(content: dict[str, Any]) -> list[str]:
+    lines = [
+        [str(r["channels"]), f"{r['latents']:,}", f"{r['ratio']:.3f}", f"{r['mse']:.6f}",
+         "–" if r["ssim"] is None else f"{r['ssim']:.4f}", f"{r['psnr']:.2f}", f"{r['seconds'] / 60:.1f}"]
+        for r in content["rows"]
+    ]  # fmt: skip
+    columns = ["C", "latents", "latents per voxel", "MSE ↓", "SSIM ↑", "PSNR, dB ↑", "training, min"]
+    published = [[p["model"], p["data"], f"{p['latents']:,}", f"{p['psnr']:.1f}"] for p in PUBLISHED]
+    return [
+        f"TCAM-Diff, {content['rows'][0]['volumes']} training volumes:",
+        grid(columns, lines),
+        "Published by others, on other data with other scaling, never as a ratio to the figures above:",
+        grid(["model", "data", "latents", "PSNR, dB"], published),
+    ]

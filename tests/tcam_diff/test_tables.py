@@ -1,0 +1,138 @@
+"""Tables and figures of the paper: commands, resumption, rows and pages, at the smallest sizes."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+
+import pytest
+import runs
+from tcam_diff.errors import UserError
+from tcam_diff.tables.config import TableConfig
+from tcam_diff.tables.make import make_figure, make_table
+from tcam_diff.tables.paper import PUBLISHED, TABLES
+from tcam_diff.tables.plan import Plan
+from tcam_diff.tables.render import grid
+from tcam_diff.tables.rows import late_gain, time_to
+from tcam_diff.tables.steps import run, step
+
+TINY = TableConfig(
+    cohort=["--n", "9", "--size", "24", "--held-out", "4"],
+    train_changes=["channels=3", "plane_size=8", "widths=[8]", "steps=8", "batch=2", "evaluate_every=4"],
+    encode_changes=["steps=3"],
+    vae_gan="vae-gan-small",
+    vae_gan_changes=["channels=[8,8]", "adversarial_weight=0", "evaluate_every=1"],
+    vq_gan="vq-gan-small",
+    vq_gan_changes=["channels=[8]", "codes=8", "adversarial_weight=0", "evaluate_every=1"],
+    diffusion="tiny",
+    diffusion_changes=["steps=4", "network.base=8", "network.head_channels=8", "batch=2", "preview_steps=0"],
+    ldm_vae_gan="ldm-vae-gan-small",
+    ldm_vae_gan_changes=["channels=[16,16]", "attention_levels=[]", "timesteps=10", "sampler_steps=2"],
+    ldm_vq_gan="ldm-vq-gan-small",
+    ldm_vq_gan_changes=["channels=[16,16]", "attention_levels=[]", "timesteps=3"],
+    samples=4,
+    sample_steps=2,
+    size=24,
+    critics=1,
+    critic_changes=["size=16", "width=4", "epochs=1"],
+    channels=[2, 3],
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with table 1."""
+    path = tmp_path_factory.mktemp("tables") / "small"
+    assert make_table(1, path, TINY)
+    return path
+
+
+@pytest.mark.slow
+def test_table_1_has_both_kinds_of_volumes_of_every_model(folder):
+    content = json.loads((folder / "table-1.json").read_text())
+    kinds = {(r["model"], r["volumes_are"], r["volumes"]) for r in content["rows"]}
+    models = "tcam-diff", "vae-gan", "vq-gan"
+    assert kinds == {(m, k, n) for m in models for k, n in (("training", 5), ("held out", 4))}
+    of = {r["model"]: r for r in content["rows"] if r["volumes_are"] == "training"}
+    assert of["tcam-diff"]["latents"] == 3 * 3 * 64
+    assert of["vae-gan"]["latents"] == 2 * 8 * 12**3
+    summary = json.loads((folder / "seed-0/store-vq-gan-evaluation/summary.json").read_text())
+    assert of["vq-gan"]["figures"]["mse"] == summary["groups"]["trained on"]["mse"]
+    for rival in ("vae-gan", "vq-gan"):  # as much time as ours, to the end of the step that exceeds it
+        assert of[rival]["seconds"] >= of["tcam-diff"]["seconds"] * 0.9
+    text = (folder / "table-1.md").read_text()
+    for part in ("5 training and 4 other volumes", *map(str, TABLES[1][2][0]), "tcam make-cohort"):
+        assert part in text, part
+
+
+@pytest.mark.slow
+def test_a_table_is_not_made_twice_and_not_of_two_protocols(folder):
+    before = {p: p.stat().st_mtime_ns for p in (folder / "steps").iterdir()}
+    assert make_table(1, folder, TINY)
+    assert {p: p.stat().st_mtime_ns for p in (folder / "steps").iterdir()} == before
+    with pytest.raises(UserError, match="tables of another protocol"):
+        make_table(1, folder, TINY.model_copy(update={"samples": 5}))
+
+
+@pytest.mark.slow
+def test_tables_3_and_4_and_the_figures(folder):
+    for number in (3, 4):
+        text = make_table(number, folder, TINY)
+        assert text
+        assert f"## Table {number}." in text
+    rows = json.loads((folder / "table-3.json").read_text())["rows"]
+    assert len(rows) == 5
+    assert all(len(r["ours"]) == len(r["other"]) == 1 for r in rows)
+    assert rows[0]["controls"]
+    assert [r["latents"] for r in json.loads((folder / "table-4.json").read_text())["rows"]] == [2 * 192, 3 * 192]
+    for number in (3, 5, 6, 7):
+        path = make_figure(number, folder, TINY)
+        assert path
+        assert path.stat().st_size > 10_000
+
+
+def test_a_step_that_fails_is_named_with_its_message(tmp_path):
+    with pytest.raises(UserError, match=r"tcam make-cohort --out c --n 0: failed with status 2.*--n: expected at least 1"):
+        run(tmp_path, [step("broken", "make-cohort --out c --n 0")])
+    assert not (tmp_path / "steps" / "broken.json").exists()
+
+
+def test_a_stopped_step_continues(tmp_path):
+    """A stop during a training ends it with a checkpoint; the next call continues it and goes on to the end."""
+    store = runs.make_store(tmp_path / "store").folder
+    keys = "steps=4000 channels=2 plane_size=8 widths=[8] batch=2 checkpoint_every=4000 evaluate_every=4000"
+    steps = [step("train", f"train-autodecoder fast data={store} {keys} --out run -q", resume=True)]
+    assert run(tmp_path, steps, stop=lambda: (tmp_path / "run" / "metrics.jsonl").exists()) is False
+    assert (tmp_path / "run" / "checkpoints").is_dir()
+    shorter = [step("train", steps[0].arguments()[0] + " " + shlex.join(steps[0].arguments()[1:]), resume=True)]
+    assert run(tmp_path, shorter)
+    record = json.loads((tmp_path / "steps" / "train.json").read_text())
+    assert record["command"] == steps[0].arguments()
+    with pytest.raises(UserError, match="made by another command"):
+        run(tmp_path, [step("train", "make-cohort --out c")])
+
+
+def test_rivals_get_the_time_of_ours(tmp_path):
+    run_folder = tmp_path / "seed-0" / "store-tcam-diff"
+    run_folder.mkdir(parents=True)
+    (run_folder / "metrics.jsonl").write_text('{"step": 5, "seconds": 90.0}\n{"step": 7, "seconds": 120.0}\n')
+    steps = {s.name: s.arguments() for s in Plan(tmp_path, TINY, equal_steps=True).steps(1)}
+    assert "minutes=2.00" in steps["seed-0/store-vae-gan"]
+    assert "steps=7" in steps["seed-0/store-vq-gan-equal-steps"]
+    with_data = Plan(tmp_path, TINY.model_copy(update={"data": "/a folder/x"})).steps(1)
+    assert with_data[0].arguments()[:2] == ["prepare", "/a folder/x"]
+
+
+def test_times_are_read_off_curves():
+    points = [(10.0, 20.0), (20.0, 24.0), (30.0, 25.0)]
+    assert time_to(points, 22.0) == pytest.approx(15)
+    assert time_to(points, 20.0) == 10
+    assert time_to(points, 26.0) == math.inf
+    assert late_gain(points) == pytest.approx(25 - 24.4)
+    assert math.isnan(late_gain(points[:1]))
+
+
+def test_published_figures_are_the_papers():
+    assert [round(p["psnr"], 1) for p in PUBLISHED] == [39.0, 28.5, 31.0, 28.5, 23.5]
+    assert grid(["a"], [["1"]]) == "| a |\n| --- |\n| 1 |"
