@@ -152,6 +152,12 @@ def test_what_does_not_fit_is_refused(made, tmp_path):
             CompressionTraining(config, Distributed(), tmp_path)
     with pytest.raises(UserError, match="norm_groups: expected a divisor"):
         CompressionConfig.load("vae-gan", ["channels=[10]"])
+    for key, message in (
+        ("norm_groups=3", "norm_groups: expected a divisor"), ("head_channels=5", "head_channels: expected a divisor"),
+        ("attention_levels=[7]", "attention_levels: expected 0 to 1"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            LatentDiffusionConfig.load("vae-gan", [*LDM, key])
     with pytest.raises(UserError, match="one process"):
         CompressionTraining(CompressionConfig.load("vae-gan", [f"data={store}", *VAE]), Distributed(0, 2), tmp_path)
     other = runs.make_store(tmp_path / "other", count=2, held_out=0, size=(8, 8, 8))

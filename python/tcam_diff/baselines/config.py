@@ -91,6 +91,18 @@ class LatentDiffusionConfig(RunConfig):
     sampler_steps: Annotated[Count, Field(description="steps of ddim; ddpm takes all timesteps")] = 50
     compute_dtype: Products = "auto"
 
+    @model_validator(mode="after")
+    def _divisors(self) -> LatentDiffusionConfig:
+        last = len(self.channels) - 1
+        for i, c in enumerate(self.channels):
+            if c % self.norm_groups:
+                raise ValueError(f"norm_groups: expected a divisor of all channels {self.channels}, got {self.norm_groups}")
+            if i in (*self.attention_levels, last) and c % self.head_channels:
+                raise ValueError(f"head_channels: expected a divisor of {c} (level {i}), got {self.head_channels}")
+        if any(i > last for i in self.attention_levels):
+            raise ValueError(f"attention_levels: expected 0 to {last}, got {self.attention_levels}")
+        return self
+
 
 class GaussianConfig(Config):
     """Gaussian with the mean and the covariance of the planes of a latent set (algorithm.md section 11)."""

@@ -43,7 +43,7 @@ def make_network(config: LatentDiffusionConfig, channels: int) -> Any:
         torch.manual_seed(seed_of(config.seed, "network"))
         return DiffusionModelUNet(
             3, channels, channels, config.res_blocks, config.channels, attention, config.norm_groups,
-            num_head_channels=[config.head_channels if a else 0 for a in attention], include_fc=False,
+            num_head_channels=config.head_channels, include_fc=False,
         )  # fmt: skip
 
 

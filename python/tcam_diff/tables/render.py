@@ -76,7 +76,7 @@ def _table1(content: dict[str, Any]) -> list[str]:
         columns = ["model", "latents", "MSE ↓", "SSIM ↑", "PSNR, dB ↑", "steps", "training, min", "peak GB", "last fifth, dB"]
         parts.append(grid(columns, lines))
     parts.append(
-        "“last fifth” is the gain in PSNR in the last fifth of the training, on eight of its volumes: near 0 where the curve was flat."
+        "“last fifth”: gain in PSNR in the last fifth of the training, on eight of its volumes; 0 where the curve was flat."
     )
     parts.append(_bars(content["comparisons"]))
     return parts
@@ -85,7 +85,7 @@ def _table1(content: dict[str, Any]) -> list[str]:
 def _figure(rows: Sequence[Row], metric: str, form: str) -> str:
     values = [r["figures"][metric] for r in rows if metric in r["figures"]]
     if not values:
-        return "–"
+        return "-"
     if len(values) == 1:
         v = values[0]
         return f"{v['mean']:{form}} ({v['low']:{form}} to {v['high']:{form}})"
@@ -119,7 +119,8 @@ def _table2(content: dict[str, Any]) -> list[str]:
         for model, group in dict.fromkeys((r["model"], r["group"]) for r in chosen):
             for metric in ("f1", "precision", "recall", "specificity", "accuracy"):
                 of = {r["label"]: r for r in chosen if (r["model"], r["group"]) == (model, group)}
-                line = [TITLES.get(model, model), metric, *(_pair(of[label]["metrics"][metric]) for label in labels)]
+                line = [TITLES.get(str(model), str(model)), metric]
+                line += [_pair(of[label]["metrics"][metric]) for label in labels]
                 for label in labels:
                     share = of[label]["share"] if metric == "f1" else None
                     line.append("" if share is None else f"{share:.3f}")
@@ -133,7 +134,7 @@ def _table2(content: dict[str, Any]) -> list[str]:
 
 def _pair(value: dict[str, float | None]) -> str:
     if value["mean"] is None:
-        return "–"
+        return "-"
     return f"{value['mean']:.3f}" + (f" ± {value['std']:.3f}" if value["std"] is not None else "")
 
 
@@ -146,9 +147,10 @@ def _table3(content: dict[str, Any]) -> list[str]:
              f"{r['seconds'] / 60:.1f}"]
         )  # fmt: skip
     controls = content["rows"][0]["controls"]
-    control = "; ".join(f"{k.removeprefix('control: ')}: {mean_and_deviation(v, '.3g')}" for k, v in controls.items())
+    named = {k.removeprefix("control: "): mean_and_deviation(v, ".3g") for k, v in controls.items()}
+    control = "; ".join(f"{name}: {value}" for name, value in named.items())
     parts = [
-        f"W from {content['rows'][0]['real']} volumes, lower is closer; mean ± SD over critics; each pair has its own critics, so "
+        f"W from {content['rows'][0]['real']} volumes, lower is closer; mean ± SD over critics; a pair has its own critics, so "
         "compare the two figures of one line alone:",
         grid(["TCAM-Diff beside", "seed", "TCAM-Diff", "the other", "its training, min"], lines),
         f"Controls, half of the real volumes against the other: {control}.",
@@ -157,7 +159,7 @@ def _table3(content: dict[str, Any]) -> list[str]:
     columns, names = ["set"], [s for s in STATISTICS if any(s in of for of in summary["sets"].values())]
     columns += [STATISTICS[n][0] for n in names]
     rows = [
-        [label, *(f"{of[n]['mean']:.4g} ({of[n]['low']:.3g} to {of[n]['high']:.3g})" if n in of else "–" for n in names)]
+        [label, *(f"{of[n]['mean']:.4g} ({of[n]['low']:.3g} to {of[n]['high']:.3g})" if n in of else "-" for n in names)]
         for label, of in summary["sets"].items()
     ]
     parts.append(f"Samples beside real volumes, seed 0; features: {summary['protocol']['features']}:")
@@ -168,7 +170,7 @@ def _table3(content: dict[str, Any]) -> list[str]:
 def _table4(content: dict[str, Any]) -> list[str]:
     lines = [
         [str(r["channels"]), f"{r['latents']:,}", f"{r['ratio']:.3f}", f"{r['mse']:.6f}",
-         "–" if r["ssim"] is None else f"{r['ssim']:.4f}", f"{r['psnr']:.2f}", f"{r['seconds'] / 60:.1f}"]
+         "-" if r["ssim"] is None else f"{r['ssim']:.4f}", f"{r['psnr']:.2f}", f"{r['seconds'] / 60:.1f}"]
         for r in content["rows"]
     ]  # fmt: skip
     columns = ["C", "latents", "latents per voxel", "MSE ↓", "SSIM ↑", "PSNR, dB ↑", "training, min"]
