@@ -21,6 +21,7 @@ from tcam_diff.cli import (
     make_cohort,
     prepare,
     sample,
+    segment,
     train_autodecoder,
     train_diffusion,
 )
@@ -37,6 +38,7 @@ app.command("decode")(decode.command)
 app.command("compare")(compare.command)
 app.command("evaluate")(evaluate.command)
 app.command("critic")(critic.command)
+app.command("segment")(segment.command)
 app.command("check-data")(check_data.command)
 app.command("prepare")(prepare.command)
 app.command("train-autodecoder")(train_autodecoder.command)
