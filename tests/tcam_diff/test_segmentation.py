@@ -305,7 +305,11 @@ def test_bad_input_is_named(made, tmp_path):
     store = made / "store"
     assert "steps" in runs.tcam("segment", store, *out, "step=3", fails=True)
     assert "crop: expected at most" in runs.tcam("segment", store, *out, "crop=[32, 8, 8]", fails=True)
-    assert "crop: expected multiples of 2; got (9, 8, 8)" in runs.tcam("segment", store, *out, "crop=[9, 8, 8]", fails=True)
+    assert "crop: expected multiples of 2, got (9, 8, 8)" in runs.tcam("segment", store, *out, "crop=[9, 8, 8]", fails=True)
+    assert "window: expected multiples of 2" in runs.tcam("segment", store, *out, "window=[9, 8, 8]", fails=True)
+    whole = runs.tcam("segment", store, *out, "crop=null", "blocks_down=[1,1,1]", "blocks_up=[1,1]", fails=True)
+    assert "crop: expected a size" in whole
+    assert "16 x 18 x 20" in whole
     assert "blocks_up: expected one number fewer" in runs.tcam("segment", store, *out, "blocks_up=[1,1]", fails=True)
     assert "no such file or folder" in runs.tcam("segment", store, tmp_path / "gone", *out, fails=True)
     assert "each once" in runs.tcam("segment", store, made / "copies", made / "copies", *out, fails=True)

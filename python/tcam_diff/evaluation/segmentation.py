@@ -125,10 +125,10 @@ def segment(
         out: folder for a run per repeat (repeat-1, ...), segmentation.json, volumes.csv and segmentation.png. Finished repeats
             in it are not trained again.
         repeats: number of trainings, with the seeds config.seed, config.seed + 1, ...
-        started, progress, stop: callbacks of ``train_segmenter``; ``progress`` is also called after every volume.
+        started, progress, stop: callbacks of ``train_segmenter``; the last two also for every volume that is measured.
 
     Returns:
-        The metrics of all volumes, and their means; None if ``stop`` ended a training.
+        The metrics of all volumes, and their means; None if ``stop`` ended the work.
 
     Raises:
         UserError: the store has no labels, a path holds no reconstruction of its volumes, or configuration and data do not fit.
@@ -146,9 +146,11 @@ def segment(
             return None
         seconds.append(outcome.seconds)
         networks.append(load_segmenter(folder, device_of(config.device)))
-    measurement = _Measurement(store, networks)
+    measurement, pictured = _Measurement(store, networks), _pictured(work)
     for done, (record, images) in enumerate(work, 1):
-        measurement.add(record, images, pictured=record in _pictured(work))
+        if stop is not None and stop():
+            return None
+        measurement.add(record, images, record.name in pictured)
         if progress is not None:
             progress(Progress(done, len(work), what="measuring"))
     names = networks[0].names
@@ -177,10 +179,10 @@ def _volumes(store: Store, paths: Sequence[Path], config: SegmentConfig) -> list
     return [(r, found[r.name]) for r in store.records if r.name in found]
 
 
-def _pictured(work: Sequence[tuple[Record, Images]], most: int = 2) -> list[Record]:
-    """The first volumes of each split."""
-    splits = {r.split: [s for s, _ in work if s.split == r.split] for r, _ in work}
-    return [r for records in splits.values() for r in records[:most]]
+def _pictured(work: Sequence[tuple[Record, Images]], most: int = 2) -> set[str]:
+    """Names of the first volumes of each split."""
+    splits = {r.split: [s.name for s, _ in work if s.split == r.split] for r, _ in work}
+    return {name for names in splits.values() for name in names[:most]}
 
 
 class _Measurement:

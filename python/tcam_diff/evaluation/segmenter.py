@@ -19,6 +19,7 @@ from tcam_diff.diffusion.model import network_dtype
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation.metrics import label_counts, label_metrics
 from tcam_diff.progress import ProgressCallback, StopCallback
+from tcam_diff.text import size_text
 from tcam_diff.training import checkpoint
 from tcam_diff.training.config import Count, Rate, RunConfig
 from tcam_diff.training.distributed import Distributed
@@ -73,8 +74,8 @@ class SegmentConfig(RunConfig):
     ] = (160, 160, 160)
     evaluate_volumes: Annotated[Count, Field(description="training volumes of an evaluation during training")] = 4
 
-    def voxels(self) -> int:
-        """Number that the sizes of the network's inputs are multiples of."""
+    def multiple(self) -> int:
+        """Number that the sizes of the network's inputs must be multiples of."""
         return int(2 ** (len(self.blocks_down) - 1))
 
 
@@ -92,8 +93,8 @@ class Segmenter:
         """Classes (H, W, D) uint8 of a volume (channels, H, W, D) in [0, 1]."""
         from monai.inferers import sliding_window_inference
 
-        c, unit_size = self.config, self.config.voxels()
-        window = [min(w, -(-n // unit_size) * unit_size) for w, n in zip(c.window, volume.shape[1:], strict=True)]
+        c, multiple = self.config, self.config.multiple()
+        window = [min(w, -(-n // multiple) * multiple) for w, n in zip(c.window, volume.shape[1:], strict=True)]
         image = normalised(volume, *statistics(volume, c.foreground), c.foreground)[None].to(self.device)
         self.network.eval()
         with _products(c, self.device):
@@ -155,16 +156,18 @@ class SegmentationTraining(Task):
         self._statistics: dict[int, tuple[Tensor, Tensor]] = {}
 
     def _check_sizes(self) -> None:
-        c, multiple = self.config, self.config.voxels()
+        c, multiple = self.config, self.config.multiple()
         if len(c.blocks_up) != len(c.blocks_down) - 1:
             raise UserError(f"blocks_up: expected one number fewer than in blocks_down {c.blocks_down}, got {c.blocks_up}")
+        for key, given in (("window", c.window), ("crop", c.crop or ())):
+            if any(n % multiple for n in given):
+                raise UserError(f"{key}: expected multiples of {multiple}, got {given}")
         sizes = {r.info.shape for r in self.records}
-        if c.crop is None and len(sizes) > 1 and c.batch > 1:
-            raise UserError(f"crop: expected a size, because the volumes of {c.data} differ in theirs; or take batch=1")
-        for size in sizes if c.crop is None else [c.crop]:
-            if any(n % multiple for n in size):
-                what = f"{c.data}: volumes of {size} voxels" if c.crop is None else f"got {c.crop}"
-                raise UserError(f"crop: expected multiples of {multiple}; {what}")
+        if c.crop is None and (len(sizes) > 1 or any(n % multiple for size in sizes for n in size)):
+            raise UserError(
+                f"crop: expected a size, because the volumes of {c.data} are not all of one size of multiples of {multiple}; "
+                f"they have {', '.join(map(size_text, sorted(sizes)[:3]))}"
+            )
 
     # ---- a step ------------------------------------------------------------------------
 
