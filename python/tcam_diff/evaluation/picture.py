@@ -136,15 +136,16 @@ def segmentations(rows: Sequence[tuple[str, Sequence[tuple[str, np.ndarray, np.n
     size = (2.2 * len(titles), 2.3 * len(rows) + 0.7)
     figure, axes = plt.subplots(len(rows), len(titles), figsize=size, layout="constrained", squeeze=False)
     colours = [matplotlib.colors.to_rgb(LABEL_COLOURS[i % len(LABEL_COLOURS)]) for i in range(len(labels))]
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(_short(title), fontsize=8)
     for (name, panels), line in zip(rows, axes, strict=True):
         by_title = {title: (image, classes) for title, image, classes in panels}
         for axis, title in zip(line, titles, strict=True):
             axis.set_xticks([])
             axis.set_yticks([])
             axis.set_frame_on(False)
-            if line is axes[0]:
-                axis.set_title(_short(title), fontsize=8)
             if title not in by_title:
+                axis.set_box_aspect(panels[0][1].shape[0] / panels[0][1].shape[1])
                 continue
             image, classes = by_title[title]
             shown = np.repeat(image.astype(np.float32).clip(0, 1)[..., None], 3, -1)
