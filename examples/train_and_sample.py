@@ -45,7 +45,8 @@ def main() -> None:
 def run(out: Path, cases: int, size: int, steps: int) -> None:
     for _ in make_cohort(out / "cohort", Cohort(cases, size, seed=0, held_out=2)):
         pass  # a case at a time
-    for _ in prepare_cases(find_cases(out / "cohort").cases, out / "store", PrepareConfig.load("cohort")):
+    data = find_cases(out / "cohort")
+    for _ in prepare_cases(data.cases, out / "store", PrepareConfig.load("cohort"), names=data.label_names):
         pass
     small = ["channels=4", "plane_size=8", "widths=[24]", "batch=2", f"steps={steps}"]
     outcome = train_autodecoder(TrainConfig.load("fast", [f"data={out / 'store'}", *small]), out / "stage1", progress=show)

@@ -223,6 +223,9 @@ def store(seeds: Path, folder: Path) -> None:
         check(
             array.shape == record.info.array_shape and array.dtype.name in ("uint8", "float16"), f"{array.dtype} {array.shape}"
         )
+        if record.labels_sha256 is not None:
+            labels = call(prepared.labels, record)
+            check(labels.shape == record.info.shape and labels.dtype == np.uint8, f"labels {labels.dtype} {labels.shape}")
         sound(record.info, entry)
         check(len(record.info.intensity) == record.info.channels, "intensities are missing")
         again = call(writer.find, record.name, record.sources)

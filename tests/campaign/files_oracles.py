@@ -28,6 +28,7 @@ from tcam_diff.data.volume import Volume, VolumeInfo
 from tcam_diff.diffusion.config import DiffusionConfig, SampleConfig
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation.critic import CriticConfig
+from tcam_diff.evaluation.segmenter import SegmentConfig
 
 T = TypeVar("T")
 LONGEST = 700  # characters of a refusal
@@ -236,7 +237,7 @@ def plain_frames(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarra
 
 CONFIGS: dict[str, type[Config]] = {
     "fit": FitConfig, "train": TrainConfig, "diffusion": DiffusionConfig, "encode": EncodeConfig, "prepare": PrepareConfig,
-    "critic": CriticConfig, "sample": SampleConfig,
+    "critic": CriticConfig, "sample": SampleConfig, "segment": SegmentConfig,
 }  # fmt: skip
 
 

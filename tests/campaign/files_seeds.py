@@ -144,3 +144,4 @@ def store(folder: Path) -> Iterator[Files]:
     make_store(folder / "store", 2, 1, (4, 5, 3))
     yield files_of(folder / "store")
     yield files_of(KEPT / "store")
+    yield files_of(KEPT / "store-3")

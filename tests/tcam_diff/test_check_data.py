@@ -177,13 +177,37 @@ def test_a_fault_is_reported_and_does_not_stop_the_check(tmp_path, fault):
         (lambda p: write(p, np.zeros((6, 5, 4)), np.diag([1.5, 1.0, 2.5, 1])), "affine"),
         (lambda p: labels(p, (0, 0.5), dtype=np.float32), "expected labels.*0.5"),
         (lambda p: labels(p, (0, -1), dtype=np.int16), "expected labels.*-1"),
-        (lambda p: labels(p, range(100)), "more than 64"),
+        (lambda p: write(p, np.arange(120).reshape(6, 5, 4) + 200, dtype=np.int16), "expected labels.*255, got 200"),
+        (lambda p: labels(p, range(300), (6, 5, 10), np.int16), r"\(6, 5, 4\).*\(6, 5, 10\)"),
     ],
 )
 def test_labels_that_do_not_fit(tmp_path, make, message):
     image, label = write(tmp_path / "a.nii.gz"), tmp_path / "seg.nii.gz"
     make(label)
     assert re.search(message, check_case(Case("a", (image,), label)).problem)
+
+
+def test_more_values_than_labels_can_have(tmp_path):
+    noise = np.random.default_rng(0).random((8, 8, 8))
+    image, label = write(tmp_path / "a.nii.gz", noise), write(tmp_path / "l.nii.gz", noise)
+    assert "expected labels 0, 1, 2, ..., 255, got more than 256 values" in check_case(Case("a", (image,), label)).problem
+
+
+def test_labels_of_held_out_cases_are_found(tmp_path):
+    """labelsTs/NAME belongs to a test case of a Decathlon folder, and labelsTs/CASE to one of an nnU-Net folder."""
+    decathlon, nnunet = tmp_path / "decathlon", tmp_path / "nnunet"
+    write(decathlon / "imagesTs" / "b.nii.gz"), write(decathlon / "imagesTs" / "c.nii.gz")
+    want = labels(decathlon / "labelsTs" / "b.nii.gz")
+    (decathlon / "dataset.json").write_text(json.dumps({"training": [], "test": ["imagesTs/b.nii.gz", "imagesTs/c.nii.gz"]}))
+    assert [c.label for c in find_cases(decathlon).cases] == [want, None]
+    for part in ("Tr", "Ts"):
+        write(nnunet / f"images{part}" / f"case{part}_0000.nii.gz"), labels(nnunet / f"labels{part}" / f"case{part}.nii.gz")
+    (nnunet / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "edema": 1, "whole": [1, 2]}}))
+    data = find_cases(nnunet)
+    assert [(c.name, c.label, c.split) for c in data.cases] == [
+        ("caseTr", nnunet / "labelsTr" / "caseTr.nii.gz", "train"), ("caseTs", nnunet / "labelsTs" / "caseTs.nii.gz", "test"),
+    ]  # fmt: skip
+    assert data.label_names == {1: "ED"}
 
 
 def test_oddities_are_reported(tmp_path):

@@ -8,6 +8,8 @@ tcam train-diffusion tiny latents=latents network.base=4 network.head_channels=4
   evaluate_volumes=2 preview_steps=0 center=true --out stage2          (data/model is its folder model/)
 tcam sample stage2 --out samples --n 1 --steps 2
 tcam interpolate stage2 latents v0 v1 --out between --n 2 --steps 2
+
+store-2 and store-3 are a store of v0.nii.gz with labels in v0-seg.nii.gz, in the formats 2, which has no labels, and 3.
 """
 
 from __future__ import annotations
@@ -61,6 +63,23 @@ def test_a_store(data):
         np.testing.assert_allclose(store.volume(record).mean((1, 2, 3)), (mean, 127.5))
         np.testing.assert_allclose(record.info.affine[:3, 3], CORNER, rtol=1e-6)
     np.testing.assert_allclose(store.records[1].info.intensity, [(0.0452967, 91.4524307), (37.3512115, 62.6487885)], rtol=1e-6)
+
+
+def test_stores_of_later_formats(data):
+    """The volume is that of format 1, with codes and units beside it; format 3 has its labels, on the volume's grid."""
+    first, second, third = (Store(data / f"store{n}") for n in ("", "-2", "-3"))
+    for store in (second, third):
+        (record,) = store.records
+        store.verify(record)
+        np.testing.assert_array_equal(store.volume(record), first.volume(first.records[0]))
+        assert (record.info.codes, record.info.units) == ((2, 3), ("mm", "sec"))
+    assert (second.label_names, third.label_names) == ({}, {1: "label 1", 4: "label 4"})
+    labels, value = third.labels(third.records[0]), third.volume(third.records[0])[0].astype(int)
+    assert np.bincount(labels.ravel()).tolist() == [128, 288, 0, 0, 96]
+    assert value[labels == 0].max() <= value[labels > 0].min()
+    assert value[labels == 1].max() <= value[labels == 4].min()
+    with pytest.raises(UserError, match=r"store-2: v0 has no labels.*earlier version"):
+        second.labels(second.records[0])
 
 
 def test_a_store_is_continued(data):

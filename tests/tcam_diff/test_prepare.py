@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 
 import nibabel as nib
 import numpy as np
@@ -14,7 +16,7 @@ from monai.transforms import CenterSpatialCrop, Compose, Orientation, ScaleInten
 from tcam_diff import config as configs
 from tcam_diff.cli.app import app
 from tcam_diff.data.config import PrepareConfig
-from tcam_diff.data.prepare import prepare_cases, prepare_volume, split_cases
+from tcam_diff.data.prepare import prepare_cases, prepare_labels, prepare_volume, split_cases
 from tcam_diff.data.sources import Case, download_decathlon, find_cases
 from tcam_diff.data.store import Store, one_shape
 from tcam_diff.data.volume import Volume, VolumeInfo
@@ -225,3 +227,186 @@ def test_download_says_what_to_do(tmp_path, monkeypatch):
         download_decathlon(tmp_path / "Task01_BrainTumour")
     with pytest.raises(UserError, match="Task10_Colon"):
         download_decathlon(tmp_path / "Task99")
+
+
+# ---- labels --------------------------------------------------------------------------------------
+
+
+def smooth(shape, affine, channels=1):
+    """Volume of a smooth function of the position in mm, and labels by its thresholds."""
+    info = VolumeInfo(channels=channels, shape=shape, affine=affine, source="memory")
+    i = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
+    mm = i @ affine[:3, :3].T + affine[:3, 3]
+    value = (100 + 40 * np.sin(mm / 9).sum(-1) + 0.5 * mm[..., 0]).astype(np.float32)
+    return Volume(np.repeat(value[None], channels, 0), info), (value > 90).astype(np.uint8) + 3 * (value > 130)
+
+
+def turned(*spacing):
+    """Affine with axes in the order y, z, x, two of them reversed, and these spacings."""
+    affine = np.eye(4)
+    affine[:3, :3] = np.array([[0, 0, -spacing[2]], [-spacing[0], 0, 0], [0, spacing[1], 0]])
+    affine[:3, 3] = (11, -7, 5)
+    return affine
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes"),
+    [
+        ("cohort", ()),
+        ("cohort", ("orientation=null",)),
+        ("cohort", ("orientation=LPI",)),
+        ("cohort", ("crop=[16, 40, 18]",)),
+        ("brats-flair-128", ("crop=[40, 24, 30]",)),
+        ("cohort", ("spacing=[1.1, 0.9, 1.3]",)),
+        ("cohort", ("resize=[45, 27, 31]",)),
+        ("cohort", ("resize=[16, 13, 11]",)),
+        ("cohort", ("spacing=[2, 1, 1]", "resize=[30, 30, 30]")),
+    ],
+)
+def test_labels_stay_aligned_with_the_image(preset, changes):
+    """Prepared labels are the thresholds of the prepared image, but for voxels beside a boundary."""
+    config = load(preset, *changes, "percentiles=[0, 100]")
+    v, labels = smooth((30, 26, 22), turned(1.0, 1.4, 1.2))
+    got, info = prepare_volume(v, config)
+    carried = prepare_labels(labels, v.info.affine, config)
+    assert carried.shape == got.shape[1:]
+    assert carried.dtype == np.uint8
+    assert set(np.unique(carried)) <= {0, 1, 4}
+    inside = prepare_labels(np.ones_like(labels), v.info.affine, config) == 1  # not added by a crop
+    lo, hi = info.intensity[0]
+    value = got[0] * (hi - lo) + lo
+    want = (value > 90).astype(np.uint8) + 3 * (value > 130)
+    beside = 20 if config.resize or config.spacing else 0.01  # change of the value over a voxel, at most
+    sure = inside & (np.abs(value - 90) > beside) & (np.abs(value - 130) > beside)
+    assert sure.sum() > 0.3 * inside.sum()
+    np.testing.assert_array_equal(carried[sure], want[sure])
+    off = (carried != want)[inside].mean()
+    assert off < (0.065 if beside > 1 else 1e-6)
+    for axis, step in itertools.product(range(3), (-1, 1)):  # a shift by a voxel makes it worse, equally in both directions
+        assert (np.roll(carried, step, axis) != want)[inside].mean() > 2 * off
+
+
+def test_the_grid_of_labels_is_kept_exactly():
+    """Turning and cropping move labels without changing one; what a crop adds is background."""
+    labels = np.random.default_rng(0).integers(1, 255, (6, 5, 4)).astype(np.uint8)
+    np.testing.assert_array_equal(
+        prepare_labels(labels, turned(1, 1, 1), load("cohort")), labels.transpose(2, 0, 1)[::-1, ::-1]
+    )
+    cropped = prepare_labels(labels, np.eye(4), load("cohort", "crop=[8, 5, 2]"))
+    assert not cropped[0].any()
+    assert not cropped[-1].any()
+    np.testing.assert_array_equal(cropped[1:7], labels[:, :, 1:3])
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """Decathlon folder of three training cases, of which the last has no labels, and a test case with labels in labelsTs."""
+    folder = tmp_path / "task"
+    for i, part in enumerate(("Tr", "Tr", "Tr", "Ts")):
+        v, labels = smooth((12, 10, 8), turned(1, 1.5, 2 + 0.1 * i))
+        write(folder / f"images{part}" / f"c{i}.nii.gz", v)
+        if i != 2:
+            write(folder / f"labels{part}" / f"c{i}.nii.gz", Volume(labels[None].astype(np.float32), v.info))
+    training = [{"image": f"./imagesTr/c{i}.nii.gz", "label": f"./labelsTr/c{i}.nii.gz"} for i in range(2)]
+    described = {
+        "labels": {"0": "background", "1": "edema", "2": "non-enhancing tumor", "4": "enhancing tumour"},
+        "training": [*training, {"image": "./imagesTr/c2.nii.gz"}],
+        "test": ["./imagesTs/c3.nii.gz"],
+    }
+    (folder / "dataset.json").write_text(json.dumps(described))
+    return folder
+
+
+def prepared(folder, out, *overrides):
+    data = find_cases(folder)
+    return list(prepare_cases(data.cases, out, load("cohort", *overrides), names=data.label_names))
+
+
+def test_a_store_keeps_labels(labelled, tmp_path):
+    assert not any(r.problem for r in prepared(labelled, tmp_path / "store"))
+    store = Store(tmp_path / "store")
+    assert store.label_names == {1: "ED", 4: "ET"}
+    assert [r.label_codes for r in store.records] == [[0, 1, 4], [0, 1, 4], [], [0, 1, 4]]
+    for i in (0, 3):
+        record = store.records[i]
+        v, labels = smooth((12, 10, 8), turned(1, 1.5, 2 + 0.1 * i))
+        got = store.labels(record)
+        assert isinstance(got, np.memmap)
+        assert not got.flags.writeable
+        np.testing.assert_array_equal(got, prepare_labels(labels, v.info.affine, load("cohort")))
+        assert got.shape == store.volume(record).shape[1:]
+        store.verify(record)
+    with pytest.raises(UserError, match=r"store: c2 has no labels.*tcam prepare"):
+        store.labels(store.records[2])
+    path = tmp_path / "store" / "labels" / "c0.npy"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"labels/c0\.npy: changed or damaged"):
+        store.verify(store.records[0])
+
+
+def test_changed_or_lost_labels_are_prepared_again(labelled, tmp_path):
+    out = tmp_path / "store"
+    prepared(labelled, out)
+
+    def again():
+        times = {p: p.stat().st_mtime_ns for p in (out / "cases").glob("*.npy")}
+        assert not any(r.problem for r in prepared(labelled, out))
+        return sorted(p.name for p, t in times.items() if p.stat().st_mtime_ns != t)
+
+    assert again() == []
+    v, labels = smooth((12, 10, 8), turned(1, 1.5, 2))
+    write(labelled / "labelsTr" / "c0.nii.gz", Volume(7.0 * (labels[None] > 0), v.info))
+    assert again() == ["c0.npy"]
+    assert Store(out).label_names == {1: "ED", 4: "ET", 7: "label 7"}
+    (out / "labels" / "c1.npy").unlink()
+    assert again() == ["c1.npy"]
+    (labelled / "labelsTs" / "c3.nii.gz").unlink()
+    assert again() == ["c3.npy"]
+    assert sorted(p.name for p in (out / "labels").iterdir()) == ["c0.npy", "c1.npy"]
+
+
+def test_a_case_whose_labels_were_not_finished_is_prepared_again(labelled, tmp_path, monkeypatch):
+    """Killed between its arrays and its entry, a case has no entry, also where an earlier one stood."""
+    out = tmp_path / "store"
+    prepared(labelled, out)
+    os.utime(labelled / "labelsTr" / "c0.nii.gz")
+    with monkeypatch.context() as patch:
+        patch.setattr("tcam_diff.data.store.write_text", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepared(labelled, out)
+    assert not (out / "cases" / "c0.json").exists()
+    assert not any(r.problem for r in prepared(labelled, out))
+    Store(out).verify(Store(out).records[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v, x: Volume(x[None, :-1], v.info), r"expected the .* voxels of c0\.nii\.gz"),
+        (lambda v, x: Volume(x[None], v.info.replaced(affine=turned(1, 1.5, 3))), "its affine is not that of"),
+        (lambda v, x: Volume(x[None] * 0.5, v.info), r"expected labels 0, 1, 2, \.\.\., 255, got 0, 0\.5, 2"),
+        (lambda v, x: Volume(x[None] - 1, v.info), "expected labels .* got -1, 0, 3"),
+        (lambda v, x: Volume(x[None] * 100, v.info), "expected labels .* got 0, 100, 400"),
+        (lambda v, x: Volume(np.stack([x, x]), v.info), "expected one label per voxel, got 2 channels"),
+        (lambda v, x: Volume(np.where(x[None] > 0, np.nan, 0), v.info), "NaN or infinite"),
+        (None, "truncated|damaged"),
+    ],
+)
+def test_bad_labels_fail_their_case_alone(labelled, tmp_path, change, message):
+    path = labelled / "labelsTr" / "c0.nii.gz"
+    if change is None:
+        path.write_bytes(path.read_bytes()[:100])
+    else:
+        v, labels = smooth((12, 10, 8), turned(1, 1.5, 2))
+        write(path, change(v, labels.astype(np.float32)))
+    records = prepared(labelled, tmp_path / "store")
+    assert [bool(r.problem) for r in records] == [True, False, False, False]
+    assert "labelsTr/c0.nii.gz" in records[0].problem
+    assert re.search(message, records[0].problem), records[0].problem
+
+
+def test_prepare_names_the_labels_it_keeps(labelled, tmp_path):
+    done = CliRunner().invoke(app, ["prepare", str(labelled), "--out", str(tmp_path / "store")])
+    assert "labels of 3 cases: 1 ED, 4 ET" in done.output, done.output

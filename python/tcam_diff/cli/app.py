@@ -22,6 +22,7 @@ from tcam_diff.cli import (
     make_cohort,
     prepare,
     sample,
+    segment,
     table,
     train_autodecoder,
     train_diffusion,
@@ -38,6 +39,7 @@ app.command("fit")(fit.command)
 app.command("decode")(decode.command)
 app.command("compare")(compare.command)
 app.command("evaluate")(evaluate.command)
+app.command("segment")(segment.command)
 app.add_typer(features.app, name="features")
 app.add_typer(baseline.app, name="baseline")
 app.command("check-data")(check_data.command)

@@ -38,13 +38,13 @@ def command(
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, and only cases that fail.")] = False,
 ) -> None:
-    """Prepare SOURCE: orient, resample, crop or resize, scale to [0, 1], and store for training.
+    """Prepare SOURCE: orient, resample, crop or resize, scale to [0, 1], and store for training. Labels go the same way.
 
     Ctrl-C stops; the same command continues. Cases that cannot be prepared are reported, and the exit status is then 1.
     """
     from tcam_diff.data.prepare import prepare_cases
     from tcam_diff.data.sources import download_decathlon, find_cases
-    from tcam_diff.data.store import Record
+    from tcam_diff.data.store import Record, Store
 
     config = PrepareConfig.load(preset, overrides or [])
     if download:
@@ -53,7 +53,8 @@ def command(
     say(f"{source}: {data.layout}, {len(data.cases)} cases")
     workers = min(len(data.cases), jobs or cores())
     records = []
-    for record in tracked(prepare_cases(data.cases, out, config, workers, max_voxels), len(data.cases), "preparing", quiet):
+    steps = prepare_cases(data.cases, out, config, workers, max_voxels, data.label_names)
+    for record in tracked(steps, len(data.cases), "preparing", quiet):
         records.append(record)
         if record.problem:
             say(f"{record.name} [{record.split}]: {record.problem}", "FAILS")
@@ -65,6 +66,9 @@ def command(
         f"{' and other sizes' if len(shapes) > 1 else ''}, {shapes[0][0][0]} channel(s), {config.dtype}, "
         f"{bytes_text(folder_size(out))}"
     )
+    if names := Store(out).label_names:
+        labelled = sum(r.labels_sha256 is not None for r in good)
+        say(f"labels of {labelled} cases: {', '.join(f'{code} {name}' for code, name in names.items())}")
     if len(good) < len(records):
         raise typer.Exit(1)
 

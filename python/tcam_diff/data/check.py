@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tcam_diff.data import VOXEL_BUDGET
-from tcam_diff.data.nifti import Header, Scan
-from tcam_diff.data.readers import read_header, same_grid, scan
+from tcam_diff.data.labels import label_codes
+from tcam_diff.data.readers import read_header, read_label_header, same_grid, scan
 from tcam_diff.data.sources import Case
 from tcam_diff.data.store import Record, Store
 from tcam_diff.errors import UserError
@@ -50,11 +50,7 @@ def check_case(case: Case, max_voxels: int = VOXEL_BUDGET) -> Report:
         report.channels = sum(h.info.channels for h in headers)
         for other in headers[1:]:
             same_grid(first, other)
-        label = None if case.label is None else read_header(case.label, max_voxels)
-        if label is not None:
-            same_grid(first, label)
-            if label.info.channels != 1:
-                raise UserError(f"{label.path}: expected one label per voxel, got {label.info.channels} channels")
+        label = None if case.label is None else read_label_header(case.label, first, max_voxels)
         scans = [scan(h, max_voxels) for h in headers]
         report.low, report.high = min(s.low for s in scans), max(s.high for s in scans)
         report.not_finite = sum(s.not_finite for s in scans)
@@ -62,7 +58,8 @@ def check_case(case: Case, max_voxels: int = VOXEL_BUDGET) -> Report:
             bad = next(h for h, s in zip(headers, scans, strict=True) if s.not_finite)
             raise UserError(f"{bad.path}: {report.not_finite} voxels are NaN or infinite; replace them first")
         if label is not None:
-            report.labels = _labels(label, scan(label))
+            found = scan(label, max_voxels)
+            report.labels = label_codes(label.path, found.values, found.not_finite)
     except UserError as error:
         report.problem = str(error)
         return report
@@ -74,16 +71,6 @@ def check_case(case: Case, max_voxels: int = VOXEL_BUDGET) -> Report:
     if report.labels == [0]:
         report.notes.append("no voxel has a label")
     return report
-
-
-def _labels(header: Header, scan: Scan) -> list[int]:
-    values = scan.values
-    if scan.not_finite:
-        raise UserError(f"{header.path}: {scan.not_finite} labels are NaN or infinite")
-    if values is None or any(v != int(v) or v < 0 for v in values):
-        shown = "more than 64 values" if values is None else ", ".join(f"{v:g}" for v in values[:6])
-        raise UserError(f"{header.path}: expected labels 0, 1, 2, ..., got {shown}")
-    return [int(v) for v in values]
 
 
 def check_cases(cases: Sequence[Case], max_voxels: int = VOXEL_BUDGET, jobs: int = 1) -> Iterator[Report]:

@@ -70,8 +70,8 @@ class Scan:
     values: tuple[float, ...] | None  # distinct finite values, None if there are more than MOST_VALUES
 
 
-#: Most distinct values that a scan lists.
-MOST_VALUES = 64
+#: Most distinct values that a scan lists: all that labels of one byte can have.
+MOST_VALUES = 256
 
 
 @np.errstate(all="ignore")

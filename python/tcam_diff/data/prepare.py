@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 
 from tcam_diff.data import VOXEL_BUDGET
 from tcam_diff.data.config import PrepareConfig
-from tcam_diff.data.readers import read_case
+from tcam_diff.data.readers import read_case, read_labels
 from tcam_diff.data.sources import Case
 from tcam_diff.data.store import Failure, Record, StoreWriter, quantise
 from tcam_diff.data.volume import Volume, VolumeInfo, intensity_range
@@ -63,7 +63,7 @@ def prepare_volume(volume: Volume, config: PrepareConfig, max_voxels: int = VOXE
     ranges = [config.window] * data.shape[0] if config.window else []
     if config.window:
         image = ScaleIntensityRange(*config.window, b_min=0.0, b_max=1.0, clip=True)(image)
-    for step in _geometry(config):
+    for step in _geometry(config, nearest=False):
         if config.spacing and type(step).__name__ == "Spacing":
             _check_size(volume.info, image.affine.numpy(), image.shape, config.spacing, max_voxels)
         image = step(image)
@@ -78,6 +78,25 @@ def prepare_volume(volume: Volume, config: PrepareConfig, max_voxels: int = VOXE
     return array.clip(0, 1), info
 
 
+def prepare_labels(labels: np.ndarray, affine: np.ndarray, config: PrepareConfig) -> np.ndarray:
+    """Apply the geometry of the preprocessing to labels, with the nearest voxel's label instead of interpolation.
+
+    Args:
+        labels: (H, W, D) uint8, on the grid of the volume.
+        affine: the volume's.
+        config: preprocessing.
+
+    Returns:
+        (H, W, D) uint8, on the grid of the prepared volume.
+    """
+    from monai.data import MetaTensor
+
+    image: Any = MetaTensor(torch.from_numpy(labels.astype(np.float32))[None], affine=torch.tensor(affine))
+    for step in _geometry(config, nearest=True):
+        image = step(image)
+    return np.ascontiguousarray(image.numpy()[0]).astype(np.uint8)
+
+
 def _check_size(info: VolumeInfo, affine: np.ndarray, shape: Sequence[int], spacing: Sequence[float], max_voxels: int) -> None:
     """Raise UserError if a volume of another spacing has more voxels than are allowed."""
     sizes = nib.affines.voxel_sizes(affine)
@@ -90,7 +109,8 @@ def _check_size(info: VolumeInfo, affine: np.ndarray, shape: Sequence[int], spac
         )
 
 
-def _geometry(config: PrepareConfig) -> list[Any]:
+def _geometry(config: PrepareConfig, nearest: bool) -> list[Any]:
+    """MONAI's transforms of the grid. The grids and positions of voxels are the same with and without ``nearest``."""
     from monai.transforms import (
         CenterSpatialCrop,
         Orientation,
@@ -103,16 +123,22 @@ def _geometry(config: PrepareConfig) -> list[Any]:
     if config.orientation:
         steps.append(Orientation(axcodes=config.orientation, labels=(("L", "R"), ("P", "A"), ("I", "S"))))
     if config.spacing:
-        steps.append(Spacing(pixdim=config.spacing, mode="bilinear"))
+        steps.append(Spacing(pixdim=config.spacing, mode="nearest" if nearest else "bilinear"))
     if config.crop:
         steps += [CenterSpatialCrop(roi_size=config.crop), SpatialPad(spatial_size=config.crop)]
     if config.resize:
-        steps.append(Resize(spatial_size=config.resize, mode="trilinear", anti_aliasing=True))
+        mode = "nearest-exact" if nearest else "trilinear"  # torch's "nearest" is half a voxel off
+        steps.append(Resize(spatial_size=config.resize, mode=mode, anti_aliasing=not nearest))
     return steps
 
 
 def prepare_cases(
-    cases: Sequence[Case], folder: Path, config: PrepareConfig, jobs: int = 1, max_voxels: int = VOXEL_BUDGET
+    cases: Sequence[Case],
+    folder: Path,
+    config: PrepareConfig,
+    jobs: int = 1,
+    max_voxels: int = VOXEL_BUDGET,
+    names: Mapping[int, str] | None = None,
 ) -> Iterator[Record | Failure]:
     """Write a store case by case, and its index after the last case.
 
@@ -124,6 +150,7 @@ def prepare_cases(
         config: preprocessing.
         jobs: processes.
         max_voxels: largest file to read, in voxels times channels.
+        names: names of labels by code, ``label_names`` of the data set.
 
     Yields:
         For each case, in order, its record, or a Failure if it cannot be prepared.
@@ -140,17 +167,21 @@ def prepare_cases(
             yield record
         if all(r.problem for r in records):
             raise UserError(f"{folder}: none of {len(records)} cases could be prepared; the first: {records[0].problem}")
-        writer.finish(records)
+        writer.finish(records, names)
 
 
 def _prepare_one(writer: StoreWriter, config: PrepareConfig, max_voxels: int, case: Case) -> Record | Failure:
     try:
-        sources = writer.sources(case.images)
+        sources = writer.sources(case)
         prepared = writer.find(case.name, sources)
         if prepared is not None:
             return prepared.model_copy(update={"split": case.split})
-        array, info = prepare_volume(read_case(case, max_voxels), config, max_voxels)
-        return writer.write(case.name, case.split, quantise(array, config.dtype), info, sources)
+        labels = read_labels(case, max_voxels)
+        volume = read_case(case, max_voxels)
+        array, info = prepare_volume(volume, config, max_voxels)
+        if labels is not None:
+            labels = prepare_labels(labels, volume.info.affine, config)
+        return writer.write(case.name, case.split, quantise(array, config.dtype), info, sources, labels)
     except UserError as error:
         return Failure(case.name, case.split, str(error))
     except OSError as error:  # a file that vanished

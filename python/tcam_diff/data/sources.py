@@ -5,18 +5,20 @@ from __future__ import annotations
 import csv
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tcam_diff.data import LAYOUTS
 from tcam_diff.data.dicom import find_series
+from tcam_diff.data.labels import BRATS, listed_names
 from tcam_diff.data.nifti import is_nifti, stem
 from tcam_diff.errors import UserError
 from tcam_diff.files import reason
 from tcam_diff.text import shown
 
-#: Splits of a data set. "test" has no labels in the Decathlon.
+#: Splits of a data set. The Decathlon lists no labels for "test".
 SPLITS = ("train", "validation", "test")
 
 #: Names of a case's channels in BraTS releases, in the order of the Decathlon's Task01: FLAIR, T1w, T1gd, T2w.
@@ -35,11 +37,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: its path, its layout and its cases."""
+    """A data set: its path, its layout, its cases, and the names of its labels by code, where the layout gives them."""
 
     path: Path
     layout: str
     cases: tuple[Case, ...]
+    label_names: Mapping[int, str] = field(default_factory=dict)
 
     def in_split(self, split: str) -> list[Case]:
         return [c for c in self.cases if c.split == split]
@@ -72,7 +75,7 @@ def find_cases(path: Path) -> Source:
                 "a table (.csv) with a column name can tell them apart"
             )
         seen[case.name] = case
-    return Source(path, layout, tuple(cases))
+    return Source(path, layout, tuple(cases), _label_names(path, layout))
 
 
 def download_decathlon(path: Path, quiet: bool = False) -> None:
@@ -103,7 +106,7 @@ def _folder(path: Path) -> tuple[str, list[Case]]:
         content = _json(path / "dataset.json")
         if "training" not in content and (path / "imagesTr").is_dir():
             return "nnU-Net", _nnunet(path)
-        return "Decathlon", _datalist(path / "dataset.json", path)
+        return "Decathlon", _with_test_labels(path, _datalist(path / "dataset.json", path))
     files = sorted(p for p in path.iterdir() if is_nifti(p))
     if files:
         return _flat(files)
@@ -112,6 +115,28 @@ def _folder(path: Path) -> tuple[str, list[Case]]:
         return "BraTS", brats
     series = find_series(path)
     return ("DICOM", [Case(_series_name(p, path), (p,)) for p in series]) if series else ("folder", [])
+
+
+def _label_names(path: Path, layout: str) -> Mapping[int, str]:
+    """Names of labels by code, of a dataset.json or of folders of BraTS cases; empty for other layouts."""
+    if layout in ("Decathlon", "nnU-Net"):
+        return listed_names(_json(path / "dataset.json").get("labels"))
+    if layout == "datalist":
+        return listed_names(_json(path).get("labels"))
+    return BRATS if layout == "BraTS" else {}
+
+
+def _with_test_labels(folder: Path, cases: list[Case]) -> list[Case]:
+    """Cases of a Decathlon folder, of which those of the split "test" have the labels labelsTs/NAME, where these exist.
+
+    dataset.json lists only the images of "test". `tcam make-cohort` writes labelsTs, and so do others that hold out cases.
+    """
+
+    def label(case: Case) -> Path | None:
+        path = folder / "labelsTs" / case.images[0].name
+        return path if case.split == "test" and case.label is None and path.is_file() else case.label
+
+    return [replace(c, label=label(c)) for c in cases]
 
 
 def _flat(files: list[Path]) -> tuple[str, list[Case]]:
@@ -124,18 +149,23 @@ def _flat(files: list[Path]) -> tuple[str, list[Case]]:
 
 
 def _nnunet(folder: Path) -> list[Case]:
-    """Cases of an nnU-Net folder: imagesTr/CASE_0000.nii.gz, CASE_0001.nii.gz, ..., labelsTr/CASE.nii.gz, imagesTs.
+    """Cases of an nnU-Net folder: imagesTr/CASE_0000.nii.gz, CASE_0001.nii.gz, ..., labelsTr/CASE.nii.gz, imagesTs, labelsTs.
 
     Raises UserError if an image is not called so.
     """
+
+    def files(part: str) -> list[Path]:
+        return sorted(p for p in (folder / part).iterdir() if is_nifti(p)) if (folder / part).is_dir() else []
+
     cases = []
-    for part, split in (("imagesTr", "train"), ("imagesTs", "test")):
-        files = sorted(p for p in (folder / part).iterdir() if is_nifti(p)) if (folder / part).is_dir() else []
-        labels = {stem(p): p for p in (folder / "labelsTr").iterdir() if is_nifti(p)} if (folder / "labelsTr").is_dir() else {}
-        grouped = _channels(files)
-        if not grouped and files:
-            raise UserError(f"{folder / part}: expected CASE_0000.nii.gz, CASE_0001.nii.gz, ..., got {files[0].name}")
-        cases += [Case(name, images, labels.get(name), split) for name, images in grouped.items()]
+    for part, split in (("Tr", "train"), ("Ts", "test")):
+        images, labels = files(f"images{part}"), {stem(p): p for p in files(f"labels{part}")}
+        grouped = _channels(images)
+        if not grouped and images:
+            raise UserError(
+                f"{folder / f'images{part}'}: expected CASE_0000.nii.gz, CASE_0001.nii.gz, ..., got {images[0].name}"
+            )
+        cases += [Case(name, paths, labels.get(name), split) for name, paths in grouped.items()]
     return cases
 
 

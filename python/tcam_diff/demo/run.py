@@ -127,8 +127,9 @@ def generate(out: Path, start: float) -> None:
         work_through(make_cohort(cohort, Cohort(48, 48, 0, 0), JOBS), 48, "cases")
 
     def prepare() -> None:
-        cases = find_cases(cohort).cases
-        work_through(prepare_cases(cases, store, PrepareConfig.load("cohort"), JOBS), len(cases), "preparing")
+        data = find_cases(cohort)
+        steps = prepare_cases(data.cases, store, PrepareConfig.load("cohort"), JOBS, names=data.label_names)
+        work_through(steps, len(data.cases), "preparing")
 
     def train1() -> None:
         config = TrainConfig.load("fast", changes1)

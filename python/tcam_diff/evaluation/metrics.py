@@ -147,3 +147,38 @@ def _factors(a: Tensor, b: Tensor, kernels: Sequence[Tensor]) -> tuple[Tensor, T
     c1, c2 = K1**2, K2**2
     luminance = (2 * mean_a * mean_b + c1) / (mean_a.square() + mean_b.square() + c1)
     return luminance, (2 * covariance + c2) / (var_a + var_b + c2)
+
+
+def label_counts(predicted: Tensor, reference: Tensor, labels: int) -> Tensor:
+    """Numbers of voxels that are true positive, false positive, true negative and false negative, for each label.
+
+    MONAI's get_confusion_matrix counts in float32, which is exact to 2^24 voxels only.
+
+    Args:
+        predicted, reference: integers of one shape, 0 for background and 1 to ``labels``.
+        labels: number of labels.
+
+    Returns:
+        (labels, 4) int64.
+    """
+    n = labels + 1
+    pairs = torch.bincount(reference.flatten().long() * n + predicted.flatten().long(), minlength=n * n).view(n, n)
+    true = pairs.diagonal()
+    false, missed = pairs.sum(0) - true, pairs.sum(1) - true
+    return torch.stack([true, false, pairs.sum() - true - false - missed, missed], 1)[1:]
+
+
+def label_metrics(counts: Tensor) -> dict[str, Tensor]:
+    """Precision, recall, specificity, accuracy and F1 (labels,) in float64 of counts from ``label_counts``.
+
+    NaN where a ratio is 0/0: all but accuracy and specificity of a label that is in neither volume, precision of one that is
+    not predicted, and recall of one that is not in the reference.
+    """
+    tp, fp, tn, fn = counts.double().unbind(-1)
+    return {
+        "precision": tp / (tp + fp),
+        "recall": tp / (tp + fn),
+        "specificity": tn / (tn + fp),
+        "accuracy": (tp + tn) / (tp + fp + tn + fn),
+        "f1": 2 * tp / (2 * tp + fp + fn),
+    }

@@ -116,3 +116,48 @@ def sheet(strips: Sequence[tuple[str, np.ndarray]], per_row: int = 2) -> Figure:
         axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axis.set_title(title, fontsize=9)
     return figure
+
+
+#: Colours of labels in pictures, in the order of the classes.
+LABEL_COLOURS = ("#2ca02c", "#1f77ff", "#e8c500", "#d62728", "#9467bd", "#17becf")
+
+
+def segmentations(rows: Sequence[tuple[str, Sequence[tuple[str, np.ndarray, np.ndarray]]]], labels: Sequence[str]) -> bytes:
+    """PNG of slices with labels drawn over them.
+
+    Args:
+        rows: for each row its title and, for each panel, a title, a slice (rows, columns) in [0, 1] and its classes, 0 for none
+            and i for ``labels[i - 1]``. The titles of panels are printed once, above each column.
+        labels: names of the labels.
+    """
+    from tcam_diff.training.report import png
+
+    titles = list(dict.fromkeys(title for _, panels in rows for title, _, _ in panels))
+    size = (2.2 * len(titles), 2.3 * len(rows) + 0.7)
+    figure, axes = plt.subplots(len(rows), len(titles), figsize=size, layout="constrained", squeeze=False)
+    colours = [matplotlib.colors.to_rgb(LABEL_COLOURS[i % len(LABEL_COLOURS)]) for i in range(len(labels))]
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(_short(title), fontsize=8)
+    for (name, panels), line in zip(rows, axes, strict=True):
+        by_title = {title: (image, classes) for title, image, classes in panels}
+        for axis, title in zip(line, titles, strict=True):
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_frame_on(False)
+            if title not in by_title:
+                axis.set_box_aspect(panels[0][1].shape[0] / panels[0][1].shape[1])
+                continue
+            image, classes = by_title[title]
+            shown = np.repeat(image.astype(np.float32).clip(0, 1)[..., None], 3, -1)
+            for number, colour in enumerate(colours, 1):
+                shown[classes == number] = 0.45 * shown[classes == number] + 0.55 * np.array(colour)
+            axis.imshow(shown, interpolation="nearest")
+        line[0].set_ylabel(name, fontsize=8)
+    handles = [matplotlib.patches.Patch(color=c, label=n) for c, n in zip(colours, labels, strict=True)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, len(labels)), fontsize=8, frameon=False)
+    return png(figure)
+
+
+def _short(title: str, most: int = 30) -> str:
+    """A title that fits above a panel: the end of a long one."""
+    return title if len(title) <= most else f"...{title[3 - most :]}"

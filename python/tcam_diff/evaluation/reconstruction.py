@@ -131,12 +131,7 @@ def evaluate(
     rows: list[Row] = []
     for reconstruction in reconstructions:
         record = reconstruction.record
-        truth, got = unit(torch.tensor(store.volume(record))), reconstruction.read()
-        if got.shape != truth.shape:
-            raise UserError(
-                f"{record.name}: the reconstruction has shape {tuple(got.shape)}, the volume of {store.folder} "
-                f"{tuple(truth.shape)}; channels first"
-            )
+        truth, got = unit(torch.tensor(store.volume(record))), read_checked(reconstruction, store)
         error, size = metrics.mse(got, truth), min(truth.shape[1:])
         figures = {
             "mse": error,
@@ -149,6 +144,17 @@ def evaluate(
         if progress is not None:
             progress(Progress(len(rows), len(reconstructions), {"psnr": rows[-1].psnr}))
     return rows
+
+
+def read_checked(reconstruction: Reconstruction, store: Store) -> Tensor:
+    """Read a reconstruction (channels, H, W, D). Raises UserError if it has another shape than its original."""
+    got, shape = reconstruction.read(), reconstruction.record.info.array_shape
+    if tuple(got.shape) != shape:
+        raise UserError(
+            f"{reconstruction.record.name}: the reconstruction has shape {tuple(got.shape)}, the volume of {store.folder} "
+            f"{shape}; channels first"
+        )
+    return got
 
 
 def means(rows: Sequence[Row], resamples: int = 9999, seed: int = 0) -> dict[str, dict[str, Mean]]:
@@ -228,7 +234,12 @@ def _of_files(store: Store, path: Path) -> list[Reconstruction]:
     cases = find_cases(path).cases
 
     def read(case: Case, record: Record) -> Tensor:
-        return torch.from_numpy(record.info.to_unit(read_case(case).data)).clamp(0, 1)
+        data, channels = read_case(case).data, record.info.channels
+        if len(data) != channels:
+            raise UserError(
+                f"{case.images[0]}: expected {channels} channel(s), as {record.name} of {store.folder} has, got {len(data)}"
+            )
+        return torch.from_numpy(record.info.to_unit(data)).clamp(0, 1)
 
     pairs = _pairs(store, cases, path)
     return [Reconstruction(r, f"files, split {r.split}", lambda c=c, r=r: read(c, r)) for r, c in pairs]  # type: ignore[misc]
