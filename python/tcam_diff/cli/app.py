@@ -20,6 +20,7 @@ from tcam_diff.cli import (
     interpolate,
     make_cohort,
     prepare,
+    report,
     sample,
     train_autodecoder,
     train_diffusion,
@@ -48,6 +49,7 @@ app.command("train-diffusion")(train_diffusion.command)
 app.command("sample")(sample.command)
 app.command("interpolate")(interpolate.command)
 app.command("export-bundle")(export_bundle.command)
+app.command("report")(report.command)
 app.command("make-cohort")(make_cohort.command)
 
 

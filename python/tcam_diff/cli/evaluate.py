@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,21 +46,17 @@ def command(
     if out is not None:
         writable_folder(out)
     store = Store(real)
-    protocol: dict[str, Any] = {"real": os.fspath(real), "fake": os.fspath(fake), "preprocessing": store.config}
     if is_generated(store, fake):
-        _generated(store, fake, size, protocol, out, quiet)
+        _generated(store, fake, size, out, quiet)
     else:
-        _reconstructions(store, fake, split, lpips, protocol, out, quiet)
+        _reconstructions(store, fake, split, lpips, out, quiet)
     if out is not None:
         say(f"{out}")
 
 
-def _reconstructions(
-    store: Any, fake: Path, split: str | None, lpips: Path | None, protocol: dict[str, Any], out: Path | None, quiet: bool
-) -> None:
+def _reconstructions(store: Any, fake: Path, split: str | None, lpips: Path | None, out: Path | None, quiet: bool) -> None:
     from tcam_diff.autodecoder.perceptual import Perceptual
     from tcam_diff.evaluation import reconstruction as of
-    from tcam_diff.evaluation.metrics import SIGMA, WINDOW, scales
 
     found = of.find_reconstructions(store, fake, split)
     network = Perceptual(str(lpips)) if lpips else None
@@ -72,21 +67,12 @@ def _reconstructions(
         say(f"{group}: {_volumes(count)} of {store.folder}; mean (95 % interval over volumes)")
         for name, value in figures.items():
             title, more = of.METRICS[name]
-            say(f"  {title + ',':<18}{'higher' if more else 'lower'} is better: {_interval(value)}")
+            say(f"  {title + ',':<18}{'higher' if more else 'lower'} is better: {value}")
     if out is not None:
-        smallest = min(min(r.record.info.shape) for r in found)
-        protocol |= {
-            "split": split,
-            "range": "the store's [0, 1], reconstructions clamped; no mask",
-            "ssim": f"Gaussian window of {WINDOW} voxels, sigma {SIGMA}, inside the volume",
-            "ms_ssim": f"as many scales as fit, at most 5; {scales(smallest)} for the smallest volume",
-            "lpips": None if lpips is None else os.fspath(lpips),
-            "interval": "95 %, percentile bootstrap over volumes, 9999 resamples, seed 0",
-        }
-        of.write(out, rows, protocol)
+        of.write(out, rows, of.protocol(store, fake, found, split, lpips))
 
 
-def _generated(store: Any, fake: Path, size: int, protocol: dict[str, Any], out: Path | None, quiet: bool) -> None:
+def _generated(store: Any, fake: Path, size: int, out: Path | None, quiet: bool) -> None:
     from tcam_diff.evaluation import spread as of
     from tcam_diff.evaluation.sets import read_set
 
@@ -105,14 +91,10 @@ def _generated(store: Any, fake: Path, size: int, protocol: dict[str, Any], out:
         say(f"{title}; of a good generator {wanted}")
         for label, spread in result.items():
             if name in spread.figures:
-                say(f"  {label + ',':<24}{_volumes(spread.volumes):<13}{_interval(spread.figures[name])}")
+                say(f"  {label + ',':<24}{_volumes(spread.volumes):<13}{spread.figures[name]}")
     if out is not None:
-        of.write(out, result, protocol | {"size": size, "interval": "95 %, percentile bootstrap over volumes, seed 0"})
+        of.write(out, result, of.protocol(store, fake, size))
 
 
 def _volumes(count: int) -> str:
     return f"{count} volume{'s' if count > 1 else ''}"
-
-
-def _interval(value: Any) -> str:
-    return f"{value.mean:.4g} ({value.low:.4g} to {value.high:.4g})"

@@ -6,13 +6,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from tcam_diff.data import store as stores
 from tcam_diff.data.readers import read_case
 from tcam_diff.data.sources import Case, find_cases
+from tcam_diff.data.volume import Volume
 from tcam_diff.errors import UserError
 from tcam_diff.progress import Progress, ProgressCallback
 
@@ -52,7 +52,7 @@ def read_set(
         cases = [c for c in find_cases(path).cases if split is None or c.split == split]
         if not cases:
             raise UserError(f"{path}: no volume of the split {split}")
-        readers += [lambda c=c: torch.from_numpy(_read_case(c, intensity)) for c in cases]  # type: ignore[misc]
+        readers += [lambda c=c: torch.from_numpy(read_unit(c, intensity).data) for c in cases]  # type: ignore[misc]
     readers = readers[:most]
     results: list[Tensor] = []
     for i, read in enumerate(readers):
@@ -65,10 +65,23 @@ def read_set(
     return torch.cat(results)
 
 
-def _read_case(case: Case, intensity: tuple[float, float] | None) -> np.ndarray:
-    """Volume of a case in [0, 1]. The JSON file of a sample has its intensities; in BIDS the file of this name has not."""
+def sidecar_of(path: Path) -> Path:
+    """The JSON file of a sample."""
+    return Path(str(path).removesuffix(".gz").removesuffix(".nii") + ".json")
+
+
+def read_unit(case: Case, intensity: tuple[float, float] | None = None) -> Volume:
+    """Volume of a case, with voxels in [0, 1]. A sample's JSON file has its intensities; in BIDS the file of this name has not.
+
+    Args:
+        case: the volume.
+        intensity: physical values at 0 and 1, for files without this information and with values outside [0, 1].
+
+    Raises:
+        UserError: the volume cannot be read, or its range is unknown.
+    """
     volume, path = read_case(case), case.images[0]
-    sidecar = Path(str(path).removesuffix(".gz").removesuffix(".nii") + ".json")
+    sidecar = sidecar_of(path)
     ranges = [] if intensity is None else [intensity] * volume.info.channels
     try:
         if sidecar.exists():
@@ -77,10 +90,10 @@ def _read_case(case: Case, intensity: tuple[float, float] | None) -> np.ndarray:
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{sidecar}: damaged: expected JSON, with the intensity if it is of a sample: {error}") from error
     if info.intensity:
-        return info.to_unit(volume.data)
+        return Volume(info.to_unit(volume.data), info)
     low, high = volume.data.min(), volume.data.max()
     if low < -1e-3 or high > 1 + 1e-3:
         raise UserError(
             f"{path}: values from {low:.4g} to {high:.4g}; expected [0, 1], or physical values at 0 and 1 in --intensity"
         )
-    return volume.data
+    return volume

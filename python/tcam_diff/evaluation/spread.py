@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tcam_ext
+from tcam_diff.data.store import Store
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation.reconstruction import Mean
 from tcam_diff.files import locked_folder, write_text
@@ -80,6 +81,12 @@ def spreads(sets: dict[str, Tensor], training: Tensor, resamples: int = 1000, se
         nearest = None if rows is training else np.sqrt(_squared(rows, training).min(1))
         result[name] = Spread(len(rows), _figures(squared, projected, nearest, resamples, np.random.default_rng(seed)))
     return result
+
+
+def protocol(store: Store, fake: Path, size: int) -> dict[str, Any]:
+    """How generated volumes were compared with those of a store, for ``write``."""
+    interval = "95 %, percentile bootstrap over volumes, seed 0"
+    return {"real": str(store.folder), "fake": str(fake), "preprocessing": store.config, "size": size, "interval": interval}
 
 
 def write(out: Path, result: dict[str, Spread], protocol: dict[str, Any]) -> None:
