@@ -4,7 +4,8 @@
 
 const VIEWS = { "three planes": 3, axial: 0, coronal: 1, sagittal: 2, "3D": 4 };
 const STEPS = {
-  ArrowLeft: [-1, 0, 0], ArrowRight: [1, 0, 0], ArrowDown: [0, -1, 0], ArrowUp: [0, 1, 0], PageDown: [0, 0, -1], PageUp: [0, 0, 1],
+  ArrowLeft: [-1, 0, 0], ArrowRight: [1, 0, 0], ArrowDown: [0, -1, 0], ArrowUp: [0, 1, 0],
+  PageDown: [0, 0, -1], PageUp: [0, 0, 1],
 };
 
 function make(parent, tag, text = "", attributes = {}) {
@@ -34,17 +35,20 @@ class Column {
     const box = make(parent, "div", "", { className: "column" });
     const head = make(box, "div", "", { className: "head" });
     make(head, "b", data.title);
-    this.select = make(head, "select", "", { ariaLabel: `volume: ${data.title}`, hidden: this.follows });
+    this.select = make(head, "select", "", { ariaLabel: `volume: ${data.title}` });
+    this.select.hidden = this.follows || this.volumes.length < 2;
     choices(this.select, this.volumes.map((v) => v.name));
     this.select.addEventListener("change", () => viewer.show(this));
     this.canvas = make(make(box, "div", "", { className: "canvas" }), "canvas", "", { tabIndex: 0, ariaLabel: data.title });
-    this.canvas.addEventListener("pointerenter", () => this.canvas.focus({ preventScroll: true })); // NiiVue links from the focus
+    // NiiVue moves other instances along with the one that has the focus.
+    this.canvas.addEventListener("pointerenter", () => this.canvas.focus({ preventScroll: true }));
     this.place = make(box, "output", "", { className: "place" });
     this.detail = make(box, "div", "", { className: "detail" });
     this.nv = new niivue.Niivue({
-      backColor: [0, 0, 0, 1], crosshairColor: [0.95, 0.75, 0.2, 0.7], crosshairWidth: 0.3, crosshairGap: 6, fontColor: [0.95, 0.95, 0.95, 1],
-      dragAndDropEnabled: false, showAllOrientationMarkers: true, isNearestInterpolation: true, loadingText: "", logLevel: "error",
-      multiplanarShowRender: 0, multiplanarLayout: 1, multiplanarPadPixels: 4, show3Dcrosshair: true,
+      multiplanarShowRender: 0, multiplanarLayout: 1, multiplanarPadPixels: 4, isNearestInterpolation: true,
+      showAllOrientationMarkers: true, fontColor: [0.95, 0.95, 0.95, 1], show3Dcrosshair: true,
+      crosshairColor: [0.95, 0.75, 0.2, 0.7], crosshairWidth: 0.6, crosshairWidthUnit: "percent", crosshairGap: 6,
+      backColor: [0, 0, 0, 1], dragAndDropEnabled: false, loadingText: "", logLevel: "error",
     });
     this.nv.setDragMode("none");
     this.nv.onLocationChange = (at) => this.say(at);
@@ -138,6 +142,7 @@ class Viewer {
   }
 
   look() {
+    this.live.classList.toggle("single", this.view.value !== "0");
     for (const { nv } of this.columns) nv.setSliceType(Object.values(VIEWS)[this.view.value]);
   }
 

@@ -33,9 +33,9 @@ class Shown:
         size = f"{size_text(self.whole.shape)} voxels of {' x '.join(f'{s:.3g}' for s in self.whole.spacing)} mm"
         if self.info.shape != self.whole.shape:
             size += f", averaged to {size_text(self.info.shape)} for this page"
-        if not self.whole.intensity:
+        low, high = self.whole.intensity[self.channel] if self.whole.intensity else (0, 1)
+        if (low, high) == (0, 1):
             return size
-        low, high = self.whole.intensity[self.channel]
         return f"{size}; 0 and 1 stand for {low:.4g} and {high:.4g}"
 
 
