@@ -121,11 +121,11 @@ WIDTH, TITLE = 4.6, 9
 
 def _fitting(title: str) -> str:
     """A title, shortened to the width of a strip."""
-    for most in range(len(title), 3, -1):
+    text = shown(title, most := 200)
+    while (width := TextPath((0, 0), text.replace("$", r"\$"), size=TITLE).get_extents().width) > 64 * WIDTH:
+        most = min(len(text) - 1, int(len(text) * 64 * WIDTH / width))
         text = shown(title, most)
-        if TextPath((0, 0), text.replace("$", r"\$"), size=TITLE).get_extents().width < 64 * WIDTH:
-            return text
-    return title
+    return text
 
 
 def sheet(strips: Sequence[tuple[str, np.ndarray]], per_row: int = 2) -> Figure:

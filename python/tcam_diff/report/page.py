@@ -123,7 +123,7 @@ def write_page(
         return page(title, [*shown, *sections], viewer.STYLE.read_text(), scripts, introductions).encode()
 
     if script:
-        most = MOST_BYTES - len(made()) - 1000 * len(volumes)  # names and details
+        most = MOST_BYTES - len(made()) - 2000 * len(volumes)  # names and details
         files = iter(fitting(volumes, most * 3 // 4))
         shown = [(heading, viewer.live(columns, files)) for heading, columns in viewers]
     content = made()

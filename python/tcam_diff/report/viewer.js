@@ -89,10 +89,10 @@ class Viewer {
     this.view = labelled(bar, "View", "select");
     choices(this.view, Object.keys(VIEWS));
     this.view.addEventListener("change", () => this.look());
-    const range = { type: "range", min: 0, max: 1, step: 0.01 };
-    this.low = labelled(bar, "Black at", "input", { ...range, value: 0 });
+    const range = { type: "range", step: 0.01 };
+    this.low = labelled(bar, "Black at", "input", { ...range, min: 0, max: 0.99, value: 0 });
     this.lowText = make(bar, "output", "0.00");
-    this.high = labelled(bar, "White at", "input", { ...range, value: 1 });
+    this.high = labelled(bar, "White at", "input", { ...range, min: 0.01, max: 1, value: 1 });
     this.highText = make(bar, "output", "1.00");
     this.low.addEventListener("input", () => this.window(this.low));
     this.high.addEventListener("input", () => this.window(this.high));

@@ -76,6 +76,6 @@ def fitting(volumes: Sequence[Shown], most: int) -> list[tuple[Shown, bytes]]:
         total = sum(map(len, files))
         if total <= most:
             return list(zip(volumes, files, strict=True))
-        size = int(size * min(0.95, (most / total) ** (1 / 3)))
+        size = int(size * min(0.95, (max(most, 0) / total) ** (1 / 3)))
         if size < 8:
             raise UserError(f"--volumes: {len(volumes)} volumes are too many for a page of this size; take fewer")
