@@ -288,8 +288,10 @@ def _sampling(inputs: Inputs, path: Path, samples: Sequence[Sample]) -> list[Any
     if settings.get("label") is not None:
         options["label"] = settings["label"]
     given = [x for k, v in options.items() if v is not None for x in (f"--{k.replace('_', '-')}", v)]
+    first = ["--first", settings["index"]] if settings.get("index") else []
+    size = ["--size", *settings["size"]] if isinstance(settings.get("size"), list) else []
     guided = ["--known", "FILE"] if settings.get("known") else []
-    return ["sample", models[0] if models else "MODEL", "--n", len(samples), *given, *guided, "--out", path]
+    return ["sample", models[0] if models else "MODEL", "--n", len(samples), *first, *given, *size, *guided, "--out", path]
 
 
 def _identity(run: Path) -> str:
