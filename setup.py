@@ -9,6 +9,7 @@ import hashlib
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from pathlib import Path
 import setuptools
 from setuptools import Distribution, Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
@@ -126,6 +128,16 @@ class InPlace(Distribution):
             )
 
 
+class WithViewer(build_py):
+    """Python files, after the script of the viewer for `tcam report`, which npm has."""
+
+    def run(self):
+        missing = runpy.run_path(str(ROOT / "python" / "tcam_diff" / "report" / "niivue.py"))["fetch"]()
+        if missing:
+            say(f"`tcam report` will lack the viewer: {missing}")
+        super().run()
+
+
 class NinjaBuild(build_ext):
     def build_extension(self, ext):
         import pybind11
@@ -207,5 +219,5 @@ setup(
     packages=find_packages(include=["tcam_ext", "tcam_ext.*"]) + find_packages("python"),
     package_dir={"tcam_diff": "python/tcam_diff"},
     ext_modules=[Extension("tcam_ext._C", sources=[])],
-    cmdclass={"build_ext": NinjaBuild},
+    cmdclass={"build_ext": NinjaBuild, "build_py": WithViewer},
 )

@@ -227,7 +227,7 @@ def uninterrupted(latents, tmp_path_factory):
 
 def test_files_of_a_run(uninterrupted):
     assert sorted(p.name for p in uninterrupted.iterdir()) == [
-        "checkpoints", "config.yaml", "metrics.jsonl", "model", "report.html", "samples", "tensorboard",
+        "checkpoints", "config.yaml", "machine.json", "metrics.jsonl", "model", "report.html", "samples", "tensorboard",
     ]  # fmt: skip
     metrics = read_metrics(uninterrupted)
     assert [m["step"] for m in metrics if "loss" in m] == [4, 8, 12, 16]

@@ -275,7 +275,7 @@ def uninterrupted(store, tmp_path_factory):
 
 def test_files_of_a_run(uninterrupted):
     assert sorted(p.name for p in uninterrupted.iterdir()) == [
-        "checkpoints", "config.yaml", "metrics.jsonl", "report.html", "samples", "tensorboard",
+        "checkpoints", "config.yaml", "machine.json", "metrics.jsonl", "report.html", "samples", "tensorboard",
     ]  # fmt: skip
     metrics = read_metrics(uninterrupted)
     assert [m["step"] for m in metrics if "loss" in m] == [4, 8, 12, 16, 20, 24]

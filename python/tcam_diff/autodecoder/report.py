@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -57,6 +57,12 @@ def rgb(picture: bytes) -> np.ndarray:
     return (image[..., :3] * 255).round().astype(np.uint8)
 
 
+def curve_groups(metrics: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Names of the metrics in each panel of the curves."""
+    terms = [[name] for name in ("tv", "ssim", "perceptual") if any(name in m for m in metrics)]
+    return [["loss", "data"], ["psnr"], ["grad_planes", "grad_decoder"], *terms]
+
+
 def write_report(folder: Path, config: TrainConfig, task: AutodecoderTraining, outcome: Outcome) -> None:
     """Write report.html with result, curves, slices, planes and configuration."""
     metrics = read_metrics(folder)
@@ -65,8 +71,6 @@ def write_report(folder: Path, config: TrainConfig, task: AutodecoderTraining, o
     if slices is not None:
         pictures.append(("Truth and reconstruction", slices_picture(*slices, f"step {outcome.step}")))
         pictures.append(("Channels of the planes xy, yz, xz of the same volume", channels_picture(next(task.fitted())[1])))
-    groups = [["loss", "data"], ["psnr"], ["grad_planes", "grad_decoder"]]
-    groups += [[name] for name in ("tv", "ssim", "perceptual") if any(name in m for m in metrics)]
     voxels = task.channels * int(np.prod(task.size))
     result = {
         "volumes": f"{len(task.records)} of {config.data}, {size_text(task.size)}, {task.channels} channel(s)",
@@ -78,7 +82,7 @@ def write_report(folder: Path, config: TrainConfig, task: AutodecoderTraining, o
         "Triplane autodecoder",
         [
             ("Result", result),
-            ("Curves", curves(metrics, groups)),
+            ("Curves", curves(metrics, curve_groups(metrics))),
             *pictures,
             ("Configuration", config.yaml()),
         ],

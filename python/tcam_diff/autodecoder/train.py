@@ -280,7 +280,8 @@ def train_autodecoder(
 
     Args:
         config: for example ``TrainConfig.load("fast", ["data=STORE"])``.
-        out: folder of the run: config.yaml, checkpoints, metrics.jsonl, TensorBoard files, samples (pictures), report.html.
+        out: folder of the run: config.yaml, machine.json, checkpoints, metrics.jsonl, TensorBoard files, samples (pictures),
+            report.html.
         resume: "auto": continue from the last checkpoint in ``out``, if any; or a checkpoint's folder; None: start anew.
         started: called with the training before its first step, on the first process.
         progress: called after every step, with "loss" and "psnr" (dB) among the metrics.

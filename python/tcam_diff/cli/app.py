@@ -21,6 +21,7 @@ from tcam_diff.cli import (
     interpolate,
     make_cohort,
     prepare,
+    report,
     sample,
     segment,
     table,
@@ -55,6 +56,7 @@ app.command("table")(table.table_command)
 app.command("figure")(table.figure_command)
 app.command("interpolate")(interpolate.command)
 app.command("export-bundle")(export_bundle.command)
+app.command("report")(report.command)
 app.command("make-cohort")(make_cohort.command)
 
 

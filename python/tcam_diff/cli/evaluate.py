@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,26 +77,22 @@ def command(
     if out is not None:
         writable_folder(out)
     store = Store(real)
-    protocol: dict[str, Any] = {"real": os.fspath(real), "fake": paths, "preprocessing": store.config}
     if is_generated(store, Path(paths[0].replace("{seed}", "0"))):
         options = {"seeds": critics, "controls": controls, "intensity": intensity}
-        _generated(store, paths, size, features, changes, options, protocol, out, quiet)
+        _generated(store, paths, size, features, changes, options, out, quiet)
     else:
         unused = [n for n, given in (("--features", features), ("--critics", critics), (" ".join(changes), changes)) if given]
         if len(paths) > 1 or unused:
             what = unused[0] if unused else paths[1]
             raise UserError(f"{what}: only for generated volumes, but {paths[0]} has reconstructions")
-        _reconstructions(store, Path(paths[0]), split, lpips, protocol, out, quiet)
+        _reconstructions(store, Path(paths[0]), split, lpips, out, quiet)
     if out is not None:
         say(f"{out}")
 
 
-def _reconstructions(
-    store: Any, fake: Path, split: str | None, lpips: Path | None, protocol: dict[str, Any], out: Path | None, quiet: bool
-) -> None:
+def _reconstructions(store: Any, fake: Path, split: str | None, lpips: Path | None, out: Path | None, quiet: bool) -> None:
     from tcam_diff.autodecoder.perceptual import Perceptual
     from tcam_diff.evaluation import reconstruction as of
-    from tcam_diff.evaluation.metrics import SIGMA, WINDOW, scales
 
     found = of.find_reconstructions(store, fake, split)
     network = Perceptual(str(lpips)) if lpips else None
@@ -108,18 +103,9 @@ def _reconstructions(
         say(f"{group}: {_volumes(count)} of {store.folder}; mean (95 % interval over volumes)")
         for name, value in figures.items():
             title, more = of.METRICS[name]
-            say(f"  {title + ',':<18}{'higher' if more else 'lower'} is better: {_interval(value)}")
+            say(f"  {title + ',':<18}{'higher' if more else 'lower'} is better: {value}")
     if out is not None:
-        smallest = min(min(r.record.info.shape) for r in found)
-        protocol |= {
-            "split": split,
-            "range": "the store's [0, 1], reconstructions clamped; no mask",
-            "ssim": f"Gaussian window of {WINDOW} voxels, sigma {SIGMA}, inside the volume",
-            "ms_ssim": f"as many scales as fit, at most 5; {scales(smallest)} for the smallest volume",
-            "lpips": None if lpips is None else os.fspath(lpips),
-            "interval": "95 %, percentile bootstrap over volumes, 9999 resamples, seed 0",
-        }
-        of.write(out, rows, protocol)
+        of.write(out, rows, of.protocol(store, fake, found, split, lpips))
 
 
 def _generated(
@@ -129,7 +115,6 @@ def _generated(
     features: Path | None,
     changes: list[str],
     options: dict[str, Any],
-    protocol: dict[str, Any],
     out: Path | None,
     quiet: bool,
 ) -> None:
@@ -156,7 +141,7 @@ def _generated(
         for label, figures in result.figures.items():
             if name in figures:
                 count = f"{_volumes(result.counts[label])}, " if label in result.counts and not over else ""
-                say(f"  {label + ',':<{width}}{count}{_interval(figures[name])}")
+                say(f"  {label + ',':<{width}}{count}{figures[name]}")
     if critic is not None:
         say(f"Wasserstein distance from {result.critic_real} by critics of {critic.size} voxels along each axis; low is close")
         for label, scores in result.critics.items():
@@ -164,20 +149,11 @@ def _generated(
     if (network or critic) and result.critic_real != of.HELD_OUT:
         say(f"{store.folder}: no held-out volumes, so copies of training volumes have the best FID, MMD and W", "NOTE")
     if out is not None:
-        intervals = {
-            "interval": "95 %: percentile bootstrap over volumes, seed 0; for FID and MMD the jackknife by tenths",
-            "critic": None if critic is None else critic.model_dump(mode="json"),
-            "options": options,
-        }
-        of.write(out, result, protocol | {"size": size} | intervals)
+        of.write(out, result, of.protocol(store, paths, size, critic) | {"options": options})
 
 
 def _volumes(count: int) -> str:
     return f"{count} volume{'s' if count > 1 else ''}"
-
-
-def _interval(value: Any) -> str:
-    return f"{value.mean:.4g} ({value.low:.4g} to {value.high:.4g})"
 
 
 command.__doc__ = (

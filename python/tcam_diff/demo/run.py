@@ -26,18 +26,20 @@ from tcam_diff.data.config import PrepareConfig
 from tcam_diff.data.prepare import prepare_cases
 from tcam_diff.data.readers import read_volume
 from tcam_diff.data.sources import find_cases
-from tcam_diff.data.store import Store, unit
+from tcam_diff.data.store import Store
 from tcam_diff.diffusion.config import DiffusionConfig, SampleConfig
-from tcam_diff.diffusion.draw import SHEET, Output, draw_samples
+from tcam_diff.diffusion.draw import Output, draw_samples
 from tcam_diff.diffusion.train import train_diffusion
 from tcam_diff.errors import UserError
-from tcam_diff.evaluation import metrics
+from tcam_diff.evaluation import metrics, reconstruction
 from tcam_diff.evaluation.compare import compare_volumes, figures_text
-from tcam_diff.evaluation.picture import sheet, strip
 from tcam_diff.files import write_bytes, write_text
 from tcam_diff.progress import Progress, ProgressCallback
-from tcam_diff.training.logger import read_metrics
-from tcam_diff.training.report import curves, page, png
+from tcam_diff.report import viewer
+from tcam_diff.report.inputs import find_inputs
+from tcam_diff.report.page import Choice, Written, find_columns, origin, tables, trainings, write_page
+from tcam_diff.report.viewer import Column
+from tcam_diff.report.volumes import shown
 
 SIZE = 128
 JOBS = len(os.sched_getaffinity(0))
@@ -110,8 +112,8 @@ def fit_one(out: Path, overrides: list[str], start: float) -> None:
 
 def generate(out: Path, start: float) -> None:
     """Do the same as the commands in commands.txt: make a cohort, train both stages, draw four volumes; then write a page."""
-    folders = cohort, store, stage1, latents, stage2, samples = [
-        out / n for n in ("cohort", "store", "stage1", "latents", "stage2", "samples")
+    folders = cohort, store, stage1, latents, stage2, samples, evaluation = [
+        out / n for n in ("cohort", "store", "stage1", "latents", "stage2", "samples", "evaluation")
     ]
     settings = out / "commands.txt"
     changes1 = [f"data={store}", "channels=8", "plane_size=24", "steps=900"]
@@ -135,6 +137,12 @@ def generate(out: Path, start: float) -> None:
         config = TrainConfig.load("fast", changes1)
         train_autodecoder(config, stage1, "auto", progress=progress("training"))
 
+    def evaluate() -> None:
+        real = Store(store)
+        found = reconstruction.find_reconstructions(real, stage1)
+        rows = reconstruction.evaluate(found, real, progress=progress("evaluating"))
+        reconstruction.write(evaluation, rows, reconstruction.protocol(real, stage1, found))
+
     def train2() -> None:
         config = DiffusionConfig.load("tiny", changes2)
         train_diffusion(config, stage2, "auto", progress=progress("training"))
@@ -143,6 +151,7 @@ def generate(out: Path, start: float) -> None:
         (f"make-cohort --n 48 --size 48 --seed 0 --held-out 0 --out {cohort}", make),
         (f"prepare {cohort} --out {store}", prepare),
         (f"train-autodecoder fast {' '.join(changes1)} --out {stage1}", train1),
+        (f"evaluate {store} {stage1} --out {evaluation}", evaluate),
         (f"export-latents {stage1} --out {latents}", lambda: export_latents(load_run(stage1), latents)),
         (f"train-diffusion tiny {' '.join(changes2)} --out {stage2}", train2),
         (
@@ -163,30 +172,34 @@ def generate(out: Path, start: float) -> None:
     for command, work in commands:
         print(f"\ntcam {command}", flush=True)
         work()
-    index = out / "index.html"
-    write_text(index, _page(out, store, stage1, stage2, samples, text, time.monotonic() - start))
-    print(f"\n{time.monotonic() - start:.0f} s in total; report: {index.resolve()}")
+    took = f"{text}\n\n{time.monotonic() - start:.0f} s on {torch.get_num_threads()} threads"
+    written = _page(out, [stage1, stage2, samples, evaluation], Store(store), took)
+    for remark in written.remarks:
+        print(f"note: {remark}")
+    print(f"\n{time.monotonic() - start:.0f} s in total; report: {(out / 'index.html').resolve()}")
 
 
-def _page(out: Path, store: Path, stage1: Path, stage2: Path, samples: Path, commands: str, seconds: float) -> str:
-    data = Store(store)
-    real = [(r.name, strip(unit(torch.tensor(data.volume(r)))[0].numpy(), r.info.affine)) for r in data.records[:4]]
-    return page(
+def _page(out: Path, folders: list[Path], store: Store, commands: str) -> Written:
+    """Write index.html: the MRI beside its reconstruction, the page of ``tcam report`` about the folders, and the commands."""
+    inputs = find_inputs(folders)
+    info = artefact.load(out / "fitted").info
+    mri: list[Column] = []
+    for title, name in (("original", "mni152_128.nii.gz"), ("decoded from its planes", "recon_128.nii.gz")):
+        values = torch.from_numpy(info.to_unit(read_volume(out / name).data))
+        mri.append(Column(title, [shown("MNI152", values, info, 0, SIZE)], follows=bool(mri)))
+    cohort = find_columns(inputs, store, Choice(volumes=4))
+    return write_page(
+        out / "index.html",
         "tcam: from a volume to planes, and from noise to volumes",
+        "",
+        [("One MRI", mri), ("A cohort: training volumes, their reconstructions, and new volumes", cohort)],
         [
             ("One MRI: original, decoded from its planes, difference", (out / "compare.png").read_bytes()),
-            ("Four training volumes of the cohort", png(sheet(real))),
-            ("Four new volumes", (samples / SHEET).read_bytes()),
-            (
-                "Stage 1: one decoder, planes for every volume",
-                curves(read_metrics(stage1), [["loss", "data"], ["psnr"]]),
-            ),
-            (
-                "Stage 2: the diffusion model of the planes",
-                curves(read_metrics(stage2), [["loss", "validation_loss"], ["residual"]]),
-            ),
-            ("Commands", f"{commands}\n\n{seconds:.0f} s on {torch.get_num_threads()} threads"),
+            *tables(inputs),
+            *trainings(inputs),
+            *origin(inputs, store, commands),
         ],
+        viewer.script(),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -26,8 +27,8 @@ from tcam_diff.diffusion.model import TriplaneDiffusion
 from tcam_diff.diffusion.report import plane_strip
 from tcam_diff.diffusion.sampling import Sampler
 from tcam_diff.errors import UserError
-from tcam_diff.evaluation.picture import sheet
-from tcam_diff.files import locked_folder, replacing, sha256, write_text
+from tcam_diff.evaluation.picture import plt, sheet, tiled
+from tcam_diff.files import locked_folder, replacing, sha256, write_bytes, write_text
 from tcam_diff.progress import Progress, ProgressCallback, StopCallback
 from tcam_diff.text import dtype_text
 from tcam_diff.training.distributed import device_of, distributed
@@ -298,6 +299,7 @@ def draw_between(
 
 def contact_sheet(path: Path, previews: Sequence[Path], most: int = 64) -> None:
     """Write a picture of the first ``most`` previews."""
-    strips = [("", rgb(p.read_bytes()).mean(2).astype(np.uint8)) for p in previews[:most]]
-    with replacing(path) as file:
-        file.write(png(sheet(strips, min(len(strips), 2 if len(strips) < 9 else 4))))
+    pictures = [rgb(p.read_bytes()) for p in previews[:most]]
+    file = io.BytesIO()
+    plt.imsave(file, tiled(pictures, 2 if len(pictures) < 9 else 4), format="png")
+    write_bytes(path, file.getvalue())

@@ -17,10 +17,13 @@ from tcam_diff.files import write_text
 from tcam_diff.text import dtype_text
 from tcam_diff.training.logger import read_metrics
 from tcam_diff.training.loop import Outcome
-from tcam_diff.training.report import curves, facts, page, png
+from tcam_diff.training.report import Content, curves, facts, page, png
 
 if TYPE_CHECKING:
     from tcam_diff.diffusion.train import DiffusionTraining
+
+#: Names of the metrics in each panel of the curves.
+CURVES = (("loss", "validation_loss"), ("noise", "image"), ("residual",))
 
 
 @torch.no_grad()
@@ -57,8 +60,8 @@ def write_report(folder: Path, config: DiffusionConfig, task: DiffusionTraining,
         "parameters": f"{task.parameters / 1e6:.2f} M, products in {dtype_text(task.compute)}",
         **facts(outcome, task.group),
     }
-    sections: list[tuple[str, str | bytes | dict[str, object]]] = [("Result", result)]
-    sections.append(("Curves", curves(metrics, [["loss", "validation_loss"], ["noise", "image"], ["residual"]])))
+    sections: list[tuple[str, Content]] = [("Result", result)]
+    sections.append(("Curves", curves(metrics, CURVES)))
     if config.preview_steps:
         picture = samples_picture(task.model(outcome.step), config.preview_steps)
         sections.append((f"Samples (ab2, {config.preview_steps} steps)", picture))

@@ -13,8 +13,10 @@ from scipy import ndimage
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
 
 from tcam_diff.files import replacing
+from tcam_diff.text import shown
 
 
 def canonical(volume: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, tuple[float, float, float]]:
@@ -60,7 +62,7 @@ def comparison(a: np.ndarray, b: np.ndarray, affine: np.ndarray, names: tuple[st
             ((a, "gray", 0, 1), (b, "gray", 0, 1), (difference, "RdBu_r", -limit, limit))
         ):
             axis = axes[row, column]
-            shown = axis.imshow(
+            image = axis.imshow(
                 cut(volume).T,
                 origin="lower",
                 cmap=colours,
@@ -76,7 +78,7 @@ def comparison(a: np.ndarray, b: np.ndarray, affine: np.ndarray, names: tuple[st
             if row == 0:
                 axis.set_title((*names, "difference")[column], fontsize=11)
             if row == 2:
-                figure.colorbar(shown, ax=axes[:, column], orientation="horizontal", shrink=0.8, pad=0.02)
+                figure.colorbar(image, ax=axes[:, column], orientation="horizontal", shrink=0.8, pad=0.02)
     figure.suptitle(caption, fontsize=12)
     return figure
 
@@ -103,18 +105,40 @@ def strip(volume: np.ndarray, affine: np.ndarray, height: int = 128) -> np.ndarr
     return np.concatenate(parts, 1)
 
 
+def tiled(pictures: Sequence[np.ndarray], per_row: int) -> np.ndarray:
+    """Pictures (rows, columns, 3) uint8 beside and below one another, pixel by pixel, on white."""
+    rows, columns = (max(p.shape[axis] for p in pictures) for axis in (0, 1))
+    result = np.full((-(-len(pictures) // per_row) * rows, min(per_row, len(pictures)) * columns, 3), 255, np.uint8)
+    for i, picture in enumerate(pictures):
+        top, left = i // per_row * rows, i % per_row * columns
+        result[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return result
+
+
+#: Inches of a strip in a sheet, and points of its title.
+WIDTH, TITLE = 4.6, 9
+
+
+def _fitting(title: str) -> str:
+    """A title, shortened to the width of a strip."""
+    text = shown(title, most := 200)
+    while (width := TextPath((0, 0), text.replace("$", r"\$"), size=TITLE).get_extents().width) > 64 * WIDTH:
+        most = min(len(text) - 1, int(len(text) * 64 * WIDTH / width))
+        text = shown(title, most)
+    return text
+
+
 def sheet(strips: Sequence[tuple[str, np.ndarray]], per_row: int = 2) -> Figure:
-    """Figure of titled strips."""
+    """Figure of titled strips. Titles that are longer than a strip are shortened."""
     rows = -(-len(strips) // per_row)
     h, w = strips[0][1].shape
-    width = 4.6
-    size = (width * per_row, (width * h / w + 0.3) * rows)
+    size = (WIDTH * per_row, (WIDTH * h / w + 0.3) * rows)
     figure, axes = plt.subplots(rows, per_row, figsize=size, facecolor="white", layout="constrained", squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, (title, image) in zip(axes.flat, strips, strict=False):
         axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axis.set_title(title, fontsize=9)
+        axis.set_title(_fitting(title), fontsize=TITLE, parse_math=False)
     return figure
 
 

@@ -74,6 +74,9 @@ class Mean:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        return f"{self.mean:.4g} ({self.low:.4g} to {self.high:.4g})"
+
 
 def is_generated(store: Store, path: Path) -> bool:
     """Whether a folder has volumes of which none has the name of a case of the store: no reconstructions of them."""
@@ -174,6 +177,24 @@ def means(rows: Sequence[Row], resamples: int = 9999, seed: int = 0) -> dict[str
                 low, high = (float(x) for x in interval.confidence_interval)
             result[group][metric] = Mean(len(values), float(values.mean()), low, high)
     return result
+
+
+def protocol(
+    store: Store, fake: Path, found: Sequence[Reconstruction], split: str | None = None, lpips: Path | None = None
+) -> dict[str, Any]:
+    """How reconstructions were compared with the volumes of a store, for ``write``. Arguments: those of the functions above."""
+    smallest = min(min(r.record.info.shape) for r in found)
+    return {
+        "real": str(store.folder),
+        "fake": str(fake),
+        "preprocessing": store.config,
+        "split": split,
+        "range": "the store's [0, 1], reconstructions clamped; no mask",
+        "ssim": f"Gaussian window of {metrics.WINDOW} voxels, sigma {metrics.SIGMA}, inside the volume",
+        "ms_ssim": f"as many scales as fit, at most 5; {metrics.scales(smallest)} for the smallest volume",
+        "lpips": None if lpips is None else str(lpips),
+        "interval": "95 %, percentile bootstrap over volumes, 9999 resamples, seed 0",
+    }
 
 
 def write(out: Path, rows: Sequence[Row], protocol: dict[str, Any]) -> None:

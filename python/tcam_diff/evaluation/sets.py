@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from tcam_diff.data import store as stores
 from tcam_diff.data.readers import read_case
 from tcam_diff.data.sources import Case, find_cases
+from tcam_diff.data.volume import Volume
 from tcam_diff.errors import UserError
 from tcam_diff.progress import Progress, ProgressCallback
 from tcam_diff.text import size_text
@@ -71,7 +71,7 @@ def read_set(
             store.in_split(split or "train")  # raises
     else:
         cases = [c for c in find_cases(path).cases if split is None or c.split == split]
-        readers += [(c.name, lambda c=c: torch.from_numpy(_read_case(c, intensity))) for c in cases]  # type: ignore[misc]
+        readers += [(c.name, lambda c=c: torch.from_numpy(read_unit(c, intensity).data)) for c in cases]  # type: ignore[misc]
     if not readers:
         raise UserError(f"{path}: no volume of the split {split}" if split else f"{path}: no volumes")
     readers = readers[:most]
@@ -91,10 +91,23 @@ def read_set(
     return VolumeSet([name for name, _ in readers], torch.cat(results))
 
 
-def _read_case(case: Case, intensity: tuple[float, float] | None) -> np.ndarray:
-    """Volume of a case in [0, 1]. The JSON file of a sample has its intensities; in BIDS the file of this name has not."""
+def sidecar_of(path: Path) -> Path:
+    """The JSON file of a sample."""
+    return Path(str(path).removesuffix(".gz").removesuffix(".nii") + ".json")
+
+
+def read_unit(case: Case, intensity: tuple[float, float] | None = None) -> Volume:
+    """Volume of a case, with voxels in [0, 1]. A sample's JSON file has its intensities; in BIDS the file of this name has not.
+
+    Args:
+        case: the volume.
+        intensity: physical values at 0 and 1, for files without this information and with values outside [0, 1].
+
+    Raises:
+        UserError: the volume cannot be read, or its range is unknown.
+    """
     volume, path = read_case(case), case.images[0]
-    sidecar = Path(str(path).removesuffix(".gz").removesuffix(".nii") + ".json")
+    sidecar = sidecar_of(path)
     ranges = [] if intensity is None else [intensity] * volume.info.channels
     try:
         if sidecar.exists():
@@ -103,10 +116,10 @@ def _read_case(case: Case, intensity: tuple[float, float] | None) -> np.ndarray:
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{sidecar}: damaged: expected JSON, with the intensity if it is of a sample: {error}") from error
     if info.intensity:
-        return info.to_unit(volume.data)
+        return Volume(info.to_unit(volume.data), info)
     low, high = volume.data.min(), volume.data.max()
     if low < -1e-3 or high > 1 + 1e-3:
         raise UserError(
             f"{path}: values from {low:.4g} to {high:.4g}; expected [0, 1], or physical values at 0 and 1 in --intensity"
         )
-    return volume.data
+    return volume

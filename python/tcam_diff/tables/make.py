@@ -16,13 +16,14 @@ from tcam_diff.evaluation.picture import sheet, strip
 from tcam_diff.evaluation.reconstruction import find_reconstructions
 from tcam_diff.evaluation.sets import read_set
 from tcam_diff.files import locked_folder, write_bytes, write_text
+from tcam_diff.machine import machine
 from tcam_diff.progress import ProgressCallback, StopCallback
 from tcam_diff.tables import rows as of
 from tcam_diff.tables.config import TableConfig
 from tcam_diff.tables.paper import PUBLISHED
 from tcam_diff.tables.plan import GENERATORS, OURS, RIVALS, Plan
 from tcam_diff.tables.render import markdown
-from tcam_diff.tables.steps import machine, run
+from tcam_diff.tables.steps import run
 from tcam_diff.training.report import png
 
 matplotlib.use("Agg")

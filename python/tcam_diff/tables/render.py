@@ -26,15 +26,15 @@ def markdown(content: dict[str, Any]) -> str:
     number = int(content["table"])
     made = {1: _table1, 2: _table2, 3: _table3, 4: _table4}[number](content)
     machine = content["machine"]
-    where = machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores"
+    where = machine["processor"] if machine["GPU"] == "none" else machine["GPU"]
     heading, columns, printed = TABLES[number]
     commands = "\n".join(f"tcam {shlex.join(s['command'])}" for s in content["steps"])
     minutes = sum(s["seconds"] for s in content["steps"]) / 60
     return "\n\n".join(
         [
             f"## Table {number}. {NAMES[number]}",
-            f"Measured: {content['data']}; {content['seeds']} seed{'s' if content['seeds'] > 1 else ''}; {where}, torch "
-            f"{machine['torch']}; {minutes:.0f} min in all.",
+            f"Measured: {content['data']}; {content['seeds']} seed{'s' if content['seeds'] > 1 else ''}; {where}, "
+            f"{machine['packages']}; {minutes:.0f} min in all.",
             *made,
             f"Printed in the paper, on its data sets and machines, not to be compared with the figures above. {heading}:",
             grid(columns, printed),

@@ -7,8 +7,6 @@ DIR/steps/NAME.log      its output
 from __future__ import annotations
 
 import json
-import os
-import platform
 import shlex
 import signal
 import subprocess
@@ -17,13 +15,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-
-import tcam_ext
 from tcam_diff.errors import UserError
 from tcam_diff.files import write_text
+from tcam_diff.machine import machine
 from tcam_diff.progress import Progress, ProgressCallback, StopCallback
 
 
@@ -62,24 +57,6 @@ def step(
     first, *words = command.split()
     known = [first, *([source] if source is not None else []), *words, *more]
     return Step(name, lambda: known + later(), resume)
-
-
-def machine() -> dict[str, Any]:
-    """The machine and the versions with which figures are measured."""
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "processor": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "gpu": gpu,
-        "torch": torch.__version__,
-        "tcam_ext": tcam_ext.__version__,
-    }
 
 
 def run(

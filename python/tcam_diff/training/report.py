@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import io
 import math
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -61,24 +63,91 @@ def png(figure: Any) -> bytes:
     return out.getvalue()
 
 
-def page(title: str, sections: Sequence[tuple[str, str | bytes | Mapping[str, object]]]) -> str:
-    """Self-contained HTML page. A section is preformatted text, a PNG, or a table with two columns."""
-    parts = []
-    for heading, content in sections:
-        parts.append(f"<h2>{html.escape(heading)}</h2>")
-        if isinstance(content, bytes):
-            parts.append(f'<img alt="{html.escape(heading)}" src="data:image/png;base64,{base64.b64encode(content).decode()}">')
-        elif isinstance(content, str):
-            parts.append(f"<pre>{html.escape(content)}</pre>")
-        else:
-            rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in content.items())
-            parts.append(f"<table>{rows}</table>")
-    style = (
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}"
-        "img{max-width:100%}td{padding:.1em 1em .1em 0;vertical-align:top}pre{background:#f5f5f5;padding:1em;overflow:auto}"
-        "h1{font-size:1.6em}h2{font-size:1.2em;margin-top:1.6em}"
-    )
+class Markup(str):
+    """HTML, put into a page as it is."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a row of headings."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[object]]
+
+
+#: What a section of a page shows: HTML, preformatted text, a PNG, a table of two columns or with headings, or several of these.
+Content = Markup | str | bytes | Mapping[str, object] | Table | Sequence["Content"]
+
+STYLE = """
+:root{color-scheme:light dark;--text:#1d2127;--quiet:#5b6470;--line:#d9dde3;--back:#fff;--panel:#f4f5f7;--accent:#1f6feb}
+@media(prefers-color-scheme:dark){:root{--text:#e3e6ea;--quiet:#9aa4b0;--line:#343b45;--back:#14171c;--panel:#1d2229;--accent:#6ea8fe}}
+body{font:15px/1.5 system-ui,sans-serif;max-width:72em;margin:2em auto;padding:0 1em;color:var(--text);background:var(--back)}
+h1{font-size:1.6em;margin-bottom:.2em}h2{font-size:1.2em;margin:2em 0 .5em}p{margin:.5em 0;max-width:60em}
+img{max-width:100%;border-radius:4px}
+table{border-collapse:collapse;margin:.5em 0;display:block;overflow-x:auto}
+td,th{padding:.25em 1.2em .25em 0;text-align:left;vertical-align:top;font-variant-numeric:tabular-nums}
+th{color:var(--quiet);font-weight:600;border-bottom:1px solid var(--line)}
+pre{background:var(--panel);padding:.8em 1em;overflow:auto;border-radius:6px;font-size:13px}
+summary{cursor:pointer;color:var(--quiet)}
+"""
+
+
+def page(
+    title: str,
+    sections: Sequence[tuple[str, Content]],
+    style: str = "",
+    scripts: Sequence[str] = (),
+    introduction: Sequence[str] = (),
+) -> str:
+    """Self-contained HTML page. Its policy lets a browser reach no network and run no scripts but these.
+
+    Args:
+        title: heading of the page.
+        sections: headings and what is below them.
+        style: more CSS.
+        scripts: JavaScript, run in this order when the page is there.
+        introduction: paragraphs before the sections.
+    """
+    parts = [f"<h2>{html.escape(heading)}</h2>{markup(content, heading)}" for heading, content in sections]
+    digests = (base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts)
+    allowed = " ".join(f"'sha256-{d}'" for d in digests) or "'none'"
+    policy = f"default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src {allowed}"
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{style}</style></head><body><h1>{html.escape(title)}</h1>{''.join(parts)}</body></html>\n"
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f'<meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
+        f"<style>{STYLE}{style}</style></head><body><h1>{html.escape(title)}</h1>"
+        f"{''.join(map(paragraph, introduction))}{''.join(parts)}{''.join(map(_script, scripts))}</body></html>\n"
     )
+
+
+def markup(content: Content, name: str = "") -> Markup:
+    """Content of a section as HTML. ``name`` describes a picture."""
+    if isinstance(content, Markup):
+        return content
+    if isinstance(content, bytes):
+        return Markup(f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(content).decode()}">')
+    if isinstance(content, str):
+        return Markup(f"<pre>{html.escape(content)}</pre>")
+    if isinstance(content, Table | Mapping):
+        head, rows = ((), content.items()) if isinstance(content, Mapping) else (content.head, content.rows)
+        top = "".join(f"<th>{html.escape(h)}</th>" for h in head)
+        cells = ("".join(f"<td>{html.escape(str(v))}</td>" for v in row) for row in rows)
+        return Markup(f"<table>{f'<tr>{top}</tr>' if top else ''}{''.join(f'<tr>{c}</tr>' for c in cells)}</table>")
+    return Markup("".join(markup(part, name) for part in content))
+
+
+def paragraph(text: str) -> Markup:
+    """A text as a paragraph."""
+    return Markup(f"<p>{html.escape(text)}</p>")
+
+
+def folded(summary: str, content: Content) -> Markup:
+    """Content that the reader unfolds."""
+    return Markup(f"<details><summary>{html.escape(summary)}</summary>{markup(content, summary)}</details>")
+
+
+def _script(text: str) -> str:
+    if "</script" in text.lower() or "<!--" in text:
+        raise ValueError("a script that would end its element")
+    return f"<script>{text}</script>"

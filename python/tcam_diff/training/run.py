@@ -11,6 +11,7 @@ from typing import TypeVar
 from tcam_diff.config import read_settings
 from tcam_diff.errors import UserError
 from tcam_diff.files import locked_folder, write_text
+from tcam_diff.machine import write_machine
 from tcam_diff.progress import ProgressCallback, StopCallback
 from tcam_diff.text import shown
 from tcam_diff.training import checkpoint
@@ -37,6 +38,8 @@ def train(
     """
     with distributed(config.device) as group, locked_folder(out) if group.first else nullcontext():
         path = prepare_folder(out, config, resume, group)
+        if path is None and group.first:
+            write_machine(out, {"processes": f"{group.world} on {group.device.type}"})
         task = make(config, group, out)
         try:
             if started is not None and group.first:
