@@ -1,4 +1,4 @@
-"""Write the tables of docs/performance.md from benchmarks/results/*.json.
+"""Write the tables of docs/performance.md and docs/reproduction.md from benchmarks/results/*.json.
 
     python benchmarks/make_tables.py [--check]
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "performance.md"
+PAGES = [ROOT / "docs" / name for name in ("performance.md", "reproduction.md")]
 
 
 def number(value: float | None, digits: int = 1) -> str:
@@ -200,6 +200,14 @@ def changes_table(results: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
+def paper_table(results: dict[str, Any]) -> str:
+    """A table of the paper, as `tcam table` prints it."""
+    sys.path.insert(0, str(ROOT / "python"))
+    from tcam_diff.tables.render import markdown
+
+    return markdown(results)
+
+
 WRITERS = {
     "changes": changes_table,
     "gpu": gpu_table,
@@ -210,24 +218,26 @@ WRITERS = {
     "train": by_columns(TRAIN),
     "stage1": stage1_table,
     "stage2": stage2_table,
+    "table": paper_table,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only check that the page is up to date")
+    parser.add_argument("--check", action="store_true", help="only check that the pages are up to date")
     check = parser.parse_args().check
-    page = PAGE.read_text()
 
     def fill(match: re.Match[str]) -> str:
         path = ROOT / "benchmarks" / "results" / f"{match[1]}.json"
         write = WRITERS.get(match[1].split("_")[0], by_columns(DECODE))
         return f"<!-- table {match[1]} -->\n{write(json.loads(path.read_text()))}\n<!-- end -->"
 
-    filled = re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", fill, page, flags=re.S)
-    if check:
-        sys.exit(0 if filled == page else f"{PAGE} differs from benchmarks/results: run python benchmarks/make_tables.py")
-    PAGE.write_text(filled)
+    for path in PAGES:
+        page = path.read_text()
+        filled = re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", fill, page, flags=re.S)
+        if check and filled != page:
+            sys.exit(f"{path} differs from benchmarks/results: run python benchmarks/make_tables.py")
+        path.write_text(filled)
 
 
 if __name__ == "__main__":

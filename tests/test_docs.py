@@ -22,6 +22,12 @@ def test_generated_pages_are_up_to_date():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_tables_of_measurements_are_up_to_date():
+    make = DOCS.parent / "benchmarks" / "make_tables.py"
+    done = subprocess.run([sys.executable, str(make), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_tables_of_the_campaign_are_up_to_date():
     report = DOCS.parent / "tests" / "campaign" / "report.py"
     done = subprocess.run([sys.executable, str(report), "--check"], capture_output=True, text=True)

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ def machine() -> dict[str, str]:
         "GPU": ", ".join(f"{g.name} ({g.total_memory / 2**30:.0f} GiB)" for g in gpus) or "none",
         "memory": f"{memory / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}, Python {platform.python_version()}",
-        "packages": f"torch {torch.__version__}, tcam_ext {tcam_ext.__version__}",
+        "packages": f"torch {torch.__version__}, tcam_ext {tcam_ext.__version__}{_commit()}",
     }
 
 
@@ -42,6 +43,22 @@ def read_machine(folder: Path) -> dict[str, str]:
         return {str(k): str(v) for k, v in content.items()}
     except (OSError, ValueError, AttributeError, RecursionError):
         return {}
+
+
+def _commit() -> str:
+    """Commit of a checkout from which the packages are imported, with "+changes" if its sources differ; "" elsewhere."""
+    root = Path(tcam_ext.__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        if not (root / ".git").exists() or not (commit := git("rev-parse", "--short", "HEAD")):
+            return ""
+        return f" (commit {commit}{'+changes' if git('status', '--porcelain', '--', 'csrc', 'python', 'tcam_ext') else ''})"
+    except OSError:  # without git
+        return ""
 
 
 def _processor() -> str:
