@@ -364,10 +364,10 @@ def test_a_script_with_its_licence_is_kept(npm):
 
 
 def test_titles_of_a_sheet_stay_above_their_strip():
-    names = ["sample-0000_seed0_heun25", "W" * 90, "a name of many words " * 6, "$x$_" * 40]
+    names = ["sample-0000_seed0_heun25", "W" * 90, "a name of many words " * 6, "$x$_" * 40, ""]
     figure = sheet([(name, np.zeros((128, 384), np.uint8)) for name in names])
     figure.canvas.draw()
-    for axis, name in zip(figure.axes, names, strict=True):
+    for axis, name in zip(figure.axes, names, strict=False):  # the last row has a place without a strip
         title, box = axis.title.get_window_extent(), axis.get_window_extent()
         assert box.x0 - 1 <= title.x0
         assert title.x1 <= box.x1 + 1

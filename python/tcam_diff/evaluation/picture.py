@@ -121,8 +121,8 @@ WIDTH, TITLE = 4.6, 9
 
 def _fitting(title: str) -> str:
     """A title, shortened to the width of a strip."""
-    text = shown(title, most := 200)
-    while (width := TextPath((0, 0), text.replace("$", r"\$"), size=TITLE).get_extents().width) > 64 * WIDTH:
+    text = shown(title, 200)
+    while text and (width := TextPath((0, 0), text.replace("$", r"\$"), size=TITLE).get_extents().width) > 64 * WIDTH:
         most = min(len(text) - 1, int(len(text) * 64 * WIDTH / width))
         text = shown(title, most)
     return text
