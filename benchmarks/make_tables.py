@@ -229,7 +229,7 @@ def main() -> None:
 
     def fill(match: re.Match[str]) -> str:
         path = ROOT / "benchmarks" / "results" / f"{match[1]}.json"
-        write = WRITERS.get(match[1].split("_")[0], by_columns(DECODE))
+        write = WRITERS.get(re.split("[_-]", match[1])[0], by_columns(DECODE))
         return f"<!-- table {match[1]} -->\n{write(json.loads(path.read_text()))}\n<!-- end -->"
 
     for path in PAGES:

@@ -204,6 +204,17 @@ def test_the_command_orders_sets_by_their_distance(tmp_path):
         assert (tmp_path / "out" / name).stat().st_size > 0
 
 
+def test_without_held_out_volumes_training_volumes_are_real(tmp_path):
+    store = runs.make_store(tmp_path / "store", count=6, held_out=0)
+    samples = write(tmp_path / "new", blob_set(6, 0, size=10), 0.0, 1.0)
+    keys = ("--critics", "1", "--no-controls", "size=16", "width=4", "epochs=1", "--size", "8", "-q")
+    done = runs.command("evaluate", str(store.folder), str(samples), *keys, "--out", str(tmp_path / "out"))
+    assert "no held-out volumes, so copies of training volumes have the best FID, MMD and W" in done.stdout
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["real"] == "training volumes"
+    assert list(summary["critics"]) == [str(samples)]
+
+
 def test_options_that_do_not_apply_are_refused(tmp_path):
     store = runs.make_store(tmp_path / "store", count=4, held_out=2)
     samples = write(tmp_path / "new", blob_set(3, 0, size=10), 0.0, 1.0)

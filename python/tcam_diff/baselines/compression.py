@@ -80,14 +80,15 @@ class Compression:
         h, w, d = (n // self.config.fold for n in self.info.shape)
         return self.config.latent_channels, h, w, d
 
-    def _autocast(self, device: torch.device) -> torch.autocast:
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Context in which products have the configuration's type."""
         enabled = products(self.config.compute_dtype, device) == torch.bfloat16
         return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
     @torch.no_grad()
     def encode(self, volumes: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the latents (N, channels, h, w, d); for vq-gan the latents before quantisation, and 0."""
-        with self._autocast(volumes.device):
+        with self.autocast(volumes.device):
             if self.config.model == "vae-gan":
                 mean, deviation = self.network.encode(volumes)
                 return mean.float(), deviation.float()
@@ -97,7 +98,7 @@ class Compression:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Volumes of latents, which vq-gan quantises first."""
-        with self._autocast(latents.device):
+        with self.autocast(latents.device):
             decoded: Tensor = self.network.decode_stage_2_outputs(latents)
         return decoded.float().clamp(0, 1)
 
@@ -194,7 +195,7 @@ class CompressionTraining(NetworksTask):
         """Update the network, then the discriminators."""
         c, x = self.config, self._batch(index)
         self.network.train()
-        with self.model._autocast(x.device):
+        with self.model.autocast(x.device):
             y, latent = self._forward(x, index)
         y = y.float()
         error = (y - x).abs().mean()
@@ -238,7 +239,7 @@ class CompressionTraining(NetworksTask):
     def _generator_loss(self, name: str, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of not being taken for real, and mean difference of the discriminator's features."""
         judge = self.modules[name]
-        with self.model._autocast(fake.device):
+        with self.model.autocast(fake.device):
             of_fake = judge(fake)
             with torch.no_grad():
                 of_real = judge(real) if self.config.feature_weight else []
@@ -248,7 +249,7 @@ class CompressionTraining(NetworksTask):
 
     def _discriminator_loss(self, name: str, real: Tensor, fake: Tensor) -> Tensor:
         judge, loss = self.modules[name], self._adversarial()
-        with self.model._autocast(fake.device):
+        with self.model.autocast(fake.device):
             of_real, of_fake = judge(real)[-1], judge(fake)[-1]
         mean: Tensor = 0.5 * (
             loss(of_real.float(), target_is_real=True, for_discriminator=True)

@@ -130,7 +130,7 @@ def is_latent_diffusion(path: Path) -> bool:
 class LatentDiffusionTraining(NetworksTask):
     """Training of a latent diffusion model. Raises UserError if configuration and data do not fit."""
 
-    score = "-validation_loss"
+    score = "-evaluation_loss"
 
     def __init__(self, config: LatentDiffusionConfig, group: Distributed, folder: Path) -> None:
         compression = Compression.load(Path(config.autoencoder), group.device)
@@ -189,10 +189,10 @@ class LatentDiffusionTraining(NetworksTask):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Loss on training volumes with fixed timesteps and noise. No held-out volumes: latent diffusion has no splits."""
+        """Loss on training volumes with fixed timesteps and noise. It is no measure of other volumes."""
         numbers = range(min(16, len(self.mean)))
         model = LatentDiffusion(self.average, self.config, self.model.compression, self.model.shift, self.model.scale)
-        return {"validation_loss": float(self._errors(model, numbers, ("validation",)))}
+        return {"evaluation_loss": float(self._errors(model, numbers, ("evaluation",)))}
 
     def finish(self, outcome: Outcome) -> None:
         m = self.model

@@ -77,7 +77,7 @@ def train_command(
     end_training(out, outcome, settings.steps, quiet)
     if not quiet:
         m = outcome.metrics
-        result = f"PSNR {m['psnr']:.2f} dB" if "psnr" in m else f"loss {m['validation_loss']:.4f}"
+        result = f"PSNR {m['psnr']:.2f} dB" if "psnr" in m else f"loss {m['evaluation_loss']:.4f}"
         say(f"{out}: {outcome.step} steps in {duration(outcome.seconds)}, {result}, {m.get('memory_gb', 0):.2f} GB at most")
 
 
