@@ -169,3 +169,13 @@ def test_what_does_not_fit_is_refused(made, tmp_path):
     with pytest.raises(UserError, match=r"network\.safetensors: changed or damaged"):
         LatentDiffusion.load(made / "ldm-vq-gan")
     assert LatentDiffusionConfig.load("vq-gan").timesteps == 300
+
+
+def test_a_page_shows_rivals(made, tmp_path):
+    """Their reconstructions and samples beside real volumes, their curves and their commands."""
+    runs.command("baseline", "sample", str(made / "ldm-vae-gan"), "--out", str(tmp_path / "s"), "--n", "2", "-q")
+    folders = [str(made / "vae-gan"), str(made / "ldm-vae-gan"), str(tmp_path / "s")]
+    runs.command("report", *folders, "--out", str(tmp_path / "page.html"), "--volumes", "2")
+    text = (tmp_path / "page.html").read_text()
+    for part in ("rival vae-gan", "latent diffusion", "baseline train", "baseline sample RUN --n 2 --seed 0"):
+        assert part in text, part

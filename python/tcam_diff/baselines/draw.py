@@ -119,7 +119,10 @@ def draw(
     """
     check_output((1, 1, 1), dtype)
     info, model, make = _generator(run, device, seed)
-    settings: dict[str, Any] = {"model": model, "seed": seed, "size": list(info.shape), "dtype": dtype}
+    kind = "gaussian" if is_gaussian(run) else "latent diffusion"
+    settings: dict[str, Any] = {
+        "rival": kind, "model": model, "sampling": {"seed": seed}, "size": list(info.shape), "dtype": dtype,
+    }  # fmt: skip
     with locked_folder(out):
         files = {i: Files.of_sample(out, i, f"seed{seed}") for i in indices}
         missing = [i for i in indices if not files[i].complete(settings)]

@@ -78,7 +78,7 @@ def command(
         writable_folder(out)
     store = Store(real)
     if is_generated(store, Path(paths[0].replace("{seed}", "0"))):
-        options = {"seeds": critics, "controls": controls, "intensity": intensity}
+        options = {"critics": critics, "controls": controls, "intensity": intensity}
         _generated(store, paths, size, features, changes, options, out, quiet)
     else:
         unused = [n for n, given in (("--features", features), ("--critics", critics), (" ".join(changes), changes)) if given]
@@ -124,7 +124,7 @@ def _generated(
     from tcam_diff.text import size_text
 
     network = load_features(features) if features else None
-    critic = CriticConfig.load("default", [f"size={size}", *changes]) if options["seeds"] else None
+    critic = CriticConfig.load("default", [f"size={size}", *changes]) if options["critics"] else None
     if changes and critic is None:
         raise UserError(f"{changes[0]}: a change to the critic, but --critics is 0")
     with progress_bar("reading", quiet, [("W", "distance", ".3g", "")]) as show:
@@ -149,7 +149,8 @@ def _generated(
     if (network or critic) and result.critic_real != of.HELD_OUT:
         say(f"{store.folder}: no held-out volumes, so copies of training volumes have the best FID, MMD and W", "NOTE")
     if out is not None:
-        of.write(out, result, of.protocol(store, paths, size, critic) | {"options": options})
+        given = options | {"features": None if features is None else str(features)}
+        of.write(out, result, of.protocol(store, paths, size, critic) | {"options": given})
 
 
 def _volumes(count: int) -> str:

@@ -27,7 +27,7 @@ def altered(volumes: Tensor, seed: int = 0) -> dict[str, Tensor]:
     return sets | {f"with noise of {NOISE}": (volumes.float() + noise).clamp(0, 1)}
 
 
-def critics(
+def distances(
     real: Tensor,
     fakes: Mapping[str, Sequence[Tensor]],
     config: CriticConfig,

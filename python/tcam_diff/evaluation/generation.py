@@ -19,7 +19,7 @@ from tcam_diff.data.store import Store
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation.config import CriticConfig
 from tcam_diff.evaluation.critic import Score
-from tcam_diff.evaluation.distances import altered, critics
+from tcam_diff.evaluation.distances import altered, distances
 from tcam_diff.evaluation.features import FeatureNetwork, frechet, jackknifed, mmd
 from tcam_diff.evaluation.metrics import scales
 from tcam_diff.evaluation.reconstruction import Mean
@@ -60,7 +60,7 @@ def evaluate_sets(
     *,
     size: int = 64,
     features: FeatureNetwork | None = None,
-    seeds: int = 0,
+    critics: int = 0,
     critic: CriticConfig | None = None,
     controls: bool = True,
     intensity: tuple[float, float] | None = None,
@@ -76,7 +76,7 @@ def evaluate_sets(
         paths: folders of volumes; {seed} in a path is replaced by 0, 1, ..., and critic k scores the set of its number.
         size: voxels along each axis, at most, to which all volumes are resampled by means over cells.
         features: network for FID and MMD; None: without.
-        seeds: number of critics; 0: without.
+        critics: number of critics; 0: without.
         critic: critic and training; default: ``CriticConfig(size=size)``.
         controls: whether to compare training volumes that were blurred or made noisy, and real volumes by the critic.
         intensity: physical values at 0 and 1, for files without this information.
@@ -92,7 +92,7 @@ def evaluate_sets(
         return read_set(path, lambda v: resampled(v, size).half(), split=split, intensity=intensity, progress=progress)
 
     def read_seeds(path: str) -> list[VolumeSet]:
-        return [read(Path(p)) for p in dict.fromkeys(path.replace("{seed}", str(s)) for s in range(max(1, seeds)))]
+        return [read(Path(p)) for p in dict.fromkeys(path.replace("{seed}", str(s)) for s in range(max(1, critics)))]
 
     fakes = {path: read_seeds(path) for path in paths}
     training = read(store.folder, "train")
@@ -122,10 +122,10 @@ def evaluate_sets(
         if controls:
             others |= {f"{TRAINING}, {name}": v for name, v in altered(training.volumes).items()}
         _compare_features(result, features, real, others, progress)
-    if seeds:
+    if critics:
         config = critic or CriticConfig(size=size)
         split = {name: [s.volumes for s in of] for name, of in fakes.items()}
-        result.critics = critics(real, split, config, seeds=seeds, controls=controls, progress=progress)
+        result.critics = distances(real, split, config, seeds=critics, controls=controls, progress=progress)
     return result
 
 

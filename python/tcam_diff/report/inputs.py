@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from tcam_diff.autodecoder import latents
 from tcam_diff.autodecoder.config import TrainConfig
 from tcam_diff.autodecoder.latents import LatentSet
+from tcam_diff.baselines.config import CompressionConfig, LatentDiffusionConfig
 from tcam_diff.config import read_settings
 from tcam_diff.data import store as stores
 from tcam_diff.data.nifti import is_nifti
@@ -28,8 +29,8 @@ from tcam_diff.text import shown
 
 SUMMARY = "summary.json"
 KINDS = (
-    "a run of `tcam train-autodecoder` or `tcam train-diffusion`, a set of `tcam encode` or `tcam export-latents`, or a folder "
-    "of `tcam sample` or `tcam evaluate`"
+    "a run of `tcam train-autodecoder`, `tcam train-diffusion` or `tcam baseline train`, a set of `tcam encode` or "
+    "`tcam export-latents`, or a folder of `tcam sample`, `tcam baseline sample` or `tcam evaluate`"
 )
 
 
@@ -56,13 +57,20 @@ class Inputs:
     stage1: dict[Path, TrainConfig] = field(default_factory=dict)
     latents: dict[Path, LatentSet] = field(default_factory=dict)
     stage2: dict[Path, DiffusionConfig] = field(default_factory=dict)
+    compressions: dict[Path, CompressionConfig] = field(default_factory=dict)  # of rivals
+    latent_diffusions: dict[Path, LatentDiffusionConfig] = field(default_factory=dict)  # of rivals
     samples: dict[Path, list[Sample]] = field(default_factory=dict)
     evaluations: dict[Path, Summary] = field(default_factory=dict)
 
     @property
     def runs(self) -> list[Path]:
         """Folders of trainings."""
-        return [*self.stage1, *self.stage2]
+        return [*self.stage1, *self.stage2, *self.compressions, *self.latent_diffusions]
+
+    @property
+    def rebuilding(self) -> list[Path]:
+        """Folders with reconstructions."""
+        return [*self.stage1, *self.latents, *self.compressions]
 
 
 def find_inputs(paths: Sequence[Path]) -> Inputs:
@@ -93,6 +101,7 @@ def find_store(inputs: Inputs, store: Path | None) -> Store | None:
     if store is not None:
         return Store(store)
     named = [(path, config.data) for path, config in inputs.stage1.items()]
+    named += [(path, rival.data) for path, rival in inputs.compressions.items()]
     named += [(path, s.index.get("provenance", {}).get("store") or s.config.data) for path, s in inputs.latents.items()]
     named += [
         (path, str(summary.protocol["real"])) for path, summary in inputs.evaluations.items() if "real" in summary.protocol
@@ -113,7 +122,11 @@ def find_store(inputs: Inputs, store: Path | None) -> Store | None:
 def _add_run(inputs: Inputs, path: Path) -> None:
     settings = path / "config.yaml"
     keys = read_settings(settings)
-    if "data" in keys:
+    if "autoencoder" in keys:
+        inputs.latent_diffusions[path] = LatentDiffusionConfig.load(settings)
+    elif "adversarial_weight" in keys:
+        inputs.compressions[path] = CompressionConfig.load(settings)
+    elif "data" in keys:
         inputs.stage1[path] = TrainConfig.load(settings)
     elif "latents" in keys:
         inputs.stage2[path] = DiffusionConfig.load(settings)

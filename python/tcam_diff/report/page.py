@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from tcam_diff.autodecoder.report import curve_groups
+from tcam_diff.config import Config
 from tcam_diff.data.store import Record, Store, unit
 from tcam_diff.diffusion.model import TriplaneDiffusion
 from tcam_diff.diffusion.report import CURVES
@@ -136,7 +137,7 @@ def write_page(
 
 def find_columns(inputs: Inputs, store: Store | None, choice: Choice, progress: ProgressCallback | None = None) -> list[Column]:
     """The real volumes, their reconstructions, and generated volumes. Raises UserError if there are too many kinds."""
-    sources = [*inputs.stage1, *inputs.latents] if store is not None else []
+    sources = inputs.rebuilding if store is not None else []
     if 1 + len(sources) + len(inputs.samples) > MOST_COLUMNS:
         raise UserError(f"{len(sources) + len(inputs.samples)} runs and folders with volumes; a page takes {MOST_COLUMNS - 1}")
     again = {path: find_reconstructions(store, path)[: choice.volumes] for path in sources if store is not None}
@@ -198,7 +199,8 @@ def _table(path: Path, summary: Summary) -> list[Content]:
         else:
             title, better = STATISTICS.get(name, (name, ""))
         rows.append([title, better, *(figures.get(name, "") for figures in of.values())])
-    text = f"{summary.protocol.get('fake', '')} beside {summary.protocol.get('real', '')}; mean (95 % interval over volumes)"
+    beside = f"{' '.join(_fakes(summary))} beside {summary.protocol.get('real', '')}"
+    text = f"{beside}; mean (95 % interval over volumes)"
     parts: list[Content] = [paragraph(text), Table(head, rows)]
     volumes = path / "volumes.csv"
     if volumes.is_file():
@@ -221,13 +223,24 @@ def trainings(inputs: Inputs) -> list[tuple[str, Content]]:
     sections: list[tuple[str, Content]] = []
     for path in inputs.runs:
         metrics = read_metrics(path)
-        stage = 1 if path in inputs.stage1 else 2
-        config = inputs.stage1[path] if stage == 1 else inputs.stage2[path]
+        kind, config, groups = _training(inputs, path, metrics)
         parts: list[Content] = [_figures(metrics)]
         if metrics:
-            parts.append(markup(curves(metrics, curve_groups(metrics) if stage == 1 else CURVES), "curves"))
-        sections.append((f"Training, stage {stage}: {path}", [*parts, folded("Configuration", config.yaml())]))
+            parts.append(markup(curves(metrics, groups), "curves"))
+        sections.append((f"Training, {kind}: {path}", [*parts, folded("Configuration", config.yaml())]))
     return sections
+
+
+def _training(inputs: Inputs, path: Path, metrics: Sequence[dict[str, Any]]) -> tuple[str, Config, Sequence[Sequence[str]]]:
+    """What a run trains, its configuration, and the metrics of its curves."""
+    if path in inputs.stage1:
+        return "stage 1", inputs.stage1[path], curve_groups(metrics)
+    if path in inputs.stage2:
+        return "stage 2", inputs.stage2[path], CURVES
+    if path in inputs.compressions:
+        config = inputs.compressions[path]
+        return f"rival {config.model}", config, [["loss", "error"], ["psnr", "held_out_psnr"]]
+    return "rival's latent diffusion", inputs.latent_diffusions[path], [["loss", "evaluation_loss"]]
 
 
 def _figures(metrics: Sequence[dict[str, Any]]) -> dict[str, object]:
@@ -266,28 +279,39 @@ def origin(inputs: Inputs, store: Store | None, commands: str = "") -> list[tupl
 def _commands(inputs: Inputs) -> list[str]:
     """The commands that make the folders, from their settings."""
     lines = [["train-autodecoder", path / "config.yaml", "--out", path] for path in inputs.stage1]
+    lines += [["baseline", "train", path / "config.yaml", "--out", path] for path in inputs.compressions]
     for path, latents in inputs.latents.items():
         provenance = latents.index.get("provenance", {})
         changes = [f"{k}={v}" for k, v in (provenance.get("encode") or {}).items() if v is not None]
         kind = ["encode", provenance.get("run", "RUN"), provenance.get("store", "STORE"), *changes]
         lines.append([*(kind if changes else ["export-latents", kind[1]]), "--out", path])
     lines += [["train-diffusion", path / "config.yaml", "--out", path] for path in inputs.stage2]
+    lines += [["baseline", "train", path / "config.yaml", "--out", path] for path in inputs.latent_diffusions]
     lines += [_sampling(inputs, path, samples) for path, samples in inputs.samples.items()]
     for path, summary in inputs.evaluations.items():
-        more = [x for k in ("split", "lpips", "size") if (v := summary.protocol.get(k)) is not None for x in (f"--{k}", v)]
-        lines.append(
-            ["evaluate", summary.protocol.get("real", "STORE"), summary.protocol.get("fake", "FAKE"), *more, "--out", path]
-        )
+        given = summary.protocol | summary.protocol.get("options", {})
+        known = ("split", "lpips", "size", "features", "critics")
+        more = [x for k in known if (v := given.get(k)) not in (None, 0) for x in (f"--{k}", v)]
+        lines.append(["evaluate", given.get("real", "STORE"), *_fakes(summary), *more, "--out", path])
     return [shlex.join(["tcam", *map(str, line)]) for line in lines]
+
+
+def _fakes(summary: Summary) -> list[str]:
+    """The folders that were compared."""
+    fakes = summary.protocol.get("fake", "FAKE")
+    return [str(f) for f in fakes] if isinstance(fakes, list) else [str(fakes)]
 
 
 def _sampling(inputs: Inputs, path: Path, samples: Sequence[Sample]) -> list[Any]:
     settings = samples[0].settings
+    if "rival" in settings:
+        options = ["--seed", settings["sampling"]["seed"], "--dtype", settings.get("dtype")]
+        return ["baseline", "sample", "RUN", "--n", len(samples), *options, "--out", path]
     models = [run for run in inputs.stage2 if _identity(run) == settings.get("model")]
-    options = {k: v for k, v in settings["sampling"].items() if v is not None} | {"dtype": settings.get("dtype")}
+    named = {k: v for k, v in settings["sampling"].items() if v is not None} | {"dtype": settings.get("dtype")}
     if settings.get("label") is not None:
-        options["label"] = settings["label"]
-    given = [x for k, v in options.items() if v is not None for x in (f"--{k.replace('_', '-')}", v)]
+        named["label"] = settings["label"]
+    given = [x for k, v in named.items() if v is not None for x in (f"--{k.replace('_', '-')}", v)]
     first = ["--first", settings["index"]] if settings.get("index") else []
     size = ["--size", *settings["size"]] if isinstance(settings.get("size"), list) else []
     guided = ["--known", "FILE"] if settings.get("known") else []
