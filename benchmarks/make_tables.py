@@ -75,6 +75,16 @@ POINTS: Columns = {
     "speed-up": lambda r: number(r["ratio"], 2),
     "peak MB": lambda r: number(r["memory_mb"], 0),
 }
+METRICS: Columns = {
+    "metric": lambda r: r["case"],
+    "voxels": lambda r: f"{r['size']}³",
+    "by": lambda r: r["rival"],
+    "median s": lambda r: f"{r['seconds']:.3f}",
+    "range s": lambda r: f"{r['low']:.3f} to {r['high']:.3f}",
+    "speed-up": lambda r: number(r["ratio"], 1),
+    "peak MB": lambda r: number(r["memory_mb"], 0),
+    "difference": lambda r: f"{r['difference']:.0e}",
+}
 TRAIN: Columns = {
     "case": lambda r: r["case"],
     "objects": lambda r: r["batch"],
@@ -212,6 +222,7 @@ WRITERS = {
     "changes": changes_table,
     "gpu": gpu_table,
     "fit": by_columns(FIT),
+    "metrics": by_columns(METRICS),
     "points": by_columns(POINTS),
     "sample": by_columns(POINTS),
     "spin": by_columns(SPIN),

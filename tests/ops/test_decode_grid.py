@@ -18,6 +18,7 @@ from torch.nn.functional import grid_sample
 import tcam_ext
 from tcam_ext import _C, library, reference
 from tcam_ext.activations import ACTIVATIONS, OUTPUT_ACTIVATIONS
+from tcam_ext.testing import make
 
 ISAS = [isa for isa in ("portable", "avx2", "avx512", "avx512bf16")]
 
@@ -345,3 +346,19 @@ def test_a_forked_child_runs_serially():
 def _decode_in_child(p):
     assert _C.cpu_forked()
     return p.call(tcam_ext.decode_grid).numpy()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_subnormal_floats_count_as_zero_inside_and_nowhere_else(threads):
+    """The gradients of a nearly empty volume are subnormal: exactly 0 here. The caller's own arithmetic keeps subnormals."""
+    p = make(widths=(16, 8, 1)).to(torch.float32, True, "cpu")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        volume = p.call(tcam_ext.decode_grid)
+        volume.backward(torch.full_like(volume, 1e-42))
+        gradients = [t.grad for t in (*p.planes, *p.weights)]
+        assert all(g is not None and not g.any() for g in gradients)
+        assert float(torch.full((4096,), 1e-42).mul(2).sum()) > 0
+    finally:
+        torch.set_num_threads(before)
