@@ -85,6 +85,13 @@ METRICS: Columns = {
     "peak MB": lambda r: number(r["memory_mb"], 0),
     "difference": lambda r: f"{r['difference']:.0e}",
 }
+SUBNORMALS: Columns = {
+    "kernels": lambda r: r["build"],
+    "products": lambda r: r["products"],
+    "mean logit": lambda r: f"{r['logit']:g}",
+    "median ms": lambda r: f"{r['ms']:.1f}",
+    "range ms": lambda r: f"{r['low']:.1f} to {r['high']:.1f}",
+}
 TRAIN: Columns = {
     "case": lambda r: r["case"],
     "objects": lambda r: r["batch"],
@@ -226,6 +233,7 @@ WRITERS = {
     "points": by_columns(POINTS),
     "sample": by_columns(POINTS),
     "spin": by_columns(SPIN),
+    "subnormals": by_columns(SUBNORMALS),
     "train": by_columns(TRAIN),
     "stage1": stage1_table,
     "stage2": stage2_table,

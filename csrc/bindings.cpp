@@ -140,6 +140,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("bind",
         [](py::object tensor, py::object parameter) { TensorApi::get().bind(std::move(tensor), std::move(parameter)); });
   m.def("cpu_isa", &tcam_cpu_isa);
+  m.def("cpu_bf16_is_fast", [] { return tcam_cpu_bf16_is_fast() != 0; });
   m.def("cpu_has_bf16", [] { return tcam_cpu_has_bf16() != 0; });
   m.def("cpu_forked", [] { return tcam_cpu_forked() != 0; });
   m.def(

@@ -198,6 +198,7 @@ void tcam_normals_cpu(const tcam_normals* n, float* out) {
 void tcam_philox_cpu(uint32_t counter[4], uint32_t k0, uint32_t k1) { tcam::pick_engine(0).philox(counter, k0, k1); }
 
 const char* tcam_cpu_isa(void) { return tcam::instruction_set().name; }
+int tcam_cpu_bf16_is_fast(void) { return tcam::bf16_is_fast(); }
 int tcam_cpu_has_bf16(void) { return tcam::instruction_set().engine(2) != nullptr; }
 int tcam_cpu_forked(void) { return tcam::forked(); }
 

@@ -33,6 +33,7 @@ void tcam_philox_cpu(uint32_t counter[4], uint32_t k0, uint32_t k1);
 
 const char* tcam_cpu_isa(void);                                     // the instruction set in use; TCAM_CPU_ISA selects another
 int tcam_cpu_has_bf16(void);                                        // 1 if bfloat16 products use bfloat16 instructions
+int tcam_cpu_bf16_is_fast(void);                                    // 1 if those are faster than float32 products
 int tcam_cpu_forked(void);                                          // 1 in a forked child, which runs serially
 double tcam_cpu_peak_flops(int kind, double seconds, int threads);  // measured; kind 0: float32, 1: float64, 2: bfloat16
 

@@ -60,4 +60,13 @@ const InstructionSet& instruction_set() {
   return chosen;
 }
 
+bool bf16_is_fast() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return instruction_set().engine(2) != nullptr && __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 }  // namespace tcam

@@ -24,7 +24,10 @@ class AutodecoderConfig(OptimiserConfig):
     output_activation: Literal["sigmoid", "clamp", "none"] = "sigmoid"
     compute_dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float64"],
-        Field(description="type of the products; auto: bfloat16 if the machine multiplies it; float64: also of the parameters"),
+        Field(
+            description="type of the products; auto: bfloat16 on GPUs, and on CPUs that multiply it faster (AMD's); "
+            "float64: also of the parameters"
+        ),
     ] = "auto"
     norm: Annotated[
         Literal["plane", "texel", "channel", "triplane", "none"],

@@ -58,7 +58,7 @@ class Visit:
 def compute_dtype(config: AutodecoderConfig, device: torch.device | None = None) -> torch.dtype:
     """Type of the products on a device, by default a CPU."""
     if config.compute_dtype == "auto":
-        fast = _C.cpu_has_bf16() if device is None or device.type == "cpu" else True
+        fast = _C.cpu_bf16_is_fast() if device is None or device.type == "cpu" else True
         return torch.bfloat16 if fast else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[config.compute_dtype]
 

@@ -32,7 +32,7 @@ def markdown(content: dict[str, Any]) -> str:
     minutes = sum(s["seconds"] for s in content["steps"]) / 60
     return "\n\n".join(
         [
-            f"## Table {number}. {NAMES[number]}",
+            f"### Table {number}. {NAMES[number]}",
             f"Measured: {content['data']}; {content['seeds']} seed{'s' if content['seeds'] > 1 else ''}; {where}, "
             f"{machine['packages']}; {minutes:.0f} min in all.",
             *made,
