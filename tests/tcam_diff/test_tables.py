@@ -117,7 +117,7 @@ def test_rivals_get_the_time_of_ours(tmp_path):
     run_folder.mkdir(parents=True)
     (run_folder / "metrics.jsonl").write_text('{"step": 5, "seconds": 90.0}\n{"step": 7, "seconds": 120.0}\n')
     steps = {s.name: s.arguments() for s in Plan(tmp_path, TINY, equal_steps=True).steps(1)}
-    assert "minutes=2.00" in steps["seed-0/store-vae-gan"]
+    assert "minutes=2.0000" in steps["seed-0/store-vae-gan"]
     assert "steps=7" in steps["seed-0/store-vq-gan-equal-steps"]
     with_data = Plan(tmp_path, TINY.model_copy(update={"data": "/a folder/x"})).steps(1)
     assert with_data[0].arguments()[:2] == ["prepare", "/a folder/x"]

@@ -178,7 +178,8 @@ def _figure3(plan: Plan) -> bytes:
         record = next(r for r in store.records if r.name == name)
         truth = unit(torch.tensor(store.volume(record)))[0].numpy()
         kind = "training" if record.split == "train" else "held out"
-        strips += [(f"{name}, {kind}", strip(truth, record.info.affine)), ("", np.zeros((1, 1), np.uint8))]
+        original = strip(truth, record.info.affine)
+        strips += [(f"{name}, {kind}", original), ("", np.full_like(original, 255))]
         for model in (OURS, *RIVALS):
             got = of_model[model][0].numpy()
             strips.append((of.TITLES[model], strip(got, record.info.affine)))

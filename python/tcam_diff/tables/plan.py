@@ -76,7 +76,7 @@ class Plan:
         def budget() -> list[str]:
             if steps:
                 return [f"steps={max(int(r['step']) for r in read_metrics(ours))}"]
-            return [f"steps={MANY}", f"minutes={last(ours, 'seconds') / 60:.2f}"]
+            return [f"steps={MANY}", f"minutes={last(ours, 'seconds') / 60:.4f}"]
 
         command = f"baseline train {preset} data={store} seed={seed} --out {run} -q"
         return step(run, command, *changes, resume=True, later=budget)
@@ -129,7 +129,7 @@ class Plan:
         preset, changes = (c.ldm_vae_gan, c.ldm_vae_gan_changes) if first else (c.ldm_vq_gan, c.ldm_vq_gan_changes)
 
         def budget() -> list[str]:
-            return [f"steps={MANY}", f"minutes={last(ours, 'seconds') / 60:.2f}"]
+            return [f"steps={MANY}", f"minutes={last(ours, 'seconds') / 60:.4f}"]
 
         train = f"baseline train {preset} autoencoder={rival} data=store seed={seed} --out {run} -q"
         return [
