@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_table_1_has_both_kinds_of_volumes_of_every_model(folder):
     content = json.loads((folder / "table-1.json").read_text())
     kinds = {(r["model"], r["volumes_are"], r["volumes"]) for r in content["rows"]}
@@ -65,7 +65,7 @@ def test_table_1_has_both_kinds_of_volumes_of_every_model(folder):
         assert part in text, part
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_table_is_not_made_twice_and_not_of_two_protocols(folder):
     before = {p: p.stat().st_mtime_ns for p in (folder / "steps").iterdir()}
     assert make_table(1, folder, TINY)
