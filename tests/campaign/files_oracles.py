@@ -27,7 +27,7 @@ from tcam_diff.data.sources import find_cases
 from tcam_diff.data.volume import Volume, VolumeInfo
 from tcam_diff.diffusion.config import DiffusionConfig, SampleConfig
 from tcam_diff.errors import UserError
-from tcam_diff.evaluation.critic import CriticConfig
+from tcam_diff.evaluation.config import CriticConfig
 from tcam_diff.evaluation.segmenter import SegmentConfig
 
 T = TypeVar("T")

@@ -16,7 +16,8 @@ SMALL = ["channels=4", "plane_size=8", "widths=[8]", "steps=3"]
 TRAIN = ["fast", "data=store", "batch=2", *SMALL]
 DIFFUSE = ["tiny", "latents=latents", *runs.SMALL_DIFFUSION, "steps=2", "batch=2"]
 SAMPLE = ["--n", "1", "--steps", "2"]
-CRITIC = ["--seeds", "1", "size=16", "epochs=1"]
+CRITICS = ["--critics", "1", "size=16", "width=4", "epochs=1", "--size", "8", "-q"]
+RIVAL = ["channels=[8]", "norm_groups=4", "res_blocks=1", "latent_channels=2", "adversarial_weight=0", "steps=2", "batch=2"]
 
 #: Commands on the folder of `results`, with the option that names their result and its place.
 COMMANDS = {
@@ -34,9 +35,17 @@ COMMANDS = {
     "sample": (["model", *SAMPLE], "--out", "out"),
     "interpolate": (["model", "latents", "blob0", "blob1", "--n", "2", "--steps", "2"], "--out", "out"),
     "export-bundle": (["model"], "--out", "out"),
-    "critic": (["store", "samples", *CRITIC], "--json", "out.json"),
+    "evaluate samples": (["store", "samples", *CRITICS], "--out", "out"),
+    "features train": (["store", "size=16", "channels=[2]", "steps=2", "batch=2"], "--out", "out"),
+    "baseline train": (["vae-gan", "data=store", *RIVAL], "--out", "out"),
+    "baseline reconstruct": (["rival", "store"], "--out", "out"),
     "make-cohort": (["--n", "2", "--held-out", "1", "--size", "16"], "--out", "out"),
 }
+
+
+def words(name):
+    """The command of a name of COMMANDS."""
+    return ["evaluate"] if name == "evaluate samples" else name.split()
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +61,7 @@ def results(tmp_path_factory):
         runs.command("fit", "volume.nii", "--out", "fit", *SMALL)
         runs.command("train-autodecoder", *TRAIN, "--out", "run")
         runs.command("export-latents", "run", "--out", "latents")
+        runs.command("baseline", "train", *COMMANDS["baseline train"][0], "--out", "rival")
         runs.command("train-diffusion", *DIFFUSE, "--out", "model")
         runs.command("sample", "model", "--out", "samples", "--n", "4", "--steps", "2")
     return folder
@@ -77,7 +87,7 @@ def says(done, code, *parts):
 def test_a_place_that_cannot_be_written(name, place, here):
     arguments, option, result = COMMANDS[name]
     Path("file").write_text("")
-    done = runs.command(name, *arguments, option, f"{place}/{result}", check=False)
+    done = runs.command(*words(name), *arguments, option, f"{place}/{result}", check=False)
     reason = "Not a directory" if place.startswith("file") else "No such file"
     says(done, 2, place, "no such folder" if name == "decode" else reason)
 
@@ -86,14 +96,14 @@ def test_a_place_that_cannot_be_written(name, place, here):
 def test_a_folder_in_the_place_of_a_file(name, here):
     arguments, option, result = COMMANDS[name]
     Path(result).mkdir()
-    says(runs.command(name, *arguments, option, result, check=False), 2, result, "Is a directory")
+    says(runs.command(*words(name), *arguments, option, result, check=False), 2, result, "Is a directory")
 
 
 @pytest.mark.parametrize("name", [n for n, (_, _, result) in COMMANDS.items() if "." not in result])
 def test_a_file_in_the_place_of_a_folder(name, here):
     arguments, option, result = COMMANDS[name]
     Path(result).write_text("")
-    done = runs.command(name, *arguments, option, result, check=False)
+    done = runs.command(*words(name), *arguments, option, result, check=False)
     says(done, 2, result)
     assert Path(result).is_file()
 
@@ -161,8 +171,11 @@ VANISHING = [
     ("interpolate", "latents/latents.json", 1, "latents/planes"),
     ("interpolate", "model/model/model.json", 1, "model"),
     ("export-bundle", "model/model/model.json", 1, "model/model/decoder.safetensors"),
-    ("critic", INDEX, 1, CASE),
-    ("critic", "samples/sample-0001_seed0_heun2.nii.gz", 1, "samples"),
+    ("evaluate samples", INDEX, 1, CASE),
+    ("evaluate samples", "samples/sample-0001_seed0_heun2.nii.gz", 1, "samples"),
+    ("features train", INDEX, 1, CASE),
+    ("baseline train", INDEX, 1, CASE),
+    ("baseline reconstruct", "rival/baseline.json", 1, "rival/network.safetensors"),
 ]
 
 
@@ -170,7 +183,7 @@ VANISHING = [
 def test_an_input_that_vanishes(name, trigger, number, victim, here, vanishes):
     arguments, option, result = COMMANDS[name]
     gone = vanishes(trigger, number, victim)
-    done = runs.command(name, *arguments, option, result, check=False)
+    done = runs.command(*words(name), *arguments, option, result, check=False)
     assert gone()
     says(done, 2, victim)
     assert any(reason in done.stderr for reason in ("No such file", "missing", "no such file"))

@@ -196,7 +196,7 @@ def test_the_spread_of_samples_is_a_table(script, tmp_path):
     runs.tcam("evaluate", store, tmp_path / "samples", "--out", tmp_path / "spread", "--size", "8", "-q")
     runs.tcam("report", tmp_path / "samples", tmp_path / "spread", "--out", tmp_path / "p.html", "-q")
     text = Elements(tmp_path / "p.html").text
-    assert "generated (2 volumes)held out, split test (2 volumes)training volumes (7 volumes)" in text
+    assert f"{tmp_path / 'samples'} (2 volumes)held out (2 volumes)training volumes (7 volumes)" in text
     assert "mean RMS difference of pairsthat of held-out volumes" in text
     assert list(embedded(tmp_path / "p.html")["real"]) == ["blob0", "blob1", "blob2"]
 
