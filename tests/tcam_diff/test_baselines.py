@@ -39,7 +39,7 @@ def made(tmp_path_factory):
     for name, keys in (("vae-gan", VAE), ("vq-gan", VQ)):
         run = str(folder / name)
         runs.command("baseline", "train", name, f"data={store}", *keys, "--out", run, "-q")
-        more = (f"autoencoder={run}", f"data={store}", *LDM, "--out", str(folder / f"ldm-{name}"), "-q")
+        more = (f"autoencoder={run}", *LDM, "--out", str(folder / f"ldm-{name}"), "-q")
         runs.command("baseline", "train", f"ldm-{name}", *more)
     return folder
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from tcam_diff.autodecoder.decode import Decodable, check_output, decode_to_file
-from tcam_diff.baselines.compression import Compression
+from tcam_diff.baselines import gaussian as gaussians
+from tcam_diff.baselines import latent_diffusion as ldms
+from tcam_diff.baselines.compression import INDEX, Compression, is_compression
 from tcam_diff.baselines.gaussian import Gaussian, is_gaussian
 from tcam_diff.baselines.latent_diffusion import LatentDiffusion, is_latent_diffusion
 from tcam_diff.data.store import Store, unit
@@ -142,7 +144,8 @@ Made = Callable[[Sequence[int]], list[tuple[Decodable, np.ndarray]]]
 
 
 def _generator(run: Path, device: str, seed: int) -> tuple[VolumeInfo, str, Made]:
-    """Metadata of samples, digest of the model, and a function that draws samples: volumes, and their first channels."""
+    """Metadata of samples, digests of the model's indexes (they have its tensors' digests), and a function that draws: volumes,
+    and their first channels."""
     if is_gaussian(run):
         gaussian = Gaussian.load(run)
 
@@ -150,7 +153,7 @@ def _generator(run: Path, device: str, seed: int) -> tuple[VolumeInfo, str, Made
             volumes = [gaussian.volume(i, seed) for i in indices]
             return [(v, torch.cat(list(v.decode_unit(v.info.shape)), 3)[0].numpy()) for v in volumes]
 
-        return gaussian.info, sha256(run / "gaussian.safetensors"), planes
+        return gaussian.info, sha256(run / gaussians.INDEX), planes
     if is_latent_diffusion(run):
         ldm = LatentDiffusion.load(run, device_of(device))
         info = ldm.compression.info
@@ -159,8 +162,8 @@ def _generator(run: Path, device: str, seed: int) -> tuple[VolumeInfo, str, Made
             values = ldm.sample(indices, seed).cpu()
             return [(PlainVolume(v, info), v[0].numpy()) for v in values]
 
-        return info, sha256(run / "network.safetensors"), latents
+        return info, " ".join(sha256(p) for p in (run / ldms.INDEX, run / ldms.AUTOENCODER / INDEX)), latents
     raise UserError(
         f"{run}: no generative model of `tcam baseline train`: expected a run of ldm-... or gaussian"
-        + (f", got one of {size_text(Compression.load(run).latent_shape)} latents" if (run / "baseline.json").is_file() else "")
+        + (f", got one of {size_text(Compression.load(run).latent_shape)} latents" if is_compression(run) else "")
     )

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 import tcam_ext
 from tcam_diff.baselines.compression import Compression, products
 from tcam_diff.baselines.config import LatentDiffusionConfig
+from tcam_diff.config import read_settings
 from tcam_diff.data.store import Store, one_shape, unit, volumes_digest
 from tcam_diff.errors import UserError
 from tcam_diff.files import writable_folder
@@ -134,7 +135,7 @@ class LatentDiffusionTraining(NetworksTask):
 
     def __init__(self, config: LatentDiffusionConfig, group: Distributed, folder: Path) -> None:
         compression = Compression.load(Path(config.autoencoder), group.device)
-        store = Store(config.data or compression.config.data)
+        store = Store(config.data or read_settings(Path(config.autoencoder) / "config.yaml")["data"])
         records = store.in_split(compression.config.split)
         super().__init__(config, group, volumes_digest(records))
         self.config, self.folder = config, folder

@@ -11,7 +11,7 @@ import yaml
 
 from tcam_diff import config as configs
 from tcam_diff.autodecoder.config import TrainConfig
-from tcam_diff.cli.common import INTERRUPTED, RESUMED, duration, progress_bar, say, stop_on_interrupt
+from tcam_diff.cli.common import INTERRUPTED, RESUMED, Quiet, duration, progress_bar, say, stop_on_interrupt
 from tcam_diff.cli.train_autodecoder import SHOWN, announce
 from tcam_diff.errors import UserError
 
@@ -23,7 +23,7 @@ def command(
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for a run per value, ablation.json and ablation.png.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes for all runs.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train with each value, and compare MSE, PSNR and SSIM of the fitted volumes over plane parameters per voxel.
 

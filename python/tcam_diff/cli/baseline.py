@@ -10,7 +10,7 @@ import typer
 
 from tcam_diff import config as configs
 from tcam_diff.baselines.config import CompressionConfig, GaussianConfig, LatentDiffusionConfig
-from tcam_diff.cli.common import RESUMED, duration, end_training, progress_bar, say, stop_on_interrupt
+from tcam_diff.cli.common import RESUMED, Quiet, Resume, duration, end_training, progress_bar, say, stop_on_interrupt
 from tcam_diff.errors import UserError
 
 app = typer.Typer(
@@ -36,11 +36,8 @@ def train_command(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Changes: data=STORE, autoencoder=RUN or latents=LATENTS, and others."),
     ] = None,
-    resume: Annotated[
-        str | None,
-        typer.Option("--resume", help="auto: continue from the last checkpoint, if any; or a checkpoint's folder."),
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    resume: Resume = None,
+    quiet: Quiet = False,
 ) -> None:
     """Train a rival.
 
@@ -110,7 +107,7 @@ def reconstruct_command(
     split: Annotated[str | None, typer.Option(help="Volumes of this split. [default: all]", show_default=False)] = None,
     dtype: Annotated[str, typer.Option(help="float32, int16, uint16 or uint8 (integers with a scale).")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compress volumes and write what is left of them. `tcam evaluate STORE RUN` does the same without files."""
     from tcam_diff.baselines.draw import reconstruct
@@ -131,7 +128,7 @@ def sample_command(
     dtype: Annotated[str, typer.Option(help="float32, int16, uint16 or uint8 (integers with a scale).")] = "float32",
     batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 4,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Draw volumes, in files like those of `tcam sample`. Ctrl-C stops; the same command continues."""
     from tcam_diff.baselines.draw import draw

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 console = Console(markup=False, emoji=False)
 
 T = TypeVar("T")
+
+#: Options that commands share.
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
+Resume = Annotated[
+    str | None,
+    typer.Option("--resume", help="auto: continue from the last checkpoint, if any; or a checkpoint's folder."),
+]
 
 
 def cores() -> int:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tcam_diff.cli.common import progress_bar, say
+from tcam_diff.cli.common import Quiet, progress_bar, say
 from tcam_diff.text import size_text
 
 
@@ -22,7 +22,7 @@ def command(
         str, typer.Option(help="float32, int16, uint16 or uint8 (integers with scl_slope and scl_inter).")
     ] = "float32",
     volume: Annotated[str | None, typer.Option(help="Name of a volume of a latent set.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Decode FOLDER to a NIfTI file with the field of view of the original, one slab at a time."""
     from tcam_diff.autodecoder.decode import decode_to_file, load_fitted

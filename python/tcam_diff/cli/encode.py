@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tcam_diff.autodecoder.config import EncodeConfig
-from tcam_diff.cli.common import duration, progress_bar, say, stop_on_interrupt
+from tcam_diff.cli.common import Quiet, duration, progress_bar, say, stop_on_interrupt
 
 if TYPE_CHECKING:
     from tcam_diff.autodecoder.latents import LatentSet
@@ -29,7 +29,7 @@ def encode_command(
         Path | None, typer.Option(help="A checkpoint's folder. [default: the last]", show_default=False)
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Encode the volumes of STORE with the frozen decoder of RUN, and write their planes as a latent set.
 
@@ -70,7 +70,7 @@ def export_command(
     checkpoint: Annotated[
         Path | None, typer.Option(help="A checkpoint's folder. [default: the last]", show_default=False)
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write the planes of RUN's training volumes as a latent set."""
     from tcam_diff.autodecoder.encode import export_latents, load_run

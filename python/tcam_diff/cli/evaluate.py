@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tcam_diff import config as configs
-from tcam_diff.cli.common import progress_bar, say
+from tcam_diff.cli.common import Quiet, progress_bar, say
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation.config import CriticConfig
 
@@ -56,7 +56,7 @@ def command(
             show_default=False,
         ),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compare volumes with those of a store, in its [0, 1].
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from tcam_diff import config as configs
-from tcam_diff.cli.common import RESUMED, duration, end_training, progress_bar, say, stop_on_interrupt
+from tcam_diff.cli.common import RESUMED, Quiet, Resume, duration, end_training, progress_bar, say, stop_on_interrupt
 from tcam_diff.evaluation.config import FeaturesConfig
 
 app = typer.Typer(help="Networks whose features FID and MMD compare.", no_args_is_help=True)
@@ -25,11 +25,8 @@ def train_command(
     preset: Annotated[
         str, typer.Option(help=f"The configuration: {', '.join(configs.presets('features'))}, or a YAML file.")
     ] = "default",
-    resume: Annotated[
-        str | None,
-        typer.Option("--resume", help="auto: continue from the last checkpoint, if any; or a checkpoint's folder."),
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    resume: Resume = None,
+    quiet: Quiet = False,
 ) -> None:
     """Train an autoencoder on the training volumes of a store. Its encoder gives the features.
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tcam_diff.autodecoder.config import FitConfig
-from tcam_diff.cli.common import progress_bar, say, stop_on_interrupt
+from tcam_diff.cli.common import Quiet, progress_bar, say, stop_on_interrupt
 from tcam_diff.data import VOXEL_BUDGET
 from tcam_diff.text import dtype_text, size_text
 
@@ -25,7 +25,7 @@ def command(
     preset: Annotated[str, typer.Option(help="fast: minutes on two cores; paper: the paper's optimisation.")] = "fast",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a fitted volume in the folder.")] = False,
     max_voxels: Annotated[int, typer.Option(help="Refuse files with more voxels, channels counted.")] = VOXEL_BUDGET,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Fit planes and decoder to VOLUME. Ctrl-C stops and keeps the best result so far.
 

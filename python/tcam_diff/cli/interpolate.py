@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tcam_diff import config as configs
-from tcam_diff.cli.common import progress_bar, say
+from tcam_diff.cli.common import Quiet, progress_bar, say
 from tcam_diff.diffusion.config import Method, SampleConfig
 
 
@@ -28,7 +28,7 @@ def command(
     steps: Annotated[int, typer.Option(min=1, help="Intervals of the solver.")] = 50,
     dtype: Annotated[str, typer.Option(help="float32, int16, uint16 or uint8 (integers with a scale).")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write volumes from A to B, along the great circle between the noises of their planes.
 

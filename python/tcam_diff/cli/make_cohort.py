@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tcam_diff.cli.common import cores, say, tracked
+from tcam_diff.cli.common import Quiet, cores, say, tracked
 
 
 def command(
@@ -26,7 +26,7 @@ def command(
     jobs: Annotated[
         int | None, typer.Option("--jobs", "-j", help="Processes. [default: the machine's cores]", show_default=False)
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Make a cohort of brains with lesions: four correlated modalities, labels, and dataset.json.
 

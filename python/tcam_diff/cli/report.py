@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tcam_diff.cli.common import bytes_text, progress_bar, say
+from tcam_diff.cli.common import Quiet, bytes_text, progress_bar, say
 
 
 def command(
@@ -30,7 +30,7 @@ def command(
         Path | None,
         typer.Option(help="The viewer's npm package. [default: what tcam was built with]", show_default=False),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write a page that shows real volumes beside their reconstructions and generated ones, slice by slice.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from tcam_diff import config as configs
-from tcam_diff.cli.common import progress_bar, say, stop_on_interrupt
+from tcam_diff.cli.common import Quiet, progress_bar, say, stop_on_interrupt
 from tcam_diff.diffusion.config import Method, SampleConfig
 from tcam_diff.errors import UserError
 from tcam_diff.text import size_text
@@ -68,7 +68,7 @@ def command(
         typer.Option(help="Type of the products; auto: bfloat16 on GPUs. [default: that of training]", show_default=False),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Draw volumes from MODEL: a NIfTI file with the affine and intensities of the training data, a JSON file and a preview for
     each, and a contact sheet.

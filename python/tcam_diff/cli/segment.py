@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tcam_diff import config as configs
-from tcam_diff.cli.common import INTERRUPTED, duration, progress_bar, say, stop_on_interrupt
+from tcam_diff.cli.common import INTERRUPTED, Quiet, duration, progress_bar, say, stop_on_interrupt
 
 if TYPE_CHECKING:
     from tcam_diff.evaluation.segmentation import Result, Row
@@ -36,7 +36,7 @@ def command(
         str, typer.Option(help=f"Network and training: {', '.join(configs.presets('segment'))}, or a YAML file.")
     ] = "small",
     repeats: Annotated[int, typer.Option(min=1, help="Trainings, each with a seed of its own.")] = 4,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train MONAI's SegResNet on the originals, and segment originals and RECONSTRUCTIONS: F1, precision, recall, specificity
     and accuracy of each label, against the ground truth and against the segmentation of the original.

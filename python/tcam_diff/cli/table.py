@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from tcam_diff import config as configs
-from tcam_diff.cli.common import INTERRUPTED, progress_bar, say, stop_on_interrupt
+from tcam_diff.cli.common import INTERRUPTED, Quiet, progress_bar, say, stop_on_interrupt
 from tcam_diff.errors import UserError
 from tcam_diff.tables.config import TableConfig
 
@@ -21,7 +21,6 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes of the protocol, e.g. data=FOLDER samples=100.")
 ]
 Preset = Annotated[str, typer.Option(help=f"The protocol: {', '.join(configs.presets('table'))}, or a YAML file.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 
 
 def table_command(

@@ -9,7 +9,7 @@ import typer
 
 from tcam_diff import config as configs
 from tcam_diff.autodecoder.config import TrainConfig
-from tcam_diff.cli.common import RESUMED, duration, end_training, progress_bar, say, stop_on_interrupt
+from tcam_diff.cli.common import RESUMED, Quiet, Resume, duration, end_training, progress_bar, say, stop_on_interrupt
 from tcam_diff.diffusion.config import presets_text
 from tcam_diff.text import dtype_text, size_text
 
@@ -26,11 +26,8 @@ def command(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, e.g. data=STORE steps=8000 channels=24.")
     ] = None,
-    resume: Annotated[
-        str | None,
-        typer.Option("--resume", help="auto: continue from the last checkpoint, if any; or a checkpoint's folder."),
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    resume: Resume = None,
+    quiet: Quiet = False,
 ) -> None:
     """Train one decoder and planes for every volume of a store (`tcam prepare`).
 

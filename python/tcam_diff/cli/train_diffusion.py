@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tcam_diff import config as configs
-from tcam_diff.cli.common import RESUMED, duration, end_training, progress_bar, say, stop_on_interrupt
+from tcam_diff.cli.common import RESUMED, Quiet, Resume, duration, end_training, progress_bar, say, stop_on_interrupt
 from tcam_diff.diffusion.config import DiffusionConfig
 from tcam_diff.text import dtype_text, size_text
 
@@ -30,11 +30,8 @@ def command(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Changes, e.g. latents=LATENTS steps=8000 network.cross=none."),
     ] = None,
-    resume: Annotated[
-        str | None,
-        typer.Option("--resume", help="auto: continue from the last checkpoint, if any; or a checkpoint's folder."),
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    resume: Resume = None,
+    quiet: Quiet = False,
 ) -> None:
     """Train a diffusion model on a latent set (`tcam export-latents` or `tcam encode`).
 

@@ -21,6 +21,7 @@ from tcam_diff.autodecoder.encode import load_run
 from tcam_diff.autodecoder.latents import INDEX, LatentSet
 from tcam_diff.autodecoder.perceptual import Perceptual
 from tcam_diff.autodecoder.planes import normalise
+from tcam_diff.baselines.compression import Compression, is_compression
 from tcam_diff.data.readers import read_case
 from tcam_diff.data.sources import Case, find_cases
 from tcam_diff.data.store import Record, Store, unit
@@ -39,7 +40,6 @@ METRICS = {
 }
 FITTED = "fitted with the decoder"
 TRAINED = "trained on"
-BASELINE = "baseline.json"  # index of a rival's network
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Mean:
 
 def is_generated(store: Store, path: Path) -> bool:
     """Whether a folder has volumes of which none has the name of a case of the store: no reconstructions of them."""
-    if (path / INDEX).is_file() or (path / "config.yaml").is_file() or (path / BASELINE).is_file():
+    if (path / INDEX).is_file() or (path / "config.yaml").is_file() or is_compression(path):
         return False
     names = {r.name for r in store.records}
     return not any(case.name in names for case in find_cases(path).cases)
@@ -100,7 +100,7 @@ def find_reconstructions(store: Store, path: Path, split: str | None = None) -> 
     """
     if (path / INDEX).is_file():
         found = _of_latents(store, LatentSet(path))
-    elif (path / BASELINE).is_file():
+    elif is_compression(path):
         found = _of_compression(store, path)
     elif (path / "config.yaml").is_file():
         found = _of_run(store, path)
@@ -237,8 +237,6 @@ def _of_run(store: Store, path: Path) -> list[Reconstruction]:
 
 
 def _of_compression(store: Store, path: Path) -> list[Reconstruction]:
-    from tcam_diff.baselines.compression import Compression
-
     model, provenance = Compression.load(path), Compression.provenance(path)
     if provenance.get("preprocessing") != store.digest:
         raise UserError(f"{store.folder}: prepared differently from the data of {path}; take the store of its config.yaml")

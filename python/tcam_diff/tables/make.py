@@ -16,7 +16,6 @@ from tcam_diff.evaluation.picture import sheet, strip
 from tcam_diff.evaluation.reconstruction import find_reconstructions
 from tcam_diff.evaluation.sets import read_set
 from tcam_diff.files import locked_folder, write_bytes, write_text
-from tcam_diff.machine import machine
 from tcam_diff.progress import ProgressCallback, StopCallback
 from tcam_diff.tables import rows as of
 from tcam_diff.tables.config import TableConfig
@@ -65,7 +64,8 @@ def make_table(
     Raises:
         UserError: a step failed, or the folder has a table of another protocol.
     """
-    plan = Plan(folder, _claim(folder, config), seeds, equal_steps)
+    _claim(folder, config)
+    plan = Plan(folder, config, seeds, equal_steps)
     steps = plan.steps(number)
     with locked_folder(folder):
         if not run(folder, steps, progress, stop):
@@ -75,7 +75,7 @@ def make_table(
             "table": number,
             "seeds": 1 if number in (2, 4) else seeds,
             "data": _data(plan, "store-channels" if number == 2 else "store"),
-            "machine": records[-1]["machine"] if records else machine(),
+            "machine": records[-1]["machine"],
             "protocol": config.model_dump(mode="json"),
             "steps": records,
             "rows": {1: of.table1, 2: of.table2, 3: of.table3, 4: of.table4}[number](plan),
@@ -94,14 +94,13 @@ def make_table(
         return text
 
 
-def _claim(folder: Path, config: TableConfig) -> TableConfig:
+def _claim(folder: Path, config: TableConfig) -> None:
     """Write the protocol of a folder. Raises UserError if it has another one."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
     if path.is_file() and path.read_text() != config.yaml():
         raise UserError(f"{folder}: has tables of another protocol ({path}); choose another folder")
     write_text(path, config.yaml())
-    return config
 
 
 def _data(plan: Plan, name: str) -> str:
@@ -155,7 +154,8 @@ def make_figure(
     Returns:
         The picture; None if ``stop`` ended the work.
     """
-    plan = Plan(folder, _claim(folder, config))
+    _claim(folder, config)
+    plan = Plan(folder, config)
     with locked_folder(folder):
         if not run(folder, plan.steps(FIGURES[number][1]), progress, stop):
             return None

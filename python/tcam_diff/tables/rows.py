@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from tcam_diff.autodecoder.latents import LatentSet
+from tcam_diff.baselines.compression import Compression, is_compression
 from tcam_diff.evaluation.reconstruction import FITTED, TRAINED
 from tcam_diff.tables.plan import GENERATORS, OURS, RIVALS, Plan, last
 from tcam_diff.training.logger import read_metrics
@@ -29,8 +30,8 @@ def read(path: Path) -> Any:
 
 def latents(folder: Path) -> int:
     """Numbers that a model keeps of a volume."""
-    if (folder / "baseline.json").is_file():
-        return int(read(folder / "baseline.json")["latents"])
+    if is_compression(folder):
+        return Compression.load(folder).latents
     encoded = LatentSet(folder.with_name(f"{folder.name}-encoded"))
     return sum(p.numel() for p in encoded.planes(encoded.entries[0]))
 
