@@ -136,6 +136,9 @@ def test_a_gaussian_has_the_mean_and_covariance_of_the_planes(latents, tmp_path)
     centred = states - states.mean(0)
     covariance = centred.T @ centred / (len(states) - 1)
     torch.testing.assert_close(fitted.directions.T @ fitted.directions, covariance, rtol=1e-3, atol=1e-4)
+    drawn = torch.stack([fitted.draw(i, 0) for i in range(2000)]) - fitted.mean
+    coefficients = drawn @ torch.linalg.pinv(fitted.directions)  # standard normals, if the covariance is right
+    torch.testing.assert_close(coefficients.T.cov(), torch.eye(len(fitted.directions)), rtol=0, atol=0.15)
     runs.command("baseline", "sample", str(tmp_path / "g"), "--out", str(tmp_path / "s"), "--n", "2", "-q")
     assert len(read_set(tmp_path / "s", lambda v: v).names) == 2
     few = Gaussian.fit(GaussianConfig(latents=str(latents), directions=2))

@@ -127,6 +127,7 @@ def test_times_are_read_off_curves():
     points = [(10.0, 20.0), (20.0, 24.0), (30.0, 25.0)]
     assert time_to(points, 22.0) == pytest.approx(15)
     assert time_to(points, 20.0) == 10
+    assert time_to(points, 24.5) == pytest.approx(25)
     assert time_to(points, 26.0) == math.inf
     assert late_gain(points) == pytest.approx(25 - 24.4)
     assert math.isnan(late_gain(points[:1]))

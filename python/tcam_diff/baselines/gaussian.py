@@ -59,10 +59,14 @@ class Gaussian:
         info = typical(data.set.entries)
         return Gaussian(mean, values[:kept, None] * directions[:kept], data.set.decoder(), data.set.config, info, sizes)
 
-    def volume(self, index: int, seed: int) -> FittedVolume:
-        """Volume ``index`` of a seed, as planes with their decoder: normals times the directions, about the mean."""
+    def draw(self, index: int, seed: int) -> Tensor:
+        """Packed planes (numbers,) of sample ``index`` of a seed: normals times the directions, about the mean."""
         z = torch.randn(len(self.directions), generator=rng(seed, "sample", index))
-        planes = unpack((self.mean + z @ self.directions)[None], self.stage1.channels, self.sizes)
+        return self.mean + z @ self.directions
+
+    def volume(self, index: int, seed: int) -> FittedVolume:
+        """Sample ``index`` of a seed, as normalised planes with their decoder."""
+        planes = unpack(self.draw(index, seed)[None], self.stage1.channels, self.sizes)
         return FittedVolume(normalise(planes, self.stage1.norm), self.decoder, self.stage1, self.info)
 
     def save(self, folder: Path, provenance: dict[str, Any]) -> None:
