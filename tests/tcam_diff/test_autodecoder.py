@@ -270,12 +270,54 @@ def test_the_perceptual_loss_takes_a_local_file_and_says_what_is_missing(tmp_pat
     value.backward()
     assert float(value.detach()) > 0
     assert float(y.grad.abs().sum()) > 0
+    plain = Perceptual(str(tmp_path / "squeezenet.pt"), "eq4")
+    layers = [plain.net.net(plain.net.scaling_layer(v.expand(-1, 3, -1, -1))) for v in (x, y)]
+    want = sum(float((p - q).square().mean().detach()) for p, q in zip(*layers, strict=True))
+    assert float(plain(y, x).detach()) == pytest.approx(want, rel=1e-5)
+    assert abs(want - float(value.detach())) > 1e-3 * want
     reference = lpips.LPIPS(net="squeeze", verbose=False, pnet_rand=True)
     for key, tensor in reference.net.state_dict().items():
         assert torch.equal(ours.net.net.state_dict()[key], net.state_dict()["features." + key.split(".", 1)[1]])
         assert tensor.shape == ours.net.net.state_dict()[key].shape
     with pytest.raises(UserError, match=r"perceptual_weights.*gone\.pt: no such file"):
         Perceptual(str(tmp_path / "gone.pt"))
+
+
+def test_the_perceptual_term_is_the_sum_of_the_axes_means():
+    """algorithm.md 7.3, with the mean square difference in place of the network."""
+    config = FitConfig.load("fast", [*SMALL, "feature_slices=2", "tv_weight=0", "ssim_weight=0"])
+    objective = TrainingObjective(config.model_copy(update={"perceptual_weight": 0.0}), (12, 10, 8))
+    objective.config = config.model_copy(update={"perceptual_weight": 1.0})
+    objective.perceptual = lambda got, want: (got - want).square().mean()
+    decoder = make_decoder(config, 1)
+    raw = init_planes(config.channels, objective.texels, 0.1, torch.Generator().manual_seed(0))
+    volume = np.random.default_rng(0).random((1, 12, 10, 8), dtype=np.float32)
+    visit = objective.read(objective.visit(0, 0), volume)
+    assert len(visit.features) == 6
+    _, terms = objective.losses(raw, decoder, [visit], noise=False)
+    normal = planes.normalise(raw, config.norm)
+    by_axis = [[], [], []]
+    for box, target in zip(visit.features, visit.targets[len(visit.regions) :], strict=True):
+        got = decoder(normal, (12, 10, 8), box=box, compute_dtype=objective.compute)
+        by_axis[next(a for a, (lo, hi) in enumerate(box) if hi - lo == 1)].append(
+            float((got - target).square().mean().detach())
+        )
+    assert float(terms["perceptual"]) == pytest.approx(sum(np.mean(v) for v in by_axis), rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["point", "texel"])
+def test_feature_slices_have_equation_7s_noise_if_asked(mode):
+    terms = {}
+    for noisy in (False, True):
+        changes = [*SMALL, "tv_weight=0", "ssim_weight=1", f"noise_mode={mode}", f"feature_noise={noisy}"]
+        config = FitConfig.load("fast", changes)
+        objective = TrainingObjective(config, (12, 12, 12))
+        decoder = make_decoder(config, 1)
+        raw = init_planes(config.channels, objective.texels, 0.1, torch.Generator().manual_seed(0))
+        visit = objective.read(objective.visit(0, 0), ellipsoids(12))
+        terms[noisy] = [float(objective.losses(raw, decoder, [visit], noise=n)[1]["ssim"]) for n in (False, True)]
+    assert terms[False][0] == terms[False][1] == terms[True][0]
+    assert terms[True][1] != terms[True][0]
 
 
 def test_stopping_early_keeps_the_best_state():

@@ -48,16 +48,32 @@ def test_streams_are_functions_of_their_names():
 
 @pytest.mark.parametrize(("objects", "batch", "inner"), [(7, 3, 1), (8, 4, 2), (5, 5, 1), (64, 8, 1), (3, 1, 3)])
 def test_a_schedule_visits_every_object_of_a_slot_once_per_round(objects, batch, inner):
-    schedule = Schedule(objects, batch, inner, seed=1)
+    schedule, turns = Schedule(objects, batch, inner, seed=1), -(-objects // batch)
+    for round_ in range(3):  # whatever the batch, a round visits all objects equally often
+        steps = range(round_ * inner * turns, (round_ + 1) * inner * turns)
+        visits = [schedule.at(s, slot) for s in steps for slot in range(batch)]
+        assert sorted(o for o, _, active in visits if active) == sorted([*range(objects)] * inner)
     for slot in range(batch):
         mine = list(schedule.of_slot(slot))
-        seen = [schedule.at(s, slot) for s in range(3 * inner * len(mine))]
-        for round_ in range(3):
-            part = seen[round_ * inner * len(mine) : (round_ + 1) * inner * len(mine)]
-            assert sorted(o for o, _ in part) == sorted(mine * inner)
+        seen = [v for s in range(3 * inner * turns) if (v := schedule.at(s, slot))[2]]
+        assert {o for o, _, _ in seen} == set(mine)
         assert len(set(seen)) == len(seen)  # no visit occurs twice
-        assert max(v for _, v in seen) == 3 * inner - 1
+        assert max(v for _, v, _ in seen) == 3 * inner - 1
     assert sorted(o for s in range(batch) for o in schedule.of_slot(s)) == list(range(objects))
+
+
+def test_an_idle_slot_changes_nothing(store, tmp_path):
+    """With 7 objects and a batch of 4 the fourth slot is idle in every second step: its object stays as it was."""
+    task = AutodecoderTraining(runs.config(store, "prefetch=0"), Distributed(), tmp_path)
+    assert len(task.records) % task.config.batch
+    for index in range(4):
+        visits = [task.schedule.at(index, slot) for slot in range(task.config.batch)]
+        before = {o: [p.clone() for p in task.table.planes(o)] for o, _, _ in visits}
+        task.step(index)
+        for o, _, active in visits:
+            same = all(torch.equal(p, q) for p, q in zip(before[o], task.table.planes(o), strict=True))
+            assert same != active
+    assert not all(active for s in range(2) for *_, active in (task.schedule.at(s, slot) for slot in range(4)))
 
 
 def test_every_round_has_an_order_of_its_own():

@@ -63,8 +63,8 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     """Evaluate a run on its whole fitted volumes, without noise.
 
     Returns:
-        Means over the volumes of "mse", "psnr" (dB) and "ssim" (None below 11 voxels along an axis), plane parameters as
-        "latents" and per voxel as "ratio", and the number of "volumes".
+        Means over the volumes of "mse", "psnr" (dB) and "ssim" (None below 11 voxels along an axis), their 95 % "intervals",
+        plane parameters as "latents" and per voxel as "ratio", and the number of "volumes".
     """
     run = load_run(folder)
     store = Store(run.config.data)
@@ -73,6 +73,7 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     parameters = sum(p.numel() for p in run.raw_planes()[run.objects[0]])
     return {
         **{name: figures[name].mean if name in figures else None for name in ("mse", "psnr", "ssim")},
+        "intervals": {n: (figures[n].low, figures[n].high) for n in ("mse", "psnr", "ssim") if n in figures},
         "latents": parameters,
         "ratio": parameters / int(np.prod(found[0].record.info.array_shape)),
         "volumes": len(found),

@@ -57,12 +57,21 @@ class AutodecoderConfig(OptimiserConfig):
     tv_weight: Weight = 1e-3
     ssim_weight: Annotated[float, Field(ge=0, description="weight of 1 - SSIM of random slices")] = 0.0
     perceptual_weight: Annotated[
-        float, Field(ge=0, description="weight of LPIPS (SqueezeNet) of random slices; the paper: 1e-2")
+        float,
+        Field(
+            ge=0,
+            description="weight of the perceptual distance (SqueezeNet) of random slices, summed over axes; the paper: 1e-2",
+        ),
     ] = 0.0
+    perceptual: Annotated[
+        Literal["lpips", "eq4"],
+        Field(description="LPIPS, or the plain sum over layers of the mean squared differences of features (equation 4)"),
+    ] = "lpips"
     perceptual_weights: Annotated[
         str | None, Field(description="file with torchvision's squeezenet1_1 weights; null: torchvision downloads them")
     ] = None
     feature_slices: Annotated[int, Field(ge=1, description="slices along each axis for SSIM and LPIPS")] = 1
+    feature_noise: Annotated[bool, Field(description="equation 7's noise on these slices, too, as in the paper")] = False
     noise_std: Annotated[float, Field(ge=0, description="C of equation 7")] = 0.32
     noise_mode: Annotated[
         Literal["point", "texel"],
@@ -85,7 +94,7 @@ class TrainConfig(AutodecoderConfig, RunConfig):
     """Training of one decoder and of planes for every volume of a store."""
 
     kind = "train"
-    changeable = RunConfig.changeable | {"data", "tables", "prefetch", "evaluate_objects"}
+    changeable = RunConfig.changeable | {"data", "tables", "prefetch", "evaluate_objects", "evaluate_whole"}
 
     data: Annotated[str, Field(description="store of `tcam prepare`")]
     split: str = "train"
@@ -103,6 +112,7 @@ class TrainConfig(AutodecoderConfig, RunConfig):
     ema_decay: Annotated[float, Field(ge=0, lt=1, description="decay of the decoder's average, with warm-up")] = 0.999
     prefetch: Annotated[int, Field(ge=0, description="steps for which voxels are read ahead")] = 2
     evaluate_objects: Annotated[Count, Field(description="objects of an evaluation during training")] = 8
+    evaluate_whole: Annotated[bool, Field(description="evaluate whole volumes, not nine slices of each")] = False
 
 
 class EncodeConfig(Config):

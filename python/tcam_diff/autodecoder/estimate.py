@@ -14,29 +14,23 @@ from tcam_diff.autodecoder.report import channels_picture, slices_picture, write
 from tcam_diff.autodecoder.tables import PlaneTable
 from tcam_diff.autodecoder.train import AutodecoderTraining, available_memory
 from tcam_diff.data.store import Store, one_shape
-from tcam_diff.training import checkpoint
 from tcam_diff.training.distributed import Distributed, device_of
 from tcam_diff.training.logger import Logger
-from tcam_diff.training.loop import Outcome, peak_memory
+from tcam_diff.training.loop import Outcome
+from tcam_diff.training.trial import Requirements, disk_space, memory, occasions, seconds_per_step, write_checkpoint
 
 
 @dataclass
-class Requirements:
-    """Requirements of one process, in bytes and seconds."""
+class PlaneRequirements(Requirements):
+    """Requirements of one process of stage 1, in bytes and seconds."""
 
-    host: float  # peak memory of the host
-    device: float  # peak memory of the GPU, 0 on a CPU
-    disk: float  # at the end of the run
-    disk_most: float  # during the run, with an older best checkpoint and one being written
-    seconds: float  # of the whole run
-    step: float  # seconds per step
     tables: float  # bytes of planes and Adam moments
     where: str  # location of the tables: device, host or disk
     available: float  # bytes of free memory where the tables are
     texels: tuple[int, int, int]  # of the planes, along x, y, z
 
 
-def estimate(config: TrainConfig, seconds: float = 10.0) -> Requirements:
+def estimate(config: TrainConfig, seconds: float = 10.0) -> PlaneRequirements:
     """Train for about ``seconds`` in a temporary folder, with as few objects as a step needs, and extrapolate.
 
     The time includes steps, evaluations, checkpoints (with fsync) and the evaluation of whole volumes at the end. The memory is
@@ -57,7 +51,7 @@ def estimate(config: TrainConfig, seconds: float = 10.0) -> Requirements:
                 1, config.channels, task.objective.texels, task.table.tables["value"][0].element_size()
             )
             where, texels = task.place(count), task.objective.texels
-            step = _seconds_per_step(task, seconds)
+            step = seconds_per_step(task, seconds)
             start = time.monotonic()
             task.evaluate(range(few), whole=False)
             evaluate_seconds = (time.monotonic() - start) / few * min(config.evaluate_objects, count)
@@ -74,16 +68,10 @@ def estimate(config: TrainConfig, seconds: float = 10.0) -> Requirements:
             score = task.evaluate(range(few), whole=True)
             final_seconds = (time.monotonic() - start) / few * count
             write_report(folder, trial, task, Outcome(1, 1.0, False, {"fitted_psnr": score["psnr"]}))
-            start = time.monotonic()
-            shared = {"task": task.shared_state(), "seconds": 0.0}
-            path = checkpoint.save(folder / "checkpoints", 1, shared, task.shard_state(), group)
-            save_seconds = time.monotonic() - start
-            trial_bytes = float(sum(p.stat().st_size for p in path.iterdir()))
+            save_seconds, trial_bytes = write_checkpoint(task, folder, group)
         finally:
             task.close()
-        host, device = peak_memory(torch.device("cpu")), 0.0
-        if group.device.type == "cuda":
-            device = peak_memory(group.device)
+        host, device = memory(group.device)
     more = per_object * (count - few)
     if where == "device" and group.device.type == "cuda":
         device += more
@@ -91,26 +79,11 @@ def estimate(config: TrainConfig, seconds: float = 10.0) -> Requirements:
         host += more if where != "disk" else 0
     checkpoint_bytes = trial_bytes + more
     save_seconds *= checkpoint_bytes / trial_bytes
-    at = [{*range(n, config.steps + 1, n), config.steps} for n in (config.evaluation_steps(), config.checkpoint_steps())]
-    evaluations, checkpoints = len(at[0]), len(at[0] | at[1])
+    evaluations, checkpoints = occasions(config)
     on_disk = per_object * count if where == "disk" else 0
     total = (
         config.steps * step + evaluations * (evaluate_seconds + picture_seconds) + checkpoints * save_seconds + final_seconds
     )
     free = torch.cuda.mem_get_info(group.device)[0] if device and where == "device" else available_memory()
-    disk, most = (min(checkpoints, kept) * checkpoint_bytes + on_disk for kept in (config.keep, config.keep + 2))
-    return Requirements(host, device, disk, most, total, step, per_object * count, where, float(free), texels)
-
-
-def _seconds_per_step(task: AutodecoderTraining, seconds: float) -> float:
-    """Mean time of a step after a warm-up, measured for about ``seconds``."""
-    start, index, mark, warm = time.monotonic(), 0, time.monotonic(), 0
-    while True:
-        loss = task.step(index)["loss"]
-        index += 1
-        if index == 3 or (index < 3 and time.monotonic() - start > seconds / 3):
-            float(loss)
-            mark, warm = time.monotonic(), index
-        if (index > max(warm, 3) and time.monotonic() - start > seconds) or index == task.steps:
-            float(loss)  # waits for the device
-            return (time.monotonic() - mark) / max(1, index - warm)
+    disk, most = (n + on_disk for n in disk_space(config, checkpoint_bytes))
+    return PlaneRequirements(host, device, disk, most, total, step, per_object * count, where, float(free), texels)

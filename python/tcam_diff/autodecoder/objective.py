@@ -46,6 +46,7 @@ class Visit:
     object: int | str
     regions: list[Region]
     noise_seed: int
+    active: bool = True  # False: without weight in the loss
     features: list[Box] = field(default_factory=list)  # slices for SSIM and LPIPS
     targets: list[Tensor] = field(default_factory=list)  # (1, channels, h, w, d) for each region, then for each feature slice
 
@@ -119,7 +120,9 @@ class TrainingObjective:
         self.texels = plane_texels(config, size)
         dtype = parameter_dtype(config)
         self.interpolation = [interpolation(n, m).to(self.device, dtype) for n, m in zip(size, self.texels, strict=True)]
-        self.perceptual = Perceptual(config.perceptual_weights).to(self.device) if config.perceptual_weight else None
+        self.perceptual: Perceptual | None = None
+        if config.perceptual_weight:
+            self.perceptual = Perceptual(config.perceptual_weights, config.perceptual).to(self.device)
 
     # ---- visits ------------------------------------------------------------------------
 
@@ -138,7 +141,7 @@ class TrainingObjective:
         else:
             regions = [self._box(generator)]
         features = self._slices(c.feature_slices, generator) if c.ssim_weight or c.perceptual_weight else []
-        return Visit(name, regions, seed_of(c.seed, "noise", name, count), features)
+        return Visit(name, regions, seed_of(c.seed, "noise", name, count), features=features)
 
     def read(self, visit: Visit, volume: np.ndarray) -> Visit:
         """Set the targets of a visit to its voxels of ``volume`` (channels, H, W, D)."""
@@ -189,8 +192,8 @@ class TrainingObjective:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses data + tv_weight TV + ssim_weight (1 - SSIM) + perceptual_weight LPIPS.
 
-        The data term is computed with noise; SSIM and LPIPS are computed on decoded slices without noise. Objects are decoded
-        one after another.
+        The data term is computed with noise, SSIM and LPIPS on decoded slices, with noise if ``feature_noise`` is set. Objects
+        are decoded one after another.
 
         Args:
             raw: planes (B, C, rows, columns) before normalisation, one row per visit.
@@ -210,7 +213,7 @@ class TrainingObjective:
             terms["tv"] = total_variation(planes, c.tv)
             total = total + c.tv_weight * terms["tv"]
         if c.ssim_weight or c.perceptual_weight:
-            features = [self._features(o, decoder, visit) for o, visit in objects]
+            features = [self._features(o, decoder, visit, noise and c.feature_noise) for o, visit in objects]
             for name, weight in (("ssim", c.ssim_weight), ("perceptual", c.perceptual_weight)):
                 if weight:
                     terms[name] = torch.stack([f[name] for f in features])
@@ -219,14 +222,8 @@ class TrainingObjective:
 
     def _data(self, planes: list[Tensor], decoder: tcam_ext.TriplaneDecoder, visit: Visit, noise: bool) -> Tensor:
         c = self.config
-        options: dict[str, Any] = {"loss": c.loss, "beta": c.beta, "compute_dtype": self.compute}
-        if noise and c.noise_std and c.noise_mode == "point":
-            options |= {"noise_std": c.noise_std, "noise_seed": visit.noise_seed}
-        elif noise and c.noise_std and isinstance(visit.regions[0], Lattice):
-            # Planes sampled at the lattice have one texel per voxel, so no interpolation reduces the noise.
-            options |= {"noise_std": c.noise_std, "noise_seed": visit.noise_seed, "noise_mode": "texel"}
-        elif noise and c.noise_std:
-            planes = texel_noise(planes, c.noise_std, self.size, visit.noise_seed)
+        planes, options = self._noisy(planes, visit, noise, isinstance(visit.regions[0], Lattice))
+        options |= {"loss": c.loss, "beta": c.beta, "compute_dtype": self.compute}
         total = planes[0].new_zeros(())
         for region, target in zip(visit.regions, visit.targets, strict=False):
             target = target.to(self.device, non_blocking=True)
@@ -237,6 +234,19 @@ class TrainingObjective:
                 total = total + decoder.loss(planes, target, self.size, box=region, **options)
         return total / len(visit.regions)
 
+    def _noisy(
+        self, planes: list[Tensor], visit: Visit, noise: bool, lattice: bool = False
+    ) -> tuple[list[Tensor], dict[str, Any]]:
+        """Planes and options of the decoder with the noise of a visit, for boxes or for planes sampled at a lattice."""
+        c = self.config
+        if not (noise and c.noise_std):
+            return planes, {}
+        if c.noise_mode == "point":
+            return planes, {"noise_std": c.noise_std, "noise_seed": visit.noise_seed}
+        if lattice:  # planes sampled at the lattice have one texel per voxel, so no interpolation reduces the noise
+            return planes, {"noise_std": c.noise_std, "noise_seed": visit.noise_seed, "noise_mode": "texel"}
+        return texel_noise(planes, c.noise_std, self.size, visit.noise_seed), {}
+
     def _lattice(self, planes: list[Tensor], at: Lattice) -> list[Tensor]:
         """Planes that decode to the voxels of a lattice.
 
@@ -246,19 +256,24 @@ class TrainingObjective:
         x, y, z = (m[o :: at.stride] for o, m in zip(at.start, self.interpolation, strict=True))
         return [x @ planes[0] @ y.T, y @ planes[1] @ z.T, x @ planes[2] @ z.T]
 
-    def _features(self, planes: list[Tensor], decoder: tcam_ext.TriplaneDecoder, visit: Visit) -> dict[str, Tensor]:
-        """Mean 1 - SSIM and LPIPS of the feature slices of a visit, as far as they have weights."""
+    def _features(
+        self, planes: list[Tensor], decoder: tcam_ext.TriplaneDecoder, visit: Visit, noise: bool
+    ) -> dict[str, Tensor]:
+        """Losses of the feature slices of a visit, as far as they have weights: mean 1 - SSIM, and the sum over the three axes
+        of the mean perceptual distance of their slices (algorithm.md 7.3)."""
+        planes, options = self._noisy(planes, visit, noise)
         losses: dict[str, list[Tensor]] = {"ssim": [], "perceptual": []}
         for box, target in zip(visit.features, visit.targets[len(visit.regions) :], strict=True):
             axis = next(a for a, (lo, hi) in enumerate(box) if hi - lo == 1)
             want = unit(target.to(self.device, non_blocking=True))
-            got = decoder(planes, self.size, box=box, compute_dtype=self.compute).to(want.dtype)
+            got = decoder(planes, self.size, box=box, compute_dtype=self.compute, **options).to(want.dtype)
             got, want = (v.squeeze(2 + axis).transpose(0, 1) for v in (got, want))  # channels as a batch
             if self.config.ssim_weight:
                 losses["ssim"].append(1 - ssim2d(got, want))
             if self.perceptual is not None:
                 losses["perceptual"].append(self.perceptual(got, want))
-        return {name: torch.stack(values).mean() for name, values in losses.items() if values}
+        means = {name: torch.stack(values).mean() for name, values in losses.items() if values}
+        return {name: 3 * mean if name == "perceptual" else mean for name, mean in means.items()}
 
     # ---- evaluation --------------------------------------------------------------------
 

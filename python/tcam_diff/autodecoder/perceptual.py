@@ -15,19 +15,21 @@ from tcam_diff.evaluation.metrics import SIGMA, WINDOW, gaussian, ssim_map
 
 
 class Perceptual(nn.Module):
-    """LPIPS with SqueezeNet (equation 4; Zhang 2018) from the package lpips.
+    """Perceptual distance of slices with SqueezeNet from the package lpips: LPIPS (Zhang 2018), or equation 4.
 
     The channel of slices in [0, 1] is repeated three times. As in MONAI's PerceptualLoss, it is not rescaled to [-1, 1].
 
     Args:
         weights: a file with torchvision's squeezenet1_1 state_dict; None: torchvision downloads it.
+        mode: "lpips"; "eq4": the sum over layers of the mean squared differences of features, without LPIPS's weights.
 
     Raises:
         UserError: the package lpips or the weights are missing.
     """
 
-    def __init__(self, weights: str | None = None) -> None:
+    def __init__(self, weights: str | None = None, mode: str = "lpips") -> None:
         super().__init__()
+        self.mode = mode
         try:
             import lpips
         except ImportError as error:
@@ -56,8 +58,12 @@ class Perceptual(nn.Module):
         network.load_state_dict({key: state["features." + key.split(".", 1)[1]] for key in network.state_dict()})
 
     def forward(self, got: Tensor, want: Tensor) -> Tensor:
-        """Mean LPIPS of slices (n, 1, rows, columns)."""
-        value: Tensor = self.net(got.float().expand(-1, 3, -1, -1), want.float().expand(-1, 3, -1, -1))
+        """Mean distance of slices (n, 1, rows, columns)."""
+        a, b = (x.float().expand(-1, 3, -1, -1) for x in (got, want))
+        if self.mode == "eq4":
+            layers = [self.net.net(self.net.scaling_layer(x)) for x in (a, b)]
+            return torch.stack([(p - q).square().mean() for p, q in zip(*layers, strict=True)]).sum()
+        value: Tensor = self.net(a, b)
         return value.mean()
 
 

@@ -16,6 +16,8 @@ from tcam_ext.reference import linear_taps
 #: Axes of the planes xy, yz, xz along their rows and columns.
 PLANE_AXES = ((0, 1), (1, 2), (0, 2))
 PLANE_NAMES = ("xy", "yz", "xz")
+#: End of the names of files with the normalised planes of a sample, (C, rows, columns) by name.
+FILE_END = "-planes.safetensors"
 
 
 def plane_sizes(texels: Sequence[int]) -> list[tuple[int, int]]:

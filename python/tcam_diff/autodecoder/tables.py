@@ -6,7 +6,7 @@ A step updates only the rows of the objects that it visits, and each row has its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,12 @@ class PlaneTable:
         return Rows(numbers, [torch.stack(rows).requires_grad_() for rows in state["value"]], state)
 
     @torch.no_grad()
-    def update(self, rows: Rows, *, lr: float, beta2: float, eps: float, clip: float) -> Tensor:
+    def update(
+        self, rows: Rows, *, lr: float, beta2: float, eps: float, clip: float, active: Sequence[bool] | None = None
+    ) -> Tensor:
         """Update rows by one step of Adam, with each object's gradients clipped to norm ``clip``.
+
+        Rows that are not ``active`` stay as they are.
 
         Returns:
             The gradient norms (B,) before clipping.
@@ -117,13 +121,20 @@ class PlaneTable:
         for g in grads:
             g.mul_(factor.view(-1, 1, 1, 1))
         counters = [[self.steps[p, i].to(self.device) for i in rows.numbers] for p in range(3)]
+        chosen = active or [True] * len(rows.numbers)
+        if not any(chosen):
+            return norms
+
+        def of_chosen(planes: Iterable[Iterable[Tensor]]) -> list[Tensor]:
+            return [row for plane in planes for row, a in zip(plane, chosen, strict=True) if a]
+
         adam(
-            [row for plane in rows.state["value"] for row in plane],
-            [g for plane in grads for g in plane.unbind(0)],
-            [row for plane in rows.state["exp_avg"] for row in plane],
-            [row for plane in rows.state["exp_avg_sq"] for row in plane],
+            of_chosen(rows.state["value"]),
+            of_chosen(g.unbind(0) for g in grads),
+            of_chosen(rows.state["exp_avg"]),
+            of_chosen(rows.state["exp_avg_sq"]),
             [],
-            [c for plane in counters for c in plane],
+            of_chosen(counters),
             fused=True,
             amsgrad=False,
             beta1=0.9,

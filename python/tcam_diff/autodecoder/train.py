@@ -29,7 +29,7 @@ from tcam_diff.training.ema import update_average
 from tcam_diff.training.logger import Logger
 from tcam_diff.training.loop import Outcome, Task
 from tcam_diff.training.lr import lr_scale
-from tcam_diff.training.rng import rng
+from tcam_diff.training.rng import evenly, rng
 from tcam_diff.training.run import train
 from tcam_diff.training.states import load_module, load_optimiser
 
@@ -50,7 +50,8 @@ class Schedule:
     """Objects visited by each step, as a function of the step without state.
 
     Object o belongs to slot o mod batch. A slot visits its objects in random order, shuffled anew in every epoch. Each rank has
-    batch / ranks slots and the planes of their objects, so the objects of a step are the same for any number of ranks.
+    batch / ranks slots and the planes of their objects, so the objects of a step are the same for any number of ranks. An epoch
+    visits every object ``inner`` times: slots with an object less than others are idle in its last turn.
     """
 
     def __init__(self, objects: int, batch: int, inner: int, seed: int) -> None:
@@ -60,13 +61,13 @@ class Schedule:
         """Objects of a slot."""
         return range(slot, self.objects, self.batch)
 
-    def at(self, step: int, slot: int) -> tuple[int, int]:
-        """Object that a slot visits in a step, and the number of its earlier visits."""
+    def at(self, step: int, slot: int) -> tuple[int, int, bool]:
+        """Object that a slot visits in a step, the number of its earlier visits, and False if the slot is idle instead."""
         objects = self.of_slot(slot)
         turn, inner = divmod(step, self.inner)
-        epoch, at = divmod(turn, len(objects))
+        epoch, at = divmod(turn, -(-self.objects // self.batch))
         order = torch.randperm(len(objects), generator=rng(self.seed, "order", slot, epoch))
-        return objects[int(order[at])], epoch * self.inner + inner
+        return objects[int(order[min(at, len(objects) - 1)])], epoch * self.inner + inner, at < len(objects)
 
 
 class AutodecoderTraining(Task):
@@ -131,8 +132,9 @@ class AutodecoderTraining(Task):
     def _visits(self, step: int) -> list[Visit]:
         visits = []
         for slot in self.slots:
-            number, count = self.schedule.at(step, slot)
+            number, count, active = self.schedule.at(step, slot)
             visit = self.objective.visit(number, count)
+            visit.active = active
             visits.append(self.objective.read(visit, self.store.volume(self.records[number])))
         return visits
 
@@ -146,44 +148,52 @@ class AutodecoderTraining(Task):
         return self._ahead.pop(step).result()
 
     def step(self, index: int) -> dict[str, Tensor]:
-        """Update the decoder and the visited planes once. Returns "loss", its terms and the gradient norms."""
+        """Update the decoder and the visited planes once. Returns "loss", its terms and the gradient norms.
+
+        An idle slot computes the loss of a visit with weight 0, so that all ranks take part in every step.
+        """
         c = self.config
         visits = self._next(index)
         rows = self.table.fetch([v.object for v in visits])
         noise = index < c.steps * (1 - c.noise_free_fraction)
         losses, terms = self.loss(rows.leaves, visits, noise)
         self.optimiser.zero_grad(set_to_none=True)
-        # The sum gives each object's planes the gradient of their own loss. The decoder gets the mean over the objects.
-        losses.sum().backward()
+        weights = losses.new_tensor([v.active for v in visits])
+        # The sum gives each object's planes the gradient of their own loss. The decoder gets the sum over the slots' number.
+        (losses * weights).sum().backward()
         for p in self.decoder.parameters():
             if p.grad is not None:
                 p.grad /= len(visits)
         scale = lr_scale(c, index)
-        norms = self.table.update(rows, lr=c.lr_planes * scale, beta2=c.beta2, eps=c.adam_eps, clip=c.grad_clip)
+        active = [v.active for v in visits]
+        norms = self.table.update(rows, lr=c.lr_planes * scale, beta2=c.beta2, eps=c.adam_eps, clip=c.grad_clip, active=active)
         decoder_norm = nn.utils.clip_grad_norm_(self.decoder.parameters(), c.grad_clip)
         for parameters in self.optimiser.param_groups:
             parameters["lr"] = c.lr_decoder * scale
         self.optimiser.step()
         update_average(self.average, self.decoder, c.ema_decay, index)
-        means = {name: t.mean() for name, t in terms.items()}
-        return {"loss": losses.detach().mean(), **means, "grad_planes": norms.mean(), "grad_decoder": decoder_norm}
+        each = {"loss": losses.detach(), **terms, "grad_planes": norms}
+        # The loop takes the mean over ranks.
+        count = max(1, sum(self.schedule.at(index, slot)[2] for slot in range(c.batch))) / self.group.world
+        means = {name: (t * weights.to(t)).sum() / count for name, t in each.items()}
+        return {**means, "grad_decoder": decoder_norm}
 
     # ---- evaluation --------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate(self, objects: Sequence[int] | None = None, whole: bool = False) -> dict[str, float]:
+    def evaluate(self, objects: Sequence[int] | None = None, whole: bool | None = None) -> dict[str, float]:
         """Evaluate planes under the averaged decoder, without noise.
 
         Args:
             objects: numbers of the objects, over all ranks; None: ``evaluate_objects`` of them, evenly spread.
-            whole: use whole volumes instead of nine slices.
+            whole: use whole volumes instead of nine slices; None: as ``evaluate_whole`` says.
 
         Returns:
             "psnr" (dB), the mean over the objects, and "plane_rms", the mean root mean square of their planes.
         """
         if objects is None:
-            count = min(self.config.evaluate_objects, len(self.records))
-            objects = [round(i * (len(self.records) - 1) / max(1, count - 1)) for i in range(count)]
+            objects = evenly(self.config.evaluate_objects, len(self.records))
+        whole = self.config.evaluate_whole if whole is None else whole
         sums = torch.zeros(3, dtype=torch.float64, device=self.group.device)
         boxes = None if whole else self.objective.check_boxes()
         for o in objects:

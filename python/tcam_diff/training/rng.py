@@ -22,6 +22,12 @@ def rng(seed: int, *name: str | int, device: torch.device | None = None) -> torc
     return torch.Generator(device or "cpu").manual_seed(seed_of(seed, *name))
 
 
+def evenly(count: int, total: int) -> list[int]:
+    """``count`` numbers, or all, evenly spread from 0 to ``total`` - 1."""
+    count = min(count, total)
+    return [round(i * (total - 1) / max(1, count - 1)) for i in range(count)]
+
+
 def in_epochs(position: int, count: int, seed: int) -> int:
     """Number at a position of the sequence of shuffled epochs over 0 to count - 1, a function without state."""
     epoch, at = divmod(position, count)
