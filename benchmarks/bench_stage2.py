@@ -119,7 +119,7 @@ def run(a: argparse.Namespace, work: Path) -> None:
             model = TriplaneDiffusion.load(folder)
             planes = timed(times, "sample_s", lambda m=model, s=seed: draw(m, a.samples, SampleConfig(seed=s, steps=25)))
             volumes[name] = decoded(model, planes)
-            losses[name] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["validation_loss"]
+            losses[name] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["training_loss"]
             if name == "samples":
                 swapped = [p.roll(i, 0) for i, p in enumerate(planes)]
                 volumes["planes swapped"] = decoded(model, swapped)

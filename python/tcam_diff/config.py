@@ -138,7 +138,8 @@ def validate(model: type[C], values: Any, name: str, changed: Sequence[str] | No
         where = name if not path else path if changed is None or path in changed else f"{name}: {path}"
         if first["type"] == "extra_forbidden":
             raise UserError(f"{where}: no such key{_nearest(path, keys(model))}") from error
-        given = "" if first["type"] == "missing" else f", got {shown(repr(first['input']))}"
+        whole = first["type"] == "value_error" and isinstance(first["input"], dict)  # of keys that do not fit one another
+        given = "" if first["type"] == "missing" or whole else f", got {shown(repr(first['input']))}"
         raise UserError(f"{where}: {first['msg'].lower()}{given}") from error
 
 

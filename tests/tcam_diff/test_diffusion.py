@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tcam_diff.diffusion.config import DiffusionConfig, NetworkConfig
 from tcam_diff.diffusion.network import TriplaneAttention, TriplaneUNet, _add, _attend, _positions
-from tcam_diff.diffusion.process import Estimate, errors, flip, mix, pack, timesteps, unpack
+from tcam_diff.diffusion.process import Estimate, decisive, error, flip, mix, pack, timesteps, unpack
 from tcam_diff.errors import UserError
 
 import tcam_ext
@@ -116,7 +116,9 @@ def test_heads_begin_at_zero_so_the_loss_begins_at_two(weights):
     x0, noise = planes(SQUARE, batch=8, seed=2), planes(SQUARE, batch=8, seed=3)
     t = timesteps("stratified", 8, 0, 0)
     estimates = net([mix(a, b, t) for a, b in zip(x0, noise, strict=True)], t)
-    assert float(sum(e.mean() for e in errors(*estimates, noise, x0)).detach()) == pytest.approx(2, abs=0.05)
+    assert float(sum(error(*pair).mean() for pair in zip(estimates, (noise, x0), strict=True)).detach()) == pytest.approx(
+        2, abs=0.05
+    )
 
 
 def test_axis_attention_reads_the_line_of_the_shared_coordinate():
@@ -213,9 +215,9 @@ def test_bad_levels_are_refused():
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.sampled_from(["stratified", "uniform", "integer", "antithetic"]), st.integers(1, 40), st.integers(0, 9))
+@given(st.sampled_from(["stratified", "uniform", "integer", "antithetic", "spectrum"]), st.integers(1, 40), st.integers(0, 9))
 def test_timesteps_lie_in_their_range(kind, batch, step):
-    t = timesteps(kind, batch, 5, step)
+    t = timesteps(kind, batch, 5, step, (0.25, 900.0))
     assert t.shape == (batch,)
     assert float(t.min()) >= 0
     assert float(t.max()) < 1000
@@ -223,6 +225,12 @@ def test_timesteps_lie_in_their_range(kind, batch, step):
         assert sorted((t * batch / 1000).floor().int().tolist()) == list(range(batch))
     if kind == "integer":
         assert torch.equal(t, t.round())
+    if kind == "spectrum" and batch % 2 == 0:  # half in equal parts of log tan(eta), half in equal parts of t
+        low, high = decisive((0.25, 900.0))
+        place = ((t.double() * (math.pi / 2000)).tan().log() - low) / (high - low)
+        for part in range(batch // 2):
+            assert ((place * (batch // 2)).floor() == part).any()
+            assert ((t * (batch // 2) / 1000).floor() == part).any()
     if kind == "antithetic" and batch % 2 == 0:
         assert torch.equal(t[: batch // 2] + t[batch // 2 :], torch.full((batch // 2,), 999.0))
 
@@ -242,9 +250,9 @@ def test_errors_weigh_planes_of_different_sizes_equally():
     x0 = planes(OBLONG)
     zero = [torch.zeros_like(p) for p in x0]
     one_off = [zero[0], zero[1] + 1, zero[2]]
-    noise_error, image_error = errors(zero, one_off, zero, zero)
-    assert torch.allclose(image_error, torch.full((2,), 1 / 3))
-    assert not noise_error.any()
+    assert torch.allclose(error(one_off, zero), torch.full((2,), 1 / 3))
+    assert torch.allclose(error(one_off, zero, [p + 2 for p in zero]), torch.full((2,), 1 / 12))
+    assert not error(zero, zero).any()
 
 
 def test_packing_is_undone_by_unpacking():

@@ -13,6 +13,8 @@ from runs import SIZE, sampler, tcam
 from tcam_diff.diffusion.config import SampleConfig
 from tcam_diff.diffusion.draw import Output, draw_samples
 from tcam_diff.diffusion.model import TriplaneDiffusion
+from tcam_diff.diffusion.process import unpack
+from tcam_diff.evaluation.sets import read_planes, read_set
 
 # ---- samples -------------------------------------------------------------------------------
 
@@ -130,6 +132,30 @@ def test_a_command_draws_the_missing_samples(trained, tmp_path):
     for other in (("--final", "x"), ("--size", 8, 8, 8), ("--dtype", "uint8"), ("--compute-dtype", "bfloat16")):
         assert "exists with other settings" in tcam(*command, "--n", 3, *other, fails=True)  # nothing is overwritten
     assert {p.name: p.read_bytes() for p in out.glob("*.nii.gz")} == files
+
+
+def test_planes_are_written_beside_the_samples(trained, model, tmp_path):
+    out = tmp_path / "samples"
+    command = ("sample", trained, "--out", out, "--n", 2, "--steps", 2, "-q")
+    tcam(*command)
+    assert read_planes(out) is None
+    volume = (out / "sample-0001_seed0_heun2.nii.gz").read_bytes()
+    assert "exists with other settings" in tcam(*command[:-1], "--planes", "--final", "x", fails=True)
+    tcam(*command, "--planes")  # samples without planes are drawn again
+    assert (out / "sample-0001_seed0_heun2.nii.gz").read_bytes() == volume
+    states = read_planes(out)
+    planes = unpack(states, model.channels, model.geometry.sizes)
+    shown = model.decode([p[1:] for p in planes])[0]
+    np.testing.assert_allclose(read_set(out, lambda v: v).volumes[1], shown, atol=1e-4)
+    (out / "sample-0000_seed0_heun2.json").unlink()  # not finished
+    assert torch.equal(read_planes(out), states[1:])
+
+
+def test_a_grid_that_the_model_does_not_know_is_refused_before_drawing(trained, tmp_path):
+    assert "grid=spectrum: the model does not know" in tcam(
+        "sample", trained, "--out", tmp_path / "samples", "--grid", "spectrum", fails=True
+    )
+    assert not list((tmp_path / "samples").glob("*.nii.gz"))
 
 
 def test_drawing_stops_and_continues(trained, tmp_path):

@@ -193,6 +193,21 @@ def test_the_schedule_serves_monais_own_schedulers():
 
     monai = DDIMScheduler(schedule="quarter_circle")
     ours = ArcScheduler()
-    x0, noise, t = torch.randn(3, 5), torch.randn(3, 5), torch.tensor([0, 500, 999])
+    x0, noise, t = torch.randn(3, 5), torch.randn(3, 5), torch.tensor([1, 500, 999])
     torch.testing.assert_close(monai.add_noise(x0, noise, t), ours.add_noise(x0, noise, t), rtol=0, atol=2e-4)
     torch.testing.assert_close(monai.get_velocity(x0, noise, t), ours.get_velocity(x0, noise, t), rtol=0, atol=2e-4)
+
+
+def test_monais_ancestral_sampler_keeps_the_variance_of_unit_data():
+    """With the exact noise of unit normal data, sin(eta) x, as the network's output."""
+    from monai.networks.schedulers import DDPMScheduler
+
+    scheduler = DDPMScheduler(schedule="quarter_circle", clip_sample=False)
+    scheduler.set_timesteps(1000)
+    torch.testing.assert_close(scheduler.alphas.cumprod(0), scheduler.alphas_cumprod, rtol=1e-3, atol=1e-6)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        x = torch.randn(1, 20000)
+        for t in scheduler.timesteps:
+            x, _ = scheduler.step(math.sin(float(t) / 1000 * math.pi / 2) * x, int(t), x)
+    assert float(x.std()) == pytest.approx(1, abs=0.03)

@@ -231,7 +231,7 @@ def test_files_of_a_run(uninterrupted):
     ]  # fmt: skip
     metrics = read_metrics(uninterrupted)
     assert [m["step"] for m in metrics if "loss" in m] == [4, 8, 12, 16]
-    assert [m["step"] for m in metrics if "validation_loss" in m] == [8, 16]
+    assert [m["step"] for m in metrics if "training_loss" in m] == [8, 16]  # without a set for validation
     page = (uninterrupted / "report.html").read_text()
     assert page.count("data:image/png") == 2
     assert len(list((uninterrupted / "samples").glob("*.png"))) == 2
@@ -250,7 +250,7 @@ def test_the_best_checkpoint_is_one_that_was_evaluated(latents, tmp_path):
     runs.finish(runs.start(runs.diffuse, latents, tmp_path, ("keep=9", "checkpoint_every=3", "evaluate_every=4")))
     scores = {s: json.loads((tmp_path / "checkpoints" / f"step-{s:08d}" / "manifest.json").read_text())["score"]
               for s in checkpoint.steps(tmp_path / "checkpoints")}  # fmt: skip
-    losses = {m["step"]: -m["validation_loss"] for m in read_metrics(tmp_path) if "validation_loss" in m}
+    losses = {m["step"]: -m["training_loss"] for m in read_metrics(tmp_path) if "training_loss" in m}
     assert {s: v for s, v in scores.items() if v is not None} == losses
     assert {3, 9, 15} <= {s for s, v in scores.items() if v is None}
 
@@ -285,6 +285,25 @@ def test_the_command_protects_a_run(latents, uninterrupted):
         runs.diffuse(latents, uninterrupted, ("lr=0.1",), "auto")
 
 
+def test_other_labels_are_refused(latents, tmp_path):
+    table, names = tmp_path / "labels.csv", LatentData(latents).names
+    table.write_text("name,label\n" + "".join(f"{n},{'ab'[i % 2]}\n" for i, n in enumerate(names)))
+    runs.diffuse(latents, tmp_path / "run", (f"labels={table}", "steps=2"))
+    table.write_text("name,label\n" + "".join(f"{n},{'ab'[i // 3]}\n" for i, n in enumerate(names)))
+    with pytest.raises(UserError, match=r"labels: .*labels\.csv: not the labels with which the run began"):
+        runs.diffuse(latents, tmp_path / "run", (f"labels={table}", "steps=2"), "auto")
+
+
+def test_a_run_from_before_a_key_existed_is_continued(latents, tmp_path):
+    """A key that is missing in the run's config.yaml had its default."""
+    runs.diffuse(latents, tmp_path / "run", ("steps=2",))
+    path = tmp_path / "run" / "config.yaml"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith(("prior", "loss:"))))
+    runs.diffuse(latents, tmp_path / "run", ("steps=2",), "auto")
+    with pytest.raises(UserError, match=r"prior: the run in .* began with none, --resume was given unit"):
+        runs.diffuse(latents, tmp_path / "run", ("steps=2", "prior=unit"), "auto")
+
+
 def test_other_latents_are_refused(uninterrupted, tmp_path):
     other = runs.make_latents(tmp_path / "other", seed=3)
     with pytest.raises(UserError, match="not the planes with which the run began"):
@@ -307,12 +326,26 @@ def test_two_processes_are_one(latents, tmp_path, overrides, count, tolerance):
     if count > 1:
         for a, b in zip(one["network"], two["network"], strict=True):
             assert float((a - b).norm()) <= tolerance * float(a.norm() + 1)
-    assert one["checked"]["validation_loss"] == pytest.approx(two["checked"]["validation_loss"], rel=1e-6)
+    assert one["checked"]["training_loss"] == pytest.approx(two["checked"]["training_loss"], rel=1e-6)
 
 
 def test_a_batch_that_cannot_be_shared(latents, tmp_path):
     with pytest.raises(UserError, match=r"batch: expected a multiple of 6 \(3 process"):
         DiffusionTraining(runs.diffusion_config(latents, "accumulate=2"), Distributed(0, 3), tmp_path)
+
+
+def test_an_estimate_of_disk_space(latents, tmp_path):
+    """That of the run; time and memory are for people."""
+    over = ["tiny", f"latents={latents}", *runs.SMALL_DIFFUSION, "prior=gaussian"]
+    words = runs.tcam("estimate", *over, "--seconds", 1).split()
+    assert {"time", "host", "disk"} <= set(words)
+    disk, unit = float(words[words.index("disk") + 1]), words[words.index("disk") + 2]
+    runs.tcam("train-diffusion", *over, "--out", tmp_path / "run", "-q")
+    files = [p for name in ("checkpoints", "model") for p in (tmp_path / "run" / name).rglob("*") if p.is_file()]
+    kept = len(list((tmp_path / "run" / "checkpoints").iterdir()))
+    model = sum(p.stat().st_size for p in files if "model" in p.parts)
+    held = sum(p.stat().st_size for p in files) - model
+    assert disk * {"KB": 1e3, "MB": 1e6}[unit] == pytest.approx(2 * held / kept + model, rel=0.25)
 
 
 # ---- models --------------------------------------------------------------------------------

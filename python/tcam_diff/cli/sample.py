@@ -9,7 +9,7 @@ import typer
 
 from tcam_diff import config as configs
 from tcam_diff.cli.common import Quiet, progress_bar, say, stop_on_interrupt
-from tcam_diff.diffusion.config import Method, SampleConfig
+from tcam_diff.diffusion.config import Grid, Method, SampleConfig
 from tcam_diff.errors import UserError
 from tcam_diff.text import size_text
 
@@ -36,6 +36,12 @@ def command(
     steps: Annotated[
         int, typer.Option(min=1, help="Intervals, each of one evaluation of the network or several (heun: two).")
     ] = 50,
+    grid: Annotated[
+        Grid,
+        typer.Option(
+            help="Intervals; spectrum: where the latents' modes are decided; auto: spectrum where the model knows it."
+        ),
+    ] = "auto",
     final: Annotated[str, typer.Option(help="Result; x0: the last estimate of the planes; x: the integrated state.")] = "x0",
     label: Annotated[str | None, typer.Option(help="Class of the samples, for models with labels.")] = None,
     hot_k: Annotated[int, typer.Option(min=1, help="Intervals that hot jumps ahead before it adds noise.")] = 2,
@@ -63,6 +69,7 @@ def command(
         int, typer.Option(min=1, help="Samples at a time (always 1 with --known). Only 1 gives results equal to the bit.")
     ] = 4,
     dtype: Annotated[str, typer.Option(help="float32, int16, uint16 or uint8 (integers with a scale).")] = "float32",
+    planes: Annotated[bool, typer.Option("--planes", help="Also write the planes of each volume, as safetensors.")] = False,
     compute_dtype: Annotated[
         ComputeDtype | None,
         typer.Option(help="Type of the products; auto: bfloat16 on GPUs. [default: that of training]", show_default=False),
@@ -82,7 +89,8 @@ def command(
     from tcam_diff.training.distributed import first_process
 
     settings = {
-        "solver": solver, "steps": steps, "final": final, "guidance_scale": guidance_scale, "seed": seed, "hot_k": hot_k,
+        "solver": solver, "steps": steps, "grid": grid, "final": final, "guidance_scale": guidance_scale, "seed": seed,
+        "hot_k": hot_k,
     }  # fmt: skip
     config = configs.validate(SampleConfig, settings, "sample")
     if guidance_scale != 1 and label is None:
@@ -94,7 +102,7 @@ def command(
         return None if known is None else read_known(loaded, known, mask, known_channels, known_noise, known_range)
 
     quiet = quiet or not first_process()
-    output, indices = Output(out, size, dtype), range(first, first + n)
+    output, indices = Output(out, size, dtype, planes), range(first, first + n)
 
     def started(loaded: TriplaneDiffusion, kept: int) -> None:
         say(

@@ -16,13 +16,6 @@ if TYPE_CHECKING:
     from tcam_diff.diffusion.train import DiffusionTraining
 
 
-SHOWN = [
-    ("loss", "loss", ".4f", ""),
-    ("validation", "validation_loss", ".4f", ""),
-    ("", "steps_per_second", ".1f", " steps/s"),
-]
-
-
 def command(
     config: Annotated[str, typer.Argument(help=f"A preset ({', '.join(configs.presets('diffusion'))}) or a YAML file.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the run.")],
@@ -44,13 +37,15 @@ def command(
 
     settings = DiffusionConfig.load(config, overrides or [])
     quiet = quiet or not first_process()
-    with progress_bar("training", quiet, SHOWN) as show, stop_on_interrupt(RESUMED) as stop:
+    evaluated = ("average", "training_loss") if settings.validation is None else ("validation", "validation_loss")
+    shown = [("loss", "loss", ".4f", ""), (*evaluated, ".4f", ""), ("", "steps_per_second", ".1f", " steps/s")]
+    with progress_bar("training", quiet, shown) as show, stop_on_interrupt(RESUMED) as stop:
         outcome = train_diffusion(settings, out, resume, started=None if quiet else announce, progress=show, stop=stop)
     end_training(out, outcome, settings.steps, quiet)
     if not quiet:
-        loss = outcome.metrics.get("validation_loss", float("nan"))
+        loss = outcome.metrics.get(evaluated[1], float("nan"))
         say(
-            f"{out}: {outcome.step} steps in {duration(outcome.seconds)}, validation loss {loss:.4f} (2 at the start); "
+            f"{out}: {outcome.step} steps in {duration(outcome.seconds)}, {evaluated[1].replace('_', ' ')} {loss:.4f}; "
             f"{out / 'report.html'}; to draw volumes: tcam sample {out} --out DIR"
         )
 
@@ -58,6 +53,12 @@ def command(
 def announce(task: DiffusionTraining) -> None:
     """Print data, network and machine of a training run."""
     sizes = ", ".join(size_text(p.shape[2:]) for p in task.data.planes)
+    if task.prior is not None and task.config.prior == "gaussian":
+        smallest, largest = task.prior.range
+        say(
+            f"prior: normal distribution with {len(task.prior.directions)} principal directions, variances {smallest:.3g} to "
+            f"{largest:.4g}"
+        )
     say(
         f"{task.config.latents}: {len(task.data)} volumes, planes C = {task.data.channels}, {sizes}; network of "
         f"{task.parameters / 1e6:.2f} M parameters; {task.group.world} process(es) on {task.group.device.type}, products in "

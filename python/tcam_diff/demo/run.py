@@ -70,7 +70,7 @@ def progress(what: str, every: float = 20.0) -> ProgressCallback:
         nonlocal last
         if time.monotonic() - last > every or p.done == p.total:
             last = time.monotonic()
-            figures = "".join(f", {k} {p.metrics[k]:.4g}" for k in ("loss", "psnr", "validation_loss") if k in p.metrics)
+            figures = "".join(f", {k} {p.metrics[k]:.4g}" for k in ("loss", "psnr", "training_loss") if k in p.metrics)
             print(f"{what}: {p.done} of {p.total}{figures}", flush=True)
 
     return show
@@ -120,6 +120,7 @@ def generate(out: Path, start: float) -> None:
     changes2 = [
         f"latents={latents}",
         "center=true",
+        "prior=gaussian",
         "flip=[x]",
         "network.attention_levels=[1]",
         "steps=1200",

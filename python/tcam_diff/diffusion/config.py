@@ -11,6 +11,7 @@ from tcam_diff.config import Config, presets
 from tcam_diff.text import size_text
 from tcam_diff.training.config import Count, Rate, RunConfig
 
+Grid = Literal["auto", "uniform", "spectrum"]
 Method = Literal["euler", "frozen", "ddim", "midpoint", "heun", "rk4", "ab2", "hot"]
 
 
@@ -100,6 +101,14 @@ class DiffusionConfig(RunConfig):
             "of the energy (algorithm.md 6.5; not in the paper)"
         ),
     ] = False
+    prior: Annotated[
+        Literal["none", "unit", "gaussian"],
+        Field(
+            description="fixed skip around the network, which learns the rest: none, as in the paper; the denoiser of a "
+            "standard normal distribution; or that of one with the latents' mean and covariance (algorithm.md 11)"
+        ),
+    ] = "none"
+    prior_directions: Annotated[Count, Field(description="most principal directions of the gaussian prior")] = 128
     network: NetworkConfig = NetworkConfig()
 
     steps: Count = 100000
@@ -109,9 +118,19 @@ class DiffusionConfig(RunConfig):
     grad_clip: Annotated[float, Field(gt=0, description="largest gradient norm")] = 1.0
     noise_weight: Annotated[float, Field(gt=0, description="weight of the noise error in equation 9")] = 1.0
     image_weight: Annotated[float, Field(gt=0, description="weight of the error of the planes in equation 9")] = 1.0
+    loss: Annotated[
+        Literal["estimates", "heads"],
+        Field(
+            description="errors of the estimates of noise and planes (equation 9), or of the network's heads around the prior, "
+            "which are these errors over the heads' factors"
+        ),
+    ] = "estimates"
     timesteps: Annotated[
-        Literal["stratified", "uniform", "integer", "antithetic"],
-        Field(description="timesteps of a batch: one in each of B equal intervals, independent, integers, or pairs t, 999 - t"),
+        Literal["stratified", "uniform", "integer", "antithetic", "spectrum"],
+        Field(
+            description="timesteps of a batch: one in each of B equal intervals, independent, integers, pairs t, 999 - t, or "
+            "half of them where the latents' modes are decided"
+        ),
     ] = "stratified"
     flip: Annotated[
         list[Literal["x", "y", "z"]],
@@ -126,6 +145,12 @@ class DiffusionConfig(RunConfig):
     ] = "auto"
     compile: Annotated[bool, Field(description="compile the network with torch.compile")] = False
 
+    @model_validator(mode="after")
+    def _heads(self) -> DiffusionConfig:
+        if self.loss == "heads" and self.prior == "none":
+            raise ValueError("loss: heads is the loss of heads around a prior; take prior=unit or gaussian, or loss=estimates")
+        return self
+
     evaluate_volumes: Annotated[Count, Field(description="volumes of an evaluation")] = 64
     preview_steps: Annotated[int, Field(ge=0, description="steps of ab2 for samples at evaluations; 0: no samples")] = 20
 
@@ -135,6 +160,13 @@ class SampleConfig(Config):
 
     solver: Method = "heun"
     steps: Annotated[Count, Field(description="intervals from pi/2 to 0; heun evaluates the network twice in each")] = 50
+    grid: Annotated[
+        Grid,
+        Field(
+            description="intervals: equal, or equal in log tan(eta) where the latents' modes are decided; auto: the latter for "
+            "models that know their latents' variances"
+        ),
+    ] = "auto"
     hot_k: Annotated[int, Field(ge=1, description="intervals that hot jumps ahead before it adds noise")] = 2
     final: Annotated[
         Literal["x0", "x"], Field(description="result: the last estimate of the planes, or the integrated state")

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 import tcam_ext
+from tcam_diff.autodecoder.artefact import FittedVolume
 from tcam_diff.autodecoder.decode import Decodable, check_output, decode_to_file
 from tcam_diff.autodecoder.latents import LatentSet
+from tcam_diff.autodecoder.planes import FILE_END, PLANE_NAMES
 from tcam_diff.autodecoder.report import rgb
 from tcam_diff.diffusion.config import SampleConfig
 from tcam_diff.diffusion.guidance import ImageGuidance
@@ -29,6 +31,7 @@ from tcam_diff.diffusion.sampling import Sampler
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation.picture import plt, sheet, tiled
 from tcam_diff.files import locked_folder, replacing, sha256, write_bytes, write_text
+from tcam_diff.folder import tensor_bytes
 from tcam_diff.progress import Progress, ProgressCallback, StopCallback
 from tcam_diff.text import dtype_text
 from tcam_diff.training.distributed import device_of, distributed
@@ -45,11 +48,13 @@ class Output:
         folder: folder of the files.
         size: voxels along x, y, z; None: those of the training volumes.
         dtype: float32, int16, uint16 or uint8.
+        planes: whether to write the planes of each sample, too.
     """
 
     folder: str | os.PathLike[str]
     size: tuple[int, int, int] | None = None
     dtype: str = "float32"
+    planes: bool = False
 
     def __post_init__(self) -> None:
         check_output(self.size or (1, 1, 1), self.dtype)
@@ -101,13 +106,15 @@ def draw_samples(
     with distributed(device, patience) as group, ExitStack() as stack:
         model = TriplaneDiffusion.load(folder, group.device, compute)
         class_index, guidance = model.label(label), None if guide is None else guide(model)
+        sampler = Sampler(model, config)
+        sampler.check()
         if group.first:
             stack.enter_context(locked_folder(out))
         settings = _settings(model, output, config, label, guidance)
         name = f"seed{config.seed}_{config.solver}{config.steps}"
         if label is not None:
             name += "_" + re.sub(r"[^\w.+-]+", "-", label)
-        files = {i: Files.of_sample(out, i, name) for i in indices}
+        files = {i: Files.of_sample(out, i, name, output.planes) for i in indices}
         missing = [i for i in indices if not files[i].complete(settings)]
         if started is not None and group.first:
             started(model, len(indices) - len(missing))
@@ -115,7 +122,7 @@ def draw_samples(
         mine = missing[group.rank :: group.world]
         stopped = False
         try:
-            drawn = _draw(Sampler(model, config), mine, class_index, guidance, batch_size, stop)
+            drawn = _draw(sampler, mine, class_index, guidance, batch_size, stop)
             for done, (index, planes, details) in enumerate(drawn, 1):
                 details["device"] = model.device.type
                 files[index].write(model.volume(planes), plane_strip(model, planes), settings, details)
@@ -192,17 +199,22 @@ class Files:
     volume: Path
     preview: Path
     sidecar: Path
+    planes: Path | None = None
 
     @staticmethod
-    def of_sample(out: Path, index: int, name: str) -> Files:
+    def of_sample(out: Path, index: int, name: str, planes: bool = False) -> Files:
         """The files of sample ``index`` in a folder."""
         stem = f"sample-{index:04d}_{name}"
-        return Files(out / f"{stem}.nii.gz", out / f"{stem}.png", out / f"{stem}.json")
+        tensors = out / f"{stem}{FILE_END}" if planes else None
+        return Files(out / f"{stem}.nii.gz", out / f"{stem}.png", out / f"{stem}.json", tensors)
 
     def complete(self, settings: dict[str, Any]) -> bool:
         """Whether the sample exists. Raises UserError if it has other settings."""
         try:
             existing = json.loads(self.sidecar.read_text())
+            if isinstance(existing.get("sampling"), dict):  # keys of later versions had their defaults
+                defaults = SampleConfig().model_dump(mode="json")
+                existing["sampling"] = {k: defaults[k] for k in settings["sampling"]} | existing["sampling"]
             differ = [k for k, v in settings.items() if existing.get(k) != v]
         except (OSError, ValueError, AttributeError):
             return False
@@ -217,11 +229,17 @@ class Files:
                 else:
                     changes.append("another model" if k == "model" else f"{k} {old}, now {new}")
             raise UserError(f"{self.volume}: exists with other settings ({'; '.join(changes)}); choose another folder")
-        return True
+        return self.planes is None or self.planes.is_file()
 
     def write(self, volume: Decodable, preview: np.ndarray, settings: dict[str, Any], details: dict[str, Any]) -> None:
         """Decode the volume and write the files. ``preview`` is a strip of slices (rows, columns)."""
         self.sidecar.unlink(missing_ok=True)
+        if self.planes is not None:
+            assert isinstance(volume, FittedVolume)
+            with replacing(self.planes) as file:
+                file.write(
+                    tensor_bytes({n: p[0] for n, p in zip(PLANE_NAMES, volume.planes, strict=True)}, dtype=torch.float32)
+                )
         decode_to_file(volume, self.volume, tuple(settings["size"]), settings["dtype"])
         with replacing(self.preview) as file:
             file.write(png(sheet([(self.volume.name.removesuffix(".nii.gz"), preview)], 1)))
@@ -281,6 +299,7 @@ def draw_between(
     settings = {
         "model": model.identity, "a": a, "b": b, "planes": [e.sha256 for e in entries], "n": n, "size": list(shape),
         "label": label, "solver": config.solver, "steps": config.steps, "dtype": output.dtype,
+        **({} if config.grid == "auto" else {"grid": config.grid}),
     }  # fmt: skip
     record = out / "interpolation.json"
     with locked_folder(out):

@@ -1,7 +1,7 @@
 """Adapters for MONAI: a scheduler and modules for its LatentDiffusionInferer, and bundles.
 
 model = TriplaneDiffusion.load("run")
-inferer = LatentDiffusionInferer(ArcScheduler("heun"))
+inferer = LatentDiffusionInferer(ArcScheduler("heun", variances=model.variances))
 volumes = inferer.sample(torch.randn(2, *latent_shape(model)), Autoencoder(model), Network(model))
 """
 
@@ -113,10 +113,12 @@ def physical(model: TriplaneDiffusion, volumes: Tensor, numbers: Sequence[int], 
 @NoiseSchedules.add_def("quarter_circle", "sqrt(alpha_bar) = cos((t / T) pi/2)")
 def _quarter_circle(num_train_timesteps: int) -> tuple[Tensor, Tensor, Tensor]:
     """Betas, alphas and cumulative alphas of the quarter circle, for MONAI's own schedulers."""
-    eta = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps * (math.pi / 2)
+    eta = torch.arange(num_train_timesteps, dtype=torch.float64) / num_train_timesteps * (math.pi / 2)
     cumulative = eta.cos().square()
-    alphas = cumulative[1:] / cumulative[:-1]
-    return (1 - alphas).float(), alphas.float(), cumulative[:-1].float()
+    cumulative[0] = 1 - 2**-20  # not 1: DDPMScheduler divides by 1 - cumulative[0]
+    alphas = cumulative / cumulative.roll(1)  # cumulative[t] is the product of alphas[0] to alphas[t]
+    alphas[0] = cumulative[0]
+    return (1 - alphas).float(), alphas.float(), cumulative.float()
 
 
 class ArcScheduler(Scheduler):
@@ -129,6 +131,8 @@ class ArcScheduler(Scheduler):
         solver: method of :class:`~tcam_diff.diffusion.solver.Solver`.
         final, hot_k, draw: other arguments of the solver.
         num_train_timesteps: timestep of pure noise.
+        variances: smallest and largest variance of the latents' modes, as in ``TriplaneDiffusion.variances``, for the grid of
+            :func:`~tcam_diff.diffusion.solver.arc`; None: equal intervals.
     """
 
     def __init__(
@@ -138,8 +142,10 @@ class ArcScheduler(Scheduler):
         hot_k: int = 2,
         draw: Draw = torch.randn_like,
         num_train_timesteps: int = TIMESTEPS,
+        variances: tuple[float, float] | None = None,
     ) -> None:
         super().__init__(num_train_timesteps, "quarter_circle")
+        self.variances = variances
         self.solver = Solver(solver, final, hot_k, draw)
         self.set_timesteps(50)
 
@@ -149,12 +155,12 @@ class ArcScheduler(Scheduler):
         """Set the steps of the integration.
 
         Args:
-            num_inference_steps: number of equal intervals.
+            num_inference_steps: number of intervals.
             device: device of ``timesteps``.
             start, stop: ends in shares of the quarter circle; 1 is noise, 0 planes. From 0 to 1 sampling is inverted.
         """
         self.num_inference_steps = num_inference_steps
-        self.etas = arc(num_inference_steps, start, stop)
+        self.etas = arc(num_inference_steps, start, stop, self.variances)
         self.visited = self.solver.evaluations(self.etas)
         scale = self.num_train_timesteps / (math.pi / 2)
         self.timesteps = torch.tensor(self.visited, dtype=torch.float64, device=device).mul(scale).float()
@@ -226,7 +232,11 @@ INFERENCE: dict[str, Any] = {
     "model": "$TriplaneDiffusion.load(@bundle_root + '/models', @device)",
     "network_def": {"_target_": "tcam_diff.diffusion.interop.Network", "model": "@model"},
     "autoencoder_def": {"_target_": "tcam_diff.diffusion.interop.Autoencoder", "model": "@model", "size": "@size"},
-    "noise_scheduler": {"_target_": "tcam_diff.diffusion.interop.ArcScheduler", "solver": "@solver"},
+    "noise_scheduler": {
+        "_target_": "tcam_diff.diffusion.interop.ArcScheduler",
+        "solver": "@solver",
+        "variances": "$@model.variances",
+    },
     "set_timesteps": "$@noise_scheduler.set_timesteps(@steps)",
     "inferer": {"_target_": "LatentDiffusionInferer", "_requires_": "@set_timesteps", "scheduler": "@noise_scheduler"},
     "numbers": "$range(@first, @first + @count)",

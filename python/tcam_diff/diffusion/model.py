@@ -1,7 +1,7 @@
 """Trained diffusion model: averaged network, decoder and metadata, in memory and on disk.
 
 model.json            format, configurations, geometry, intensities, classes, provenance, checksums
-network.safetensors   averaged network, and mean planes if planes are centred
+network.safetensors   averaged network, mean planes if planes are centred, and the gaussian prior, if any
 decoder.safetensors   decoder of stage 1
 """
 
@@ -28,6 +28,7 @@ from tcam_diff.data.volume import Size, VolumeRecord
 from tcam_diff.diffusion.config import DiffusionConfig
 from tcam_diff.diffusion.data import Centre, LatentData, typical
 from tcam_diff.diffusion.network import TriplaneUNet
+from tcam_diff.diffusion.prior import GaussianPrior, Sizes
 from tcam_diff.diffusion.process import pack, unpack
 from tcam_diff.errors import UserError
 from tcam_diff.files import writable_folder
@@ -64,6 +65,8 @@ class TriplaneDiffusion(nn.Module):
         geometry: metadata of volumes and planes.
         centre: centring of the planes; None: planes are not centred.
         provenance: origin of the model, for its index.
+        prior: skip around the network; None: its heads are the estimates.
+        variances: smallest and largest variance of the states' modes, for the grid of solvers; None: not known.
     """
 
     def __init__(
@@ -75,9 +78,11 @@ class TriplaneDiffusion(nn.Module):
         geometry: Geometry,
         centre: Centre | None = None,
         provenance: dict[str, Any] | None = None,
+        prior: GaussianPrior | None = None,
+        variances: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
-        self.network, self.decoder = network, decoder
+        self.network, self.decoder, self.prior, self.variances = network, decoder, prior, variances
         self.config, self.stage1, self.geometry, self.centre = config, stage1, geometry, centre
         self.provenance = provenance or {}
         self.requires_grad_(False).eval()
@@ -113,6 +118,8 @@ class TriplaneDiffusion(nn.Module):
         other = info.model_dump(include={"codes", "units"}, exclude_defaults=True)
         digest = hashlib.sha256(f"{text}{other or ''}".encode())
         means = [] if self.centre is None else [*self.centre.mean, torch.tensor(self.centre.scale)]
+        means += [] if self.variances is None else [torch.tensor(self.variances)]
+        means += [] if self.prior is None else self.prior.state_dict().values()
         for t in (*self.network.state_dict().values(), *means, *self.decoder.state_dict().values()):
             digest.update(t.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
@@ -146,8 +153,10 @@ class TriplaneDiffusion(nn.Module):
         """
         products = self.computing
         with torch.autocast(x.device.type, torch.bfloat16, enabled=products == torch.bfloat16), _no_tf32(x.device, products):
-            state = x.to(self.network.enter.weight.dtype)
-            noise, x0 = self.network(unpack(state, self.channels, self.geometry.sizes), t, labels)
+            state = unpack(x.to(self.network.enter.weight.dtype), self.channels, self.geometry.sizes)
+            noise, x0 = self.network(state, t, labels)
+            if self.prior is not None:
+                noise, x0 = self.prior.combine(state, t, noise, x0)
         return torch.cat([pack(noise), pack(x0)], 1).to(x.dtype)
 
     def planes(self, x: Tensor) -> list[Tensor]:
@@ -177,11 +186,14 @@ class TriplaneDiffusion(nn.Module):
         tensors = dict(self.network.state_dict())
         if self.centre is not None:
             tensors |= {f"centre.{n}": m for n, m in zip(PLANE_NAMES, self.centre.mean, strict=True)}
+        if self.config.prior == "gaussian" and self.prior is not None:
+            tensors |= {f"prior.{n}": t for n, t in self.prior.state_dict().items()}
         index = {
             "axis_order": "planes xy, yz, xz of volumes (channels, x, y, z) = file axes (i, j, k); first axis first",
             "channels": self.channels,
             "geometry": self.geometry.model_dump(mode="json"),
             "centre_scale": None if self.centre is None else self.centre.scale,
+            "variances": self.variances,
             "config": self.config.model_dump(mode="json"),
             "stage1": self.stage1.model_dump(mode="json"),
             "provenance": self.provenance | {"tcam_ext": tcam_ext.__version__},
@@ -218,10 +230,17 @@ class TriplaneDiffusion(nn.Module):
             tensors = files.read_tensors(NETWORK, sums[NETWORK])
             centre = None
             if index["centre_scale"] is not None:
-                centre = Centre([tensors.pop(f"centre.{n}") for n in PLANE_NAMES], _scales(index["centre_scale"]))
+                centre = Centre(
+                    [tensors.pop(f"centre.{n}") for n in PLANE_NAMES], list(_numbers("centre_scale", index["centre_scale"], 3))
+                )
                 check_planes(centre.mean, (stage1.channels,))
                 if [tuple(m.shape[1:]) for m in centre.mean] != geometry.sizes:
                     raise ValueError(f"texels: {geometry.texels} are not those of the mean planes")
+            prior = _prior(config, tensors, stage1.channels, geometry.sizes)
+            variances = None
+            if index.get("variances") is not None:
+                smallest, largest = _numbers("variances", index["variances"], 2)
+                variances = smallest, largest
             if index["channels"] != stage1.channels:
                 raise ValueError(f"channels: {index['channels']} of the network, {stage1.channels} of the decoder")
             provenance = dict(index["provenance"])
@@ -236,17 +255,26 @@ class TriplaneDiffusion(nn.Module):
                 raise ValueError(f"its tensors are not those of the network in {INDEX}")
             network = TriplaneUNet(stage1.channels, config.network, len(geometry.classes))
             load_module(network, tensors)
-        model = TriplaneDiffusion(network, decoder, config, stage1, geometry, centre, provenance)
+        model = TriplaneDiffusion(network, decoder, config, stage1, geometry, centre, provenance, prior, variances)
         model.network.placed(torch.device(device))
         return model.to(device)
 
 
-def _scales(values: Any) -> list[float]:
-    """The scales of centred planes. Raises ValueError unless they are three positive numbers."""
-    scales = [float(v) for v in values]
-    if len(scales) != 3 or not all(0 < s < math.inf for s in scales):
-        raise ValueError(f"centre_scale: expected three positive numbers, got {shown(values)}")
-    return scales
+def _numbers(key: str, values: Any, count: int) -> tuple[float, ...]:
+    """Values of a key of the index. Raises ValueError unless they are ``count`` positive numbers."""
+    numbers = tuple(float(v) for v in values)
+    if len(numbers) != count or not all(0 < n < math.inf for n in numbers):
+        raise ValueError(f"{key}: expected {count} positive numbers, got {shown(values)}")
+    return numbers
+
+
+def _prior(config: DiffusionConfig, tensors: dict[str, Tensor], channels: int, sizes: Sizes) -> GaussianPrior | None:
+    """The prior of a model, from its tensors, which are taken out. Raises ValueError or LookupError if they do not fit."""
+    if config.prior == "unit":
+        return GaussianPrior.unit(channels, sizes)
+    if config.prior == "none":
+        return None
+    return GaussianPrior(channels, sizes, *(tensors.pop(f"prior.{n}") for n in ("mean", "floor", "directions")))
 
 
 @contextlib.contextmanager
@@ -274,11 +302,17 @@ def find_model(folder: Path) -> Path:
 
 def _folder(path: Path) -> Folder:
     remedy = "copy the model again, or write it again with `tcam train-diffusion --resume auto`"
-    return Folder(path, INDEX, "`tcam train-diffusion`", remedy, formats=(1, 2))
+    return Folder(path, INDEX, "`tcam train-diffusion`", remedy, formats=(1, 2, 3))
 
 
 def assemble(
-    network: TriplaneUNet, data: LatentData, config: DiffusionConfig, centre: Centre | None, step: int
+    network: TriplaneUNet,
+    data: LatentData,
+    config: DiffusionConfig,
+    centre: Centre | None,
+    step: int,
+    prior: GaussianPrior | None = None,
+    variances: tuple[float, float] | None = None,
 ) -> TriplaneDiffusion:
     """Make the model of a network that was trained on ``data`` for ``step`` steps."""
     (x, y), (_, z) = data.planes[0].shape[2:], data.planes[1].shape[2:]
@@ -288,7 +322,7 @@ def assemble(
     stage1 = {k: v for k, v in data.set.index["provenance"].items() if k not in ("run", "store")}
     provenance = {"step": step, "volumes": len(data), "latents": data.digest, "stage1": stage1}
     decoder = data.set.decoder().to(network.enter.weight.device)
-    return TriplaneDiffusion(network, decoder, config, data.set.config, geometry, centre, provenance)
+    return TriplaneDiffusion(network, decoder, config, data.set.config, geometry, centre, provenance, prior, variances)
 
 
 def network_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -21,9 +21,14 @@ from tcam_diff.training.rng import rng
 TIMESTEPS = 1000
 
 
+def angle(t: Tensor) -> Tensor:
+    """Angles eta of timesteps in [0, 1000]."""
+    return t * (math.pi / 2 / TIMESTEPS)
+
+
 def mix(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_eta = cos(eta) x0 + sin(eta) eps of tensors (B, ...) at timesteps (B,) in [0, 1000]."""
-    eta = (t.to(x0.dtype) * (math.pi / 2 / TIMESTEPS)).view(-1, *[1] * (x0.dim() - 1))
+    eta = angle(t.to(x0.dtype)).view(-1, *[1] * (x0.dim() - 1))
     return eta.cos() * x0 + eta.sin() * noise
 
 
@@ -47,15 +52,27 @@ class Estimate:
         return self.x - math.cos(self.eta) * self.x0 - math.sin(self.eta) * self.noise
 
 
-def timesteps(kind: str, batch: int, seed: int, step: int) -> Tensor:
+def decisive(variances: tuple[float, float]) -> tuple[float, float]:
+    """Range of log tan(eta) in which modes of states are decided, for their smallest and largest variance.
+
+    A mode of variance v is decided near tan(eta) = sqrt(v) (algorithm.md section 11). The range ends a factor of 4 beyond the
+    smallest and the largest.
+    """
+    smallest, largest = variances
+    return math.log(smallest) / 2 - math.log(4), math.log(largest) / 2 + math.log(4)
+
+
+def timesteps(kind: str, batch: int, seed: int, step: int, variances: tuple[float, float] = (1.0, 1.0)) -> Tensor:
     """Timesteps (batch,) in [0, 1000) of a whole batch, whatever the number of processes.
 
     Args:
         kind: "stratified": 1000 (i + r_i) / batch with uniform r_i, shuffled; "uniform": independent; "integer": independent
-            integers; "antithetic": pairs of integers t, 999 - t.
+            integers; "antithetic": pairs of integers t, 999 - t; "spectrum": half of them stratified, the others uniform in
+            log tan(eta) over :func:`decisive`.
         batch: volumes of the batch.
         seed: seed of the run.
         step: number of the step.
+        variances: smallest and largest variance of the states' modes, for "spectrum".
     """
     generator = rng(seed, "timesteps", step)
     if kind == "integer":
@@ -64,22 +81,24 @@ def timesteps(kind: str, batch: int, seed: int, step: int) -> Tensor:
         half = torch.randint(TIMESTEPS, ((batch + 1) // 2,), generator=generator).float()
         return torch.cat([half, TIMESTEPS - 1 - half])[:batch]
     u = torch.rand(batch, generator=generator, dtype=torch.float64)
-    if kind == "stratified":
+    if kind in ("stratified", "spectrum"):
         u = (torch.randperm(batch, generator=generator) + u) / batch
+    if kind == "spectrum":
+        low, high = decisive(variances)
+        share = (low + (2 * u - 1) * (high - low)).exp().atan() / (math.pi / 2)
+        u = torch.where(u < 0.5, 2 * u, share)
     return (u * TIMESTEPS).float().clamp_(max=TIMESTEPS * (1 - 2**-24))
 
 
-def errors(
-    noise_hat: Sequence[Tensor], x0_hat: Sequence[Tensor], noise: Sequence[Tensor], x0: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Mean squared errors (B,) of noise and planes (B, C, rows, columns). The three planes have equal weight, whatever their
-    sizes."""
+def error(estimates: Sequence[Tensor], truths: Sequence[Tensor], scales: Sequence[Tensor] | None = None) -> Tensor:
+    """Mean squared error (B,) of planes (B, C, rows, columns), divided by ``scales``, if any.
 
-    def error(hats: Sequence[Tensor], truths: Sequence[Tensor]) -> Tensor:
-        each = [(h.to(t.dtype) - t).square().mean((1, 2, 3)) for h, t in zip(hats, truths, strict=True)]
-        return torch.stack(each).mean(0)
-
-    return error(noise_hat, noise), error(x0_hat, x0)
+    The three planes have equal weight, whatever their sizes.
+    """
+    squares = [(e.to(t.dtype) - t).square() for e, t in zip(estimates, truths, strict=True)]
+    if scales is not None:
+        squares = [q / s.to(q).square().clamp(min=1e-6) for q, s in zip(squares, scales, strict=True)]
+    return torch.stack([q.mean((1, 2, 3)) for q in squares]).mean(0)
 
 
 def pack(planes: Sequence[Tensor]) -> Tensor:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tcam_diff.diffusion.train import DiffusionTraining
 
 #: Names of the metrics in each panel of the curves.
-CURVES = (("loss", "validation_loss"), ("noise", "image"), ("residual",))
+CURVES = (("loss", "validation_loss", "training_loss"), ("noise", "image"), ("residual",))
 
 
 @torch.no_grad()
@@ -53,10 +53,11 @@ def samples_picture(model: TriplaneDiffusion, steps: int, count: int = 4) -> byt
 def write_report(folder: Path, config: DiffusionConfig, task: DiffusionTraining, outcome: Outcome) -> None:
     """Write report.html with result, curves, samples and configuration."""
     metrics = read_metrics(folder)
+    loss, residual = (outcome.metrics.get(f"{task.evaluated}_{name}", float("nan")) for name in ("loss", "residual"))
     result = {
         "volumes": f"{len(task.data)} of {config.latents}, batch {config.batch}",
-        "validation loss (average; 2 at the start)": f"{outcome.metrics.get('validation_loss', float('nan')):.4f}",
-        "residual, mean square": f"{outcome.metrics.get('validation_residual', float('nan')):.4f}",
+        f"loss of the average on {task.evaluated} volumes": f"{loss:.4f}",
+        "residual, mean square": f"{residual:.4f}",
         "parameters": f"{task.parameters / 1e6:.2f} M, products in {dtype_text(task.compute)}",
         **facts(outcome, task.group),
     }

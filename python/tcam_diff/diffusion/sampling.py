@@ -12,6 +12,7 @@ from tcam_diff.diffusion.config import SampleConfig
 from tcam_diff.diffusion.model import TriplaneDiffusion
 from tcam_diff.diffusion.process import TIMESTEPS, Estimate
 from tcam_diff.diffusion.solver import Solver, arc
+from tcam_diff.errors import UserError
 from tcam_diff.training.rng import rng
 
 #: Function that corrects an estimate, for guidance by an image (guidance.py).
@@ -28,6 +29,19 @@ class Sampler:
 
     def __init__(self, model: TriplaneDiffusion, config: SampleConfig | None = None) -> None:
         self.model, self.config = model, config or SampleConfig()
+
+    @property
+    def variances(self) -> tuple[float, float] | None:
+        """Variances of the grid of angles; None: a uniform one."""
+        return None if self.config.grid == "uniform" else self.model.variances
+
+    def check(self) -> None:
+        """Raise UserError if the grid is that of the latents' variances and the model does not know them."""
+        if self.config.grid == "spectrum" and self.model.variances is None:
+            raise UserError(
+                "grid=spectrum: the model does not know its latents' variances; take uniform, or train with timesteps=spectrum "
+                "or prior=gaussian"
+            )
 
     def noise(self, indices: Sequence[int]) -> Tensor:
         """Standard normals (B, M) of the samples with these numbers."""
@@ -73,6 +87,7 @@ class Sampler:
 
         The other arguments are those of :meth:`sample`.
         """
+        self.check()
         c, drawn, evaluation = self.config, 0, 0
 
         def draw(like: Tensor) -> Tensor:
@@ -91,7 +106,7 @@ class Sampler:
                 on_step(evaluation, evaluations, result.residual.square().mean(1))
             return result
 
-        solver, etas = Solver(c.solver, c.final, c.hot_k, draw), arc(c.steps, start, stop)
+        solver, etas = Solver(c.solver, c.final, c.hot_k, draw), arc(c.steps, start, stop, self.variances)
         evaluations = len(solver.evaluations(etas))
         return solver.solve(x, etas, estimate)
 

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from tcam_diff.diffusion.process import Estimate
+from tcam_diff.diffusion.process import Estimate, decisive
 
 Draw = Callable[[Tensor], Tensor]
 Steps = Generator[tuple[Tensor, float], Estimate, Tensor]
@@ -75,12 +75,13 @@ def rk4(x: Tensor, etas: Sequence[float]) -> Steps:
 
 
 def ab2(x: Tensor, etas: Sequence[float]) -> Steps:
-    """Adams-Bashforth method of second order, with Euler's step at the start."""
+    """Adams-Bashforth method of second order for intervals of any lengths, with Euler's step at the start."""
     before: Tensor | None = None
+    last = math.inf
     for a, b in pairwise(etas):
-        k = (yield x, a).drift
-        x = x + (b - a) * (k if before is None else 1.5 * k - 0.5 * before)
-        before = k
+        k, h = (yield x, a).drift, b - a
+        x = x + h * (k if before is None else k + h / last / 2 * (k - before))
+        before, last = k, h
     return x
 
 
@@ -100,16 +101,34 @@ def hot(x: Tensor, etas: Sequence[float], k: int, draw: Draw) -> Steps:
 METHODS = {f.__name__: f for f in (euler, frozen, ddim, midpoint, heun, rk4, ab2)}
 
 
-def arc(steps: int, start: float = 1.0, stop: float = 0.0) -> list[float]:
-    """Angles of ``steps`` equal intervals from ``start`` to ``stop``, in shares of the quarter circle: 1 is noise, 0 planes.
+def arc(steps: int, start: float = 1.0, stop: float = 0.0, variances: tuple[float, float] | None = None) -> list[float]:
+    """Angles of ``steps`` intervals from ``start`` to ``stop``, in shares of the quarter circle: 1 is noise, 0 planes.
 
-    Raises ValueError for less than one interval, and for ends that are equal or outside [0, 1].
+    Args:
+        steps: number of intervals.
+        start, stop: ends.
+        variances: smallest and largest variance of the states' modes. Intervals are then equal in log tan(eta) over
+            :func:`~tcam_diff.diffusion.process.decisive`, and one leads from each end that is outside to this range. None, or
+            nothing of the range lies between the ends: all intervals are equal.
+
+    Raises:
+        ValueError: there is less than one interval, or the ends are equal or outside [0, 1].
     """
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
     if not (0 <= start <= 1 and 0 <= stop <= 1 and start != stop):
         raise ValueError(f"start, stop: expected two different shares of the arc, 0 to 1, got {start} and {stop}")
-    return [(start + (stop - start) * i / steps) * math.pi / 2 for i in range(steps + 1)]
+    low, high = (math.atan(math.exp(v)) for v in decisive(variances or (1.0, 1.0)))
+    ends = [share * math.pi / 2 for share in (start, stop)]
+    inside = [min(max(e, low), high) for e in ends]
+    if variances is None or inside[0] == inside[1]:
+        return [(start + (stop - start) * i / steps) * math.pi / 2 for i in range(steps + 1)]
+    before, after = ([e] if e != i else [] for e, i in zip(ends, inside, strict=True))
+    count = steps + 1 - len(before) - len(after)
+    a, b = (math.log(math.tan(i)) for i in inside)
+    only = (len(before) + 1 - len(after)) / 2  # the one angle is the end that is inside, or halfway
+    shares = [i / (count - 1) for i in range(count)] if count > 1 else [only] * count
+    return [*before, *(math.atan(math.exp(a + (b - a) * share)) for share in shares), *after]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from tcam_diff.diffusion.config import DiffusionConfig
 from tcam_diff.diffusion.data import Centre, LatentData
 from tcam_diff.diffusion.model import TriplaneDiffusion, assemble, network_dtype
 from tcam_diff.diffusion.network import TriplaneUNet
-from tcam_diff.diffusion.process import TIMESTEPS, errors, flip, mix, timesteps
+from tcam_diff.diffusion.prior import MOST_STATES, GaussianPrior, fit_prior
+from tcam_diff.diffusion.process import TIMESTEPS, angle, error, flip, mix, pack, timesteps, unpack
 from tcam_diff.diffusion.report import samples_picture, write_report
 from tcam_diff.environment import restore_compiler_folder
 from tcam_diff.errors import UserError
@@ -36,16 +38,21 @@ from tcam_diff.training.states import load_module, load_optimiser
 class _Loss(nn.Module):
     """Module that computes the errors and has the network's parameters, for DistributedDataParallel to wrap."""
 
-    def __init__(self, network: nn.Module, compute: torch.dtype) -> None:
+    def __init__(self, network: nn.Module, compute: torch.dtype, prior: GaussianPrior | None, loss: str = "estimates") -> None:
         super().__init__()
-        self.network, self.compute = network, compute
+        self.network, self.compute, self.prior, self.loss = network, compute, prior, loss
 
     def forward(self, x0: list[Tensor], noise: list[Tensor], t: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Errors of noise and of planes, and mean square of x - cos(eta) x0 - sin(eta) eps, each (B,)."""
         x = [mix(p, e, t) for p, e in zip(x0, noise, strict=True)]
         with torch.autocast(x[0].device.type, torch.bfloat16, enabled=self.compute == torch.bfloat16):
             noise_hat, x0_hat = self.network(x, t, labels)
-        noise_error, image_error = errors(noise_hat, x0_hat, noise, x0)
+        scales: Sequence[list[Tensor] | None] = (None, None)
+        if self.prior is not None:
+            noise_hat, x0_hat = self.prior.combine(x, t, noise_hat, x0_hat)
+            if self.loss == "heads":
+                scales = [unpack(s, self.prior.channels, self.prior.sizes) for s in self.prior.scales(angle(t))]
+        noise_error, image_error = error(noise_hat, noise, scales[0]), error(x0_hat, x0, scales[1])
         with torch.no_grad():
             residuals = [a - mix(p.to(a), e.to(a), t) for a, p, e in zip(x, x0_hat, noise_hat, strict=True)]
             residual = torch.stack([r.square().mean((1, 2, 3)) for r in residuals]).mean(0)
@@ -55,10 +62,10 @@ class _Loss(nn.Module):
 class DiffusionTraining(Task):
     """Training run of stage 2: network, its average, optimiser and data. Raises UserError if the configuration does not fit."""
 
-    score = "-validation_loss"
-
     def __init__(self, config: DiffusionConfig, group: Distributed, folder: Path) -> None:
         self.config, self.group, self.steps, self.folder = config, group, config.steps, folder
+        self.evaluated = "training" if config.validation is None else "validation"
+        self.score = f"-{self.evaluated}_loss"
         latent_dtype = torch.bfloat16 if config.latent_dtype == "bfloat16" else torch.float32
         self.data = LatentData(config.latents, latent_dtype, config.labels)
         self.validation = self.data
@@ -73,10 +80,13 @@ class DiffusionTraining(Task):
                 f"batch: expected a multiple of {parts} ({group.world} process(es), accumulate={config.accumulate}), got "
                 f"{config.batch}"
             )
-        flips = ["xyz".index(name) for name in config.flip]
-        self.centre = Centre.from_planes(self.data.planes, flips) if config.center else None
+        self.flips = sorted("xyz".index(name) for name in set(config.flip))
+        self.centre = Centre.from_planes(self.data.planes, self.flips) if config.center else None
+        self.prior, self.variances = self._prior()
         self.dtype = torch.float64 if config.compute_dtype == "float64" else torch.float32
         self.compute = network_dtype(config.compute_dtype, group.device)
+        if self.prior is not None:
+            self.prior.to(group.device, self.dtype)
         self.network, self.average = self._network(), self._network().requires_grad_(False).eval()
         try:
             self.network.check([tuple(p.shape[1:]) for p in self.data.planes])
@@ -88,8 +98,9 @@ class DiffusionTraining(Task):
         if config.compile:
             restore_compiler_folder()
         inner = torch.compile(self.network) if config.compile else self.network
-        loss = _Loss(inner, self.compute)  # type: ignore[arg-type]
-        self.loss: nn.Module = DistributedDataParallel(loss) if group.world > 1 else loss
+        loss = self.inner = _Loss(inner, self.compute, self.prior, config.loss)  # type: ignore[arg-type]
+        # The buffers are those of the prior, which are equal on all processes.
+        self.loss: nn.Module = DistributedDataParallel(loss, broadcast_buffers=False) if group.world > 1 else loss
 
     def _network(self) -> TriplaneUNet:
         """Initial network. Its weights depend on the configuration's seed alone."""
@@ -97,6 +108,28 @@ class DiffusionTraining(Task):
             torch.manual_seed(seed_of(self.config.seed, "network"))
             network = TriplaneUNet(self.data.channels, self.config.network, len(self.data.classes))
         return network.placed(self.group.device, self.dtype)
+
+    def _prior(self) -> tuple[GaussianPrior | None, tuple[float, float] | None]:
+        """Prior, and smallest and largest variance of the states' modes if the configuration needs them."""
+        c, data = self.config, self.data
+        sizes = [(p.shape[2], p.shape[3]) for p in data.planes]
+        prior = GaussianPrior.unit(data.channels, sizes) if c.prior == "unit" else None
+        if c.prior != "gaussian" and c.timesteps != "spectrum":
+            return prior, None
+        mirrored = [axes for n in range(len(self.flips) + 1) for axes in combinations(self.flips, n)]
+        volumes = torch.randperm(len(data), generator=rng(c.seed, "prior"))[: max(3, MOST_STATES // len(mirrored))]
+        states, groups = [], []
+        for axes in mirrored:
+            planes = data.rows(volumes)
+            for axis in axes:
+                planes = flip(planes, axis)
+            states.append(pack(planes if self.centre is None else self.centre.apply(planes)))
+            groups += volumes.tolist()
+        try:
+            fitted = fit_prior(torch.cat(states), data.channels, sizes, groups=groups, most=c.prior_directions, seed=c.seed)
+        except UserError as error:
+            raise UserError(f"latents: {c.latents}: {error}") from error
+        return (fitted if c.prior == "gaussian" else prior), fitted.range
 
     @property
     def parameters(self) -> int:
@@ -130,7 +163,7 @@ class DiffusionTraining(Task):
         """Update the network once. Returns "loss", its terms, the residual and the gradient norm."""
         c, group = self.config, self.group
         each = c.batch // (group.world * c.accumulate)
-        t = timesteps(c.timesteps, c.batch, c.seed, index).to(group.device)
+        t = timesteps(c.timesteps, c.batch, c.seed, index, self.variances or (1.0, 1.0)).to(group.device)
         self.network.train()
         self.optimiser.zero_grad(set_to_none=True)
         sums = torch.zeros(3, device=group.device)
@@ -157,14 +190,15 @@ class DiffusionTraining(Task):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Evaluate the averaged network on the validation set, with fixed timesteps and noise.
+        """Evaluate the averaged network on the validation set, or on training volumes, with fixed timesteps and noise.
 
         Returns:
-            "validation_loss", which is 2 before training with weights 1, and "validation_residual".
+            Equation 9's "validation_loss", which is 2 before training with weights 1 and without a prior, and
+            "validation_residual"; without a validation set "training_loss" and "training_residual".
         """
         c, device = self.config, self.group.device
         count = min(c.evaluate_volumes, len(self.validation))
-        average_loss = _Loss(self.average, self.compute)
+        average_loss = _Loss(self.average, self.compute, self.prior)
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         mine, each = range(self.group.rank, count, self.group.world), c.batch // (self.group.world * c.accumulate)
         for first in range(0, len(mine), each):
@@ -181,11 +215,11 @@ class DiffusionTraining(Task):
             sums += torch.stack([p.double().sum() for p in parts])
         noise_error, image_error, residual = (self.group.sum(sums) / count).tolist()
         loss = c.noise_weight * noise_error + c.image_weight * image_error
-        return {"validation_loss": loss, "validation_residual": residual}
+        return {f"{self.evaluated}_loss": loss, f"{self.evaluated}_residual": residual}
 
     def model(self, step: int) -> TriplaneDiffusion:
         """Model with the averaged network."""
-        return assemble(self.average, self.data, self.config, self.centre, step)
+        return assemble(self.average, self.data, self.config, self.centre, step, self.prior, self.variances)
 
     def draw_pictures(self, step: int, logger: Logger | None) -> None:
         """Save the model to model/, and draw samples from it to samples/ and TensorBoard."""
@@ -214,7 +248,14 @@ class DiffusionTraining(Task):
             "average": self.average.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "latents": self.data.digest,
+            "labels": self._labels(),
+            "prior": None if self.prior is None else self.prior.state_dict(),
+            "variances": self.variances,
         }
+
+    def _labels(self) -> list[str]:
+        """Class of every volume; empty without labels."""
+        return [] if self.data.labels is None else [self.data.classes[i] for i in self.data.labels.tolist()]
 
     def shard_state(self) -> dict[str, Any]:
         return {}
@@ -222,6 +263,15 @@ class DiffusionTraining(Task):
     def load_state(self, shared: dict[str, Any], shards: Sequence[dict[str, Any]]) -> None:
         if shared["latents"] != self.data.digest:
             raise UserError(f"{self.config.latents}: not the planes with which the run began")
+        if shared.get("labels", self._labels()) != self._labels():
+            raise UserError(f"labels: {self.config.labels}: not the labels with which the run began")
+        if self.prior is not None and self.config.prior == "gaussian":  # another machine may fit another one
+            tensors = [shared["prior"][name] for name in ("mean", "floor", "directions")]
+            prior = GaussianPrior(self.data.channels, self.prior.sizes, *tensors).to(self.group.device, self.dtype)
+            self.prior = self.inner.prior = prior
+        if self.variances is not None:
+            low, high = shared["variances"]
+            self.variances = float(low), float(high)
         load_module(self.network, shared["network"])
         load_module(self.average, shared["average"])
         load_optimiser(self.optimiser, shared["optimiser"])
@@ -253,11 +303,12 @@ def train_diffusion(
             TensorBoard files, samples (pictures), report.html.
         resume: "auto": continue from the last checkpoint in ``out``, if any; or a checkpoint's folder; None: start anew.
         started: called with the training before its first step, on the first process.
-        progress: called after every step, with "loss" and "validation_loss" among the metrics.
+        progress: called after every step, with "loss", and "validation_loss" or "training_loss" of
+            the last evaluation, among the metrics.
         stop: asked before every step; true: write a checkpoint and return.
 
     Returns:
-        The last step and its metrics; "validation_loss" is 2 before training with weights 1.
+        The last step and its metrics.
 
     Raises:
         UserError: ``out`` has a run that would be overwritten, configuration and data do not fit, or the loss is not finite.

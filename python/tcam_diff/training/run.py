@@ -87,7 +87,11 @@ def prepare_folder(out: Path, config: RunConfig, resume: str | None, group: Dist
         if not (path / checkpoint.MANIFEST).is_file():
             raise UserError(f"--resume {resume}: expected auto or a folder of a checkpoint, such as {out}/checkpoints/step-...")
     if path is not None and settings.is_file():
-        before, now = read_settings(settings), config.model_dump(mode="json")
+        fields = {k: f for k, f in type(config).model_fields.items() if not f.is_required()}
+        defaults = {
+            k: f.get_default(call_default_factory=True) for k, f in fields.items()
+        }  # of keys that a later version added
+        before, now = defaults | read_settings(settings), config.model_dump(mode="json")
         for key in now:
             if key not in config.changeable and before.get(key) != now[key]:
                 raise UserError(f"{key}: the run in {out} began with {shown(before.get(key))}, --resume was given {now[key]}")

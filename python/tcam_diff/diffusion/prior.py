@@ -1,0 +1,301 @@
+"""Gaussian prior of states, whose exact denoiser is a fixed skip around the network (algorithm.md section 11).
+
+States x0 (M,), the packed planes of volumes, are modelled as a normal distribution with mean m and covariance
+
+    S = T' D T + T' W' W T
+
+T is the orthonormal DCT-II of every plane and channel. D is diagonal, with one variance for each plane, channel and octave of
+spatial frequency: the floor. The K rows of W are the leading principal directions. With c = cos(eta), s = sin(eta) and
+A = c^2 D + s^2 I, the posterior means given x = c x0 + s eps are, in the basis of T,
+
+    y = x - c m,    z = (I + c^2 W A^-1 W')^-1 W A^-1 y,    r = (c^2 S + s^2 I)^-1 y = A^-1 (y - c^2 W' z)
+    x0 = m + c S r = m + c (D r + W' z),    eps = s r
+
+without a division by c or s, so c x0 + s eps = x at every angle. The network's two heads F and G are added as
+
+    x0_hat = x0 + s rho F,    eps_hat = eps - c rho G,    rho^2 = mean of d / (c^2 d + s^2) over the channel's floor
+
+s rho and c rho are the posterior standard deviations of x0 and eps outside the leading directions, averaged over the channel,
+so F and G have about unit variance there. With m = 0, D = I and K = 0 the skips are cos(eta) x and sin(eta) x.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tcam_diff.diffusion.process import angle, pack, unpack
+from tcam_diff.errors import UserError
+from tcam_diff.training.rng import rng
+
+Sizes = Sequence[tuple[int, int]]
+
+#: Least variance of the floor. States have a mean square of 1.
+LEAST = 1e-3
+#: States from which a prior is fitted, at most.
+MOST_STATES = 512
+
+
+@functools.lru_cache(maxsize=32)
+def dct(n: int, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> Tensor:
+    """Orthonormal DCT-II matrix (n, n): row k has frequency k / 2n cycles per texel."""
+    k = torch.arange(n, dtype=torch.float64)
+    matrix = torch.cos(math.pi / n * (k + 0.5) * k[:, None]) * math.sqrt(2 / n)
+    matrix[0] /= math.sqrt(2)
+    return matrix.to(device, dtype)
+
+
+def transform(x: Tensor, channels: int, sizes: Sizes, inverse: bool = False) -> Tensor:
+    """DCT-II of every plane and channel of states (B, M), or its inverse."""
+    planes = []
+    for plane, (h, w) in zip(unpack(x, channels, sizes), sizes, strict=True):
+        rows, columns = (dct(n, x.dtype, x.device) for n in (h, w))
+        planes.append(rows.T @ plane @ columns if inverse else rows @ plane @ columns.T)
+    return pack(planes)
+
+
+def octaves(channels: int, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """Bands of the coefficients of the DCT: one for each plane, channel and octave of frequency.
+
+    The octaves of a plane are its mean and radii [1, 2), [2, 4), ... in units of its lowest frequency along the longer side.
+
+    Returns:
+        The band of every coefficient (M,), and the plane and channel of every band, 0 to 3 C - 1.
+    """
+    bands, owners, first = [], [], 0
+    for p, (h, w) in enumerate(sizes):
+        longest = max(h, w)
+        radius = torch.hypot(torch.arange(h)[:, None] * (longest / h), torch.arange(w) * (longest / w))
+        octave = torch.where(radius < 0.5, 0, 1 + radius.clamp(min=1).log2().floor().long())
+        present, octave = octave.unique(return_inverse=True)
+        for c in range(channels):
+            bands.append(first + octave.flatten())
+            owners += [p * channels + c] * len(present)
+            first += len(present)
+    return torch.cat(bands), torch.tensor(owners)
+
+
+class GaussianPrior(nn.Module):
+    """Normal distribution of states with its exact denoiser.
+
+    Args:
+        channels: channels C of the planes.
+        sizes: rows and columns of xy, yz, xz.
+        mean: mean m (M,).
+        floor: variances d, positive: (1,) for all coefficients, or one for each band of :func:`octaves`.
+        directions: rows of W (K, M) in the basis of T; K may be 0.
+
+    Raises:
+        ValueError: shapes do not fit, or a variance is not positive.
+    """
+
+    def __init__(self, channels: int, sizes: Sizes, mean: Tensor, floor: Tensor, directions: Tensor) -> None:
+        super().__init__()
+        self.channels, self.sizes = channels, list(sizes)
+        numbers = channels * sum(h * w for h, w in sizes)
+        band, owner = octaves(channels, sizes)
+        if len(floor) == 1:
+            band, owner = torch.zeros_like(band), owner[:1]
+        if mean.shape != (numbers,) or directions.shape[1:] != (numbers,) or floor.shape != owner.shape:
+            raise ValueError(
+                f"prior: expected mean ({numbers},), floor ({len(owner)},) and directions (K, {numbers}), got "
+                f"{tuple(mean.shape)}, {tuple(floor.shape)} and {tuple(directions.shape)}"
+            )
+        if not (floor > 0).all():
+            raise ValueError("prior: expected positive variances of the floor")
+        counts = torch.bincount(band, minlength=len(owner)).float()
+        self.owners = int(owner.max()) + 1
+        in_channel = torch.zeros(self.owners).index_add(0, owner, counts)
+        self.mean, self.floor, self.directions = (nn.Buffer(t.float().contiguous()) for t in (mean, floor, directions))
+        self.band, self.owner = nn.Buffer(band, persistent=False), nn.Buffer(owner, persistent=False)
+        self.counts = nn.Buffer(counts, persistent=False)
+        self.share = nn.Buffer(counts / in_channel[owner], persistent=False)
+        self.gram = nn.Buffer(self._gram(), persistent=False)
+
+    @staticmethod
+    def unit(channels: int, sizes: Sizes) -> GaussianPrior:
+        """Standard normal distribution, whose denoiser is the skips cos(eta) x and sin(eta) x."""
+        numbers = channels * sum(h * w for h, w in sizes)
+        return GaussianPrior(channels, sizes, torch.zeros(numbers), torch.ones(1), torch.zeros(0, numbers))
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Smallest and largest variance: of the floor, without the smallest 5 % of its coefficients, and of the directions."""
+        order = self.floor.argsort()
+        below = self.counts[order].cumsum(0) / self.counts.sum()
+        smallest = float(self.floor[order][int((below < 0.05).sum())])
+        largest = float(self.directions.square().sum(1).max()) if len(self.directions) else 0.0
+        return smallest, max(largest, float(self.floor.max()))
+
+    def _gram(self) -> Tensor:
+        """W W' by bands (bands, K, K)."""
+        w = self.directions
+        grams = torch.zeros(len(self.floor), len(w), len(w))
+        if len(w):
+            order = self.band.argsort(stable=True)
+            for i, part in enumerate(w[:, order].split([int(n) for n in self.counts], 1)):
+                grams[i] = part @ part.T
+        return grams
+
+    def _solved(self, weighted: Tensor, inner: Tensor, factor: Tensor) -> Tensor:
+        """(I + factor W A^-1 W')^-1 W (B, K) applied to ``weighted`` A^-1 y (B, M), with A (B, bands)."""
+        g = weighted @ self.directions.to(weighted).T
+        h = torch.einsum("bn,nkl->bkl", 1 / inner, self.gram.to(inner)).double()
+        system = torch.eye(h.shape[1], dtype=h.dtype, device=h.device) + factor.double().unsqueeze(-1) * h
+        return torch.linalg.solve(system, g.double().unsqueeze(-1)).squeeze(-1).to(g)
+
+    def _transform(self, x: Tensor, inverse: bool = False) -> Tensor:
+        return x if len(self.floor) == 1 and not len(self.directions) else transform(x, self.channels, self.sizes, inverse)
+
+    def forward(self, x: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior means of noise and x0, each (B, M), for states x (B, M) at angles eta (B,)."""
+        eta = eta.to(x)[:, None]
+        c, s = eta.cos(), eta.sin()
+        mean, floor = self.mean.to(x), self.floor.to(x)
+        inner = c.square() * floor + s.square()
+        spread = inner[:, self.band]
+        r = self._transform(x - c * mean) / spread
+        along = torch.zeros_like(x)
+        if len(self.directions):
+            along = self._solved(r, inner, c.square()) @ self.directions.to(x)
+            r = r - c.square() * along / spread
+        return s * self._transform(r, inverse=True), mean + c * self._transform(floor[self.band] * r + along, inverse=True)
+
+    def spread(self, eta: Tensor) -> Tensor:
+        """rho (B, M) at angles eta (B,)."""
+        eta = eta.to(self.floor)[:, None]
+        ratio = self.floor / (eta.cos().square() * self.floor + eta.sin().square())
+        channels = torch.zeros(len(ratio), self.owners, dtype=ratio.dtype, device=ratio.device)
+        return channels.index_add(1, self.owner, ratio * self.share).sqrt()[:, self.owner[self.band]]
+
+    def combine(
+        self, planes: Sequence[Tensor], t: Tensor, noise: Sequence[Tensor], x0: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Estimates of noise and planes from the network's heads, all (B, C, rows, columns), at timesteps t (B,)."""
+        with torch.autocast(planes[0].device.type, enabled=False):
+            x, eta = pack(planes), angle(t.to(self.floor))
+            own_noise, own_x0 = self(x, eta)
+            noise_scale, x0_scale = self.scales(eta)
+            estimates = (own_noise + noise_scale * pack(noise).to(x), own_x0 + x0_scale * pack(x0).to(x))
+        both = [unpack(e, self.channels, self.sizes) for e in estimates]
+        return both[0], both[1]
+
+    def scales(self, eta: Tensor) -> tuple[Tensor, Tensor]:
+        """-c rho and s rho (B, M): the factors of the heads G and F at angles eta (B,)."""
+        rho, eta = self.spread(eta), eta.to(self.floor)[:, None]
+        return -eta.cos() * rho, eta.sin() * rho
+
+    def log_likelihood(self, states: Tensor) -> Tensor:
+        """Logarithm of the density at states (N, M), in nats (N,)."""
+        y = self._transform(states - self.mean.to(states))
+        floor = self.floor.to(states)[None]
+        weighted = y / floor[:, self.band]
+        squares = (y * weighted).sum(1).double()
+        logarithm = (self.counts.double() * self.floor.double().log()).sum()
+        if len(self.directions):
+            z = self._solved(weighted, floor, torch.ones_like(floor[:, :1]))
+            squares = squares - ((weighted @ self.directions.to(states).T) * z).sum(1).double()
+            h = torch.einsum("n,nkl->kl", 1 / self.floor.double(), self.gram.double())
+            logarithm = logarithm + torch.logdet(torch.eye(len(h), dtype=h.dtype, device=h.device) + h)
+        return -0.5 * (squares + logarithm + len(self.mean) * math.log(2 * math.pi))
+
+
+@dataclass
+class Principal:
+    """Mean (M,), variances (K,) in decreasing order and orthonormal directions (K, M) of states."""
+
+    mean: Tensor
+    variances: Tensor
+    directions: Tensor
+
+
+def principal(states: Tensor, most: int | None = None) -> Principal:
+    """Principal components of states (N, M), at most N - 1 and those of positive variance."""
+    mean = states.double().mean(0).to(states)
+    centred = states - mean
+    gram = torch.zeros(len(states), len(states), dtype=torch.float64)
+    for part in centred.split(1 << 16, 1):
+        gram += part.double() @ part.double().T
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values.flip(0), vectors.flip(1)
+    kept = min(len(states) - 1, int((values > 1e-9 * values[0].clamp(min=1e-300)).sum()), most or len(states))
+    directions = (vectors[:, :kept] / values[:kept].sqrt()).T.to(states) @ centred
+    return Principal(mean, (values[:kept] / max(1, len(states) - 1)).to(states), directions)
+
+
+def fit_prior(
+    states: Tensor,
+    channels: int,
+    sizes: Sizes,
+    *,
+    groups: Sequence[int] | None = None,
+    most: int = 128,
+    folds: int = 5,
+    seed: int = 0,
+) -> GaussianPrior:
+    """Fit a Gaussian to states.
+
+    The leading variances are those of the states. The floor is the mean square of held-out states outside the directions of the
+    others, by bands, over ``folds`` parts of the states. The number of directions is that of the largest held-out likelihood.
+
+    N states have about trace(D) / N of their variance along each of their own directions by chance. Without this part the
+    held-out loss is lower, but samples have less spread than the data (algorithm.md section 11), so it stays.
+
+    Args:
+        states: (N, M), at least three.
+        channels: channels C of the planes.
+        sizes: rows and columns of xy, yz, xz.
+        groups: number of the volume of every state; its mirrored copies are in the same part. Default: each is its own.
+        most: largest number of directions.
+        folds: number of parts.
+        seed: seed of the division.
+
+    Raises:
+        UserError: there are fewer than three volumes.
+    """
+    group = torch.arange(len(states)) if groups is None else torch.tensor(groups)
+    volumes = group.unique()
+    if len(volumes) < 3:
+        raise UserError(f"prior: {len(volumes)} volume(s); a covariance needs at least 3; take prior=unit timesteps=stratified")
+    part_of = torch.randperm(len(volumes), generator=rng(seed, "prior folds")) % min(folds, len(volumes))
+    part = part_of[torch.searchsorted(volumes, group)]
+    least = min(min(int((part != f).sum()) - 1, most) for f in range(int(part.max()) + 1))
+    candidates = sorted({k for k in (0, *(2**i for i in range(20))) if k < least} | {least})
+
+    def parts() -> Iterator[tuple[Principal, Tensor]]:  # one after another, because directions are large
+        for f in range(int(part.max()) + 1):
+            yield principal(states[part != f], most), states[part == f]
+
+    band, owner = octaves(channels, sizes)
+    counts = torch.bincount(band, minlength=len(owner)).double()
+    energy = torch.zeros(len(candidates), len(owner), dtype=torch.float64)
+    for p, held_out in parts():
+        rest, done = held_out - p.mean, 0
+        for i, k in enumerate(candidates):
+            more = p.directions[done:k]
+            rest, done = rest - (rest @ more.T) @ more, k
+            squares = transform(rest, channels, sizes).double().square().sum(0)
+            energy[i].index_add_(0, band, squares)
+    floors = (energy / counts / len(states)).clamp(min=LEAST)
+    scores = [0.0] * len(candidates)
+    for p, held_out in parts():
+        for i, (k, floor) in enumerate(zip(candidates, floors, strict=True)):
+            scores[i] += float(_assembled(p, k, floor, channels, sizes).log_likelihood(held_out).sum())
+    best = max(range(len(candidates)), key=scores.__getitem__)
+    everything = principal(states, most)
+    kept = len(everything.variances) if candidates[best] == least else candidates[best]
+    return _assembled(everything, kept, floors[best], channels, sizes)
+
+
+def _assembled(p: Principal, kept: int, floor: Tensor, channels: int, sizes: Sizes) -> GaussianPrior:
+    """Prior with the variances of the first ``kept`` directions, the floor's share included."""
+    along = transform(p.directions[:kept], channels, sizes)
+    band, _ = octaves(channels, sizes)
+    below = along.square() @ floor.to(along)[band]
+    scale = (p.variances[:kept] - below).clamp(min=1e-6).sqrt()
+    return GaussianPrior(channels, sizes, p.mean, floor, scale[:, None] * along)
