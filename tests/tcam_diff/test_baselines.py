@@ -20,7 +20,7 @@ from tcam_diff.diffusion.data import LatentData
 from tcam_diff.diffusion.process import pack
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation.reconstruction import evaluate, find_reconstructions
-from tcam_diff.evaluation.sets import read_set
+from tcam_diff.evaluation.sets import read_planes, read_set
 from tcam_diff.training.distributed import Distributed
 
 SIZE = (16, 8, 24)
@@ -139,8 +139,10 @@ def test_a_gaussian_has_the_mean_and_covariance_of_the_planes(latents, tmp_path)
     drawn = torch.stack([fitted.draw(i, 0) for i in range(2000)]) - fitted.mean
     coefficients = drawn @ torch.linalg.pinv(fitted.directions)  # standard normals, if the covariance is right
     torch.testing.assert_close(coefficients.T.cov(), torch.eye(len(fitted.directions)), rtol=0, atol=0.15)
-    runs.command("baseline", "sample", str(tmp_path / "g"), "--out", str(tmp_path / "s"), "--n", "2", "-q")
-    assert len(read_set(tmp_path / "s", lambda v: v).names) == 2
+    for n in ("2", "3"):  # the second command keeps what the first drew
+        runs.command("baseline", "sample", str(tmp_path / "g"), "--out", str(tmp_path / "s"), "--n", n, "--planes", "-q")
+        assert len(read_set(tmp_path / "s", lambda v: v).names) == int(n)
+        assert read_planes(tmp_path / "s").shape == (int(n), len(fitted.mean))
     few = Gaussian.fit(GaussianConfig(latents=str(latents), directions=2))
     assert few.directions.shape[0] == 2
 

@@ -13,10 +13,12 @@ import pytest
 import runs
 import torch
 from tcam_diff.autodecoder.encode import load_run
+from tcam_diff.autodecoder.latents import LatentSet
 from tcam_diff.data.store import Store, unit
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation import metrics, reconstruction
 from tcam_diff.evaluation.reconstruction import FITTED, Row
+from tcam_diff.evaluation.sets import read_set
 
 SIZE = (24, 12, 26)
 SMALL = ["channels=4", "plane_size=8", "widths=[8]", "steps=6", "batch=2"]
@@ -113,6 +115,29 @@ def test_generated_volumes_beside_held_out_ones(made, tmp_path):
     assert "nearest" not in sets["training volumes"]
     rows = list(csv.DictReader((tmp_path / "out" / "volumes.csv").open()))
     assert [r["nearest_training_volume"] for r in rows if r["set"] == str(tmp_path)] == ["blob0", "blob1", "blob2"]
+
+
+def test_latent_sets_beside_generated_volumes_are_decoded(made, tmp_path):
+    """The training planes are the reference of the modes of planes, wherever they stand; bright voxels are tested, too."""
+    store = Store(made / "store")
+    for number, record in enumerate(store.in_split("train")):
+        image = nib.Nifti1Image(unit(torch.tensor(store.volume(record)))[0].numpy(), record.info.affine)
+        nib.save(image, tmp_path / f"new{number}.nii")
+    encoded, fitted = str(made / "encoded"), str(made / "fitted")
+    out = ("--out", str(tmp_path / "out"), "--size", "26")
+    runs.command("evaluate", str(made / "store"), encoded, str(tmp_path), fitted, *out)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["counts"][fitted] == 3
+    assert summary["sets"][fitted]["latent_modes"]["mean"] == pytest.approx(1, rel=1e-4)
+    assert "latent_modes" in summary["sets"][encoded]
+    assert "latent_modes" not in summary["sets"][str(tmp_path)]
+    assert set(summary["told_apart"][str(tmp_path)]) == {"training volumes", "held out", encoded, fitted}
+    assert summary["told_apart"][str(tmp_path)]["training volumes"] == pytest.approx(1)
+    planes = LatentSet(made / "fitted").fitted("blob1")
+    decoded = torch.cat(list(planes.decode_unit(SIZE)), 3)
+    assert torch.equal(read_set(made / "fitted", lambda v: v).volumes[1], decoded)
+    done = runs.command("evaluate", str(made / "store"), str(tmp_path), "--split", "test", check=False)
+    assert "--split: only for reconstructions" in done.stderr
 
 
 def test_intervals_cover_the_mean_as_often_as_they_say():

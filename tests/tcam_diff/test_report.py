@@ -207,7 +207,7 @@ def test_both_stages_and_latents(trained, latents, script, tmp_path):
     said = runs.tcam("report", trained, tmp_path / "samples", "--out", tmp_path / "p.html", "-q")
     text = Elements(tmp_path / "p.html").text
     assert f"tcam sample {trained} --n 5" in text
-    assert "validation loss (2 at the start)" in text
+    assert "loss on training volumes" in text
     assert "no real volumes" in said
     assert "no real volumes" in text
     refused = runs.tcam("report", latents, "--out", tmp_path / "p.html", fails=True)

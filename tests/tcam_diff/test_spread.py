@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from tcam_diff.errors import UserError
+from tcam_diff.evaluation.content import BANDS, BRIGHT, FOREGROUND, bright_level, content
 from tcam_diff.evaluation.metrics import ms_ssim3d
 from tcam_diff.evaluation.sets import resampled
-from tcam_diff.evaluation.spread import MODES, nearest, similarity, spreads
+from tcam_diff.evaluation.spread import MODES, TRAINING, latent_modes, nearest, similarity, spreads, told_apart
 
 
 def test_the_statistics_are_what_they_say():
@@ -76,3 +77,69 @@ def test_similarity_is_the_mean_over_pairs():
     assert got.mean == pytest.approx(np.mean(pairs))
     assert min(pairs) <= got.low < got.mean < got.high <= max(pairs)
     assert similarity(volumes[:1].expand(3, -1, -1, -1, -1)).mean == pytest.approx(1)
+
+
+# ---- content -------------------------------------------------------------------------------
+
+
+def test_foreground_and_bright_voxels_are_volumes_in_millilitres():
+    volumes = torch.zeros(2, 2, 10, 10, 10)
+    volumes[0, 0, :5] = 0.5  # 500 voxels
+    volumes[0, 0, 0] = 0.9  # 100 of them bright
+    volumes[1, 0, 0, 0] = 1.0  # 10
+    volumes[:, 1] = 1.0  # another channel
+    got = content(volumes, 0.8, 0.002)
+    assert got.foreground.tolist() == pytest.approx([1.0, 0.02])
+    assert got.bright.tolist() == pytest.approx([0.2, 0.02])
+    ramp = torch.linspace(0, 1, 1001)[None, None, :, None, None]
+    assert bright_level(ramp) == pytest.approx(0.1 + 0.9 * BRIGHT, abs=2e-3)
+    assert bright_level(torch.zeros(1, 1, 2, 2, 2)) == 1.0
+
+
+@pytest.mark.parametrize("shape", [(12, 10, 14), (9, 12, 11)])
+def test_power_is_that_of_the_whole_spectrum(shape):
+    """Half spectra with their weights have the power of numpy's full ones, and waves are in the band of their frequency."""
+    volume = torch.rand(1, 1, *shape, generator=torch.Generator().manual_seed(0))
+    full = np.abs(np.fft.fftn(volume[0, 0].numpy())) ** 2
+    frequency = np.sqrt(sum(np.square(f) for f in np.meshgrid(*map(np.fft.fftfreq, shape), indexing="ij")))
+    got = content(volume, 0.5, 1.0).power
+    for name, (low, high) in BANDS.items():
+        assert got[name][0] == pytest.approx(full[(frequency >= low) & (frequency < high)].sum(), rel=1e-4)
+    wave = torch.cos(2 * torch.pi * 3 / 10 * torch.arange(20.0))[None, None, None, None].expand(1, 1, 6, 6, 20)
+    power = content(wave, 0.5, 1.0).power
+    assert power["power_middle"][0] > 1e6 * (power["power_low"][0] + power["power_high"][0])
+
+
+def test_blur_lowers_and_noise_raises_the_power_of_fine_detail():
+    generator = torch.Generator().manual_seed(0)
+    training = torch.rand(6, 1, 16, 16, 16, generator=generator)
+    blurred = torch.nn.functional.avg_pool3d(training, 3, 1, 1)
+    noisy = training + 0.3 * torch.randn(training.shape, generator=generator)
+    figures = spreads({"same": training, "blurred": blurred, "noisy": noisy}, training, voxel=0.5, resamples=50)
+    assert figures["same"]["power_high"].mean == pytest.approx(1)
+    assert figures["blurred"]["power_high"].mean < 0.5 < 1 < figures["noisy"]["power_high"].mean
+    assert figures["same"]["foreground"].mean == pytest.approx(0.5 * float((training > FOREGROUND).sum()) / 6)
+    values = (training > FOREGROUND).flatten(1).sum(1).double().numpy() * 0.5
+    assert figures["same"]["foreground_sd"].mean == pytest.approx(values.std(ddof=1))
+
+
+def test_latent_modes_are_those_of_the_reference():
+    training = torch.randn(30, 50, generator=torch.Generator().manual_seed(0)) * torch.linspace(5, 0.1, 50)
+    got = latent_modes({"half": 0.5 * training, "a": training}, "a")
+    assert got["a"].mean == pytest.approx(1, rel=1e-5)
+    assert got["half"].mean == pytest.approx(0.25, rel=1e-5)
+    assert got["half"].low < 0.25 < got["half"].high
+    with pytest.raises(UserError, match=r"other: 30 volume.*40 numbers"):
+        latent_modes({"other": training[:, :40], "a": training}, "a")
+
+
+def test_sets_that_differ_are_told_apart():
+    generator = torch.Generator().manual_seed(0)
+    training = torch.rand(40, 1, 8, 8, 8, generator=generator)
+    alike, brighter = (torch.rand(40, 1, 8, 8, 8, generator=generator) for _ in range(2))
+    brighter = brighter + 0.03
+    got = told_apart({"alike": alike, "brighter": brighter, TRAINING: training}, [TRAINING, "alike"], 1.0)
+    assert set(got["alike"]) == {TRAINING}
+    assert got["alike"][TRAINING] > 0.05
+    assert got["brighter"][TRAINING] < 1e-3
+    assert got["brighter"]["alike"] < 1e-3

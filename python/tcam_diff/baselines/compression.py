@@ -28,7 +28,7 @@ from tcam_diff.text import size_text
 from tcam_diff.training.distributed import Distributed
 from tcam_diff.training.loop import Outcome
 from tcam_diff.training.networks import NetworksTask
-from tcam_diff.training.rng import in_epochs, rng, seed_of
+from tcam_diff.training.rng import evenly, in_epochs, rng, seed_of
 from tcam_diff.training.states import load_module
 from tcam_ext import _C
 
@@ -263,7 +263,7 @@ class CompressionTraining(NetworksTask):
         return PatchAdversarialLoss(criterion=self.config.adversarial)
 
     def evaluate(self) -> dict[str, float]:
-        """Mean PSNR of the first training volumes, and of the first others, if any."""
+        """Mean PSNR of ``evaluate_volumes`` training volumes, evenly spread, and of as many others, if any."""
         self.network.eval()
         held_out = [r for r in self.store.records if r.split != self.config.split]
         metrics = {"psnr": self._psnr(self.records)}
@@ -271,7 +271,7 @@ class CompressionTraining(NetworksTask):
 
     def _psnr(self, records: Sequence[Record]) -> float:
         errors = []
-        for r in records[: self.config.evaluate_volumes]:
+        for r in (records[i] for i in evenly(self.config.evaluate_volumes, len(records))):
             x = unit(torch.tensor(self.store.volume(r)))[None]
             errors.append(psnr_of_mse(mse(self.model.reconstruct(x.to(self.group.device)).cpu(), x)))
         return sum(errors) / len(errors)

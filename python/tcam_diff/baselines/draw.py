@@ -95,6 +95,7 @@ def draw(
     *,
     seed: int = 0,
     dtype: str = "float32",
+    planes: bool = False,
     batch_size: int = 4,
     device: str = "auto",
     progress: ProgressCallback | None = None,
@@ -108,6 +109,7 @@ def draw(
         indices: numbers of the samples.
         seed: their seed. Sample i depends on it and on i alone.
         dtype: float32, int16, uint16 or uint8.
+        planes: whether to write the planes of each sample, too, for gaussian.
         batch_size: samples drawn at a time.
         device: auto, cpu, cuda, ...
         progress: called after every sample.
@@ -120,13 +122,15 @@ def draw(
         UserError: the run has no generative model, or the folder has samples with other settings.
     """
     check_output((1, 1, 1), dtype)
+    if planes and not is_gaussian(run):
+        raise UserError(f"--planes: the samples of {run} have no planes; only those of gaussian have")
     info, model, make = _generator(run, device, seed)
     kind = "gaussian" if is_gaussian(run) else "latent diffusion"
     settings: dict[str, Any] = {
         "rival": kind, "model": model, "sampling": {"seed": seed}, "size": list(info.shape), "dtype": dtype,
     }  # fmt: skip
     with locked_folder(out):
-        files = {i: Files.of_sample(out, i, f"seed{seed}") for i in indices}
+        files = {i: Files.of_sample(out, i, f"seed{seed}", planes) for i in indices}
         missing = [i for i in indices if not files[i].complete(settings)]
         for first in range(0, len(missing), batch_size):
             if stop is not None and stop():

@@ -23,6 +23,7 @@ from tcam_diff.autodecoder.planes import normalise
 from tcam_diff.baselines.config import GaussianConfig
 from tcam_diff.data.volume import VolumeInfo
 from tcam_diff.diffusion.data import LatentData, typical
+from tcam_diff.diffusion.prior import principal
 from tcam_diff.diffusion.process import pack, unpack
 from tcam_diff.errors import UserError
 from tcam_diff.files import writable_folder
@@ -51,13 +52,10 @@ class Gaussian:
         data = LatentData(config.latents)
         if len(data) < 2:
             raise UserError(f"{config.latents}: {len(data)} volume; a covariance needs at least two")
-        states = pack([p.float() for p in data.planes])
-        mean = states.mean(0)
-        _, values, directions = torch.linalg.svd((states - mean) / (len(states) - 1) ** 0.5, full_matrices=False)
-        kept = min(len(states) - 1, config.directions or len(states))
+        p = principal(pack([p.float() for p in data.planes]), config.directions)
         sizes = [(p.shape[2], p.shape[3]) for p in data.planes]
         info = typical(data.set.entries)
-        return Gaussian(mean, values[:kept, None] * directions[:kept], data.set.decoder(), data.set.config, info, sizes)
+        return Gaussian(p.mean, p.variances[:, None].sqrt() * p.directions, data.set.decoder(), data.set.config, info, sizes)
 
     def draw(self, index: int, seed: int) -> Tensor:
         """Packed planes (numbers,) of sample ``index`` of a seed: normals times the directions, about the mean."""

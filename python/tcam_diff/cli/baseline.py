@@ -62,10 +62,9 @@ def train_command(
 
     def started(made: Any) -> None:
         model = made.model if isinstance(settings, CompressionConfig) else made.model.compression
+        volumes = f"{len(made.records)} volumes; " if hasattr(made, "records") else ""
         say(
-            f"{len(made.records)} volumes; "
-            if hasattr(made, "records")
-            else "" + f"latents {' x '.join(map(str, model.latent_shape))} ({model.latents} numbers a volume), "
+            f"{volumes}latents {' x '.join(map(str, model.latent_shape))} ({model.latents} numbers a volume), "
             f"{made.parameters / 1e6:.2f} M parameters"
         )
 
@@ -127,6 +126,9 @@ def sample_command(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, int16, uint16 or uint8 (integers with a scale).")] = "float32",
     batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 4,
+    planes: Annotated[
+        bool, typer.Option("--planes", help="For gaussian: also write the planes of each volume, as safetensors.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     quiet: Quiet = False,
 ) -> None:
@@ -136,8 +138,8 @@ def sample_command(
 
     with progress_bar("sampling", quiet) as show, stop_on_interrupt("the same command continues") as stop:
         done = draw(
-            run, out, range(first, first + n), seed=seed, dtype=dtype, batch_size=batch_size, device=device, progress=show,
-            stop=stop,
+            run, out, range(first, first + n), seed=seed, dtype=dtype, planes=planes, batch_size=batch_size, device=device,
+            progress=show, stop=stop,
         )  # fmt: skip
     if not done:
         raise KeyboardInterrupt

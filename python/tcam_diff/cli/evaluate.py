@@ -22,8 +22,9 @@ def command(
             metavar="FAKE... [KEY=VALUE]...",
             help="Reconstructions: a run of `tcam train-autodecoder` or `tcam baseline`, a set of `tcam encode` or "
             "`tcam export-latents`, or volumes in any layout with the names of the store's cases. Generated volumes: folders "
-            "of `tcam sample` or other volumes; {seed} in a name is replaced by 0, 1, ... for each critic. KEY=VALUE: changes "
-            "to the critic, e.g. epochs=50 constraint=clip.",
+            "of `tcam sample`, other volumes, and latent sets beside them; "
+            "{seed} in a name is replaced by 0, 1, ... for each critic. KEY=VALUE: changes to the critic, e.g. epochs=50 "
+            "constraint=clip.",
         ),
     ],
     out: Annotated[
@@ -71,13 +72,17 @@ def command(
     from tcam_diff.evaluation.reconstruction import is_generated
     from tcam_diff.files import writable_folder
 
-    paths, changes = [f for f in fake if "=" not in f], [f for f in fake if "=" in f]
+    paths = [f for f in fake if "=" not in f or Path(f).exists()]
+    changes = [f for f in fake if f not in paths]
     if not paths:
         raise UserError(f"FAKE: expected a folder of volumes, a run or a latent set, got only {' '.join(changes)}")
     if out is not None:
         writable_folder(out)
     store = Store(real)
-    if is_generated(store, Path(paths[0].replace("{seed}", "0"))):
+    if any(is_generated(store, Path(p.replace("{seed}", "0"))) for p in paths):
+        unused = [n for n, given in (("--split", split), ("--lpips", lpips)) if given]
+        if unused:
+            raise UserError(f"{unused[0]}: only for reconstructions, but {' '.join(paths)} has generated volumes")
         options = {"critics": critics, "controls": controls, "intensity": intensity}
         _generated(store, paths, size, features, changes, options, out, quiet)
     else:
@@ -142,6 +147,11 @@ def _generated(
             if name in figures:
                 count = f"{_volumes(result.counts[label])}, " if label in result.counts and not over else ""
                 say(f"  {label + ',':<{width}}{count}{figures[name]}")
+    say("bright voxels: p-values of the two-sample Kolmogorov-Smirnov test; below 0.05 the sets differ")
+    for label, values in result.told_apart.items():
+        if not values:
+            continue
+        say(f"  {label + ',':<{width}}" + ", ".join(f"{p:.2g} from {other}" for other, p in values.items()))
     if critic is not None:
         say(f"Wasserstein distance from {result.critic_real} by critics of {critic.size} voxels along each axis; low is close")
         for label, scores in result.critics.items():

@@ -88,14 +88,14 @@ def report(real: Path, split: str, result: Result) -> None:
         lines = [("", "label", *(_share(heads, reference, "of originals")))]
         for row in rows:
             figures = [_figure(*row.metrics[m]) for m in METRICS]
-            lines.append((_title(row), row.label, *_share(figures, reference, f"{row.share:.1%}")))
+            lines.append((_title(row), row.label, *_share(figures, reference, _figure(*row.share))))
         for title, label, *cells in lines:
             say(f"{title:{width}}  {label:{names}}  " + "  ".join(f"{c:15}" for c in cells).rstrip())
 
 
 def _share(cells: list[str], reference: str, share: str) -> list[str]:
     """Cells of a line with the share of the originals' F1 after F1, in tables against the truth."""
-    return [cells[0], "" if share == "nan%" else share, *cells[1:]] if reference == "truth" else cells
+    return [cells[0], "" if share == "-" else share, *cells[1:]] if reference == "truth" else cells
 
 
 def _title(row: Row) -> str:

@@ -48,6 +48,10 @@ def table_command(
     from tcam_diff.tables.plan import Plan
 
     config = _load(number, (1, 2, 3, 4), preset, overrides)
+    if seeds > 1 and number in (2, 4):
+        raise UserError(f"--seeds {seeds}: only tables 1 and 3 have several seeds; table 2 repeats its segmentation networks")
+    if equal_steps and number != 1:
+        raise UserError("--equal-steps: only for table 1")
     if commands:
         for s in Plan(out, config, seeds, equal_steps).steps(number):
             say(f"tcam {shlex.join(s.arguments())}")

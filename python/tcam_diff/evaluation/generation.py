@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,16 +16,18 @@ import torch
 from torch import Tensor
 
 import tcam_ext
+from tcam_diff.autodecoder.latents import LatentSet
 from tcam_diff.data.store import Store
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation.config import CriticConfig
+from tcam_diff.evaluation.content import BANDS
 from tcam_diff.evaluation.critic import Score
 from tcam_diff.evaluation.distances import altered, distances
 from tcam_diff.evaluation.features import FeatureNetwork, frechet, jackknifed, mmd
 from tcam_diff.evaluation.metrics import scales
 from tcam_diff.evaluation.reconstruction import Mean
-from tcam_diff.evaluation.sets import HELD_OUT, VolumeSet, read_set, resampled
-from tcam_diff.evaluation.spread import MODES, TRAINING, nearest, similarity, spreads
+from tcam_diff.evaluation.sets import HELD_OUT, VolumeSet, is_latent_set, read_planes, read_set, resampled
+from tcam_diff.evaluation.spread import MODES, TRAINING, latent_modes, nearest, similarity, spreads, told_apart
 from tcam_diff.files import locked_folder, write_bytes, write_text
 from tcam_diff.progress import Progress, ProgressCallback
 
@@ -33,10 +36,22 @@ STATISTICS = {
     "variance": ("variance about the mean", "that of held-out volumes"),
     "pairwise": ("mean RMS difference of pairs", "that of held-out volumes"),
     "modes": (f"variance in the first {MODES} modes of the training volumes, their own = 1", "that of held-out volumes"),
+    "latent_modes": (
+        f"variance of planes in the first {MODES} modes of the training planes, their own = 1",
+        "that of held-out planes",
+    ),
     "ms_ssim": ("mean MS-SSIM of pairs; higher: less diverse", "that of held-out volumes"),
+    "foreground": ("foreground, mL", "that of held-out volumes"),
+    "foreground_sd": ("standard deviation of the foreground, mL", "that of held-out volumes"),
+    "bright": ("bright voxels, mL", "that of held-out volumes"),
+    "bright_sd": ("standard deviation of the bright voxels, mL", "that of held-out volumes"),
+    **{
+        name: (f"power at {low:g} to {high:g} cycles per voxel, of the training volumes = 1", "that of held-out volumes")
+        for name, (low, high) in BANDS.items()
+    },
     "nearest": ("median RMS difference from the nearest training volume", "not below that of held-out volumes"),
     "fid": ("3D FID", "low: that of the training volumes"),
-    "mmd": ("MMD, squared", "low: that of the training volumes"),
+    "mmd": ("MMD, squared, cubic kernel", "low: that of the training volumes"),
 }
 
 
@@ -52,6 +67,7 @@ class Generation:
     features: str = ""  # feature network
     critics: dict[str, list[Score]] = field(default_factory=dict)  # scores by set
     critic_real: str = ""  # set that is real for critic, FID and MMD
+    told_apart: dict[str, dict[str, float]] = field(default_factory=dict)  # p-values by set and reference
 
 
 def evaluate_sets(
@@ -73,7 +89,8 @@ def evaluate_sets(
 
     Args:
         store: real volumes, of the split train and others.
-        paths: folders of volumes; {seed} in a path is replaced by 0, 1, ..., and critic k scores the set of its number.
+        paths: folders of volumes or latent sets; {seed} in a path is replaced by 0, 1, ..., and critic k scores the set of its
+            number. Modes of planes are those of the latent set of training volumes.
         size: voxels along each axis, at most, to which all volumes are resampled by means over cells.
         features: network for FID and MMD; None: without.
         critics: number of critics; 0: without.
@@ -103,7 +120,16 @@ def evaluate_sets(
     if held_out is not None:
         pooled[HELD_OUT] = held_out
     sets = {name: s.volumes for name, s in pooled.items()}
-    figures = spreads(sets, training.volumes)
+    voxel = _millilitres(store) / math.prod(training.volumes.shape[2:])
+    figures = spreads(sets, training.volumes, voxel)
+    latents = [p for p in paths if is_latent_set(Path(p))]
+    trained = next((p for p in latents if all(e.split == "train" for e in LatentSet(p).entries)), None)
+    if trained is not None:
+        states = {p: s for p in paths if "{seed}" not in p and (s := read_planes(Path(p))) is not None}
+        fitting = {p: s for p, s in states.items() if len(s) > 1 and s.shape[1] == states[trained].shape[1]}
+        for name, figure in latent_modes(fitting, trained).items():
+            figures[name]["latent_modes"] = figure
+    references = [TRAINING, *([HELD_OUT] if held_out is not None else []), *latents]
     if scales(min(training.volumes.shape[2:])) > 1:
         for done, (name, volumes) in enumerate({**sets, TRAINING: training.volumes}.items(), 1):
             figures[name]["ms_ssim"] = similarity(volumes)
@@ -115,6 +141,7 @@ def evaluate_sets(
         figures=figures,
         rows=_rows(pooled, training),
         critic_real=TRAINING if held_out is None else HELD_OUT,
+        told_apart=told_apart({**sets, TRAINING: training.volumes}, references, voxel),
     )
     real = training.volumes if held_out is None else held_out.volumes
     if features is not None:
@@ -127,6 +154,11 @@ def evaluate_sets(
         split = {name: [s.volumes for s in of] for name, of in fakes.items()}
         result.critics = distances(real, split, config, seeds=critics, controls=controls, progress=progress)
     return result
+
+
+def _millilitres(store: Store) -> float:
+    """Median field of view of a store's volumes in mL, for affines in mm."""
+    return float(np.median([abs(np.linalg.det(r.info.affine[:3, :3])) * math.prod(r.info.shape) / 1000 for r in store.records]))
 
 
 def _rows(pooled: Mapping[str, VolumeSet], training: VolumeSet) -> list[dict[str, Any]]:
@@ -181,6 +213,7 @@ def write(out: Path, result: Generation, protocol: dict[str, Any]) -> None:
             "volumes_for_fid_and_mmd": result.compared,
             "real": result.critic_real,
             "sets": {name: {n: asdict(f) for n, f in of.items()} for name, of in result.figures.items()},
+            "told_apart": result.told_apart,
             "critics": {name: [asdict(s) for s in scores] for name, scores in result.critics.items()},
         }
         write_text(out / "summary.json", json.dumps(content, indent=1))

@@ -82,7 +82,7 @@ class Row:
     label: str
     volumes: int
     metrics: dict[str, tuple[float, float]]  # mean and standard deviation; NaN: not defined in any volume, or one repeat
-    share: float  # F1 over that of the same volumes' originals, against the truth; NaN for other rows
+    share: tuple[float, float]  # F1 over that of the same volumes' originals, against the truth, as metrics; else NaN
 
 
 @dataclass(frozen=True)
@@ -245,11 +245,10 @@ def means(rows: Sequence[VolumeRow]) -> list[Row]:
         split, images, _, reference, label = key
         names = {r.name for r in own}
         figures = {metric: _mean(own, metric) for metric in METRICS}
-        share = math.nan
+        share = math.nan, math.nan
         if images != ORIGINALS and reference == TRUTH:
             ceiling = [r for r in groups[split, ORIGINALS, "", TRUTH, label] if r.name in names]
-            best = _mean(ceiling, "f1")[0]
-            share = figures["f1"][0] / best if best > 0 else math.nan
+            share = _share(own, ceiling)
         result.append(Row(*key, len(names), figures, share))
     return result
 
@@ -261,6 +260,19 @@ def _mean(rows: Sequence[VolumeRow], metric: str) -> tuple[float, float]:
     of_repeats = [float(np.mean(v)) for v in values if v]
     mean = float(np.mean(of_repeats)) if of_repeats else math.nan
     return mean, float(np.std(of_repeats, ddof=1)) if len(of_repeats) > 1 else math.nan
+
+
+def _share(rows: Sequence[VolumeRow], ceiling: Sequence[VolumeRow]) -> tuple[float, float]:
+    """Mean F1 of rows over that of the originals, and the standard deviation of this share over repeats."""
+    best = _mean(ceiling, "f1")[0]
+    if not best > 0:
+        return math.nan, math.nan
+    of_repeats = []
+    for n in sorted({r.repeat for r in rows}):
+        own, top = (_mean([r for r in of if r.repeat == n], "f1")[0] for of in (rows, ceiling))
+        of_repeats.append(own / top if top > 0 else math.nan)
+    deviation = float(np.std(of_repeats, ddof=1)) if len(of_repeats) > 1 else math.nan
+    return _mean(rows, "f1")[0] / best, deviation
 
 
 def blocks(result: Result) -> Iterator[tuple[str, str, list[Row]]]:
@@ -305,7 +317,7 @@ def _write(
         "references": {TRUTH: "labels of the store", ORIGINAL: "segmentation of the original by the same network"},
         "metrics": "of each label, from the voxels of a whole volume; higher is better; mean over volumes, without 0/0, then "
         "mean and standard deviation (n - 1) over repeats",
-        "share": "mean F1 over that of the same volumes' originals, against the truth",
+        "share": "mean F1 over that of the same volumes' originals, against the truth; standard deviation over repeats",
         "tcam_ext": tcam_ext.__version__,
     }
     text = io.StringIO()
@@ -327,4 +339,5 @@ def _plain(row: Row) -> dict[str, Any]:
         return None if math.isnan(x) else x
 
     figures = {m: {"mean": number(mean), "std": number(std)} for m, (mean, std) in row.metrics.items()}
-    return {**asdict(row), "metrics": figures, "share": number(row.share)}
+    share = None if math.isnan(row.share[0]) else {"mean": row.share[0], "std": number(row.share[1])}
+    return {**asdict(row), "metrics": figures, "share": share}

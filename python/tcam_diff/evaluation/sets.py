@@ -11,11 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tcam_diff.autodecoder.latents import INDEX, Entry, LatentSet
+from tcam_diff.autodecoder.planes import FILE_END, PLANE_NAMES
 from tcam_diff.data import store as stores
 from tcam_diff.data.readers import read_case
 from tcam_diff.data.sources import Case, find_cases
 from tcam_diff.data.volume import Volume
 from tcam_diff.errors import UserError
+from tcam_diff.folder import Folder
 from tcam_diff.progress import Progress, ProgressCallback
 from tcam_diff.text import size_text
 
@@ -48,9 +51,10 @@ def read_set(
     """Read volumes, and apply a function to each.
 
     Args:
-        path: a store of `tcam prepare`, a folder of `tcam sample`, or volumes in any layout of `tcam check-data`.
+        path: a store of `tcam prepare`, a latent set, whose planes are decoded, a folder of `tcam sample`, or volumes in any
+            layout of `tcam check-data`.
         prepare: function of a volume (1, channels, H, W, D) in [0, 1].
-        split: split of a store or of a layout with splits; "held out": all but train; None: all.
+        split: split of a store, of a latent set or of a layout with splits; "held out": all but train; None: all.
         intensity: physical values at 0 and 1, for files without this information and with values outside [0, 1].
         most: number of volumes, from the first; None: all.
         progress: called after every volume.
@@ -69,6 +73,11 @@ def read_set(
                 readers.append((r.name, lambda r=r: stores.unit(torch.tensor(store.volume(r)))))  # type: ignore[misc]
         if not readers and split != HELD_OUT:
             store.in_split(split or "train")  # raises
+    elif is_latent_set(path):
+        latents = LatentSet(path)
+        for e in latents.entries:
+            if split in (None, e.split) or (split == HELD_OUT and e.split != "train"):
+                readers.append((e.name, lambda e=e: _decoded(latents, e)))  # type: ignore[misc]
     else:
         cases = [c for c in find_cases(path).cases if split is None or c.split == split]
         readers += [(c.name, lambda c=c: torch.from_numpy(read_unit(c, intensity).data)) for c in cases]  # type: ignore[misc]
@@ -89,6 +98,31 @@ def read_set(
         if progress is not None:
             progress(Progress(i + 1, len(readers), what=f"reading {path.name}"))
     return VolumeSet([name for name, _ in readers], torch.cat(results))
+
+
+def is_latent_set(path: Path) -> bool:
+    """Whether a folder is a latent set."""
+    return (path / INDEX).is_file()
+
+
+def read_planes(path: Path) -> Tensor | None:
+    """Packed planes (N, M) of a latent set, or of samples with `--planes`; None: the folder has none."""
+    if is_latent_set(path):
+        latents = LatentSet(path)
+        planes = [latents.planes(e) for e in latents.entries]
+    else:
+        files = sorted(path.glob(f"*{FILE_END}")) if path.is_dir() else []
+        files = [f for f in files if (path / f.name.replace(FILE_END, ".json")).is_file()]  # of finished samples
+        planes = []
+        for file in files:
+            tensors = Folder(path, file.name, "`tcam sample --planes`", "draw the samples again").read_tensors(file.name)
+            planes.append([tensors[name] for name in PLANE_NAMES])
+    return torch.stack([torch.cat([p.flatten() for p in of]) for of in planes]) if planes else None
+
+
+def _decoded(latents: LatentSet, entry: Entry) -> Tensor:
+    """Volume (channels, H, W, D) in [0, 1] of an entry's planes."""
+    return torch.cat(list(latents.fitted(entry.name).decode_unit(entry.info.shape)), 3)
 
 
 def sidecar_of(path: Path) -> Path:

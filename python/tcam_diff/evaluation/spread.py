@@ -6,19 +6,26 @@ All figures but MS-SSIM come from root mean square differences of volumes, d(a, 
     pairwise          mean over pairs of d
     nearest training  median over volumes of the smallest d to a training volume
     modes             variance in the first principal modes of the training volumes, as a share of that of the training volumes
+    latent modes      the same of planes, for sets whose planes are known
+
+and from the content of each volume (content.py), with the standard deviation over volumes of foreground and bright voxels, and
+with power as a share of that of the training volumes.
 
 Intervals are percentiles over bootstrap samples of volumes (95 %). Pairs of a volume with itself do not count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
+from scipy.stats import ks_2samp
 from torch import Tensor
 
+from tcam_diff.diffusion.prior import principal
 from tcam_diff.errors import UserError
+from tcam_diff.evaluation.content import Content, bright_level, content
 from tcam_diff.evaluation.metrics import ms_ssim3d
 from tcam_diff.evaluation.reconstruction import Mean
 from tcam_diff.training.rng import rng
@@ -31,12 +38,15 @@ TRAINING = "training volumes"
 Figures = dict[str, Mean]
 
 
-def spreads(sets: Mapping[str, Tensor], training: Tensor, resamples: int = 1000, seed: int = 0) -> dict[str, Figures]:
+def spreads(
+    sets: Mapping[str, Tensor], training: Tensor, voxel: float | None = None, resamples: int = 1000, seed: int = 0
+) -> dict[str, Figures]:
     """Compute the statistics of sets and of the training volumes, under the name TRAINING.
 
     Args:
         sets: volumes (N, ...) of one size, at least two, by name.
         training: training volumes of the same size, at least two.
+        voxel: volume of a voxel in mL, for the content of volumes (N, channels, H, W, D); None: without.
         resamples: number of bootstrap samples.
         seed: their seed.
 
@@ -51,9 +61,8 @@ def spreads(sets: Mapping[str, Tensor], training: Tensor, resamples: int = 1000,
             raise UserError(f"{name}: its volumes have another size or number of channels than the training volumes")
     rows = {name: volumes.flatten(1) for name, volumes in everything.items()}
     training = rows[TRAINING]
-    centre = training.double().mean(0)
-    _, _, directions = torch.linalg.svd(training.double() - centre, full_matrices=False)
-    modes = directions[: min(MODES, len(training) - 1)]
+    components = principal(training.float(), MODES)
+    centre, modes = components.mean.double(), components.directions.double()
     own = _projected(training, centre, modes).var(axis=0, ddof=1).sum()
     result = {}
     for name, own_rows in rows.items():
@@ -61,7 +70,56 @@ def spreads(sets: Mapping[str, Tensor], training: Tensor, resamples: int = 1000,
         to_training = None if name == TRAINING else nearest(own_rows, training)[0]
         squared = _squared(own_rows, own_rows)
         result[name] = _figures(squared, along, to_training, resamples, np.random.default_rng(seed))
+    if voxel is not None:
+        level = bright_level(everything[TRAINING])
+        contents = {name: content(volumes, level, voxel) for name, volumes in everything.items()}
+        for name, own_content in contents.items():
+            result[name] |= _content_figures(own_content, contents[TRAINING], resamples, np.random.default_rng(seed))
     return result
+
+
+def latent_modes(states: Mapping[str, Tensor], reference: str, resamples: int = 1000, seed: int = 0) -> dict[str, Mean]:
+    """Variance of packed planes in the first principal modes of a reference set, as a share of that set's.
+
+    Args:
+        states: packed planes (N, M) by set.
+        reference: name of the set of the training planes.
+        resamples: number of bootstrap samples.
+        seed: their seed.
+
+    Raises:
+        UserError: a set has planes of another size, or fewer than two volumes.
+    """
+    for name, rows in states.items():
+        if len(rows) < 2 or rows.shape[1] != states[reference].shape[1]:
+            raise UserError(
+                f"{name}: {len(rows)} volume(s) with {rows.shape[1]} numbers in planes; expected at least two of the "
+                f"{states[reference].shape[1]} of {reference}"
+            )
+    p = principal(states[reference], MODES)
+    own = float(p.variances.double().sum())
+    result = {}
+    for name, rows in states.items():
+        along = _projected(rows, p.mean.double(), p.directions.double()) / np.sqrt(own)
+        share = {"latent_modes": lambda chosen, v=along: float(v[chosen].var(axis=0, ddof=1).sum())}
+        result[name] = _intervals(share, len(rows), resamples, np.random.default_rng(seed))["latent_modes"]
+    return result
+
+
+def told_apart(sets: Mapping[str, Tensor], references: Sequence[str], voxel: float) -> dict[str, dict[str, float]]:
+    """P-values of the two-sample Kolmogorov-Smirnov test of the volumes of bright voxels, by set and reference.
+
+    Args:
+        sets: volumes (N, channels, H, W, D) by name, the training volumes under TRAINING among them.
+        references: names of sets.
+        voxel: volume of a voxel in mL.
+    """
+    level = bright_level(sets[TRAINING])
+    bright = {name: content(volumes, level, voxel).bright for name, volumes in sets.items()}
+    return {
+        name: {other: float(ks_2samp(values, bright[other]).pvalue) for other in references if other != name}
+        for name, values in bright.items()
+    }
 
 
 def nearest(volumes: Tensor, training: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -97,6 +155,16 @@ def _squared(a: Tensor, b: Tensor) -> np.ndarray:
     return torch.cdist(a.double(), b.double(), compute_mode="donot_use_mm_for_euclid_dist").square().div(a.shape[1]).numpy()
 
 
+def _content_figures(own: Content, training: Content, resamples: int, generator: np.random.Generator) -> Figures:
+    values = {"foreground": own.foreground, "bright": own.bright} | {
+        name: power / max(float(training.power[name].mean()), 1e-30) for name, power in own.power.items()
+    }
+    functions = {name: (lambda chosen, v=v: float(v[chosen].mean())) for name, v in values.items()}
+    for name in ("foreground", "bright"):
+        functions[f"{name}_sd"] = lambda chosen, v=values[name]: float(v[chosen].std(ddof=1))
+    return _intervals(functions, len(own.foreground), resamples, generator)
+
+
 def _figures(
     squared: np.ndarray, projected: np.ndarray, to_training: np.ndarray | None, resamples: int, generator: np.random.Generator
 ) -> Figures:
@@ -108,6 +176,13 @@ def _figures(
     }
     if to_training is not None:
         functions["nearest"] = lambda chosen: float(np.median(to_training[chosen]))
+    return _intervals(functions, count, resamples, generator)
+
+
+def _intervals(
+    functions: Mapping[str, Callable[[np.ndarray], float]], count: int, resamples: int, generator: np.random.Generator
+) -> Figures:
+    """Values of functions of the numbers of chosen volumes, for all ``count`` volumes, with bootstrap intervals."""
     everything = np.arange(count)
     samples = [generator.integers(0, count, count) for _ in range(resamples)]
     samples = [s for s in samples if len(np.unique(s)) > 1]

@@ -21,6 +21,7 @@ from tcam_diff.data.sources import Case
 from tcam_diff.data.store import Store
 from tcam_diff.diffusion.config import DiffusionConfig
 from tcam_diff.errors import UserError
+from tcam_diff.evaluation.critic import Score
 from tcam_diff.evaluation.reconstruction import Mean
 from tcam_diff.evaluation.sets import sidecar_of
 from tcam_diff.files import reason
@@ -40,6 +41,8 @@ class Summary(BaseModel):
     protocol: dict[str, Any]
     groups: dict[str, dict[str, Mean]] = {}
     sets: dict[str, dict[str, Mean]] = {}
+    critics: dict[str, list[Score]] = {}
+    told_apart: dict[str, dict[str, float]] = {}
 
 
 @dataclass(frozen=True)

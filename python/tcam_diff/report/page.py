@@ -18,6 +18,7 @@ from tcam_diff.data.store import Record, Store, unit
 from tcam_diff.diffusion.model import TriplaneDiffusion
 from tcam_diff.diffusion.report import CURVES
 from tcam_diff.errors import UserError
+from tcam_diff.evaluation.distances import convergence
 from tcam_diff.evaluation.generation import STATISTICS
 from tcam_diff.evaluation.reconstruction import METRICS, Reconstruction, find_reconstructions
 from tcam_diff.evaluation.sets import read_unit
@@ -202,6 +203,13 @@ def _table(path: Path, summary: Summary) -> list[Content]:
     beside = f"{' '.join(_fakes(summary))} beside {summary.protocol.get('real', '')}"
     text = f"{beside}; mean (95 % interval over volumes)"
     parts: list[Content] = [paragraph(text), Table(head, rows)]
+    if summary.critics:
+        parts.append(paragraph("Wasserstein distances by critics; low is close; compare within one line's critics alone:"))
+        parts.append(Table(["set", "W"], [[name, convergence(name, of)] for name, of in summary.critics.items()]))
+    if summary.told_apart:
+        tests = [[name, ", ".join(f"{p:.2g} ({o})" for o, p in of.items())] for name, of in summary.told_apart.items()]
+        parts.append(paragraph("Bright voxels: p-values of Kolmogorov-Smirnov tests; below 0.05 sets differ:"))
+        parts.append(Table(["set", "p (beside)"], tests))
     volumes = path / "volumes.csv"
     if volumes.is_file():
         lines = volumes.read_text(errors="replace").splitlines()
@@ -253,7 +261,8 @@ def _figures(metrics: Sequence[dict[str, Any]]) -> dict[str, object]:
         "rate": ("steps_per_second", "{:.2f} steps/s at the end"),
         "peak memory": ("memory_gb", "{:.2f} GB"),
         "PSNR of training volumes": ("psnr", "{:.2f} dB"),
-        "validation loss (2 at the start)": ("validation_loss", "{:.4f}"),
+        "validation loss": ("validation_loss", "{:.4f}"),
+        "loss on training volumes": ("training_loss", "{:.4f}"),
     }
     return {title: form.format(last[name]) for title, (name, form) in known.items() if name in last}
 

@@ -1,0 +1,71 @@
+"""Content of volumes: foreground, bright voxels, and power by bands of spatial frequency (algorithm.md section 11).
+
+    foreground    volume of the voxels above 0.1 of the data set's range
+    bright        volume of the voxels at or above the 95th percentile of the foreground of the training volumes
+    power         |FFT|^2 without a window, summed over a band of |frequency| in cycles per voxel
+
+All are of the first channel. Blur lowers the power of the upper bands, noise raises it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: Least value of a voxel of the foreground.
+FOREGROUND = 0.1
+#: Share of the training volumes' foreground below the bright voxels.
+BRIGHT = 0.95
+#: Bands of frequency in cycles per voxel, by name.
+BANDS = {"power_low": (0.1, 0.25), "power_middle": (0.25, 0.35), "power_high": (0.35, 0.5)}
+
+
+class Content(NamedTuple):
+    """Figures of every volume (N,): foreground and bright voxels in mL, power by bands."""
+
+    foreground: np.ndarray
+    bright: np.ndarray
+    power: dict[str, np.ndarray]
+
+
+def bright_level(training: Tensor) -> float:
+    """Level of bright voxels: the quantile BRIGHT of the foreground of volumes (N, channels, H, W, D)."""
+    values = training[:, 0].float().flatten()
+    values = values[values > FOREGROUND]
+    return float(values.kthvalue(max(1, round(BRIGHT * len(values)))).values) if len(values) else 1.0
+
+
+def content(volumes: Tensor, level: float, voxel: float) -> Content:
+    """Figures of volumes (N, channels, H, W, D) in [0, 1].
+
+    Args:
+        volumes: the volumes.
+        level: result of :func:`bright_level`.
+        voxel: volume of a voxel in mL.
+    """
+    first = volumes[:, 0]
+    power: dict[str, list[float]] = {name: [] for name in BANDS}
+    for volume in first:
+        spectrum = torch.fft.rfftn(volume.float()).abs().square()
+        for name, weight in _bands(tuple(volume.shape)).items():
+            power[name].append(float((spectrum * weight).sum()))
+    foreground = [float((v > FOREGROUND).sum()) * voxel for v in first]
+    bright = [float((v >= level).sum()) * voxel for v in first]
+    return Content(np.array(foreground), np.array(bright), {name: np.array(p) for name, p in power.items()})
+
+
+@functools.lru_cache(maxsize=4)
+def _bands(shape: tuple[int, int, int]) -> dict[str, Tensor]:
+    """Weights of the half spectrum in each band: 2 for coefficients whose conjugates it leaves out, else 1 or 0."""
+    h, w, d = shape
+    squares = [torch.fft.fftfreq(h)[:, None, None] ** 2, torch.fft.fftfreq(w)[:, None] ** 2, torch.fft.rfftfreq(d) ** 2]
+    frequency = (squares[0] + squares[1] + squares[2]).sqrt()
+    twice = torch.full((d // 2 + 1,), 2.0)
+    twice[0] = 1
+    if d % 2 == 0:
+        twice[-1] = 1
+    return {name: ((frequency >= low) & (frequency < high)) * twice for name, (low, high) in BANDS.items()}
