@@ -11,9 +11,9 @@ from tcam_diff.errors import UserError
 from tcam_diff.tables.config import TableConfig
 from tcam_diff.tables.make import make_figure, make_table
 from tcam_diff.tables.paper import PUBLISHED, TABLES
-from tcam_diff.tables.plan import Plan
+from tcam_diff.tables.plan import GENERATORS, Plan
 from tcam_diff.tables.render import grid
-from tcam_diff.tables.rows import late_gain, time_to
+from tcam_diff.tables.rows import late_gain, paired, time_to
 from tcam_diff.tables.steps import run, step
 
 TINY = TableConfig(
@@ -81,7 +81,10 @@ def test_tables_3_and_4_and_the_figures(folder):
         assert text
         assert f"## Table {number}." in text
     rows = json.loads((folder / "table-3.json").read_text())["rows"]
-    assert len(rows) == 5
+    assert [r["pair"] for r in rows] == list(GENERATORS.values())
+    assert all(r["seconds"] >= 0 and r["memory_gb"] > 0 for r in rows)
+    sets = json.loads((folder / "table-3.json").read_text())["sets"]["sets"]
+    assert all("latent_modes" in sets[f"seed-0/{n}-samples"] for n in ("diffusion", "no-cross", "gaussian"))
     assert all(len(r["ours"]) == len(r["other"]) == 1 for r in rows)
     assert rows[0]["controls"]
     assert [r["latents"] for r in json.loads((folder / "table-4.json").read_text())["rows"]] == [2 * 192, 3 * 192]
@@ -123,6 +126,12 @@ def test_rivals_get_the_time_of_ours(tmp_path):
     assert with_data[0].arguments()[:2] == ["prepare", "/a folder/x"]
 
 
+def test_without_a_prior_there_is_no_row_without_it(tmp_path):
+    plain = TINY.model_copy(update={"diffusion_changes": ["prior=none"]})
+    assert set(Plan(tmp_path, TINY).generators) - set(Plan(tmp_path, plain).generators) == {"no-prior"}
+    assert not any("no-prior" in s.name for s in Plan(tmp_path, plain).steps(3))
+
+
 def test_times_are_read_off_curves():
     points = [(10.0, 20.0), (20.0, 24.0), (30.0, 25.0)]
     assert time_to(points, 22.0) == pytest.approx(15)
@@ -131,6 +140,23 @@ def test_times_are_read_off_curves():
     assert time_to(points, 26.0) == math.inf
     assert late_gain(points) == pytest.approx(25 - 24.4)
     assert math.isnan(late_gain(points[:1]))
+
+
+def test_before_ours_is_trained_the_commands_say_so(tmp_path):
+    steps = {s.name: s.arguments() for s in Plan(tmp_path, TINY, equal_steps=True).steps(1)}
+    assert "minutes=THOSE-OF-OURS" in steps["seed-0/store-vae-gan"]
+    assert "steps=THOSE-OF-OURS" in steps["seed-0/store-vae-gan-equal-steps"]
+
+
+def test_intervals_of_ratios_are_paired_by_volume():
+    """A rival with exactly twice the error of every volume leaves no doubt about the ratio, however much volumes differ."""
+    ours = {f"v{i}": {"mse": 10.0**-i, "ssim": 0.9} for i in range(5)}
+    double = {n: {"mse": 2 * v["mse"], "ssim": 0.8} for n, v in ours.items()}
+    assert paired(ours, double)["mse_ratio"] == pytest.approx((0.5, 0.5))
+    assert paired(ours, double)["ssim_difference"] == pytest.approx((0.1, 0.1))
+    noisy = {n: {"mse": v["mse"] * (1 + i), "ssim": 0.9 - 0.01 * i} for i, (n, v) in enumerate(ours.items())}
+    low, high = paired(ours, noisy)["mse_ratio"]
+    assert low < 1.11111 / (1 + 0.2 + 0.03 + 0.004 + 0.0005) < high
 
 
 def test_published_figures_are_the_papers():

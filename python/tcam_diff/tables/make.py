@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +76,13 @@ def make_table(
             "table": number,
             "seeds": 1 if number in (2, 4) else seeds,
             "data": _data(plan, "store-channels" if number == 2 else "store"),
-            "machine": records[-1]["machine"],
             "protocol": config.model_dump(mode="json"),
             "steps": records,
             "rows": {1: of.table1, 2: of.table2, 3: of.table3, 4: of.table4}[number](plan),
         }
-        if len({json.dumps(r["machine"], sort_keys=True) for r in records}) > 1:
-            content["machine"] = {**content["machine"], "processor": "several machines, see the steps: times do not compare"}
+        content["machine"] = _machine([r["machine"] for r in records])
         if number == 1:
-            content["comparisons"] = of.comparisons(content["rows"])
+            content["comparisons"] = of.comparisons(folder, content["rows"])
         if number == 3:
             content["sets"] = of.sets(plan)
         if number == 4:
@@ -92,6 +91,14 @@ def make_table(
         write_text(folder / f"table-{number}.json", json.dumps(content, indent=1))
         write_text(folder / f"table-{number}.md", text + "\n")
         return text
+
+
+def _machine(machines: Sequence[dict[str, str]]) -> dict[str, str]:
+    """Machine of all steps, with the packages of each; of several machines only that."""
+    packages = "; ".join(dict.fromkeys(m["packages"] for m in machines))
+    alone = {json.dumps({k: v for k, v in m.items() if k != "packages"}, sort_keys=True) for m in machines}
+    several = {"processor": "several machines, see the steps: times do not compare"} if len(alone) > 1 else {}
+    return {**machines[-1], **several, "packages": packages}
 
 
 def _claim(folder: Path, config: TableConfig) -> None:

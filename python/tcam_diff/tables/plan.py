@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+from tcam_diff.diffusion.config import DiffusionConfig
 from tcam_diff.tables.config import TableConfig
 from tcam_diff.tables.steps import Step, step
 from tcam_diff.training.logger import read_metrics
@@ -16,8 +18,11 @@ GENERATORS = {
     "ldm-vq-gan": "VQ-GAN + 3D latent diffusion",
     "concatenated": "our latents, concatenated planes (NFD)",
     "no-cross": "ours without cross-attention",
+    "no-prior": "ours without prior, uniform timesteps and grid",
     "gaussian": "Gaussian of our latents",
 }
+#: Changes of the row "no-prior".
+NO_PRIOR = ("prior=none", "timesteps=stratified", "network.norm_groups=32")
 #: Steps of trainings that end by their time.
 MANY = 1_000_000
 
@@ -26,6 +31,12 @@ def last(run: Path, name: str) -> float:
     """Last value of a metric in the log of a run; NaN if it has none."""
     values = [r[name] for r in read_metrics(run) if r.get(name) is not None]
     return float(values[-1]) if values else float("nan")
+
+
+def minutes(ours: Path) -> list[str]:
+    """Keys of a training that ends after the time of ours; before that is known, as a word."""
+    seconds = last(ours, "seconds")
+    return [f"steps={MANY}", "minutes=THOSE-OF-OURS" if math.isnan(seconds) else f"minutes={seconds / 60:.4f}"]
 
 
 class Plan:
@@ -40,6 +51,13 @@ class Plan:
 
     def __init__(self, folder: Path, config: TableConfig, seeds: int = 1, equal_steps: bool = False) -> None:
         self.folder, self.config, self.seeds, self.equal_steps = folder, config, seeds, equal_steps
+
+    @property
+    def generators(self) -> dict[str, str]:
+        """Titles of the generators of table 3 beside ours, by folder."""
+        c = self.config
+        plain = DiffusionConfig.load(c.diffusion, c.diffusion_changes).prior == "none"
+        return {name: title for name, title in GENERATORS.items() if not (plain and name == "no-prior")}
 
     def steps(self, table: int) -> list[Step]:
         """Steps of a table, with those of other tables that it needs."""
@@ -75,8 +93,8 @@ class Plan:
 
         def budget() -> list[str]:
             if steps:
-                return [f"steps={max(int(r['step']) for r in read_metrics(ours))}"]
-            return [f"steps={MANY}", f"minutes={last(ours, 'seconds') / 60:.4f}"]
+                return [f"steps={max((int(r['step']) for r in read_metrics(ours)), default='THOSE-OF-OURS')}"]
+            return minutes(ours)
 
         command = f"baseline train {preset} data={store} seed={seed} --out {run} -q"
         return step(run, command, *changes, resume=True, later=budget)
@@ -118,7 +136,7 @@ class Plan:
         data = f"latents={ours}-latents validation={ours}-encoded seed={seed}"
         return [
             step(run, f"train-diffusion {c.diffusion} {data} --out {run} -q", *c.diffusion_changes, *changes, resume=True),
-            step(f"{run}-samples", f"sample {run} {self._drawn(run, seed)} --steps {c.sample_steps}"),
+            step(f"{run}-samples", f"sample {run} {self._drawn(run, seed)} --planes --steps {c.sample_steps}"),
         ]
 
     def _latent_diffusion(self, name: str, seed: int) -> list[Step]:
@@ -128,12 +146,9 @@ class Plan:
         first = name == "ldm-vae-gan"
         preset, changes = (c.ldm_vae_gan, c.ldm_vae_gan_changes) if first else (c.ldm_vq_gan, c.ldm_vq_gan_changes)
 
-        def budget() -> list[str]:
-            return [f"steps={MANY}", f"minutes={last(ours, 'seconds') / 60:.4f}"]
-
         train = f"baseline train {preset} autoencoder={rival} data=store seed={seed} --out {run} -q"
         return [
-            step(run, train, *changes, resume=True, later=budget),
+            step(run, train, *changes, resume=True, later=lambda: minutes(ours)),
             step(f"{run}-samples", f"baseline sample {run} {self._drawn(run, seed)}"),
         ]
 
@@ -151,19 +166,22 @@ class Plan:
                 *self._diffusion("diffusion", seed),
                 *self._diffusion("no-cross", seed, "network.cross=none"),
                 *self._diffusion("concatenated", seed, "network.weights=concatenated"),
+                *(self._diffusion("no-prior", seed, *NO_PRIOR) if "no-prior" in self.generators else []),
                 *self._latent_diffusion("ldm-vae-gan", seed),
                 *self._latent_diffusion("ldm-vq-gan", seed),
                 step(gaussian, f"baseline train gaussian latents={ours}-latents --out {gaussian}"),
-                step(f"{gaussian}-samples", f"baseline sample {gaussian} {self._drawn(gaussian, seed)}"),
+                step(f"{gaussian}-samples", f"baseline sample {gaussian} {self._drawn(gaussian, seed)} --planes"),
             ]
         made.append(step("features", f"features train store size={c.size} --out features -q", resume=True))
         for seed in range(self.seeds):
-            at, every = f"seed-{seed}", " ".join(f"seed-{seed}/{n}-samples" for n in ("diffusion", *GENERATORS))
+            at = f"seed-{seed}"
+            every = " ".join(f"{at}/{n}-samples" for n in ("diffusion", *self.generators))
+            every += f" {at}/store-{OURS}-latents {at}/store-{OURS}-encoded"
             made.append(step(f"{at}/sets", f"evaluate store {every} --size {c.size} --features features --out {at}/sets -q"))
-            for name in GENERATORS:
+            for name in self.generators:
                 pair = f"evaluate store {at}/diffusion-samples {at}/{name}-samples size={c.size} --size {c.size}"
                 more = f"--critics {c.critics} --out {at}/pair-{name} -q"
-                once = "" if name == next(iter(GENERATORS)) else "--no-controls"
+                once = "" if name == next(iter(self.generators)) else "--no-controls"
                 made.append(step(f"{at}/pair-{name}", f"{pair} {more} {once}", *c.critic_changes))
         return made
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import statistics
 from collections.abc import Sequence
@@ -63,23 +62,35 @@ def _table1(content: dict[str, Any]) -> list[str]:
                     TITLES[model],
                     f"{of[0]['latents']:,}",
                     *(_figure(of, metric, form) for metric, form in (("mse", ".6f"), ("ssim", ".4f"), ("psnr", ".2f"))),
-                    f"{statistics.fmean(r['steps'] for r in of):.0f}",
-                    mean_and_deviation([r["seconds"] / 60 for r in of], ".1f"),
-                    mean_and_deviation([r["memory_gb"] for r in of], ".2f"),
-                    mean_and_deviation([r["late_gain_db"] for r in of], ".2f"),
+                    *_trainings(of, kind),
                 ]
             )
         count = next(r["volumes"] for r in rows if r["volumes_are"] == kind)
         what = "Training volumes" if kind == "training" else "Held-out volumes, for TCAM-Diff encoded with the decoder frozen"
         spread = "mean ± standard deviation over seeds" if content["seeds"] > 1 else "mean (95 % interval over volumes)"
         parts.append(f"{what} ({count}); {spread}:")
-        columns = ["model", "latents", "MSE ↓", "SSIM ↑", "PSNR, dB ↑", "steps", "training, min", "peak GB", "last fifth, dB"]
+        columns = ["model", "latents", "MSE ↓", "SSIM ↑", "PSNR, dB ↑"]
+        columns += ["steps", "training, min", "peak GB", "last fifth, dB"] if kind == "training" else ["encoding, s a volume"]
         parts.append(grid(columns, lines))
     parts.append(
-        "“last fifth”: gain in PSNR in the last fifth of the training, on eight of its volumes; 0 where the curve was flat."
+        "“last fifth”: gain in PSNR in the last fifth of the training, on eight of its volumes; 0 where the curve was flat. "
+        "Rivals encode a volume in one pass of their network."
     )
     parts.append(_bars(content["comparisons"]))
     return parts
+
+
+def _trainings(rows: Sequence[Row], kind: str) -> list[str]:
+    """Cells on the trainings of a model, or on the encoding of held-out volumes."""
+    if kind != "training":
+        seconds = [r["encoding_seconds"] for r in rows if r["encoding_seconds"] is not None]
+        return [mean_and_deviation(seconds, ".1f") if seconds else "one pass"]
+    return [
+        f"{statistics.fmean(r['steps'] for r in rows):.0f}",
+        mean_and_deviation([r["seconds"] / 60 for r in rows], ".1f"),
+        mean_and_deviation([r["memory_gb"] for r in rows], ".2f"),
+        mean_and_deviation([r["late_gain_db"] for r in rows], ".2f"),
+    ]
 
 
 def _figure(rows: Sequence[Row], metric: str, form: str) -> str:
@@ -96,16 +107,21 @@ def _bars(comparisons: dict[str, Any]) -> str:
     lines: list[list[str]] = []
     for kind, by_seed in comparisons.items():
         for c in by_seed:
-            share = c["time_to_its_psnr"]
-            reached = f"{share:.2f} of its time" if math.isfinite(share) else "not reached"
-            lines.append(
-                [
-                    kind, str(c["seed"]), TITLES[c["better_rival"]], f"{c['mse_ratio']:.2f}", f"{c['ssim_difference']:+.4f}",
-                    reached, f"{c['memory_ratio']:.2f}",
-                ]
-            )  # fmt: skip
-    columns = ["volumes", "seed", "better rival", "MSE, ratio", "SSIM, difference", "time to its PSNR", "memory, ratio"]
-    return "TCAM-Diff beside the better rival at equal time:\n\n" + grid(columns, lines)
+            reached, memory = "-", "-"
+            if kind == "training":
+                share = c["time_to_its_psnr"]
+                reached, memory = "not reached" if share is None else f"{share:.2f} of its time", f"{c['memory_ratio']:.2f}"
+            pairs = ((c["mse_ratio"], c["intervals"]["mse_ratio"], ".3f"),
+                     (c["ssim_difference"], c["intervals"]["ssim_difference"], "+.4f"))  # fmt: skip
+            cells = [f"{value:{form}} ({low:{form}} to {high:{form}})" for value, (low, high), form in pairs]
+            better = TITLES[c["better_rival"]], TITLES[c["better_rival_by_ssim"]]
+            lines.append([kind, str(c["seed"]), better[0], cells[0], reached, better[1], cells[1], memory])
+    columns = ["volumes", "seed", "better rival by MSE", "MSE, ratio", "time to its PSNR", "better rival by SSIM"]
+    columns += ["SSIM, difference", "memory, ratio"]
+    return (
+        "TCAM-Diff beside the better rival at equal time, with 95 % intervals over volumes (paired); its memory beside the "
+        "smaller of both rivals':\n\n" + grid(columns, lines)
+    )
 
 
 def _table2(content: dict[str, Any]) -> list[str]:
@@ -123,7 +139,7 @@ def _table2(content: dict[str, Any]) -> list[str]:
                 line += [_pair(of[label]["metrics"][metric]) for label in labels]
                 for label in labels:
                     share = of[label]["share"] if metric == "f1" else None
-                    line.append("" if share is None else f"{share:.3f}")
+                    line.append("" if share is None else _pair(share))
                 lines.append(line)
         reference = {"truth": "ground truth", "original": "segmentation of the original"}[key[1]]
         count = chosen[0]["volumes"]
@@ -141,18 +157,38 @@ def _pair(value: dict[str, float | None]) -> str:
 def _table3(content: dict[str, Any]) -> list[str]:
     lines: list[list[str]] = []
     for r in content["rows"]:
-        doubt = "" if r["valid"] else " (critic not converged)"
+        trained, norms, ends = zip(*r["critics"], strict=True)
+        ended = ", ".join(f"{ends.count(e)} {e}" for e in dict.fromkeys(ends))
+        critics = f"{mean_and_deviation(trained, '.3g')}; {mean_and_deviation(norms, '.2f')}; {ended}"
         lines.append(
-            [r["pair"], str(r["seed"]), mean_and_deviation(r["ours"], ".3g"), mean_and_deviation(r["other"], ".3g") + doubt,
-             f"{r['seconds'] / 60:.1f}"]
+            [
+                r["pair"], str(r["seed"]), mean_and_deviation(r["ours"], ".3g"), mean_and_deviation(r["other"], ".3g"),
+                critics + ("" if r["valid"] else "; NOT CONVERGED"), " : ".join(map(str, r["scored"])),
+                f"{r['ours_seconds'] / 60:.1f} : {r['seconds'] / 60:.1f}",
+                f"{r['ours_memory_gb']:.2f} : {r['memory_gb']:.2f}",
+            ]
         )  # fmt: skip
     controls = content["rows"][0]["controls"]
     named = {k.removeprefix("control: "): mean_and_deviation(v, ".3g") for k, v in controls.items()}
     control = "; ".join(f"{name}: {value}" for name, value in named.items())
     parts = [
-        f"W from {content['rows'][0]['real']} volumes, lower is closer; mean ± SD over critics; a pair has its own critics, so "
-        "compare the two figures of one line alone:",
-        grid(["TCAM-Diff beside", "seed", "TCAM-Diff", "the other", "its training, min"], lines),
+        f"W from {content['rows'][0]['real']} volumes, critics of {content['rows'][0]['critic_size']}³ voxels; low is close; "
+        "mean ± SD over critics, which differ in initial weights and split, not in the samples; a pair has its own critics, so "
+        "compare the two figures of one line alone. The latent diffusions of rivals have the time of ours, the other trainings "
+        "its steps:",
+        grid(
+            [
+                "TCAM-Diff beside",
+                "seed",
+                "TCAM-Diff",
+                "the other",
+                "critics: W in training; gradient norm; end",
+                "scored, real : ours : other",
+                "training, min",
+                "peak GB",
+            ],
+            lines,
+        ),
         f"Controls, half of the real volumes against the other: {control}.",
     ]
     summary = content["sets"]
@@ -162,21 +198,36 @@ def _table3(content: dict[str, Any]) -> list[str]:
         [label, *(f"{of[n]['mean']:.4g} ({of[n]['low']:.3g} to {of[n]['high']:.3g})" if n in of else "-" for n in names)]
         for label, of in summary["sets"].items()
     ]
-    parts.append(f"Samples beside real volumes, seed 0; features: {summary['protocol']['features']}:")
+    rows.insert(0, ["of a good generator", *(STATISTICS[n][1] for n in names)])
+    voxels = " x ".join(map(str, summary["protocol"]["voxels"]))
+    counts = ", ".join(f"{label}: {count}" for label, count in summary["counts"].items())
+    parts.append(
+        f"Samples beside real volumes, seed 0, at {voxels} voxels; mean (95 % interval). Volumes: {counts}; for FID and MMD "
+        f"{summary['volumes_for_fid_and_mmd']} of each, from {summary['real']}; features: {summary['protocol']['features']}:"
+    )
     parts.append(grid(columns, rows))
+    tests = [[label, ", ".join(f"{p:.2g} ({o})" for o, p in of.items())] for label, of in summary["told_apart"].items()]
+    parts.append(
+        "Bright voxels, p-values of two-sample Kolmogorov-Smirnov tests (0.05 or more does not show that sets are alike):"
+    )
+    parts.append(grid(["set", "p (beside)"], tests))
     return parts
 
 
 def _table4(content: dict[str, Any]) -> list[str]:
-    lines = [
-        [str(r["channels"]), f"{r['latents']:,}", f"{r['ratio']:.3f}", f"{r['mse']:.6f}",
-         "-" if r["ssim"] is None else f"{r['ssim']:.4f}", f"{r['psnr']:.2f}", f"{r['seconds'] / 60:.1f}"]
-        for r in content["rows"]
-    ]  # fmt: skip
-    columns = ["C", "latents", "latents per voxel", "MSE ↓", "SSIM ↑", "PSNR, dB ↑", "training, min"]
+    lines = []
+    for r in content["rows"]:
+        figures = [
+            "-" if r[m] is None else f"{r[m]:{form}} ({low:{form}} to {high:{form}})"
+            for m, form in (("mse", ".6f"), ("ssim", ".4f"), ("psnr", ".2f"))
+            for low, high in [r["intervals"].get(m, (None, None))]
+        ]
+        cost = [f"{r['seconds'] / 60:.1f}", f"{r['memory_gb']:.2f}"]
+        lines.append([str(r["channels"]), f"{r['latents']:,}", f"{r['ratio']:.3f}", *figures, *cost])
+    columns = ["C", "latents", "latents per voxel", "MSE ↓", "SSIM ↑", "PSNR, dB ↑", "training, min", "peak GB"]
     published = [[p["model"], p["data"], f"{p['latents']:,}", f"{p['psnr']:.1f}"] for p in PUBLISHED]
     return [
-        f"TCAM-Diff, {content['rows'][0]['volumes']} training volumes:",
+        f"TCAM-Diff, {content['rows'][0]['volumes']} training volumes; mean (95 % interval over volumes):",
         grid(columns, lines),
         "Published by others, on other data with other scaling, never as a ratio to the figures above:",
         grid(["model", "data", "latents", "PSNR, dB"], published),

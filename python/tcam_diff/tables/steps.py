@@ -39,7 +39,12 @@ class Step:
     @property
     def record(self) -> str:
         """Name of the files of its record."""
-        return self.name.replace("/", "-")
+        return record(self.name)
+
+
+def record(name: str) -> str:
+    """Name of the files of a step's record."""
+    return name.replace("/", "-")
 
 
 def step(
@@ -74,25 +79,25 @@ def run(
         if progress is not None:
             progress(Progress(done, len(steps), what=current.name))
         arguments = list(current.arguments())
-        record = folder / "steps" / f"{current.record}.json"
-        if record.is_file():
-            before = json.loads(record.read_text())
+        path = folder / "steps" / f"{current.record}.json"
+        if path.is_file():
+            before = json.loads(path.read_text())
             if before["command"] != arguments:
                 raise UserError(
-                    f"{record}: made by another command: tcam {shlex.join(before['command'])}; this table needs tcam "
+                    f"{path}: made by another command: tcam {shlex.join(before['command'])}; this table needs tcam "
                     f"{shlex.join(arguments)}; choose another folder for other settings"
                 )
             continue
-        if not _run(folder, current, arguments, record, stop):
+        if not _run(folder, current, arguments, path, stop):
             return False
     if progress is not None:
         progress(Progress(len(steps), len(steps)))
     return True
 
 
-def _run(folder: Path, current: Step, arguments: list[str], record: Path, stop: StopCallback | None) -> bool:
-    record.parent.mkdir(parents=True, exist_ok=True)
-    log, start = record.with_suffix(".log"), time.monotonic()
+def _run(folder: Path, current: Step, arguments: list[str], path: Path, stop: StopCallback | None) -> bool:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log, start = path.with_suffix(".log"), time.monotonic()
     resume = ["--resume", "auto"] if current.resume else []
     with log.open("w") as output:
         command = [sys.executable, "-m", "tcam_diff.cli", *arguments, *resume]
@@ -116,5 +121,5 @@ def _run(folder: Path, current: Step, arguments: list[str], record: Path, stop: 
         end = " / ".join(line for line in log.read_text(errors="replace").splitlines()[-3:] if line.strip())
         raise UserError(f"tcam {shlex.join(arguments)}: failed with status {status}: {end} ({log})")
     content = {"command": arguments, "seconds": round(time.monotonic() - start, 2), "machine": machine()}
-    write_text(record, json.dumps(content, indent=1))
+    write_text(path, json.dumps(content, indent=1))
     return True
