@@ -8,7 +8,6 @@ import gzip
 import html.parser
 import io
 import json
-import os
 import re
 import shutil
 import time
@@ -24,7 +23,6 @@ from tcam_diff.data.nifti import Quantiser, write_volume
 from tcam_diff.data.store import Store, StoreWriter, quantise
 from tcam_diff.data.volume import VolumeInfo
 from tcam_diff.errors import UserError
-from tcam_diff.evaluation.picture import sheet, tiled
 from tcam_diff.evaluation.reconstruction import find_reconstructions
 from tcam_diff.report import niivue, page
 from tcam_diff.report.volumes import nifti, shown, shrunk
@@ -308,82 +306,6 @@ def test_what_cannot_be_shown_is_refused(folders, script, tmp_path, arguments, m
 
 def test_a_folder_is_no_place_for_the_page(folders, script, tmp_path):
     assert "is a folder; expected the name of a file" in runs.tcam("report", folders / "run", "--out", tmp_path, fails=True)
-
-
-# ---- the build -----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def npm(tmp_path, monkeypatch):
-    """A function that puts a shell script in place of npm."""
-    monkeypatch.setattr(niivue, "SCRIPT", tmp_path / "built.js")
-
-    def put(text: str) -> None:
-        (tmp_path / "npm").write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / "npm").chmod(0o755)
-        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin")
-
-    return put
-
-
-def test_a_build_without_npm_says_so(npm, monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert niivue.fetch() == "npm is not on PATH"
-
-
-def test_a_build_without_a_network_goes_on(npm):
-    npm("exit 1")
-    assert "failed" in niivue.fetch()
-    assert not niivue.SCRIPT.exists()
-
-
-def test_a_build_does_not_wait_for_ever(npm, monkeypatch):
-    npm("exec sleep 60")
-    monkeypatch.setattr(niivue, "PATIENCE", 1)
-    start = time.monotonic()
-    assert "took more than 1 s" in niivue.fetch()
-    assert time.monotonic() - start < 20
-
-
-def test_a_build_takes_no_other_package(npm):
-    npm("echo other > niivue.tgz")
-    assert "not the package of NiiVue" in niivue.fetch()
-    assert not niivue.SCRIPT.exists()
-
-
-def test_a_script_with_its_licence_is_kept(npm):
-    npm("exit 1")
-    niivue.SCRIPT.write_text(niivue._comment() + "const niivue = {};")
-    assert niivue.fetch() == ""
-    text = niivue.SCRIPT.read_text()
-    assert "Redistributions in binary form must reproduce" in text
-    assert niivue.VERSION in text.splitlines()[0]
-
-
-# ---- pictures ------------------------------------------------------------------------------
-
-
-def test_titles_of_a_sheet_stay_above_their_strip():
-    names = ["sample-0000_seed0_heun25", "W" * 90, "a name of many words " * 6, "$x$_" * 40, ""]
-    figure = sheet([(name, np.zeros((128, 384), np.uint8)) for name in names])
-    figure.canvas.draw()
-    for axis, name in zip(figure.axes, names, strict=False):  # the last row has a place without a strip
-        title, box = axis.title.get_window_extent(), axis.get_window_extent()
-        assert box.x0 - 1 <= title.x0
-        assert title.x1 <= box.x1 + 1
-        assert title.y1 <= figure.bbox.y1
-        assert axis.get_title() == name or axis.get_title().endswith("...")
-    assert figure.axes[0].get_title() == names[0]
-    plt.close(figure)
-
-
-def test_tiles_keep_their_pixels():
-    pictures = [np.random.default_rng(i).integers(0, 255, (4 + i, 6, 3), np.uint8) for i in range(3)]
-    whole = tiled(pictures, 2)
-    assert whole.shape == (12, 12, 3)
-    assert (whole[:5, 6:12] == pictures[1]).all()
-    assert (whole[6:, :6] == pictures[2]).all()
-    assert (whole[6:, 6:] == 255).all()
 
 
 # ---- in a browser --------------------------------------------------------------------------
