@@ -53,6 +53,10 @@ class FittedVolume:
         for values in self.decode_unit(size, slab):
             yield self.info.to_physical(values).numpy()
 
+    def whole(self) -> Tensor:
+        """The volume (channels, H, W, D) in [0, 1] at its own size."""
+        return torch.cat(list(self.decode_unit(self.info.shape)), 3)
+
     @torch.no_grad()
     def decode_unit(self, size: tuple[int, int, int], slab: int | None = None) -> Iterator[Tensor]:
         """Decode to any size.

@@ -40,7 +40,7 @@ def load_fitted(folder: Path, volume: str | None = None) -> artefact.FittedVolum
     Raises:
         UserError: the folder is neither, or the volume is missing or ambiguous.
     """
-    if not (folder / latents.INDEX).is_file():
+    if not latents.is_latent_set(folder):
         if volume is not None:
             raise UserError(f"--volume: {folder} is not a latent set")
         return artefact.load(folder)

@@ -207,6 +207,11 @@ class LatentSet:
         return artefact.FittedVolume(planes, self.decoder(), self.config, entry.info)
 
 
+def is_latent_set(path: Path) -> bool:
+    """Whether a folder is a latent set."""
+    return (path / INDEX).is_file()
+
+
 def _planes(name: str) -> str:
     return f"planes/{name}.safetensors"
 

@@ -155,7 +155,7 @@ def _generator(run: Path, device: str, seed: int) -> tuple[VolumeInfo, str, Made
 
         def planes(indices: Sequence[int]) -> list[tuple[Decodable, np.ndarray]]:
             volumes = [gaussian.volume(i, seed) for i in indices]
-            return [(v, torch.cat(list(v.decode_unit(v.info.shape)), 3)[0].numpy()) for v in volumes]
+            return [(v, v.whole()[0].numpy()) for v in volumes]
 
         return gaussian.info, sha256(run / gaussians.INDEX), planes
     if is_latent_diffusion(run):

@@ -18,7 +18,7 @@ from torch import Tensor
 import tcam_ext
 from tcam_diff.autodecoder.artefact import FittedVolume
 from tcam_diff.autodecoder.encode import load_run
-from tcam_diff.autodecoder.latents import INDEX, LatentSet
+from tcam_diff.autodecoder.latents import LatentSet, is_latent_set
 from tcam_diff.autodecoder.perceptual import Perceptual
 from tcam_diff.autodecoder.planes import normalise
 from tcam_diff.baselines.compression import Compression, is_compression
@@ -80,7 +80,7 @@ class Mean:
 
 def is_generated(store: Store, path: Path) -> bool:
     """Whether a folder has volumes of which none has the name of a case of the store: no reconstructions of them."""
-    if (path / INDEX).is_file() or (path / "config.yaml").is_file() or is_compression(path):
+    if is_latent_set(path) or (path / "config.yaml").is_file() or is_compression(path):
         return False
     names = {r.name for r in store.records}
     return not any(case.name in names for case in find_cases(path).cases)
@@ -98,7 +98,7 @@ def find_reconstructions(store: Store, path: Path, split: str | None = None) -> 
     Raises:
         UserError: ``path`` is none of these, was made from other volumes, or has no volume of the split.
     """
-    if (path / INDEX).is_file():
+    if is_latent_set(path):
         found = _of_latents(store, LatentSet(path))
     elif is_compression(path):
         found = _of_compression(store, path)
@@ -217,7 +217,7 @@ def _of_latents(store: Store, latents: LatentSet) -> list[Reconstruction]:
     for record, entry in _pairs(store, latents.entries, latents.folder):
         latents.check_volume(entry, record)
         group = f"encoded, split {record.split}" if encoded else FITTED
-        found.append(Reconstruction(record, group, lambda n=entry.name: _whole(latents.fitted(n))))  # type: ignore[misc]
+        found.append(Reconstruction(record, group, lambda n=entry.name: latents.fitted(n).whole()))  # type: ignore[misc]
     return found
 
 
@@ -231,7 +231,7 @@ def _of_run(store: Store, path: Path) -> list[Reconstruction]:
         raise UserError(f"{store.folder}: has no case {missing[0]!r}, which {path} was trained on")
 
     def read(record: Record) -> Tensor:
-        return _whole(FittedVolume(normalise(raw[record.name], run.config.norm), run.decoder, run.config, record.info))
+        return FittedVolume(normalise(raw[record.name], run.config.norm), run.decoder, run.config, record.info).whole()
 
     return [Reconstruction(r, FITTED, lambda r=r: read(r)) for r in map(by_name.__getitem__, run.objects)]  # type: ignore[misc]
 
@@ -274,10 +274,6 @@ def _pairs(store: Store, named: Iterable[Any], path: Path) -> list[tuple[Record,
             raise UserError(f"{path}: {item.name!r} is no case of {store.folder}, which has {names}, ...")
         pairs.append((by_name[item.name], item))
     return pairs
-
-
-def _whole(fitted: FittedVolume) -> Tensor:
-    return torch.cat(list(fitted.decode_unit(fitted.info.shape)), dim=3)
 
 
 def _picture(rows: Sequence[Row]) -> bytes:

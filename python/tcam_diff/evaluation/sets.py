@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tcam_diff.autodecoder.latents import INDEX, Entry, LatentSet
+from tcam_diff.autodecoder.latents import LatentSet, is_latent_set
 from tcam_diff.autodecoder.planes import FILE_END, PLANE_NAMES
 from tcam_diff.data import store as stores
 from tcam_diff.data.readers import read_case
 from tcam_diff.data.sources import Case, find_cases
 from tcam_diff.data.volume import Volume
+from tcam_diff.diffusion.process import pack
 from tcam_diff.errors import UserError
 from tcam_diff.folder import Folder
 from tcam_diff.progress import Progress, ProgressCallback
@@ -77,7 +78,7 @@ def read_set(
         latents = LatentSet(path)
         for e in latents.entries:
             if split in (None, e.split) or (split == HELD_OUT and e.split != "train"):
-                readers.append((e.name, lambda e=e: _decoded(latents, e)))  # type: ignore[misc]
+                readers.append((e.name, lambda e=e: latents.fitted(e.name).whole()))  # type: ignore[misc]
     else:
         cases = [c for c in find_cases(path).cases if split is None or c.split == split]
         readers += [(c.name, lambda c=c: torch.from_numpy(read_unit(c, intensity).data)) for c in cases]  # type: ignore[misc]
@@ -100,13 +101,8 @@ def read_set(
     return VolumeSet([name for name, _ in readers], torch.cat(results))
 
 
-def is_latent_set(path: Path) -> bool:
-    """Whether a folder is a latent set."""
-    return (path / INDEX).is_file()
-
-
 def read_planes(path: Path) -> Tensor | None:
-    """Packed planes (N, M) of a latent set, or of samples with `--planes`; None: the folder has none."""
+    """Packed planes (N, M) of a latent set, or of samples with `--planes`; None: there are none, or they differ in size."""
     if is_latent_set(path):
         latents = LatentSet(path)
         planes = [latents.planes(e) for e in latents.entries]
@@ -115,14 +111,12 @@ def read_planes(path: Path) -> Tensor | None:
         files = [f for f in files if (path / f.name.replace(FILE_END, ".json")).is_file()]  # of finished samples
         planes = []
         for file in files:
-            tensors = Folder(path, file.name, "`tcam sample --planes`", "draw the samples again").read_tensors(file.name)
-            planes.append([tensors[name] for name in PLANE_NAMES])
-    return torch.stack([torch.cat([p.flatten() for p in of]) for of in planes]) if planes else None
-
-
-def _decoded(latents: LatentSet, entry: Entry) -> Tensor:
-    """Volume (channels, H, W, D) in [0, 1] of an entry's planes."""
-    return torch.cat(list(latents.fitted(entry.name).decode_unit(entry.info.shape)), 3)
+            folder = Folder(path, file.name, "`tcam sample --planes`", "draw the samples again")
+            with folder.reading():
+                tensors = folder.read_tensors(file.name)
+                planes.append([tensors[name] for name in PLANE_NAMES])
+    states = [pack([p.unsqueeze(0) for p in of]) for of in planes]
+    return torch.cat(states) if len({s.shape for s in states}) == 1 else None
 
 
 def sidecar_of(path: Path) -> Path:

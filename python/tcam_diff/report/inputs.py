@@ -82,7 +82,7 @@ def find_inputs(paths: Sequence[Path]) -> Inputs:
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path}: no such folder; expected {KINDS}")
-        if (path / latents.INDEX).is_file():
+        if latents.is_latent_set(path):
             inputs.latents[path] = LatentSet(path)
         elif (path / "config.yaml").is_file():
             _add_run(inputs, path)
