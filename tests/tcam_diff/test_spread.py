@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from tcam_diff.errors import UserError
-from tcam_diff.evaluation.content import BANDS, BRIGHT, FOREGROUND, bright_level, content
+from tcam_diff.evaluation.content import BANDS, BRIGHT, FOREGROUND, bright_level, content, contents, told_apart
 from tcam_diff.evaluation.metrics import ms_ssim3d
 from tcam_diff.evaluation.sets import resampled
-from tcam_diff.evaluation.spread import MODES, TRAINING, latent_modes, nearest, similarity, spreads, told_apart
+from tcam_diff.evaluation.spread import MODES, TRAINING, latent_modes, nearest, similarity, spreads
 
 
 def test_the_statistics_are_what_they_say():
@@ -115,7 +115,8 @@ def test_blur_lowers_and_noise_raises_the_power_of_fine_detail():
     training = torch.rand(6, 1, 16, 16, 16, generator=generator)
     blurred = torch.nn.functional.avg_pool3d(training, 3, 1, 1)
     noisy = training + 0.3 * torch.randn(training.shape, generator=generator)
-    figures = spreads({"same": training, "blurred": blurred, "noisy": noisy}, training, voxel=0.5, resamples=50)
+    sets = {"same": training, "blurred": blurred, "noisy": noisy}
+    figures = spreads(sets, training, contents({**sets, TRAINING: training}, TRAINING, 0.5), resamples=50)
     assert figures["same"]["power_high"].mean == pytest.approx(1)
     assert figures["blurred"]["power_high"].mean < 0.5 < 1 < figures["noisy"]["power_high"].mean
     assert figures["same"]["foreground"].mean == pytest.approx(0.5 * float((training > FOREGROUND).sum()) / 6)
@@ -138,7 +139,8 @@ def test_sets_that_differ_are_told_apart():
     training = torch.rand(40, 1, 8, 8, 8, generator=generator)
     alike, brighter = (torch.rand(40, 1, 8, 8, 8, generator=generator) for _ in range(2))
     brighter = brighter + 0.03
-    got = told_apart({"alike": alike, "brighter": brighter, TRAINING: training}, [TRAINING, "alike"], 1.0)
+    of = contents({"alike": alike, "brighter": brighter, TRAINING: training}, TRAINING, 1.0)
+    got = told_apart(of, [TRAINING, "alike"])
     assert set(got["alike"]) == {TRAINING}
     assert got["alike"][TRAINING] > 0.05
     assert got["brighter"][TRAINING] < 1e-3

@@ -124,6 +124,7 @@ def _generated(
     quiet: bool,
 ) -> None:
     from tcam_diff.evaluation import generation as of
+    from tcam_diff.evaluation.content import p_values
     from tcam_diff.evaluation.distances import convergence
     from tcam_diff.evaluation.features import load_features
     from tcam_diff.text import size_text
@@ -148,10 +149,9 @@ def _generated(
                 count = f"{_volumes(result.counts[label])}, " if label in result.counts and not over else ""
                 say(f"  {label + ',':<{width}}{count}{figures[name]}")
     say("bright voxels: p-values of the two-sample Kolmogorov-Smirnov test; below 0.05 the sets differ")
-    for label, values in result.told_apart.items():
-        if not values:
-            continue
-        say(f"  {label + ',':<{width}}" + ", ".join(f"{p:.2g} from {other}" for other, p in values.items()))
+    for label, beside in result.told_apart.items():
+        if beside:
+            say(f"  {label + ',':<{width}}{p_values(beside)}")
     if critic is not None:
         say(f"Wasserstein distance from {result.critic_real} by critics of {critic.size} voxels along each axis; low is close")
         for label, scores in result.critics.items():

@@ -10,10 +10,12 @@ All are of the first channel. Blur lowers the power of the upper bands, noise ra
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.stats import ks_2samp
 from torch import Tensor
 
 #: Least value of a voxel of the foreground.
@@ -56,6 +58,24 @@ def content(volumes: Tensor, level: float, voxel: float) -> Content:
     foreground = [float((v > FOREGROUND).sum()) * voxel for v in first]
     bright = [float((v >= level).sum()) * voxel for v in first]
     return Content(np.array(foreground), np.array(bright), {name: np.array(p) for name, p in power.items()})
+
+
+def contents(sets: Mapping[str, Tensor], training: str, voxel: float) -> dict[str, Content]:
+    """Figures of sets by name, with the level of bright voxels of the set ``training``; ``voxel``: volume of a voxel in mL."""
+    level = bright_level(sets[training])
+    return {name: content(volumes, level, voxel) for name, volumes in sets.items()}
+
+
+def told_apart(of: Mapping[str, Content], references: Sequence[str]) -> dict[str, dict[str, float]]:
+    """P-values of the two-sample Kolmogorov-Smirnov test of the volumes of bright voxels, by set and reference."""
+    return {
+        name: {r: float(ks_2samp(own.bright, of[r].bright).pvalue) for r in references if r != name} for name, own in of.items()
+    }
+
+
+def p_values(beside: Mapping[str, float]) -> str:
+    """P-values of a set beside references, in one line."""
+    return ", ".join(f"{p:.2g} ({reference})" for reference, p in beside.items())
 
 
 @functools.lru_cache(maxsize=4)

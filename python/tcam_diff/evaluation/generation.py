@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 import tcam_ext
-from tcam_diff.autodecoder.latents import LatentSet
+from tcam_diff.autodecoder.latents import LatentSet, is_latent_set
 from tcam_diff.data.store import Store
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation.config import CriticConfig
-from tcam_diff.evaluation.content import BANDS
+from tcam_diff.evaluation.content import BANDS, contents, told_apart
 from tcam_diff.evaluation.critic import Score
 from tcam_diff.evaluation.distances import altered, distances
 from tcam_diff.evaluation.features import FeatureNetwork, frechet, jackknifed, mmd
 from tcam_diff.evaluation.metrics import scales
 from tcam_diff.evaluation.reconstruction import Mean
-from tcam_diff.evaluation.sets import HELD_OUT, VolumeSet, is_latent_set, read_planes, read_set, resampled
-from tcam_diff.evaluation.spread import MODES, TRAINING, latent_modes, nearest, similarity, spreads, told_apart
+from tcam_diff.evaluation.sets import HELD_OUT, VolumeSet, read_planes, read_set, resampled
+from tcam_diff.evaluation.spread import MODES, TRAINING, latent_modes, nearest, similarity, spreads
 from tcam_diff.files import locked_folder, write_bytes, write_text
 from tcam_diff.progress import Progress, ProgressCallback
 
@@ -121,7 +121,8 @@ def evaluate_sets(
         pooled[HELD_OUT] = held_out
     sets = {name: s.volumes for name, s in pooled.items()}
     voxel = _millilitres(store) / math.prod(training.volumes.shape[2:])
-    figures = spreads(sets, training.volumes, voxel)
+    content = contents({**sets, TRAINING: training.volumes}, TRAINING, voxel)
+    figures = spreads(sets, training.volumes, content)
     latents = [p for p in paths if is_latent_set(Path(p))]
     trained = next((p for p in latents if all(e.split == "train" for e in LatentSet(p).entries)), None)
     if trained is not None:
@@ -141,7 +142,7 @@ def evaluate_sets(
         figures=figures,
         rows=_rows(pooled, training),
         critic_real=TRAINING if held_out is None else HELD_OUT,
-        told_apart=told_apart({**sets, TRAINING: training.volumes}, references, voxel),
+        told_apart=told_apart(content, references),
     )
     real = training.volumes if held_out is None else held_out.volumes
     if features is not None:

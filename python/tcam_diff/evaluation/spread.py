@@ -16,16 +16,15 @@ Intervals are percentiles over bootstrap samples of volumes (95 %). Pairs of a v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from scipy.stats import ks_2samp
 from torch import Tensor
 
 from tcam_diff.diffusion.prior import principal
 from tcam_diff.errors import UserError
-from tcam_diff.evaluation.content import Content, bright_level, content
+from tcam_diff.evaluation.content import Content
 from tcam_diff.evaluation.metrics import ms_ssim3d
 from tcam_diff.evaluation.reconstruction import Mean
 from tcam_diff.training.rng import rng
@@ -39,14 +38,18 @@ Figures = dict[str, Mean]
 
 
 def spreads(
-    sets: Mapping[str, Tensor], training: Tensor, voxel: float | None = None, resamples: int = 1000, seed: int = 0
+    sets: Mapping[str, Tensor],
+    training: Tensor,
+    content: Mapping[str, Content] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> dict[str, Figures]:
     """Compute the statistics of sets and of the training volumes, under the name TRAINING.
 
     Args:
         sets: volumes (N, ...) of one size, at least two, by name.
         training: training volumes of the same size, at least two.
-        voxel: volume of a voxel in mL, for the content of volumes (N, channels, H, W, D); None: without.
+        content: content of all sets and of the training volumes; None: without its statistics.
         resamples: number of bootstrap samples.
         seed: their seed.
 
@@ -70,11 +73,8 @@ def spreads(
         to_training = None if name == TRAINING else nearest(own_rows, training)[0]
         squared = _squared(own_rows, own_rows)
         result[name] = _figures(squared, along, to_training, resamples, np.random.default_rng(seed))
-    if voxel is not None:
-        level = bright_level(everything[TRAINING])
-        contents = {name: content(volumes, level, voxel) for name, volumes in everything.items()}
-        for name, own_content in contents.items():
-            result[name] |= _content_figures(own_content, contents[TRAINING], resamples, np.random.default_rng(seed))
+    for name, of_set in (content or {}).items():
+        result[name] |= _content_figures(of_set, content[TRAINING], resamples, np.random.default_rng(seed))  # type: ignore[index]
     return result
 
 
@@ -104,22 +104,6 @@ def latent_modes(states: Mapping[str, Tensor], reference: str, resamples: int = 
         share = {"latent_modes": lambda chosen, v=along: float(v[chosen].var(axis=0, ddof=1).sum())}
         result[name] = _intervals(share, len(rows), resamples, np.random.default_rng(seed))["latent_modes"]
     return result
-
-
-def told_apart(sets: Mapping[str, Tensor], references: Sequence[str], voxel: float) -> dict[str, dict[str, float]]:
-    """P-values of the two-sample Kolmogorov-Smirnov test of the volumes of bright voxels, by set and reference.
-
-    Args:
-        sets: volumes (N, channels, H, W, D) by name, the training volumes under TRAINING among them.
-        references: names of sets.
-        voxel: volume of a voxel in mL.
-    """
-    level = bright_level(sets[TRAINING])
-    bright = {name: content(volumes, level, voxel).bright for name, volumes in sets.items()}
-    return {
-        name: {other: float(ks_2samp(values, bright[other]).pvalue) for other in references if other != name}
-        for name, values in bright.items()
-    }
 
 
 def nearest(volumes: Tensor, training: Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -18,6 +18,7 @@ from tcam_diff.data.store import Record, Store, unit
 from tcam_diff.diffusion.model import TriplaneDiffusion
 from tcam_diff.diffusion.report import CURVES
 from tcam_diff.errors import UserError
+from tcam_diff.evaluation.content import p_values
 from tcam_diff.evaluation.distances import convergence
 from tcam_diff.evaluation.generation import STATISTICS
 from tcam_diff.evaluation.reconstruction import METRICS, Reconstruction, find_reconstructions
@@ -207,7 +208,7 @@ def _table(path: Path, summary: Summary) -> list[Content]:
         parts.append(paragraph("Wasserstein distances by critics; low is close; compare within one line's critics alone:"))
         parts.append(Table(["set", "W"], [[name, convergence(name, of)] for name, of in summary.critics.items()]))
     if summary.told_apart:
-        tests = [[name, ", ".join(f"{p:.2g} ({o})" for o, p in of.items())] for name, of in summary.told_apart.items()]
+        tests = [[name, p_values(beside)] for name, beside in summary.told_apart.items()]
         parts.append(paragraph("Bright voxels: p-values of Kolmogorov-Smirnov tests; below 0.05 sets differ:"))
         parts.append(Table(["set", "p (beside)"], tests))
     volumes = path / "volumes.csv"

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from tcam_diff.evaluation.content import p_values
 from tcam_diff.evaluation.generation import STATISTICS
 from tcam_diff.tables.paper import PUBLISHED, TABLES
 from tcam_diff.tables.rows import TITLES, Row, mean_and_deviation
@@ -206,7 +207,7 @@ def _table3(content: dict[str, Any]) -> list[str]:
         f"{summary['volumes_for_fid_and_mmd']} of each, from {summary['real']}; features: {summary['protocol']['features']}:"
     )
     parts.append(grid(columns, rows))
-    tests = [[label, ", ".join(f"{p:.2g} ({o})" for o, p in of.items())] for label, of in summary["told_apart"].items()]
+    tests = [[label, p_values(beside)] for label, beside in summary["told_apart"].items()]
     parts.append(
         "Bright voxels, p-values of two-sample Kolmogorov-Smirnov tests (0.05 or more does not show that sets are alike):"
     )
