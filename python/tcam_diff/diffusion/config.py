@@ -145,14 +145,14 @@ class DiffusionConfig(RunConfig):
     ] = "auto"
     compile: Annotated[bool, Field(description="compile the network with torch.compile")] = False
 
+    evaluate_volumes: Annotated[Count, Field(description="volumes of an evaluation")] = 64
+    preview_steps: Annotated[int, Field(ge=0, description="steps of ab2 for samples at evaluations; 0: no samples")] = 20
+
     @model_validator(mode="after")
     def _heads(self) -> DiffusionConfig:
         if self.loss == "heads" and self.prior == "none":
             raise ValueError("loss: heads is the loss of heads around a prior; take prior=unit or gaussian, or loss=estimates")
         return self
-
-    evaluate_volumes: Annotated[Count, Field(description="volumes of an evaluation")] = 64
-    preview_steps: Annotated[int, Field(ge=0, description="steps of ab2 for samples at evaluations; 0: no samples")] = 20
 
 
 class SampleConfig(Config):

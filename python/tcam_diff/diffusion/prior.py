@@ -243,8 +243,8 @@ def fit_prior(
     The leading variances are those of the states. The floor is the mean square of held-out states outside the directions of the
     others, by bands, over ``folds`` parts of the states. The number of directions is that of the largest held-out likelihood.
 
-    N states have about trace(D) / N of their variance along each of their own directions by chance. Without this part the
-    held-out loss is lower, but samples have less spread than the data (algorithm.md section 11), so it stays.
+    N states have about trace(D) / N of their variance along each of their own directions by chance. It is not taken off,
+    because smaller leading variances cost samples their spread (algorithm.md section 11).
 
     Args:
         states: (N, M), at least three.

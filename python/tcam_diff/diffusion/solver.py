@@ -118,11 +118,14 @@ def arc(steps: int, start: float = 1.0, stop: float = 0.0, variances: tuple[floa
         raise ValueError(f"steps: expected at least 1, got {steps}")
     if not (0 <= start <= 1 and 0 <= stop <= 1 and start != stop):
         raise ValueError(f"start, stop: expected two different shares of the arc, 0 to 1, got {start} and {stop}")
-    low, high = (math.atan(math.exp(v)) for v in decisive(variances or (1.0, 1.0)))
-    ends = [share * math.pi / 2 for share in (start, stop)]
+    equal = [(start + (stop - start) * i / steps) * math.pi / 2 for i in range(steps + 1)]
+    if variances is None:
+        return equal
+    low, high = (math.atan(math.exp(v)) for v in decisive(variances))
+    ends = equal[0], equal[-1]
     inside = [min(max(e, low), high) for e in ends]
-    if variances is None or inside[0] == inside[1]:
-        return [(start + (stop - start) * i / steps) * math.pi / 2 for i in range(steps + 1)]
+    if inside[0] == inside[1]:
+        return equal
     before, after = ([e] if e != i else [] for e, i in zip(ends, inside, strict=True))
     count = steps + 1 - len(before) - len(after)
     a, b = (math.log(math.tan(i)) for i in inside)
