@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import runs
 from tcam_diff.errors import UserError
@@ -157,6 +158,10 @@ def test_intervals_of_ratios_are_paired_by_volume():
     noisy = {n: {"mse": v["mse"] * (1 + i), "ssim": 0.9 - 0.01 * i} for i, (n, v) in enumerate(ours.items())}
     low, high = paired(ours, noisy)["mse_ratio"]
     assert low < 1.11111 / (1 + 0.2 + 0.03 + 0.004 + 0.0005) < high
+    differences = np.random.default_rng(1).normal(0.05, 0.1, 400)
+    many = {f"v{i}": {"mse": 1.0, "ssim": float(d)} for i, d in enumerate(differences)}
+    low, high = paired(many, {n: {"mse": 1.0, "ssim": 0.0} for n in many})["ssim_difference"]
+    assert high - low == pytest.approx(2 * 1.96 * differences.std() / 20, rel=0.05)
 
 
 def test_published_figures_are_the_papers():
