@@ -13,6 +13,7 @@ import torch
 
 import tcam_ext
 from tcam_diff.files import write_text
+from tcam_ext import _C
 
 #: File in a run's folder: the machine on which the run began.
 MACHINE = "machine.json"
@@ -29,6 +30,13 @@ def machine() -> dict[str, str]:
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}, Python {platform.python_version()}",
         "packages": f"torch {torch.__version__}, tcam_ext {tcam_ext.__version__}{_commit()}",
     }
+
+
+def products(name: str, device: torch.device) -> torch.dtype:
+    """Type of the products of a network of torch's layers. "auto" is bfloat16 where the device multiplies it."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" or _C.cpu_has_bf16() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[name]
 
 
 def write_machine(folder: Path, more: dict[str, str]) -> None:

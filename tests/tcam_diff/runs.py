@@ -122,7 +122,7 @@ def damage(folder: Path, name: str, change: Callable[[dict[str, Any]], Any]) -> 
 SMALL_DIFFUSION = (
     "network.base=8", "network.head_channels=8", "network.dropout=0.1", "steps=16", "batch=4", "warmup_steps=2", "log_every=4",
     "checkpoint_every=3", "evaluate_every=8", "evaluate_volumes=4", "preview_steps=2", "prior=none", "timesteps=stratified",
-    "network.norm_groups=32",
+    "network.norm_groups=32", "compute_dtype=float32",
 )  # fmt: skip
 
 

@@ -24,22 +24,15 @@ from tcam_diff.errors import UserError
 from tcam_diff.evaluation.metrics import mse, psnr_of_mse
 from tcam_diff.files import writable_folder
 from tcam_diff.folder import Folder, tensor_bytes
+from tcam_diff.machine import products
 from tcam_diff.text import size_text
 from tcam_diff.training.distributed import Distributed
 from tcam_diff.training.loop import Outcome
 from tcam_diff.training.networks import NetworksTask
 from tcam_diff.training.rng import evenly, in_epochs, rng, seed_of
 from tcam_diff.training.states import load_module
-from tcam_ext import _C
 
 INDEX, NETWORK = "baseline.json", "network.safetensors"
-
-
-def products(name: str, device: torch.device) -> torch.dtype:
-    """Type of the products: "auto" is bfloat16 where the device multiplies it."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" or _C.cpu_has_bf16() else torch.float32
-    return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
 def make_network(config: CompressionConfig, channels: int) -> Any:

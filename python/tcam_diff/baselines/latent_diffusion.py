@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import tcam_ext
-from tcam_diff.baselines.compression import Compression, products
+from tcam_diff.baselines.compression import Compression
 from tcam_diff.baselines.config import LatentDiffusionConfig
 from tcam_diff.config import read_settings
 from tcam_diff.data.store import Store, one_shape, unit, volumes_digest
 from tcam_diff.errors import UserError
 from tcam_diff.files import writable_folder
 from tcam_diff.folder import Folder, tensor_bytes
+from tcam_diff.machine import products
 from tcam_diff.training.distributed import Distributed
 from tcam_diff.training.ema import update_average
 from tcam_diff.training.loop import Outcome

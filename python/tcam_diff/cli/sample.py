@@ -72,7 +72,10 @@ def command(
     planes: Annotated[bool, typer.Option("--planes", help="Also write the planes of each volume, as safetensors.")] = False,
     compute_dtype: Annotated[
         ComputeDtype | None,
-        typer.Option(help="Type of the products; auto: bfloat16 on GPUs. [default: that of training]", show_default=False),
+        typer.Option(
+            help="Type of the products; auto: bfloat16 if the machine multiplies it. [default: that of training]",
+            show_default=False,
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     quiet: Quiet = False,

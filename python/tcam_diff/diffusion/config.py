@@ -141,7 +141,8 @@ class DiffusionConfig(RunConfig):
     ] = 0.1
     ema_decay: Annotated[float, Field(ge=0, lt=1, description="decay of the average used for sampling, with warm-up")] = 0.9999
     compute_dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float64"], Field(description="type of the products; auto: bfloat16 on GPUs")
+        Literal["auto", "float32", "bfloat16", "float64"],
+        Field(description="type of the products; auto: bfloat16 if the machine multiplies it"),
     ] = "auto"
     compile: Annotated[bool, Field(description="compile the network with torch.compile")] = False
 

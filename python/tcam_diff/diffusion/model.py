@@ -33,6 +33,7 @@ from tcam_diff.diffusion.process import pack, unpack
 from tcam_diff.errors import UserError
 from tcam_diff.files import writable_folder
 from tcam_diff.folder import Folder, tensor_bytes
+from tcam_diff.machine import products
 from tcam_diff.text import shown
 from tcam_diff.training.states import load_module
 
@@ -127,7 +128,7 @@ class TriplaneDiffusion(nn.Module):
     @property
     def computing(self) -> torch.dtype:
         """Type of the network's products."""
-        return network_dtype(self.config.compute_dtype, self.device)
+        return products(self.config.compute_dtype, self.device)
 
     def label(self, name: str | None) -> int | None:
         """Index of a class, or None for no class. Raises UserError if the model does not have it."""
@@ -151,8 +152,8 @@ class TriplaneDiffusion(nn.Module):
         Returns:
             (B, 2M), noise, then planes.
         """
-        products = self.computing
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=products == torch.bfloat16), _no_tf32(x.device, products):
+        dtype = self.computing
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16), _no_tf32(x.device, dtype):
             state = unpack(x.to(self.network.enter.weight.dtype), self.channels, self.geometry.sizes)
             noise, x0 = self.network(state, t, labels)
             if self.prior is not None:
@@ -278,9 +279,9 @@ def _prior(config: DiffusionConfig, tensors: dict[str, Tensor], channels: int, s
 
 
 @contextlib.contextmanager
-def _no_tf32(device: torch.device, products: torch.dtype) -> Iterator[None]:
+def _no_tf32(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Turn off TF32 in cuDNN's convolutions, where it is on by default, if products are in float32."""
-    if device.type != "cuda" or products != torch.float32:
+    if device.type != "cuda" or dtype != torch.float32:
         yield
         return
     flags: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
@@ -323,10 +324,3 @@ def assemble(
     provenance = {"step": step, "volumes": len(data), "latents": data.digest, "stage1": stage1}
     decoder = data.set.decoder().to(network.enter.weight.device)
     return TriplaneDiffusion(network, decoder, config, data.set.config, geometry, centre, provenance, prior, variances)
-
-
-def network_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Type of the network's products. "auto" is bfloat16 on GPUs and float32 on CPUs."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[name]

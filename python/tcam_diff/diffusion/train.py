@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tcam_diff.autodecoder.report import rgb
 from tcam_diff.diffusion.config import DiffusionConfig
 from tcam_diff.diffusion.data import Centre, LatentData
-from tcam_diff.diffusion.model import TriplaneDiffusion, assemble, network_dtype
+from tcam_diff.diffusion.model import TriplaneDiffusion, assemble
 from tcam_diff.diffusion.network import TriplaneUNet
 from tcam_diff.diffusion.prior import MOST_STATES, GaussianPrior, fit_prior
 from tcam_diff.diffusion.process import TIMESTEPS, angle, error, flip, mix, pack, timesteps, unpack
@@ -24,6 +24,7 @@ from tcam_diff.diffusion.report import samples_picture, write_report
 from tcam_diff.environment import restore_compiler_folder
 from tcam_diff.errors import UserError
 from tcam_diff.files import write_bytes
+from tcam_diff.machine import products
 from tcam_diff.progress import ProgressCallback, StopCallback
 from tcam_diff.training.distributed import Distributed
 from tcam_diff.training.ema import update_average
@@ -84,7 +85,7 @@ class DiffusionTraining(Task):
         self.centre = Centre.from_planes(self.data.planes, self.flips) if config.center else None
         self.prior, self.variances = self._prior()
         self.dtype = torch.float64 if config.compute_dtype == "float64" else torch.float32
-        self.compute = network_dtype(config.compute_dtype, group.device)
+        self.compute = products(config.compute_dtype, group.device)
         if self.prior is not None:
             self.prior.to(group.device, self.dtype)
         self.network, self.average = self._network(), self._network().requires_grad_(False).eval()

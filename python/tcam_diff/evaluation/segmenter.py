@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from tcam_diff.data.labels import class_numbers, classes
 from tcam_diff.data.store import Record, Store, unit
-from tcam_diff.diffusion.model import network_dtype
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation.metrics import label_counts, label_metrics
+from tcam_diff.machine import products
 from tcam_diff.progress import ProgressCallback, StopCallback
 from tcam_diff.text import size_text
 from tcam_diff.training import checkpoint
@@ -71,7 +71,8 @@ class SegmentConfig(RunConfig):
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5
     schedule: Literal["constant", "cosine"] = "cosine"
     compute_dtype: Annotated[
-        Literal["auto", "float32", "bfloat16"], Field(description="type of the products; auto: bfloat16 on a GPU")
+        Literal["auto", "float32", "bfloat16"],
+        Field(description="type of the products; auto: bfloat16 if the machine multiplies it"),
     ] = "auto"
     window: Annotated[
         tuple[Voxels, Voxels, Voxels],
@@ -339,5 +340,5 @@ def _network(config: SegmentConfig, channels: int, labels: int) -> nn.Module:
 
 def _products(config: SegmentConfig, device: torch.device) -> torch.autocast:
     """Context in which products have the configuration's type."""
-    dtype = network_dtype(config.compute_dtype, device)
+    dtype = products(config.compute_dtype, device)
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
