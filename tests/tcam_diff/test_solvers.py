@@ -168,7 +168,7 @@ def test_monais_scheduler_and_the_solver_are_one_integration(method, final):
 
 
 def test_every_method_has_its_name_in_the_configuration():
-    assert set(get_args(Method)) == {*METHODS, "hot"}
+    assert set(get_args(Method)) == {*METHODS, "hot", "multirate"}
 
 
 def test_the_scheduler_has_its_name_in_bundles_of_version_0_1():

@@ -12,7 +12,7 @@ from tcam_diff.text import size_text
 from tcam_diff.training.config import Count, Rate, RunConfig
 
 Grid = Literal["auto", "uniform", "spectrum"]
-Method = Literal["euler", "frozen", "ddim", "midpoint", "heun", "rk4", "ab2", "hot"]
+Method = Literal["euler", "frozen", "ddim", "midpoint", "heun", "rk4", "ab2", "hot", "multirate"]
 
 
 class NetworkConfig(Config):

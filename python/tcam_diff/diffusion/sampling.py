@@ -36,11 +36,15 @@ class Sampler:
         return None if self.config.grid == "uniform" else self.model.variances
 
     def check(self) -> None:
-        """Raise UserError if the grid is that of the latents' variances and the model does not know them."""
+        """Raise UserError if the grid or the solver needs what the model does not have."""
         if self.config.grid == "spectrum" and self.model.variances is None:
             raise UserError(
                 "grid=spectrum: the model does not know its latents' variances; take uniform, or train with timesteps=spectrum "
                 "or prior=gaussian"
+            )
+        if self.config.solver == "multirate" and self.model.prior is None:
+            raise UserError(
+                "solver=multirate: the model has no prior; take another solver, or train with prior=gaussian or unit"
             )
 
     def noise(self, indices: Sequence[int]) -> Tensor:
@@ -106,7 +110,8 @@ class Sampler:
                 on_step(evaluation, evaluations, result.residual.square().mean(1))
             return result
 
-        solver, etas = Solver(c.solver, c.final, c.hot_k, draw), arc(c.steps, start, stop, self.variances)
+        solver = Solver(c.solver, c.final, c.hot_k, draw, self.model.prior)
+        etas = arc(c.steps, start, stop, self.variances)
         evaluations = len(solver.evaluations(etas))
         return solver.solve(x, etas, estimate)
 

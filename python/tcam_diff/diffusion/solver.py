@@ -14,7 +14,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from tcam_diff.diffusion.prior import GaussianPrior
 from tcam_diff.diffusion.process import Estimate, decisive
+
+#: Longest interval of multirate in which the prior is integrated by one step of Heun's method, in log tan(eta).
+FINE = 0.15
+#: Factors of heads below which an evaluation tells nothing of them.
+LEAST_FACTOR = 1e-3
 
 Draw = Callable[[Tensor], Tensor]
 Steps = Generator[tuple[Tensor, float], Estimate, Tensor]
@@ -98,6 +104,73 @@ def hot(x: Tensor, etas: Sequence[float], k: int, draw: Draw) -> Steps:
     return x
 
 
+class _Heads:
+    """Network's heads around a prior, linear in log tan(eta) between the last two evaluations, and beyond as far again."""
+
+    def __init__(self, prior: GaussianPrior) -> None:
+        self.prior = prior
+        self.known: list[tuple[float, list[Tensor]]] = []  # eta and heads of the last evaluations
+
+    def learn(self, e: Estimate) -> None:
+        """Take the heads of noise and planes from an evaluation."""
+        own, scales = self._prior(e.x, e.eta)
+        factors = [torch.where(s.abs() > LEAST_FACTOR, s, math.inf) for s in scales]
+        heads = [(h - o) / f for h, o, f in zip((e.noise, e.x0), own, factors, strict=True)]
+        self.known = [*self.known[-1:], (e.eta, heads)]
+
+    def drift(self, x: Tensor, eta: float) -> Tensor:
+        """dx/deta."""
+        (noise, x0), (noise_scale, x0_scale) = self._prior(x, eta)
+        noise_head, x0_head = self._at(eta)
+        return math.cos(eta) * (noise + noise_scale * noise_head) - math.sin(eta) * (x0 + x0_scale * x0_head)
+
+    def _at(self, eta: float) -> list[Tensor]:
+        at, heads = self.known[-1]
+        if len(self.known) == 1:
+            return heads
+        before, old = self.known[0]
+        ahead = (_log_tan(eta) - _log_tan(at)) / (_log_tan(at) - _log_tan(before))
+        return [h + min(1.0, ahead) * (h - o) for h, o in zip(heads, old, strict=True)]
+
+    def _prior(self, x: Tensor, eta: float) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """The prior's estimates of noise and planes, and the factors of the heads."""
+        angle = torch.full((1,), eta, device=x.device)
+        noise_scale, x0_scale = self.prior.scales(angle)
+        return self.prior(x, angle), (noise_scale.to(x), x0_scale.to(x))
+
+    def move(self, x: Tensor, a: float, b: float) -> Tensor:
+        """Integrate from a to b in fine steps of Heun's method."""
+        start, stop = _log_tan(a), _log_tan(b)
+        count = max(1, math.ceil(abs(stop - start) / FINE))
+        between = [math.atan(math.exp(start + (stop - start) * i / count)) for i in range(1, count)]
+        for u, v in pairwise([a, *between, b]):
+            k = self.drift(x, u)
+            x = x + (v - u) / 2 * (k + self.drift(x + (v - u) * k, v))
+        return x
+
+
+def multirate(x: Tensor, etas: Sequence[float], prior: GaussianPrior) -> Steps:
+    """Multirate predictor-corrector method: the prior in fine steps, the network's heads in one for each interval.
+
+    The heads change slowly. They are extrapolated over an interval, and when those at its end are known, the interval is
+    repeated with their interpolation.
+    """
+    heads = _Heads(prior)
+    before: tuple[Tensor, float] | None = None
+    for a, b in pairwise(etas):
+        heads.learn((yield x, a))
+        if before is not None:
+            x = heads.move(*before, a)
+        before = x, a
+        x = heads.move(x, a, b)
+    return x
+
+
+def _log_tan(eta: float) -> float:
+    """log tan(eta), between -8 and 8."""
+    return math.log(math.tan(min(max(eta, math.atan(math.exp(-8))), math.atan(math.exp(8)))))
+
+
 METHODS = {f.__name__: f for f in (euler, frozen, ddim, midpoint, heun, rk4, ab2)}
 
 
@@ -139,27 +212,37 @@ class Solver:
     """A method with its settings. Raises ValueError if one is unknown.
 
     Args:
-        method: a name of METHODS, or hot, which is stochastic.
+        method: a name of METHODS; hot, which is stochastic; or multirate, which needs a prior.
         final: result of an integration that ends at angle 0. "x0": the estimate of x0 at the last angle above 0; "x": the
             integrated state.
         hot_k: intervals that hot jumps ahead.
         draw: function that returns standard normals of a tensor's shape, for hot; default: torch's global generator.
+        prior: the model's prior, for multirate.
     """
 
     method: str = "heun"
     final: str = "x0"
     hot_k: int = 2
     draw: Draw = torch.randn_like
+    prior: GaussianPrior | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS and self.method != "hot":
-            raise ValueError(f"solver: expected one of {', '.join([*METHODS, 'hot'])}, got {self.method!r}")
+        known = [*METHODS, "hot", "multirate"]
+        if self.method not in known:
+            raise ValueError(f"solver: expected one of {', '.join(known)}, got {self.method!r}")
+        if self.method == "multirate" and self.prior is None:
+            raise ValueError("solver: multirate needs the prior of a model")
         if self.final not in ("x0", "x"):
             raise ValueError(f"final: expected x0 or x, got {self.final!r}")
 
     def steps(self, x: Tensor, etas: Sequence[float]) -> Steps:
         """Generator that integrates from ``x`` at the first of ``etas`` to the last and returns the result."""
-        method = hot(x, etas, self.hot_k, self.draw) if self.method == "hot" else METHODS[self.method](x, etas)
+        if self.method == "hot":
+            method = hot(x, etas, self.hot_k, self.draw)
+        elif self.prior is not None and self.method == "multirate":
+            method = multirate(x, etas, self.prior)
+        else:
+            method = METHODS[self.method](x, etas)
         last: Tensor | None = None
         point = next(method)
         while True:
@@ -185,6 +268,8 @@ class Solver:
 
     def evaluations(self, etas: Sequence[float]) -> list[float]:
         """Angles at which :meth:`solve` evaluates the network, in order."""
+        if self.method == "multirate":
+            return list(etas[:-1])
         zero, angles = torch.zeros(()), []
 
         def estimate(x: Tensor, eta: float) -> Estimate:
