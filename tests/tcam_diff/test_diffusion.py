@@ -215,7 +215,11 @@ def test_bad_levels_are_refused():
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.sampled_from(["stratified", "uniform", "integer", "antithetic", "spectrum"]), st.integers(1, 40), st.integers(0, 9))
+@given(
+    st.sampled_from(["stratified", "uniform", "integer", "antithetic", "straight", "spectrum"]),
+    st.integers(1, 40),
+    st.integers(0, 9),
+)
 def test_timesteps_lie_in_their_range(kind, batch, step):
     t = timesteps(kind, batch, 5, step, (0.25, 900.0))
     assert t.shape == (batch,)
@@ -223,6 +227,9 @@ def test_timesteps_lie_in_their_range(kind, batch, step):
     assert float(t.max()) < 1000
     if kind == "stratified":
         assert sorted((t * batch / 1000).floor().int().tolist()) == list(range(batch))
+    if kind == "straight":
+        tangent = (t.double() * (math.pi / 2000)).tan()
+        assert sorted((tangent / (1 + tangent) * batch + 1e-5).floor().int().tolist()) == list(range(batch))
     if kind == "integer":
         assert torch.equal(t, t.round())
     if kind == "spectrum" and batch % 2 == 0:  # half in equal parts of log tan(eta), half in equal parts of t

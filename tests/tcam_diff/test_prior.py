@@ -387,6 +387,32 @@ def test_every_prior_trains(latents, tmp_path, prior, loss):
     assert task.evaluate()["training_loss"] < first * (1.01 if prior == "gaussian" else 0.9)
 
 
+@pytest.mark.parametrize("weights", ["independent", "shared", "concatenated"])
+@pytest.mark.parametrize("prior", ["unit", "gaussian"])
+def test_estimates_of_one_head_agree_with_the_state(latents, tmp_path, prior, weights):
+    """c x0 + s eps = x whatever the network says, and around the unit prior the head is the drift."""
+    changes = (f"prior={prior}", "network.heads=one", f"network.weights={weights}", "network.dropout=0", "lr=5e-3")
+    task = DiffusionTraining(runs.diffusion_config(latents, *changes), Distributed(), tmp_path)
+    for i in range(3):
+        assert float(task.step(i)["residual"]) < 1e-10
+    model = task.model(3)
+    x, t = torch.randn(4, model.length, generator=torch.Generator().manual_seed(0)), torch.full((4,), 300.0)
+    noise, x0 = model.estimate(x, t).chunk(2, 1)
+    eta = 0.3 * math.pi / 2
+    torch.testing.assert_close(math.cos(eta) * x0 + math.sin(eta) * noise, x, atol=1e-5, rtol=0)
+    if prior == "unit":
+        head = pack(model.network(unpack(x, model.channels, model.geometry.sizes), t)[0])
+        assert head.abs().max() > 1e-3
+        torch.testing.assert_close(Estimate(x, noise, x0, eta).drift, -head, atol=1e-5, rtol=1e-4)
+    model.save(tmp_path / "model")
+    assert TriplaneDiffusion.load(tmp_path / "model").identity == model.identity
+
+
+def test_one_head_needs_a_prior(latents):
+    with pytest.raises(UserError, match="one head is a velocity around a prior"):
+        runs.diffusion_config(latents, "network.heads=one", "prior=none")
+
+
 def test_heads_are_those_of_a_prior(latents):
     with pytest.raises(UserError, match="loss: heads is the loss of heads around a prior"):
         runs.diffusion_config(latents, "loss=heads", "prior=none")

@@ -46,6 +46,13 @@ class NetworkConfig(Config):
         Field(description="positional encoding of texels in attention, by coordinates in the volume, or none"),
     ] = "axis"
     head_channels: Annotated[Count, Field(description="channels of an attention head")] = 64
+    heads: Annotated[
+        Literal["two", "one"],
+        Field(
+            description="estimates of noise and of planes, as in the paper; or one velocity from which both follow, which needs "
+            "a prior (the recipe of the authors' later PRDiT)"
+        ),
+    ] = "two"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     norm_groups: Annotated[int, Field(ge=1, description="most groups of a group normalisation")] = 32
     execution: Annotated[
@@ -126,10 +133,10 @@ class DiffusionConfig(RunConfig):
         ),
     ] = "estimates"
     timesteps: Annotated[
-        Literal["stratified", "uniform", "integer", "antithetic", "spectrum"],
+        Literal["stratified", "uniform", "integer", "antithetic", "straight", "spectrum"],
         Field(
-            description="timesteps of a batch: one in each of B equal intervals, independent, integers, pairs t, 999 - t, or "
-            "half of them where the latents' modes are decided"
+            description="timesteps of a batch: one in each of B equal intervals; independent; integers; pairs t, 999 - t; as "
+            "for the straight path (1 - s) x0 + s eps with uniform s; or half of them where the latents' modes are decided"
         ),
     ] = "stratified"
     flip: Annotated[
@@ -153,6 +160,8 @@ class DiffusionConfig(RunConfig):
     def _heads(self) -> DiffusionConfig:
         if self.loss == "heads" and self.prior == "none":
             raise ValueError("loss: heads is the loss of heads around a prior; take prior=unit or gaussian, or loss=estimates")
+        if self.network.heads == "one" and self.prior == "none":
+            raise ValueError("network.heads: one head is a velocity around a prior; take prior=unit or gaussian, or two heads")
         return self
 
 

@@ -245,7 +245,8 @@ class TriplaneUNet(nn.Module):
                 last = i > 0 and j == config.blocks
                 self.up.append(Level(c + skips.pop(), base * m, time, config, i in config.attention_levels, upsample=last))
                 c = base * m
-        self.norm, self.leave = Norm(c, config.norm_groups, w), Conv(c, across * 2 * channels, 3, w, zero=True)
+        heads = 2 if config.heads == "two" else 1
+        self.norm, self.leave = Norm(c, config.norm_groups, w), Conv(c, across * heads * channels, 3, w, zero=True)
 
     def placed(self, device: torch.device, dtype: torch.dtype = torch.float32) -> TriplaneUNet:
         """Move to a device in its fastest layout: channels last on GPUs, channels first on CPUs."""
@@ -261,7 +262,7 @@ class TriplaneUNet(nn.Module):
             labels: (B,), 0 to ``classes`` - 1, or ``classes`` for no label; None: no labels.
 
         Returns:
-            Noise and planes, each like ``planes``.
+            Noise and planes, each like ``planes``; with one head, the same tensors twice.
 
         Raises:
             ValueError: the shapes do not fit the network.
@@ -311,6 +312,8 @@ class TriplaneUNet(nn.Module):
     def _leave(self, state: State, planes: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         if len(state) == 1:
             state = list(state[0].chunk(3, 0 if self.config.weights == "shared" else 1))
+        if self.config.heads == "one":
+            return state, state
         halves = [x.chunk(2, 1) for x in state]
         return [h[0] for h in halves], [h[1] for h in halves]
 

@@ -16,7 +16,8 @@ without a division by c or s, so c x0 + s eps = x at every angle. The network's 
     x0_hat = x0 + s rho F,    eps_hat = eps - c rho G,    rho^2 = mean of d / (c^2 d + s^2) over the channel's floor
 
 s rho and c rho are the posterior standard deviations of x0 and eps outside the leading directions, averaged over the channel,
-so F and G have about unit variance there. With m = 0, D = I and K = 0 the skips are cos(eta) x and sin(eta) x.
+so F and G have about unit variance there. With m = 0, D = I and K = 0 the skips are cos(eta) x and sin(eta) x. With one head,
+F = G, c x0_hat + s eps_hat = x whatever the network says, and with the unit prior -F is the velocity dx/deta.
 """
 
 from __future__ import annotations

@@ -67,8 +67,9 @@ def timesteps(kind: str, batch: int, seed: int, step: int, variances: tuple[floa
 
     Args:
         kind: "stratified": 1000 (i + r_i) / batch with uniform r_i, shuffled; "uniform": independent; "integer": independent
-            integers; "antithetic": pairs of integers t, 999 - t; "spectrum": half of them stratified, the others uniform in
-            log tan(eta) over :func:`decisive`.
+            integers; "antithetic": pairs of integers t, 999 - t; "straight": tan(eta) = s / (1 - s) with stratified s, as on
+            the straight path (1 - s) x0 + s eps, which is the arc but for a factor; "spectrum": half of them stratified, the
+            others uniform in log tan(eta) over :func:`decisive`.
         batch: volumes of the batch.
         seed: seed of the run.
         step: number of the step.
@@ -81,8 +82,10 @@ def timesteps(kind: str, batch: int, seed: int, step: int, variances: tuple[floa
         half = torch.randint(TIMESTEPS, ((batch + 1) // 2,), generator=generator).float()
         return torch.cat([half, TIMESTEPS - 1 - half])[:batch]
     u = torch.rand(batch, generator=generator, dtype=torch.float64)
-    if kind in ("stratified", "spectrum"):
+    if kind in ("stratified", "straight", "spectrum"):
         u = (torch.randperm(batch, generator=generator) + u) / batch
+    if kind == "straight":
+        u = torch.atan2(u, 1 - u) / (math.pi / 2)
     if kind == "spectrum":
         low, high = decisive(variances)
         share = (low + (2 * u - 1) * (high - low)).exp().atan() / (math.pi / 2)
