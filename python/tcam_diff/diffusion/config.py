@@ -49,8 +49,8 @@ class NetworkConfig(Config):
     heads: Annotated[
         Literal["two", "one"],
         Field(
-            description="estimates of noise and of planes, as in the paper; or one velocity from which both follow, which needs "
-            "a prior (the recipe of the authors' later PRDiT)"
+            description="estimates of noise and of planes, as in the paper; or one velocity from which both follow, which "
+            "needs a prior (the recipe of the authors' later PRDiT)"
         ),
     ] = "two"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
