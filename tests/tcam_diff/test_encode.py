@@ -122,6 +122,20 @@ def test_a_plateau_ends_a_volume(trained, store):
     assert steps == {0.0: 100, 100.0: 40}  # the first check has nothing to compare with; three poor ones follow
 
 
+def test_mean_weight_draws_planes_to_the_mean(trained, store):
+    """Larger weights, planes nearer to the mean of the training planes, and a lower PSNR."""
+    data, run = Store(store), load_run(trained)
+    record, distances, psnrs = data.in_split("test")[0], [], []
+    for weight in (0.0, 1e-3, 1e-1):
+        config = EncodeConfig(steps=200, mean_weight=weight, plateau_db=0)
+        encoded = Encoder(run, config, SIZE, torch.device("cpu")).encode({record.name: data.volume(record)})[record.name]
+        squares = [(p - m).square().mean() for p, m in zip(encoded.planes, run.mean_planes(), strict=True)]
+        distances.append(float(sum(squares)))
+        psnrs.append(encoded.psnr)
+    assert distances[0] > 1.5 * distances[1] > 2 * distances[2]
+    assert psnrs[0] > psnrs[2] + 1
+
+
 def test_planes_that_become_nan_name_their_volume(trained, store):
     record = Store(store).in_split("test")[0]
     encoder = Encoder(load_run(trained), EncodeConfig(steps=4, check_every=2, lr=1e38), SIZE, torch.device("cpu"))

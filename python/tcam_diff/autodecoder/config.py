@@ -128,6 +128,14 @@ class EncodeConfig(Config):
     slices: Count | None = None
     stride: Annotated[int | None, Field(ge=1, le=16)] = None
     noise_free_fraction: Annotated[float, Field(ge=0, le=1, description="share of the steps, at the end, without noise")] = 0.1
+    mean_weight: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="weight of the mean square of the planes less the first ones (init); it takes away what a fit adds "
+            "without need, which stage 2 cannot learn",
+        ),
+    ] = 0.0
     check_every: Annotated[Count, Field(description="steps between checks of the PSNR")] = 100
     plateau_db: Annotated[
         float, Field(ge=0, description="a volume ends after three checks in a row with less gain than this; 0: never")

@@ -158,7 +158,10 @@ class Encoder:
             visits = [self.objective.read(self.objective.visit(n, index), volumes[n]) for n in active]
             rows = table.fetch(active)
             noise = index < c.steps * (1 - c.noise_free_fraction)
-            self.objective.losses(rows.leaves, self.decoder, visits, noise)[0].sum().backward()
+            losses = self.objective.losses(rows.leaves, self.decoder, visits, noise)[0]
+            if self.config.mean_weight:
+                losses = losses + self.config.mean_weight * self._distance(rows.leaves)
+            losses.sum().backward()
             table.update(rows, lr=c.lr_planes * lr_scale(c, index), beta2=c.beta2, eps=c.adam_eps, clip=c.grad_clip)
             if (index + 1) % self.config.check_every == 0 or index + 1 == c.steps:
                 scores = []
@@ -184,6 +187,11 @@ class Encoder:
             _, planes, steps = best[name]
             results[name] = Encoded(planes, self.objective.psnr(planes, self.decoder, volumes[name]), steps)
         return results
+
+    def _distance(self, raw: Sequence[Tensor]) -> Tensor:
+        """Mean square (B,) of normalised planes less the first ones, in which the three planes have equal weight."""
+        pairs = zip(normalise(raw, self.training.norm), normalise(self.start, self.training.norm), strict=True)
+        return torch.stack([(p - s.to(p)).square().mean((1, 2, 3)) for p, s in pairs]).mean(0)
 
 
 def encode_store(
