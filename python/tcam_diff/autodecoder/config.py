@@ -56,6 +56,9 @@ class AutodecoderConfig(OptimiserConfig):
     ] = "l1_mean"
     tv_weight: Weight = 1e-3
     ssim_weight: Annotated[float, Field(ge=0, description="weight of 1 - SSIM of random slices")] = 0.0
+    label_weight: Annotated[
+        float, Field(ge=0, description="weight of cross-entropy and Dice loss of the volumes' label maps")
+    ] = 0.0
     perceptual_weight: Annotated[
         float,
         Field(

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from tcam_diff.autodecoder import artefact, latents
+from tcam_diff.data.labels import labels_of_maps
 from tcam_diff.data.nifti import Quantiser, write_volume
 from tcam_diff.data.volume import VolumeInfo
 from tcam_diff.errors import UserError
 from tcam_diff.progress import Progress, ProgressCallback
 
+NO_MAPS = "the volumes have no label maps; prepare them with label_maps, and train on that store"
 #: Least levels of an integer type that each channel of a file must keep.
 LEAST_LEVELS = 32
 
@@ -28,6 +31,41 @@ class Decodable(Protocol):
 
     def decode(self, size: tuple[int, int, int]) -> Iterator[np.ndarray]:
         """Consecutive slabs (channels, H, W, d) of a size, in physical units."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a volume, without its label maps."""
+
+    whole: Decodable
+
+    @property
+    def info(self) -> VolumeInfo:
+        """Metadata of the images."""
+        return self.whole.info.of_images()
+
+    def decode(self, size: tuple[int, int, int]) -> Iterator[np.ndarray]:
+        """Consecutive slabs (images, H, W, d), in physical units."""
+        for slab in self.whole.decode(size):
+            yield slab[: self.whole.info.images]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of a volume, from its label maps."""
+
+    whole: Decodable
+
+    @property
+    def info(self) -> VolumeInfo:
+        """Metadata of the labels, one channel of codes from 0 to 255."""
+        return self.whole.info.replaced(channels=1, intensity=[(0.0, 255.0)], label_maps={})
+
+    def decode(self, size: tuple[int, int, int]) -> Iterator[np.ndarray]:
+        """Consecutive slabs (1, H, W, d) of codes."""
+        info = self.whole.info
+        for slab in self.whole.decode(size):
+            yield labels_of_maps(slab[info.images :], info.label_maps)[None].astype(np.float32)
 
 
 def load_fitted(folder: Path, volume: str | None = None) -> artefact.FittedVolume:
@@ -64,20 +102,30 @@ def decode_to_file(
     size: tuple[int, int, int],
     dtype: str = "float32",
     progress: ProgressCallback | None = None,
+    labels: str | os.PathLike[str] | None = None,
 ) -> None:
     """Write a volume as NIfTI with the field of view of the original, one slab at a time, so memory does not grow with it.
+
+    Label maps are not written. ``labels`` is a file of their own for the labels.
 
     Args:
         fitted: result of ``artefact.load``, ``LatentSet.fitted`` or ``TriplaneDiffusion.volume``.
         out: a .nii or .nii.gz file.
         size: voxels along the file's axes.
         dtype: float32, int16, uint16 or uint8 (integers with scl_slope and scl_inter).
-        progress: called after every slab, counting slices.
+        progress: called after every slab of the images, counting slices.
+        labels: a .nii or .nii.gz file for the labels, uint8; None: they are not written.
 
     Raises:
-        UserError: size, type or file name cannot be written.
+        UserError: size, type or file name cannot be written, or the volume has no label maps.
     """
     check_output(size, dtype)
+    if labels is not None:
+        if not fitted.info.label_maps:
+            raise UserError(f"{labels}: {NO_MAPS}")
+        codes = Labels(fitted)
+        write_volume(labels, codes.decode(size), codes.info.resized(size), Quantiser("uint8", 0.0, 255.0))
+    fitted = Images(fitted)
     info = fitted.info.resized(size)
     quantiser = Quantiser(dtype, min(lo for lo, _ in info.intensity), max(hi for _, hi in info.intensity))
     for channel, (lo, hi) in enumerate(info.intensity):

@@ -96,9 +96,12 @@ class Encoder:
         config: optimisation.
         size: voxels along x, y, z.
         device: device of decoder and planes.
+        maps: number of the volumes' label maps.
     """
 
-    def __init__(self, run: TrainedRun, config: EncodeConfig, size: tuple[int, int, int], device: torch.device) -> None:
+    def __init__(
+        self, run: TrainedRun, config: EncodeConfig, size: tuple[int, int, int], device: torch.device, maps: int = 0
+    ) -> None:
         changes = {
             **{k: v for k in ("region", "voxels_per_step", "slices", "stride") if (v := getattr(config, k)) is not None},
             "steps": config.steps,
@@ -110,7 +113,7 @@ class Encoder:
         }
         self.config, self.size, self.device = config, size, device
         self.training = run.config.model_copy(update=changes)
-        self.objective = TrainingObjective(self.training, size, device)
+        self.objective = TrainingObjective(self.training, size, device, maps)
         self.decoder = run.decoder.to(device)
         if config.init == "mean":
             self.start = run.mean_planes()
@@ -236,7 +239,7 @@ def encode_store(
         for g, group in enumerate(groups):
             size = group[0].info.shape
             if encoder is None or encoder.size != size:
-                encoder = Encoder(run, config, size, device_of(device))
+                encoder = Encoder(run, config, size, device_of(device), len(group[0].info.label_maps))
 
             def show(p: Progress, g: int = g) -> None:
                 if progress is not None:
@@ -273,7 +276,7 @@ def export_latents(
     with locked_folder(Path(out)):
         writer = LatentWriter(Path(out), run.config, run.decoder, _provenance(run, store, None))
         first, raw, entries = by_name[run.objects[0]], run.raw_planes(), []
-        objective = TrainingObjective(run.config, first.info.shape)
+        objective = TrainingObjective(run.config, first.info.shape, maps=len(first.info.label_maps))
         for name in run.objects:
             planes = normalise(raw[name], run.config.norm)
             psnr = objective.psnr(planes, run.decoder, store.volume(by_name[name]))

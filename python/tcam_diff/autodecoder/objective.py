@@ -16,6 +16,7 @@ from tcam_diff.autodecoder.config import AutodecoderConfig
 from tcam_diff.autodecoder.perceptual import Perceptual, ssim2d
 from tcam_diff.autodecoder.planes import normalise, texel_noise, total_variation
 from tcam_diff.data.store import unit
+from tcam_diff.errors import UserError
 from tcam_diff.evaluation.metrics import psnr_of_mse
 from tcam_diff.training.rng import rng, seed_of
 from tcam_ext import _C
@@ -111,10 +112,18 @@ class TrainingObjective:
         config: model and loss.
         size: voxels along x, y, z.
         device: device of planes and decoder, by default the CPU.
+        maps: number of label maps, the last outputs of the decoder.
+
+    Raises:
+        UserError: ``label_weight`` is positive, and there are no label maps.
     """
 
-    def __init__(self, config: AutodecoderConfig, size: Size, device: torch.device | None = None) -> None:
-        self.config, self.size = config, size
+    def __init__(self, config: AutodecoderConfig, size: Size, device: torch.device | None = None, maps: int = 0) -> None:
+        if config.label_weight and not maps:
+            raise UserError(
+                f"label_weight={config.label_weight:g}: the volumes have no label maps; prepare them with label_maps, or take 0"
+            )
+        self.config, self.size, self.maps = config, size, maps
         self.device = device or torch.device("cpu")
         self.compute = compute_dtype(config, self.device)
         self.texels = plane_texels(config, size)
@@ -190,7 +199,7 @@ class TrainingObjective:
     def losses(
         self, raw: Sequence[Tensor], decoder: tcam_ext.TriplaneDecoder, visits: Sequence[Visit], noise: bool = True
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses data + tv_weight TV + ssim_weight (1 - SSIM) + perceptual_weight LPIPS.
+        """Losses data + tv_weight TV + label_weight (CE + Dice) + ssim_weight (1 - SSIM) + perceptual_weight LPIPS.
 
         The data term is computed with noise, SSIM and LPIPS on decoded slices, with noise if ``feature_noise`` is set. Objects
         are decoded one after another.
@@ -212,6 +221,9 @@ class TrainingObjective:
         if c.tv_weight:
             terms["tv"] = total_variation(planes, c.tv)
             total = total + c.tv_weight * terms["tv"]
+        if c.label_weight:
+            terms["labels"] = torch.stack([self._labels(o, decoder, visit, noise) for o, visit in objects])
+            total = total + c.label_weight * terms["labels"]
         if c.ssim_weight or c.perceptual_weight:
             features = [self._features(o, decoder, visit, noise and c.feature_noise) for o, visit in objects]
             for name, weight in (("ssim", c.ssim_weight), ("perceptual", c.perceptual_weight)):
@@ -232,6 +244,21 @@ class TrainingObjective:
                 total = total + decoder.loss(sampled, target, target.shape[2:], **options)
             else:
                 total = total + decoder.loss(planes, target, self.size, box=region, **options)
+        return total / len(visit.regions)
+
+    def _labels(self, planes: list[Tensor], decoder: tcam_ext.TriplaneDecoder, visit: Visit, noise: bool) -> Tensor:
+        """Cross-entropy plus Dice loss of the label maps, each a probability of its own, means over maps and regions."""
+        planes, options = self._noisy(planes, visit, noise, isinstance(visit.regions[0], Lattice))
+        total = planes[0].new_zeros(())
+        for region, target in zip(visit.regions, visit.targets, strict=False):
+            want = unit(target[:, -self.maps :].to(self.device, non_blocking=True))
+            if isinstance(region, Lattice):
+                got = decoder(self._lattice(planes, region), want.shape[2:], compute_dtype=self.compute, **options)
+            else:
+                got = decoder(planes, self.size, box=region, compute_dtype=self.compute, **options)
+            p, t = got[0, -self.maps :].float().clamp(1e-6, 1 - 1e-6).flatten(1), want[0].float().flatten(1)
+            dice = (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)
+            total = total + torch.nn.functional.binary_cross_entropy(p, t) + (1 - dice).mean()
         return total / len(visit.regions)
 
     def _noisy(

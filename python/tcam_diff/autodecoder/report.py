@@ -59,7 +59,7 @@ def rgb(picture: bytes) -> np.ndarray:
 
 def curve_groups(metrics: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Names of the metrics in each panel of the curves."""
-    terms = [[name] for name in ("tv", "ssim", "perceptual") if any(name in m for m in metrics)]
+    terms = [[name] for name in ("tv", "labels", "ssim", "perceptual") if any(name in m for m in metrics)]
     return [["loss", "data"], ["psnr"], ["grad_planes", "grad_decoder"], *terms]
 
 

@@ -85,7 +85,10 @@ class AutodecoderTraining(Task):
             raise UserError(f"batch: expected at most the {len(self.records)} objects of {config.data}, got {config.batch}")
         if config.batch % group.world:
             raise UserError(f"batch: expected a multiple of the {group.world} ranks, got {config.batch}")
-        self.objective = TrainingObjective(config, self.size, group.device)
+        maps = [r.info.label_maps for r in self.records]
+        if any(m != maps[0] for m in maps):
+            raise UserError(f"{config.data}: its volumes have different label maps")
+        self.objective = TrainingObjective(config, self.size, group.device, len(maps[0]))
         self.schedule = Schedule(len(self.records), config.batch, config.inner_steps, config.seed)
         each = config.batch // group.world
         self.slots = range(group.rank * each, (group.rank + 1) * each)

@@ -22,6 +22,9 @@ def command(
         str, typer.Option(help="float32, int16, uint16 or uint8 (integers with scl_slope and scl_inter).")
     ] = "float32",
     volume: Annotated[str | None, typer.Option(help="Name of a volume of a latent set.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option("--labels", help="File for the labels, of volumes prepared with label_maps.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Decode FOLDER to a NIfTI file with the field of view of the original, one slab at a time."""
@@ -30,5 +33,5 @@ def command(
     fitted = load_fitted(folder, volume)
     shape = size or fitted.info.shape
     with progress_bar("decoding", quiet) as show:
-        decode_to_file(fitted, out, shape, dtype, show)
+        decode_to_file(fitted, out, shape, dtype, show, labels)
     say(f"{out}: {size_text(shape)}, {dtype}")

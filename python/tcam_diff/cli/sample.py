@@ -70,6 +70,13 @@ def command(
     ] = 4,
     dtype: Annotated[str, typer.Option(help="float32, int16, uint16 or uint8 (integers with a scale).")] = "float32",
     planes: Annotated[bool, typer.Option("--planes", help="Also write the planes of each volume, as safetensors.")] = False,
+    labels: Annotated[
+        bool,
+        typer.Option(
+            "--labels",
+            help="Also write the labels of each volume, and dataset.json for `tcam prepare`. For models of label_maps.",
+        ),
+    ] = False,
     compute_dtype: Annotated[
         ComputeDtype | None,
         typer.Option(
@@ -105,7 +112,7 @@ def command(
         return None if known is None else read_known(loaded, known, mask, known_channels, known_noise, known_range)
 
     quiet = quiet or not first_process()
-    output, indices = Output(out, size, dtype, planes), range(first, first + n)
+    output, indices = Output(out, size, dtype, planes, labels), range(first, first + n)
 
     def started(loaded: TriplaneDiffusion, kept: int) -> None:
         say(

@@ -36,6 +36,10 @@ def command(
         str, typer.Option(help=f"Network and training: {', '.join(configs.presets('segment'))}, or a YAML file.")
     ] = "small",
     repeats: Annotated[int, typer.Option(min=1, help="Trainings, each with a seed of its own.")] = 4,
+    train_on: Annotated[
+        Path | None,
+        typer.Option(help="Store whose volumes the networks are trained on, e.g. of generated pairs. [default: STORE]"),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Train MONAI's SegResNet on the originals, and segment originals and RECONSTRUCTIONS: F1, precision, recall, specificity
@@ -53,10 +57,11 @@ def command(
     config = SegmentConfig.load(preset, changes)
     with progress_bar("training", quiet, SHOWN) as show, stop_on_interrupt("the same command continues") as stop:
         started = None if quiet else announce
-        result = segment(Store(real), paths, config, out, repeats, started=started, progress=show, stop=stop)
+        training = None if train_on is None else Store(train_on)
+        result = segment(Store(real), paths, config, out, repeats, training=training, started=started, progress=show, stop=stop)
     if result is None:
         raise typer.Exit(INTERRUPTED)
-    report(real, config.split, result)
+    report(train_on or real, config.split, result, elsewhere=train_on is not None)
     say(f"{out / 'segmentation.png'}")
 
 
@@ -69,18 +74,19 @@ def announce(task: SegmentationTraining) -> None:
     )
 
 
-def report(real: Path, split: str, result: Result) -> None:
-    """Print a table for each split and reference."""
+def report(data: Path, split: str, result: Result, elsewhere: bool) -> None:
+    """Print a table for each split and reference. ``elsewhere``: the training volumes are not among those measured."""
     from tcam_diff.evaluation.segmentation import METRICS, blocks
 
     repeats = len(result.seconds)
     say(
-        f"{real}: {repeats} training(s) on {result.trained_on} volumes of the split {split}, "
+        f"{data}: {repeats} training(s) on {result.trained_on} volumes of the split {split}, "
         f"{duration(sum(result.seconds) / repeats)} each; higher is better; mean over volumes"
         + (f" ± standard deviation over {repeats} trainings" if repeats > 1 else "")
     )
     for part, reference, rows in blocks(result):
-        seen = "which the networks were trained on" if part == split else "held out from the networks' training"
+        trained = part == split and not elsewhere
+        seen = "which the networks were trained on" if trained else "held out from the networks' training"
         say(f"\nsplit {part}, {seen}; against the {REFERENCES[reference]}")
         width = max(len(_title(r)) for r in rows)
         names = max(8, *(len(r.label) for r in rows))

@@ -13,7 +13,7 @@ Size = Annotated[int, Field(ge=1, le=4096)]
 
 
 class PrepareConfig(Config):
-    """Steps of the preprocessing, in this order: channels, window, orientation, spacing, crop or resize, percentiles."""
+    """Steps of the preprocessing, in this order: channels, window, orientation, spacing, crop or resize, percentiles, maps."""
 
     kind = "prepare"
 
@@ -30,6 +30,14 @@ class PrepareConfig(Config):
     resize: Annotated[tuple[Size, Size, Size] | None, Field(description="voxels, trilinear with anti-aliasing")] = None
     percentiles: Annotated[
         tuple[float, float] | None, Field(description="percentiles of each channel that map to 0 and 1, with clipping")
+    ] = None
+    label_maps: Annotated[
+        dict[str, Annotated[list[Annotated[int, Field(ge=1, le=255)]], Field(min_length=1)]] | None,
+        Field(
+            min_length=1,
+            description="labels as further channels, 1 inside and 0 outside: names and codes, e.g. {ED: [1], core: [2, 3]}; "
+            "codes may be in several; volumes without labels are refused; null: none",
+        ),
     ] = None
     dtype: Annotated[Literal["uint8", "float16"], Field(description="type of the stored voxels")] = "uint8"
     split: Annotated[

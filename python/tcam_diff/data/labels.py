@@ -85,6 +85,24 @@ def class_numbers(names: Mapping[int, str]) -> np.ndarray:
     return table
 
 
+def label_maps(labels: np.ndarray, maps: Mapping[str, Sequence[int]]) -> np.ndarray:
+    """Label maps (L, H, W, D) float32 of labels (H, W, D): 1 where the label is one of a map's codes, else 0."""
+    return np.stack([np.isin(labels, list(codes)) for codes in maps.values()]).astype(np.float32)
+
+
+def labels_of_maps(values: np.ndarray, maps: Mapping[str, Sequence[int]]) -> np.ndarray:
+    """Labels (H, W, D) uint8 from the values (L, H, W, D) of label maps: of all codes, and 0, the likeliest.
+
+    A value is taken for the probability that the voxel is inside the map, independently of the other maps. Maps may overlap,
+    as the regions of BraTS do.
+    """
+    codes = [0, *sorted({c for of in maps.values() for c in of})]
+    inside = np.array([[c in of for of in maps.values()] for c in codes])  # (codes, L)
+    p = np.clip(values, 1e-6, 1 - 1e-6)
+    likelihoods = np.einsum("cl,l...->c...", inside, np.log(p)) + np.einsum("cl,l...->c...", ~inside, np.log1p(-p))
+    return np.array(codes, np.uint8)[likelihoods.argmax(0)]
+
+
 def label_codes(path: Path, values: Sequence[float] | None, not_finite: int = 0) -> list[int]:
     """The codes of a label file as integers. Raises UserError if they are none of 0 to 255.
 

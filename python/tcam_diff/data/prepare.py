@@ -18,6 +18,7 @@ import torch
 
 from tcam_diff.data import VOXEL_BUDGET
 from tcam_diff.data.config import PrepareConfig
+from tcam_diff.data.labels import label_maps
 from tcam_diff.data.readers import read_case, read_labels
 from tcam_diff.data.sources import Case
 from tcam_diff.data.store import Failure, Record, StoreWriter, quantise
@@ -97,6 +98,15 @@ def prepare_labels(labels: np.ndarray, affine: np.ndarray, config: PrepareConfig
     return np.ascontiguousarray(image.numpy()[0]).astype(np.uint8)
 
 
+def with_label_maps(
+    array: np.ndarray, info: VolumeInfo, labels: np.ndarray, maps: Mapping[str, list[int]]
+) -> tuple[np.ndarray, VolumeInfo]:
+    """Append the label maps of prepared labels (H, W, D) to a prepared volume and to its metadata."""
+    channels = np.concatenate([array, label_maps(labels, maps)])
+    intensity = [*info.intensity, *[(0.0, 1.0)] * len(maps)]
+    return channels, info.replaced(channels=len(channels), intensity=intensity, label_maps=dict(maps))
+
+
 def _check_size(info: VolumeInfo, affine: np.ndarray, shape: Sequence[int], spacing: Sequence[float], max_voxels: int) -> None:
     """Raise UserError if a volume of another spacing has more voxels than are allowed."""
     sizes = nib.affines.voxel_sizes(affine)
@@ -160,7 +170,10 @@ def prepare_cases(
     """
     records: list[Record | Failure] = []
     with locked_folder(folder):
-        writer = StoreWriter(folder, config.model_dump(mode="json"))
+        settings = config.model_dump(mode="json")
+        if config.label_maps is None:
+            del settings["label_maps"]  # stores of earlier versions do not have it
+        writer = StoreWriter(folder, settings)
         work = functools.partial(_prepare_one, writer, config, max_voxels)
         for record in map_on_processes(work, split_cases(cases, config), jobs):
             records.append(record)
@@ -181,6 +194,10 @@ def _prepare_one(writer: StoreWriter, config: PrepareConfig, max_voxels: int, ca
         array, info = prepare_volume(volume, config, max_voxels)
         if labels is not None:
             labels = prepare_labels(labels, volume.info.affine, config)
+        if config.label_maps is not None:
+            if labels is None:
+                raise UserError(f"{case.images[0]}: has no labels for label_maps")
+            array, info = with_label_maps(array, info, labels, config.label_maps)
         return writer.write(case.name, case.split, quantise(array, config.dtype), info, sources, labels)
     except UserError as error:
         return Failure(case.name, case.split, str(error))

@@ -95,6 +95,7 @@ class VolumeInfo(BaseModel):
     ] = None  # (4, 4), where it differs from the affine, which is then the sform
     units: tuple[Annotated[str, AfterValidator(_unit)], Annotated[str, AfterValidator(_unit)]] = ("mm", "sec")
     intensity: list[tuple[float, float]] = []  # physical values at 0 and 1 per channel; empty if unknown
+    label_maps: dict[str, list[int]] = {}  # the last channels: name, and codes of the labels inside, where the channel is 1
     source: str = ""  # file or folder of the volume
 
     @model_validator(mode="before")
@@ -113,12 +114,14 @@ class VolumeInfo(BaseModel):
     def _consistent(self) -> VolumeInfo:
         if self.intensity and len(self.intensity) != self.channels:
             raise ValueError(f"intensity: expected a pair for each of {self.channels} channels, got {len(self.intensity)}")
+        if len(self.label_maps) >= self.channels:
+            raise ValueError(f"label_maps: expected fewer than the {self.channels} channels, got {len(self.label_maps)}")
         return self
 
     @model_serializer(mode="wrap")
-    def _without_absent_qform(self, handler: Any) -> dict[str, Any]:
+    def _without_what_is_absent(self, handler: Any) -> dict[str, Any]:
         values: dict[str, Any] = handler(self)
-        return {k: v for k, v in values.items() if k != "qform" or v is not None}
+        return {k: v for k, v in values.items() if k not in ("qform", "label_maps") or v}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, VolumeInfo) and self.model_dump() == other.model_dump()
@@ -127,6 +130,15 @@ class VolumeInfo(BaseModel):
     def array_shape(self) -> tuple[int, int, int, int]:
         """(channels, H, W, D)."""
         return self.channels, *self.shape
+
+    @property
+    def images(self) -> int:
+        """Number of channels that are images, which come before the label maps."""
+        return self.channels - len(self.label_maps)
+
+    def of_images(self) -> VolumeInfo:
+        """The metadata without label maps."""
+        return self.replaced(channels=self.images, intensity=self.intensity[: self.images], label_maps={})
 
     @property
     def spacing(self) -> tuple[float, float, float]:

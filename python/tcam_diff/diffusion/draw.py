@@ -6,7 +6,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,7 +19,7 @@ from torch import Tensor
 
 import tcam_ext
 from tcam_diff.autodecoder.artefact import FittedVolume
-from tcam_diff.autodecoder.decode import Decodable, check_output, decode_to_file
+from tcam_diff.autodecoder.decode import NO_MAPS, Decodable, check_output, decode_to_file
 from tcam_diff.autodecoder.latents import LatentSet
 from tcam_diff.autodecoder.planes import FILE_END, PLANE_NAMES
 from tcam_diff.autodecoder.report import rgb
@@ -37,7 +37,7 @@ from tcam_diff.text import dtype_text
 from tcam_diff.training.distributed import device_of, distributed
 from tcam_diff.training.report import png
 
-SHEET = "contact-sheet.png"
+SHEET, LABELS = "contact-sheet.png", "labels"
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,15 @@ class Output:
         size: voxels along x, y, z; None: those of the training volumes.
         dtype: float32, int16, uint16 or uint8.
         planes: whether to write the planes of each sample, too.
+        labels: whether to write the labels of each sample, too, as labels/NAME, and all pairs of images and labels in
+            dataset.json, with which `tcam prepare` reads the folder.
     """
 
     folder: str | os.PathLike[str]
     size: tuple[int, int, int] | None = None
     dtype: str = "float32"
     planes: bool = False
+    labels: bool = False
 
     def __post_init__(self) -> None:
         check_output(self.size or (1, 1, 1), self.dtype)
@@ -108,13 +111,15 @@ def draw_samples(
         class_index, guidance = model.label(label), None if guide is None else guide(model)
         sampler = Sampler(model, config)
         sampler.check()
+        if output.labels and not model.geometry.info.label_maps:
+            raise UserError(f"--labels: {NO_MAPS}")
         if group.first:
             stack.enter_context(locked_folder(out))
         settings = _settings(model, output, config, label, guidance)
         name = f"seed{config.seed}_{config.solver}{config.steps}"
         if label is not None:
             name += "_" + re.sub(r"[^\w.+-]+", "-", label)
-        files = {i: Files.of_sample(out, i, name, output.planes) for i in indices}
+        files = {i: Files.of_sample(out, i, name, output.planes, output.labels) for i in indices}
         missing = [i for i in indices if not files[i].complete(settings)]
         if started is not None and group.first:
             started(model, len(indices) - len(missing))
@@ -135,6 +140,8 @@ def draw_samples(
         group.barrier()
         if group.first:
             contact_sheet(out / SHEET, [files[i].preview for i in indices])
+            if output.labels:
+                _write_pairs(out, model.geometry.info.label_maps)
         return True
 
 
@@ -200,13 +207,15 @@ class Files:
     preview: Path
     sidecar: Path
     planes: Path | None = None
+    labels: Path | None = None
 
     @staticmethod
-    def of_sample(out: Path, index: int, name: str, planes: bool = False) -> Files:
+    def of_sample(out: Path, index: int, name: str, planes: bool = False, labels: bool = False) -> Files:
         """The files of sample ``index`` in a folder."""
         stem = f"sample-{index:04d}_{name}"
         tensors = out / f"{stem}{FILE_END}" if planes else None
-        return Files(out / f"{stem}.nii.gz", out / f"{stem}.png", out / f"{stem}.json", tensors)
+        pair = out / LABELS / f"{stem}.nii.gz" if labels else None
+        return Files(out / f"{stem}.nii.gz", out / f"{stem}.png", out / f"{stem}.json", tensors, pair)
 
     def complete(self, settings: dict[str, Any]) -> bool:
         """Whether the sample exists. Raises UserError if it has other settings."""
@@ -229,7 +238,7 @@ class Files:
                 else:
                     changes.append("another model" if k == "model" else f"{k} {old}, now {new}")
             raise UserError(f"{self.volume}: exists with other settings ({'; '.join(changes)}); choose another folder")
-        return self.planes is None or self.planes.is_file()
+        return all(p is None or p.is_file() for p in (self.planes, self.labels))
 
     def write(self, volume: Decodable, preview: np.ndarray, settings: dict[str, Any], details: dict[str, Any]) -> None:
         """Decode the volume and write the files. ``preview`` is a strip of slices (rows, columns)."""
@@ -240,12 +249,26 @@ class Files:
                 file.write(
                     tensor_bytes({n: p[0] for n, p in zip(PLANE_NAMES, volume.planes, strict=True)}, dtype=torch.float32)
                 )
-        decode_to_file(volume, self.volume, tuple(settings["size"]), settings["dtype"])
+        if self.labels is not None:
+            self.labels.parent.mkdir(exist_ok=True)
+        decode_to_file(volume, self.volume, tuple(settings["size"]), settings["dtype"], labels=self.labels)
         with replacing(self.preview) as file:
             file.write(png(sheet([(self.volume.name.removesuffix(".nii.gz"), preview)], 1)))
-        info = volume.info.resized(tuple(settings["size"])).model_dump(mode="json", exclude={"source"})
+        info = volume.info.of_images().resized(tuple(settings["size"])).model_dump(mode="json", exclude={"source"})
         origin = {"sha256": sha256(self.volume), "tcam_ext": tcam_ext.__version__}
         write_text(self.sidecar, json.dumps(settings | details | info | origin, indent=1))
+
+
+def _write_pairs(out: Path, maps: Mapping[str, Sequence[int]]) -> None:
+    """Write dataset.json, the list of the samples in a folder that have labels, in the form of the Decathlon."""
+    pairs = [p for p in sorted((out / LABELS).glob("*.nii.gz")) if (out / p.name).is_file()]
+    names = {str(codes[0]): name for name, codes in maps.items() if len(codes) == 1}
+    content = {
+        "name": "samples",
+        "labels": {"0": "background", **names},
+        "training": [{"image": p.name, "label": f"{LABELS}/{p.name}"} for p in pairs],
+    }
+    write_text(out / "dataset.json", json.dumps(content, indent=1))
 
 
 def draw_between(

@@ -48,7 +48,7 @@ class Reconstruction:
 
     record: Record
     group: str  # kind of reconstruction; means are of one group
-    read: Callable[[], Tensor]  # (channels, H, W, D) in [0, 1]
+    read: Callable[[], Tensor]  # (channels, H, W, D) in [0, 1], with or without label maps
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def evaluate(
     rows: list[Row] = []
     for reconstruction in reconstructions:
         record = reconstruction.record
-        truth, got = unit(torch.tensor(store.volume(record))), read_checked(reconstruction, store)
+        truth, got = original(record, store), read_checked(reconstruction, store)
         error, size = metrics.mse(got, truth), min(truth.shape[1:])
         figures = {
             "mse": error,
@@ -149,9 +149,15 @@ def evaluate(
     return rows
 
 
+def original(record: Record, store: Store) -> Tensor:
+    """The images (images, H, W, D) of a case in [0, 1]; label maps are not compared."""
+    return unit(torch.tensor(store.volume(record)[: record.info.images]))
+
+
 def read_checked(reconstruction: Reconstruction, store: Store) -> Tensor:
-    """Read a reconstruction (channels, H, W, D). Raises UserError if it has another shape than its original."""
-    got, shape = reconstruction.read(), reconstruction.record.info.array_shape
+    """Read a reconstruction (images, H, W, D). Raises UserError if it has another shape than its original."""
+    info = reconstruction.record.info
+    got, shape = reconstruction.read()[: info.images], (info.images, *info.shape)
     if tuple(got.shape) != shape:
         raise UserError(
             f"{reconstruction.record.name}: the reconstruction has shape {tuple(got.shape)}, the volume of {store.folder} "
@@ -253,12 +259,13 @@ def _of_files(store: Store, path: Path) -> list[Reconstruction]:
     cases = find_cases(path).cases
 
     def read(case: Case, record: Record) -> Tensor:
-        data, channels = read_case(case).data, record.info.channels
+        data, images = read_case(case).data, record.info.of_images()
+        channels = images.channels
         if len(data) != channels:
             raise UserError(
                 f"{case.images[0]}: expected {channels} channel(s), as {record.name} of {store.folder} has, got {len(data)}"
             )
-        return torch.from_numpy(record.info.to_unit(data)).clamp(0, 1)
+        return torch.from_numpy(images.to_unit(data)).clamp(0, 1)
 
     pairs = _pairs(store, cases, path)
     return [Reconstruction(r, f"files, split {r.split}", lambda c=c, r=r: read(c, r)) for r, c in pairs]  # type: ignore[misc]

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 import tcam_ext
-from tcam_diff.data.labels import class_numbers
-from tcam_diff.data.store import Record, Store, unit
+from tcam_diff.data.labels import class_numbers, classes
+from tcam_diff.data.store import Record, Store
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation.metrics import label_counts, label_metrics
-from tcam_diff.evaluation.reconstruction import Reconstruction, find_reconstructions, read_checked
+from tcam_diff.evaluation.reconstruction import Reconstruction, find_reconstructions, original, read_checked
 from tcam_diff.evaluation.segmenter import (
     SegmentationTraining,
     SegmentConfig,
@@ -111,6 +111,7 @@ def segment(
     out: Path,
     repeats: int = 4,
     *,
+    training: Store | None = None,
     started: Callable[[SegmentationTraining], None] | None = None,
     progress: ProgressCallback | None = None,
     stop: StopCallback | None = None,
@@ -121,10 +122,11 @@ def segment(
         store: originals with labels.
         reconstructions: runs, latent sets or folders of volumes, as ``find_reconstructions`` takes them. Without any, the
             networks are measured on the originals that they were not trained on.
-        config: network and training; ``data`` is replaced by the store's folder.
+        config: network and training; ``data`` is replaced by the folder of the training volumes.
         out: folder for a run per repeat (repeat-1, ...), segmentation.json, volumes.csv and segmentation.png. Finished repeats
             in it are not trained again.
         repeats: number of trainings, with the seeds config.seed, config.seed + 1, ...
+        training: store whose volumes the networks are trained on, for example of generated pairs; None: ``store``.
         started, progress, stop: callbacks of ``train_segmenter``; the last two also for every volume that is measured.
 
     Returns:
@@ -134,8 +136,12 @@ def segment(
         UserError: the store has no labels, a path holds no reconstruction of its volumes, or configuration and data do not fit.
     """
     writable_folder(out)
-    config = config.model_copy(update={"data": str(store.folder)})
-    trained_on = labelled_records(store, config.split)
+    training = training or store
+    if classes(training.label_names.values()) != classes(store.label_names.values()):
+        got, expected = (", ".join(classes(s.label_names.values())) or "none" for s in (training, store))
+        raise UserError(f"{training.folder}: expected the labels of {store.folder}, {expected}, got {got}")
+    config = config.model_copy(update={"data": str(training.folder)})
+    trained_on = labelled_records(training, config.split)
     work = _volumes(store, reconstructions, config)
     seconds, networks = [], []
     for repeat in range(1, repeats + 1):
@@ -196,22 +202,22 @@ class _Measurement:
 
     def add(self, record: Record, images: Images, pictured: bool) -> None:
         """Segment a volume and its reconstructions, and compare."""
-        original = unit(torch.tensor(self.store.volume(record)))
+        volume = original(record, self.store)
         truth = None
         if record.labels_sha256 is not None:
             truth = torch.from_numpy(self.numbers[self.store.labels(record)])
-        of_original = [network(original) for network in self.networks]
-        shown = [] if truth is None else [("ground truth", original, truth)]
-        shown.append(("segmentation of the original", original, of_original[0]))
+        of_original = [network(volume) for network in self.networks]
+        shown = [] if truth is None else [("ground truth", volume, truth)]
+        shown.append(("segmentation of the original", volume, of_original[0]))
         self._compare(record, ORIGINALS, "", TRUTH, of_original, truth)
         for title, reconstruction in images:
-            volume = read_checked(reconstruction, self.store)
-            classes = [network(volume) for network in self.networks]
+            reconstructed = read_checked(reconstruction, self.store)
+            classes = [network(reconstructed) for network in self.networks]
             self._compare(record, title, reconstruction.group, TRUTH, classes, truth)
             self._compare(record, title, reconstruction.group, ORIGINAL, classes, of_original)
-            shown.append((title, volume, classes[0]))
+            shown.append((title, reconstructed, classes[0]))
         if pictured:
-            self.pictures.append(_cut(record, original, shown))
+            self.pictures.append(_cut(record, volume, shown))
 
     def _compare(
         self,
@@ -284,7 +290,7 @@ def blocks(result: Result) -> Iterator[tuple[str, str, list[Row]]]:
                 yield split, reference, rows
 
 
-def _cut(record: Record, original: Tensor, shown: Sequence[tuple[str, Tensor, Tensor]]) -> Pictured:
+def _cut(record: Record, volume: Tensor, shown: Sequence[tuple[str, Tensor, Tensor]]) -> Pictured:
     """The axial slice with most voxels that have a label in the first of the segmentations shown."""
     from tcam_diff.evaluation.picture import canonical
 
@@ -292,9 +298,9 @@ def _cut(record: Record, original: Tensor, shown: Sequence[tuple[str, Tensor, Te
         return canonical(volume.numpy(), record.info.affine)[0][:, :, at].T[::-1]
 
     at = int((canonical(shown[0][2].numpy(), record.info.affine)[0] > 0).sum((0, 1)).argmax())
-    plain = np.zeros(axial(original[0], at).shape, np.uint8)
-    panels = [("original", axial(original[0], at), plain)]
-    panels += [(title, axial(volume[0], at), axial(classes, at)) for title, volume, classes in shown]
+    plain = np.zeros(axial(volume[0], at).shape, np.uint8)
+    panels = [("original", axial(volume[0], at), plain)]
+    panels += [(title, axial(image[0], at), axial(classes, at)) for title, image, classes in shown]
     return Pictured(f"{record.name}, split {record.split}", panels)
 
 
@@ -309,9 +315,9 @@ def _write(
         "preprocessing": store.config,
         "labels": {str(code): name for code, name in store.label_names.items()},
         "reconstructions": [str(p) for p in paths],
-        "network": "MONAI's SegResNet, softmax over background and labels, DiceCE loss, trained on originals",
+        "network": "MONAI's SegResNet, softmax over background and labels, DiceCE loss, trained on the volumes of trained_on",
         "config": config.model_dump(mode="json"),
-        "trained_on": {"split": config.split, "volumes": result.trained_on},
+        "trained_on": {"store": config.data, "split": config.split, "volumes": result.trained_on},
         "seeds": [config.seed + i for i in range(len(result.seconds))],
         "seconds": result.seconds,
         "references": {TRUTH: "labels of the store", ORIGINAL: "segmentation of the original by the same network"},

@@ -143,12 +143,10 @@ class SegmentationTraining(Task):
         self.store = Store(config.data)
         self.records = labelled_records(self.store, config.split)
         self.names, self.numbers = classes(self.store.label_names.values()), class_numbers(self.store.label_names)
-        self.channels = self.records[0].info.channels
+        self.channels = self.records[0].info.images
         for r in self.records:
-            if r.info.channels != self.channels:
-                raise UserError(
-                    f"{config.data}: {r.name} has {r.info.channels} channels, {self.records[0].name} {self.channels}"
-                )
+            if r.info.images != self.channels:
+                raise UserError(f"{config.data}: {r.name} has {r.info.images} channels, {self.records[0].name} {self.channels}")
         self._check_sizes()
         self.network = _network(config, self.channels, len(self.names)).to(group.device)
         self.segmenter = Segmenter(self.network, self.names, config, group.device)
@@ -190,7 +188,7 @@ class SegmentationTraining(Task):
         record = self.records[number]
         generator = rng(c.seed, "sample", step, position)
         box = self._box(record, generator)
-        every = (slice(None), *box)
+        every = (slice(self.channels), *box)
         image = unit(torch.from_numpy(np.array(self.store.volume(record)[every])))
         image = normalised(image, *self._stats(number), c.foreground)
         labels = torch.from_numpy(self.numbers[self.store.labels(record)[box]])[None]
@@ -217,7 +215,7 @@ class SegmentationTraining(Task):
 
     def _stats(self, number: int) -> tuple[Tensor, Tensor]:
         if number not in self._statistics:
-            volume = unit(torch.tensor(self.store.volume(self.records[number])))
+            volume = unit(torch.tensor(self.store.volume(self.records[number])[: self.channels]))
             self._statistics[number] = statistics(volume, self.config.foreground)
         return self._statistics[number]
 
@@ -246,7 +244,7 @@ class SegmentationTraining(Task):
         """Mean "f1" over the labels of the first ``evaluate_volumes`` training volumes."""
         values = []
         for record in self.records[: self.config.evaluate_volumes]:
-            predicted = self.segmenter(unit(torch.tensor(self.store.volume(record))))
+            predicted = self.segmenter(unit(torch.tensor(self.store.volume(record)[: self.channels])))
             truth = torch.from_numpy(self.numbers[self.store.labels(record)])
             values.append(label_metrics(label_counts(predicted, truth, len(self.names)))["f1"])
         return {"f1": float(torch.stack(values).nanmean())}

@@ -71,14 +71,14 @@ def read_set(
         store = stores.Store(path)
         for r in store.records:
             if split in (None, r.split) or (split == HELD_OUT and r.split != "train"):
-                readers.append((r.name, lambda r=r: stores.unit(torch.tensor(store.volume(r)))))  # type: ignore[misc]
+                readers.append((r.name, lambda r=r: stores.unit(torch.tensor(store.volume(r)[: r.info.images]))))  # type: ignore[misc]
         if not readers and split != HELD_OUT:
             store.in_split(split or "train")  # raises
     elif is_latent_set(path):
         latents = LatentSet(path)
         for e in latents.entries:
             if split in (None, e.split) or (split == HELD_OUT and e.split != "train"):
-                readers.append((e.name, lambda e=e: latents.fitted(e.name).whole()))  # type: ignore[misc]
+                readers.append((e.name, lambda e=e: latents.fitted(e.name).whole()[: e.info.images]))  # type: ignore[misc]
     else:
         cases = [c for c in find_cases(path).cases if split is None or c.split == split]
         readers += [(c.name, lambda c=c: torch.from_numpy(read_unit(c, intensity).data)) for c in cases]  # type: ignore[misc]
