@@ -126,14 +126,14 @@ def test_mean_weight_draws_planes_to_the_mean(trained, store):
     """Larger weights, planes nearer to the mean of the training planes, and a lower PSNR."""
     data, run = Store(store), load_run(trained)
     record, distances, psnrs = data.in_split("test")[0], [], []
-    for weight in (0.0, 1e-3, 1e-1):
+    for weight in (0.0, 1e-2, 1e-1):
         config = EncodeConfig(steps=200, mean_weight=weight, plateau_db=0)
         encoded = Encoder(run, config, SIZE, torch.device("cpu")).encode({record.name: data.volume(record)})[record.name]
         squares = [(p - m).square().mean() for p, m in zip(encoded.planes, run.mean_planes(), strict=True)]
         distances.append(float(sum(squares)))
         psnrs.append(encoded.psnr)
-    assert distances[0] > 1.5 * distances[1] > 2 * distances[2]
-    assert psnrs[0] > psnrs[2] + 1
+    assert distances[0] > 1.2 * distances[1] > 2 * distances[2]
+    assert psnrs[0] > psnrs[1] > psnrs[2]
 
 
 def test_planes_that_become_nan_name_their_volume(trained, store):
