@@ -13,7 +13,7 @@ from tcam_diff.tables.config import TableConfig
 from tcam_diff.tables.make import make_figure, make_table
 from tcam_diff.tables.paper import PUBLISHED, TABLES
 from tcam_diff.tables.plan import GENERATORS, Plan
-from tcam_diff.tables.render import grid
+from tcam_diff.tables.render import _sets, grid
 from tcam_diff.tables.rows import late_gain, paired, time_to
 from tcam_diff.tables.steps import run, step
 
@@ -84,8 +84,9 @@ def test_tables_3_and_4_and_the_figures(folder):
     rows = json.loads((folder / "table-3.json").read_text())["rows"]
     assert [r["pair"] for r in rows] == list(GENERATORS.values())
     assert all(r["seconds"] >= 0 and r["memory_gb"] > 0 for r in rows)
-    sets = json.loads((folder / "table-3.json").read_text())["sets"]["sets"]
-    assert all("latent_modes" in sets[f"seed-0/{n}-samples"] for n in ("diffusion", "no-cross", "gaussian"))
+    (summary,) = json.loads((folder / "table-3.json").read_text())["sets"]
+    sets = summary["sets"]
+    assert all("latent_modes" in sets[f"{n}-samples"] for n in ("diffusion", "no-cross", "gaussian"))
     assert all(len(r["ours"]) == len(r["other"]) == 1 for r in rows)
     assert rows[0]["controls"]
     assert [r["latents"] for r in json.loads((folder / "table-4.json").read_text())["rows"]] == [2 * 192, 3 * 192]
@@ -93,6 +94,37 @@ def test_tables_3_and_4_and_the_figures(folder):
         path = make_figure(number, folder, TINY)
         assert path
         assert path.stat().st_size > 10_000
+
+
+def test_stage_2_learns_fitted_or_encoded_planes(tmp_path):
+    """With latents_changes training and held-out volumes are encoded alike, apart from the encoding of table 1."""
+    latents = "seed-0/store-tcam-diff-latents"
+    fitted = {s.name: s.arguments() for s in Plan(tmp_path, TINY).steps(3)}
+    assert fitted[latents][0] == "export-latents"
+    assert "validation=seed-0/store-tcam-diff-encoded" in fitted["seed-0/diffusion"]
+    changed = TINY.model_copy(update={"latents_changes": ["mean_weight=0.01"]})
+    encoded = {s.name: s.arguments() for s in Plan(tmp_path, changed).steps(3)}
+    held_out = "seed-0/store-tcam-diff-held-out-latents"
+    for name, split in ((latents, "train"), (held_out, "test")):
+        command = encoded[name]
+        assert command[0] == "encode"
+        assert command[command.index("--split") + 1] == split
+        assert "mean_weight=0.01" in command
+    assert f"validation={held_out}" in encoded["seed-0/diffusion"]
+    assert held_out in encoded["seed-0/sets"]
+    assert encoded["seed-0/store-tcam-diff-encoded"] == fitted["seed-0/store-tcam-diff-encoded"]
+
+
+def test_statistics_of_several_seeds_have_their_deviation():
+    def summary(mean):
+        figures = {"pairwise": {"mean": mean, "low": mean - 1, "high": mean + 1}}
+        return {
+            "sets": {"samples": figures}, "protocol": {"voxels": [4, 4, 4], "features": "none"}, "counts": {"samples": 9},
+            "volumes_for_fid_and_mmd": 0, "real": "held-out volumes", "told_apart": {"samples": {}},
+        }  # fmt: skip
+
+    assert "| samples | 2 (1 to 3) |" in "\n".join(_sets([summary(2.0)]))
+    assert "| samples | 3 ± 1.41 |" in "\n".join(_sets([summary(2.0), summary(4.0)]))
 
 
 def test_a_step_that_fails_is_named_with_its_message(tmp_path):

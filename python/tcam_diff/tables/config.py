@@ -30,6 +30,13 @@ class TableConfig(Config):
     train: Annotated[str, Field(description="preset of `tcam train-autodecoder`")] = "fast"
     train_changes: Changes = Field(default=[])
     encode_changes: Changes = Field(default=[])
+    latents_changes: Annotated[
+        list[str] | None,
+        Field(
+            description="KEY=VALUE changes of `tcam encode`, with which training and held-out volumes are encoded for stage 2; "
+            "null: stage 2 learns the planes that stage 1 fitted with its decoder"
+        ),
+    ] = None
     vae_gan: Annotated[str, Field(description="preset of `tcam baseline train`")] = "vae-gan"
     vae_gan_changes: Changes = Field(default=[])
     vq_gan: Annotated[str, Field(description="preset of `tcam baseline train`")] = "vq-gan"

@@ -131,9 +131,24 @@ class Plan:
 
     # ---- stage 2 ------------------------------------------------------------------------
 
+    def _held_out(self, seed: int) -> str:
+        """Latents of the held-out volumes for stage 2."""
+        ours = f"seed-{seed}/store-{OURS}"
+        return f"{ours}-encoded" if self.config.latents_changes is None else f"{ours}-held-out-latents"
+
+    def _latents(self, seed: int) -> list[Step]:
+        """Latents of training and held-out volumes for stage 2."""
+        c, ours = self.config, f"seed-{seed}/store-{OURS}"
+        if c.latents_changes is None:
+            return [step(f"{ours}-latents", f"export-latents {ours} --out {ours}-latents -q")]
+        sets = {"train": f"{ours}-latents", c.held_out: self._held_out(seed)}
+        return [
+            step(out, f"encode {ours} store --split {split} --out {out} -q", *c.latents_changes) for split, out in sets.items()
+        ]
+
     def _diffusion(self, name: str, seed: int, *changes: str) -> list[Step]:
         c, run, ours = self.config, f"seed-{seed}/{name}", f"seed-{seed}/store-{OURS}"
-        data = f"latents={ours}-latents validation={ours}-encoded seed={seed}"
+        data = f"latents={ours}-latents validation={self._held_out(seed)} seed={seed}"
         return [
             step(run, f"train-diffusion {c.diffusion} {data} --out {run} -q", *c.diffusion_changes, *changes, resume=True),
             step(f"{run}-samples", f"sample {run} {self._drawn(run, seed)} --planes --steps {c.sample_steps}"),
@@ -162,7 +177,7 @@ class Plan:
             ours, gaussian = f"seed-{seed}/store-{OURS}", f"seed-{seed}/gaussian"
             made += [
                 *self._stage1(seed),
-                step(f"{ours}-latents", f"export-latents {ours} --out {ours}-latents -q"),
+                *self._latents(seed),
                 *self._diffusion("diffusion", seed),
                 *self._diffusion("no-cross", seed, "network.cross=none"),
                 *self._diffusion("concatenated", seed, "network.weights=concatenated"),
@@ -176,7 +191,7 @@ class Plan:
         for seed in range(self.seeds):
             at = f"seed-{seed}"
             every = " ".join(f"{at}/{n}-samples" for n in ("diffusion", *self.generators))
-            every += f" {at}/store-{OURS}-latents {at}/store-{OURS}-encoded"
+            every += f" {at}/store-{OURS}-latents {self._held_out(seed)}"
             made.append(step(f"{at}/sets", f"evaluate store {every} --size {c.size} --features features --out {at}/sets -q"))
             for name in self.generators:
                 pair = f"evaluate store {at}/diffusion-samples {at}/{name}-samples size={c.size} --size {c.size}"

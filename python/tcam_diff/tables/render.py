@@ -192,27 +192,38 @@ def _table3(content: dict[str, Any]) -> list[str]:
         ),
         f"Controls, half of the real volumes against the other: {control}.",
     ]
-    summary = content["sets"]
-    columns, names = ["set"], [s for s in STATISTICS if any(s in of for of in summary["sets"].values())]
-    columns += [STATISTICS[n][0] for n in names]
-    rows = [
-        [label, *(f"{of[n]['mean']:.4g} ({of[n]['low']:.3g} to {of[n]['high']:.3g})" if n in of else "-" for n in names)]
-        for label, of in summary["sets"].items()
+    return [*parts, *_sets(content["sets"])]
+
+
+def _sets(summaries: Sequence[dict[str, Any]]) -> list[str]:
+    """Statistics of sets of volumes: with one seed with intervals over volumes, with several the deviation over seeds."""
+    first = summaries[0]
+
+    def cell(label: str, name: str) -> str:
+        figures = [s["sets"][label][name] for s in summaries if name in s["sets"].get(label, {})]
+        if not figures:
+            return "-"
+        if len(summaries) == 1:
+            return f"{figures[0]['mean']:.4g} ({figures[0]['low']:.3g} to {figures[0]['high']:.3g})"
+        return mean_and_deviation([f["mean"] for f in figures], ".3g")
+
+    names = [s for s in STATISTICS if any(s in of for of in first["sets"].values())]
+    rows = [["of a good generator", *(STATISTICS[n][1] for n in names)]]
+    rows += [[label, *(cell(label, n) for n in names)] for label in first["sets"]]
+    voxels = " x ".join(map(str, first["protocol"]["voxels"]))
+    counts = ", ".join(f"{label}: {count}" for label, count in first["counts"].items())
+    spread = "mean (95 % interval)" if len(summaries) == 1 else f"mean ± SD over {len(summaries)} seeds"
+    tests = [
+        [label, *(p_values(s["told_apart"][label]) if label in s["told_apart"] else "-" for s in summaries)]
+        for label in first["told_apart"]
     ]
-    rows.insert(0, ["of a good generator", *(STATISTICS[n][1] for n in names)])
-    voxels = " x ".join(map(str, summary["protocol"]["voxels"]))
-    counts = ", ".join(f"{label}: {count}" for label, count in summary["counts"].items())
-    parts.append(
-        f"Samples beside real volumes, seed 0, at {voxels} voxels; mean (95 % interval). Volumes: {counts}; for FID and MMD "
-        f"{summary['volumes_for_fid_and_mmd']} of each, from {summary['real']}; features: {summary['protocol']['features']}:"
-    )
-    parts.append(grid(columns, rows))
-    tests = [[label, p_values(beside)] for label, beside in summary["told_apart"].items()]
-    parts.append(
-        "Bright voxels, p-values of two-sample Kolmogorov-Smirnov tests (0.05 or more does not show that sets are alike):"
-    )
-    parts.append(grid(["set", "p (beside)"], tests))
-    return parts
+    return [
+        f"Samples beside real volumes, at {voxels} voxels; {spread}. Volumes: {counts}; for FID and MMD "
+        f"{first['volumes_for_fid_and_mmd']} of each, from {first['real']}; features: {first['protocol']['features']}:",
+        grid(["set", *(STATISTICS[n][0] for n in names)], rows),
+        "Bright voxels, p-values of two-sample Kolmogorov-Smirnov tests (0.05 or more does not show that sets are alike):",
+        grid(["set", *(f"p (beside), seed {i}" for i in range(len(summaries)))], tests),
+    ]
 
 
 def _table4(content: dict[str, Any]) -> list[str]:

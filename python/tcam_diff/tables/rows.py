@@ -204,10 +204,13 @@ def _training(run: Path) -> Row:
     return {"seconds": last(run, "seconds"), "memory_gb": peak(run)}
 
 
-def sets(plan: Plan) -> dict[str, Any]:
-    """Statistics of every generator's samples, of the first seed."""
-    content: dict[str, Any] = read(plan.folder / "seed-0" / "sets" / "summary.json")
-    return content
+def sets(plan: Plan) -> list[dict[str, Any]]:
+    """Statistics of every generator's samples, for each seed, with the seed left out of the names."""
+    summaries = []
+    for seed in range(plan.seeds):
+        text = (plan.folder / f"seed-{seed}" / "sets" / "summary.json").read_text()
+        summaries.append(json.loads(text.replace(f"seed-{seed}/", "")))
+    return summaries
 
 
 def table4(plan: Plan) -> list[Row]:
