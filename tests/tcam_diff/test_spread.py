@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from tcam_diff.errors import UserError
-from tcam_diff.evaluation.content import BANDS, BRIGHT, FOREGROUND, bright_level, content, contents, told_apart
+from tcam_diff.evaluation.content import BANDS, BRIGHT, FOREGROUND, bright_level, content, contents, detail, told_apart
 from tcam_diff.evaluation.metrics import ms_ssim3d
 from tcam_diff.evaluation.sets import resampled
 from tcam_diff.evaluation.spread import MODES, TRAINING, latent_modes, nearest, similarity, spreads
@@ -104,10 +106,28 @@ def test_power_is_that_of_the_whole_spectrum(shape):
     frequency = np.sqrt(sum(np.square(f) for f in np.meshgrid(*map(np.fft.fftfreq, shape), indexing="ij")))
     got = content(volume, 0.5, 1.0).power
     for name, (low, high) in BANDS.items():
-        assert got[name][0] == pytest.approx(full[(frequency >= low) & (frequency < high)].sum(), rel=1e-4)
+        assert got[f"power_{name}"][0] == pytest.approx(full[(frequency >= low) & (frequency < high)].sum(), rel=1e-4)
     wave = torch.cos(2 * torch.pi * 3 / 10 * torch.arange(20.0))[None, None, None, None].expand(1, 1, 6, 6, 20)
     power = content(wave, 0.5, 1.0).power
     assert power["power_middle"][0] > 1e6 * (power["power_low"][0] + power["power_high"][0])
+
+
+def test_noise_has_power_and_no_coherence():
+    truth = torch.rand(12, 14, 10, generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(12, 14, 10, generator=torch.Generator().manual_seed(1))
+    same, half = detail(truth, truth), detail(0.5 * truth, truth)
+    for band in BANDS:
+        assert same[f"power_{band}"] == same[f"coherence_{band}"] == pytest.approx(1)
+        assert half[f"power_{band}"] == pytest.approx(0.25)
+        assert half[f"coherence_{band}"] == pytest.approx(1)
+        assert abs(detail(noise, truth)[f"coherence_{band}"]) < 0.2
+        assert detail(noise, truth)[f"power_{band}"] > 0.7
+    spectra = np.fft.fftn(noise.numpy()), np.fft.fftn(truth.numpy())
+    frequency = np.sqrt(sum(np.square(f) for f in np.meshgrid(*map(np.fft.fftfreq, truth.shape), indexing="ij")))
+    a, b = (s[(frequency >= 0.35) & (frequency < 0.5)] for s in spectra)
+    expected = (a * b.conj()).real.sum() / np.sqrt((np.abs(a) ** 2).sum() * (np.abs(b) ** 2).sum())
+    assert detail(noise, truth)["coherence_high"] == pytest.approx(expected, abs=1e-5)
+    assert all(math.isnan(v) for v in detail(noise, torch.ones(12, 14, 10)).values())
 
 
 def test_blur_lowers_and_noise_raises_the_power_of_fine_detail():

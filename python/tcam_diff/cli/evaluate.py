@@ -107,8 +107,8 @@ def _reconstructions(store: Any, fake: Path, split: str | None, lpips: Path | No
         count = next(iter(figures.values())).volumes
         say(f"{group}: {_volumes(count)} of {store.folder}; mean (95 % interval over volumes)")
         for name, value in figures.items():
-            title, more = of.METRICS[name]
-            say(f"  {title + ',':<18}{'higher' if more else 'lower'} is better: {value}")
+            title, better = of.METRICS[name]
+            say(f"  {title + ',':<36}{better} is better: {value}")
     if out is not None:
         of.write(out, rows, of.protocol(store, fake, found, split, lpips))
 

@@ -23,7 +23,7 @@ FOREGROUND = 0.1
 #: Share of the training volumes' foreground below the bright voxels.
 BRIGHT = 0.95
 #: Bands of frequency in cycles per voxel, by name.
-BANDS = {"power_low": (0.1, 0.25), "power_middle": (0.25, 0.35), "power_high": (0.35, 0.5)}
+BANDS = {"low": (0.1, 0.25), "middle": (0.25, 0.35), "high": (0.35, 0.5)}
 
 
 class Content(NamedTuple):
@@ -50,14 +50,38 @@ def content(volumes: Tensor, level: float, voxel: float) -> Content:
         voxel: volume of a voxel in mL.
     """
     first = volumes[:, 0]
-    power: dict[str, list[float]] = {name: [] for name in BANDS}
+    power: dict[str, list[float]] = {f"power_{name}": [] for name in BANDS}
     for volume in first:
         spectrum = torch.fft.rfftn(volume.float()).abs().square()
         for name, weight in _bands(tuple(volume.shape)).items():
-            power[name].append(float((spectrum * weight).sum()))
+            power[f"power_{name}"].append(float((spectrum * weight).sum()))
     foreground = [float((v > FOREGROUND).sum()) * voxel for v in first]
     bright = [float((v >= level).sum()) * voxel for v in first]
     return Content(np.array(foreground), np.array(bright), {name: np.array(p) for name, p in power.items()})
+
+
+def detail(volume: Tensor, truth: Tensor) -> dict[str, float]:
+    """Power of a reconstruction over that of its original, and their coherence, by bands; NaN where there is no power.
+
+    Coherence is the sum of Re(F G*) over the root of the product of the powers, 1 for proportional spectra: noise has power,
+    but no coherence.
+
+    Args:
+        volume: reconstruction (H, W, D).
+        truth: original (H, W, D).
+
+    Returns:
+        power_BAND and coherence_BAND for each of BANDS.
+    """
+    f, g = torch.fft.rfftn(volume.float()), torch.fft.rfftn(truth.float())
+    least = 1e-10 * float(g.abs().square().sum())  # rounding
+    figures = {}
+    for name, weight in _bands(tuple(truth.shape)).items():
+        own, original = (float((x.abs().square() * weight).sum()) for x in (f, g))
+        common = float(((f * g.conj()).real * weight).sum())
+        figures[f"power_{name}"] = own / original if original > least else float("nan")
+        figures[f"coherence_{name}"] = common / (own * original) ** 0.5 if min(own, original) > least else float("nan")
+    return figures
 
 
 def contents(sets: Mapping[str, Tensor], training: str, voxel: float) -> dict[str, Content]:

@@ -46,7 +46,10 @@ STATISTICS = {
     "bright": ("bright voxels, mL", "that of held-out volumes"),
     "bright_sd": ("standard deviation of the bright voxels, mL", "that of held-out volumes"),
     **{
-        name: (f"power at {low:g} to {high:g} cycles per voxel, of the training volumes = 1", "that of held-out volumes")
+        f"power_{name}": (
+            f"power at {low:g} to {high:g} cycles per voxel, of the training volumes = 1",
+            "that of held-out volumes",
+        )
         for name, (low, high) in BANDS.items()
     },
     "nearest": ("median RMS difference from the nearest training volume", "not below that of held-out volumes"),

@@ -27,16 +27,22 @@ from tcam_diff.data.sources import Case, find_cases
 from tcam_diff.data.store import Record, Store, unit
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation import metrics
+from tcam_diff.evaluation.content import BANDS, detail
 from tcam_diff.files import locked_folder, write_bytes, write_text
 from tcam_diff.progress import Progress, ProgressCallback
 
-#: Metrics of a volume: name, title, whether more is better.
+#: Metrics of a volume: name, title, which values are better.
 METRICS = {
-    "mse": ("MSE", False),
-    "psnr": ("PSNR, dB", True),
-    "ssim": ("3D SSIM", True),
-    "ms_ssim": ("3D MS-SSIM", True),
-    "lpips": ("LPIPS of slices", False),
+    "mse": ("MSE", "lower"),
+    "psnr": ("PSNR, dB", "higher"),
+    "ssim": ("3D SSIM", "higher"),
+    "ms_ssim": ("3D MS-SSIM", "higher"),
+    "lpips": ("LPIPS of slices", "lower"),
+    **{
+        f"{figure}_{band}": (f"{figure}, {low} to {high} c/voxel", better)
+        for band, (low, high) in list(BANDS.items())[1:]
+        for figure, better in (("power", "nearest 1"), ("coherence", "higher"))
+    },
 }
 FITTED = "fitted with the decoder"
 TRAINED = "trained on"
@@ -63,6 +69,10 @@ class Row:
     ssim: float
     ms_ssim: float
     lpips: float
+    power_middle: float = math.nan
+    coherence_middle: float = math.nan
+    power_high: float = math.nan
+    coherence_high: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -143,6 +153,7 @@ def evaluate(
             "ms_ssim": metrics.ms_ssim3d(got, truth) if metrics.scales(size) > 1 else math.nan,
             "lpips": metrics.lpips_of_slices(lpips, got, truth) if lpips is not None else math.nan,
         }
+        figures |= {name: value for name, value in detail(got[0], truth[0]).items() if name in METRICS}
         rows.append(Row(name=record.name, split=record.split, group=reconstruction.group, **figures))
         if progress is not None:
             progress(Progress(len(rows), len(reconstructions), {"psnr": rows[-1].psnr}))
@@ -199,6 +210,8 @@ def protocol(
         "ssim": f"Gaussian window of {metrics.WINDOW} voxels, sigma {metrics.SIGMA}, inside the volume",
         "ms_ssim": f"as many scales as fit, at most 5; {metrics.scales(smallest)} for the smallest volume",
         "lpips": None if lpips is None else str(lpips),
+        "power, coherence": "of the first channel, by bands of spatial frequency in cycles per voxel: power over the original's, "
+        "and correlation of the Fourier coefficients; noise raises power, and lowers coherence",
         "interval": "95 %, percentile bootstrap over volumes, 9999 resamples, seed 0",
     }
 
@@ -299,6 +312,6 @@ def _picture(rows: Sequence[Row]) -> bytes:
         values = [[getattr(r, metric) for r in rows if r.group == g] for g in groups]
         axis.boxplot(values, showmeans=True)
         axis.set_xticklabels(groups, rotation=20, ha="right", fontsize=7)
-        title, more = METRICS[metric]
-        axis.set_title(f"{title} ({'higher' if more else 'lower'} is better)", fontsize=9)
+        title, better = METRICS[metric]
+        axis.set_title(f"{title} ({better} is better)", fontsize=9)
     return png(figure)

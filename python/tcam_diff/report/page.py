@@ -196,8 +196,7 @@ def _table(path: Path, summary: Summary) -> list[Content]:
     rows = []
     for name in names:
         if summary.groups:
-            title, more = METRICS.get(name, (name, None))
-            better = "" if more is None else "higher" if more else "lower"
+            title, better = METRICS.get(name, (name, ""))
         else:
             title, better = STATISTICS.get(name, (name, ""))
         rows.append([title, better, *(figures.get(name, "") for figures in of.values())])
