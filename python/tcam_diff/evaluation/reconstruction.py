@@ -210,7 +210,7 @@ def protocol(
         "ssim": f"Gaussian window of {metrics.WINDOW} voxels, sigma {metrics.SIGMA}, inside the volume",
         "ms_ssim": f"as many scales as fit, at most 5; {metrics.scales(smallest)} for the smallest volume",
         "lpips": None if lpips is None else str(lpips),
-        "power, coherence": "of the first channel, by bands of spatial frequency in cycles per voxel: power over the original's, "
+        "power, coherence": "of the first channel, by bands of frequency in cycles per voxel: power over the original's, "
         "and correlation of the Fourier coefficients; noise raises power, and lowers coherence",
         "interval": "95 %, percentile bootstrap over volumes, 9999 resamples, seed 0",
     }
