@@ -12,14 +12,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import SMALL, SMALL_DIFFUSION, command, tcam
-from tcam_diff.autodecoder.config import TrainConfig
+from tcam_diff.autodecoder.config import EncodeConfig, TrainConfig
+from tcam_diff.autodecoder.encode import load_run
 from tcam_diff.autodecoder.objective import Lattice, TrainingObjective, make_decoder
 from tcam_diff.autodecoder.planes import init_planes, normalise
 from tcam_diff.data.config import PrepareConfig
 from tcam_diff.data.labels import label_maps, labels_of_maps
 from tcam_diff.data.store import Store
 from tcam_diff.data.volume import VolumeInfo
+from tcam_diff.diffusion.interop import Autoencoder, physical
+from tcam_diff.diffusion.model import TriplaneDiffusion
 from tcam_diff.errors import UserError
+from tcam_diff.evaluation.segmentation import segment as segment_function
+from tcam_diff.evaluation.segmenter import SegmentConfig
 from tcam_diff.evaluation.sets import read_set
 from tcam_diff.training.rng import rng
 
@@ -97,10 +102,10 @@ def test_the_loss_is_cross_entropy_and_dice_of_the_decoded_maps(region):
 # ---- the whole way -------------------------------------------------------------------------
 
 
-def write_cases(folder: Path, train: int = 8, test: int = 2) -> Path:
+def write_cases(folder: Path, train: int = 8, test: int = 2, seed: int = 0) -> Path:
     """Decathlon folder of spheres, brighter inside, with the labels of their shells."""
     grid = np.stack(np.meshgrid(*[np.arange(n) for n in SIZE], indexing="ij"))
-    generator, content = np.random.default_rng(0), {"labels": CODES, "training": [], "test": []}
+    generator, content = np.random.default_rng(seed), {"labels": CODES, "training": [], "test": []}
     for part in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
         (folder / part).mkdir(parents=True)
     for i in range(train + test):
@@ -189,18 +194,74 @@ def test_maps_are_not_compared(made):
 
 
 def test_networks_are_trained_on_pairs_and_tested_on_real_volumes(made):
-    tcam("prepare", made / "cases", "--out", made / "plain", "-q", "--preset", "cohort")
-    tcam("prepare", made / "samples", "--out", made / "plain-pairs", "-q", "--preset", "cohort")
+    """All volumes of the tested store count, since no network saw them. Other pairs are not taken for those of a run."""
     tiny = ("blocks_down=[1, 1]", "blocks_up=[1]", "crop=[8, 8, 8]", "batch=2", "steps=4", "evaluate_volumes=1", "device=cpu")
-    segment = ("segment", made / "store", *tiny, "--repeats", 1, "-q")
-    renamed = Store(made / "plain-pairs").label_names
-    if set(renamed.values()) != set(Store(made / "store").label_names.values()):  # a code that no sample has
-        assert "expected the labels of" in tcam(
-            *segment, "--train-on", made / "plain-pairs", "--out", made / "other", fails=True
-        )
-        return
-    said = tcam(*segment, "--train-on", made / "plain-pairs", "--out", made / "segmentation")
-    assert "held out from the networks' training" in said
+    for name, seed in (("a", 1), ("b", 2)):
+        cases = write_cases(made / f"pairs-{name}", 4, 0, seed)
+        tcam("prepare", cases, "--out", made / name, "-q", "--preset", "cohort")
+    segment = ("segment", made / "store", *tiny, "--repeats", 1, "--out", made / "segmentation", "-q")
+    said = tcam(*segment, "--train-on", made / "a")
+    for split in ("train", "test"):
+        assert f"split {split}, held out from the networks' training" in said
+    protocol = json.loads((made / "segmentation" / "segmentation.json").read_text())["protocol"]
+    assert protocol["trained_on"]["store"] == str(made / "a")
+    assert "are not those with which the run began" in tcam(*segment, "--train-on", made / "b", fails=True)
+    config = SegmentConfig.load("small", [*tiny])
+    other = Store(made / "a")
+    del other.label_names[3]
+    with pytest.raises(UserError, match=r"expected the labels of .*, ED, NCR/NET, ET, got ED, NCR/NET"):
+        segment_function(Store(made / "store"), [], config, made / "x", training=other)
+    tcam("prepare", made / "cases", "--out", made / "two", "-q", "--preset", "cohort", "channels=[0,0]")
+    with pytest.raises(UserError, match=r"expected the 1 channel\(s\) of .*, got 2"):
+        segment_function(Store(made / "store"), [], config, made / "x", training=Store(made / "two"))
+
+
+def test_the_list_of_samples_is_complete_and_their_own(made, tmp_path):
+    """Samples without labels are listed, too, so that no command leaves them out; other data sets are not overwritten."""
+    out = tmp_path / "samples"
+    tcam("sample", made / "diffusion", "--n", 1, "--steps", 2, "--labels", "--out", out, "-q")
+    tcam("sample", made / "diffusion", "--n", 3, "--steps", 2, "--out", out, "-q")
+    assert len(read_set(out, lambda v: v).names) == 3
+    listed = json.loads((out / "dataset.json").read_text())["training"]
+    assert [("label" in entry) for entry in listed] == [True, False, False]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "dataset.json").write_text('{"name": "BRATS"}')
+    said = tcam("sample", made / "diffusion", "--labels", "--out", tmp_path / "mine", "-q", fails=True)
+    assert "is of another data set" in said
+    assert (tmp_path / "mine" / "dataset.json").read_text() == '{"name": "BRATS"}'
+
+
+def test_other_commands_take_models_with_maps(made, tmp_path):
+    """The report, known voxels, interpolation, and MONAI's bundle show or write images alone."""
+    tcam("report", made / "run", made / "latents", "--out", tmp_path / "page.html", "-q")
+    few = ("--n", 1, "--steps", 2, "-q")
+    known = next((made / "samples").glob("sample-*.nii.gz"))
+    tcam("sample", made / "diffusion", *few, "--known", known, "--labels", "--out", tmp_path / "known")
+    between = ("case0", "case1", "--n", 2, "--steps", 2, "-q")
+    tcam("interpolate", made / "diffusion", made / "latents", *between, "--out", tmp_path / "between")
+    for folder in ("known", "between"):
+        assert nib.load(next((tmp_path / folder).glob("*.nii.gz"))).shape == SIZE
+    model = TriplaneDiffusion.load(made / "diffusion")
+    (image,) = physical(model, torch.rand(1, 4, *SIZE), [0], 0)
+    assert tuple(image.shape) == (1, *SIZE)
+    store = Store(made / "store")
+    volume = torch.from_numpy(store.volume(store.records[0]) / np.float32(255))[None]
+    encoder = Autoencoder(model, encoding=EncodeConfig(init="start", steps=2, check_every=1))
+    assert torch.isfinite(encoder.encode_stage_2_inputs(volume)).all()
+
+
+def test_psnr_is_of_the_images(made):
+    """Volumes whose maps alone differ have one PSNR."""
+    store, run = Store(made / "store"), load_run(made / "run")
+    record = store.in_split("train")[0]
+    objective = TrainingObjective(run.config, SIZE, maps=3)
+    planes = normalise(run.raw_planes()[record.name], run.config.norm)
+    volume = np.array(store.volume(record))
+    before = objective.psnr(planes, run.decoder, volume)
+    volume[1:] = 255 - volume[1:]
+    assert objective.psnr(planes, run.decoder, volume) == before
+    volume[:1] = 255 - volume[:1]
+    assert objective.psnr(planes, run.decoder, volume) != before
 
 
 def test_what_has_no_maps_is_refused(made, tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -31,41 +30,6 @@ class Decodable(Protocol):
 
     def decode(self, size: tuple[int, int, int]) -> Iterator[np.ndarray]:
         """Consecutive slabs (channels, H, W, d) of a size, in physical units."""
-
-
-@dataclass(frozen=True)
-class Images:
-    """The images of a volume, without its label maps."""
-
-    whole: Decodable
-
-    @property
-    def info(self) -> VolumeInfo:
-        """Metadata of the images."""
-        return self.whole.info.of_images()
-
-    def decode(self, size: tuple[int, int, int]) -> Iterator[np.ndarray]:
-        """Consecutive slabs (images, H, W, d), in physical units."""
-        for slab in self.whole.decode(size):
-            yield slab[: self.whole.info.images]
-
-
-@dataclass(frozen=True)
-class Labels:
-    """The labels of a volume, from its label maps."""
-
-    whole: Decodable
-
-    @property
-    def info(self) -> VolumeInfo:
-        """Metadata of the labels, one channel of codes from 0 to 255."""
-        return self.whole.info.replaced(channels=1, intensity=[(0.0, 255.0)], label_maps={})
-
-    def decode(self, size: tuple[int, int, int]) -> Iterator[np.ndarray]:
-        """Consecutive slabs (1, H, W, d) of codes."""
-        info = self.whole.info
-        for slab in self.whole.decode(size):
-            yield labels_of_maps(slab[info.images :], info.label_maps)[None].astype(np.float32)
 
 
 def load_fitted(folder: Path, volume: str | None = None) -> artefact.FittedVolume:
@@ -113,20 +77,17 @@ def decode_to_file(
         out: a .nii or .nii.gz file.
         size: voxels along the file's axes.
         dtype: float32, int16, uint16 or uint8 (integers with scl_slope and scl_inter).
-        progress: called after every slab of the images, counting slices.
+        progress: called after every slab, counting slices.
         labels: a .nii or .nii.gz file for the labels, uint8; None: they are not written.
 
     Raises:
         UserError: size, type or file name cannot be written, or the volume has no label maps.
     """
     check_output(size, dtype)
-    if labels is not None:
-        if not fitted.info.label_maps:
-            raise UserError(f"{labels}: {NO_MAPS}")
-        codes = Labels(fitted)
-        write_volume(labels, codes.decode(size), codes.info.resized(size), Quantiser("uint8", 0.0, 255.0))
-    fitted = Images(fitted)
-    info = fitted.info.resized(size)
+    maps, codes = fitted.info.label_maps, []
+    if labels is not None and not maps:
+        raise UserError(f"{labels}: {NO_MAPS}")
+    info = fitted.info.of_images().resized(size)
     quantiser = Quantiser(dtype, min(lo for lo, _ in info.intensity), max(hi for _, hi in info.intensity))
     for channel, (lo, hi) in enumerate(info.intensity):
         if quantiser.dtype.kind != "f" and (hi - lo) / quantiser.slope < LEAST_LEVELS:
@@ -138,9 +99,14 @@ def decode_to_file(
     def slabs() -> Iterator[np.ndarray]:
         done = 0
         for slab in fitted.decode(size):
-            yield slab
+            yield slab[: info.channels]
+            if labels is not None:
+                codes.append(labels_of_maps(slab[info.channels :], maps)[None])
             done += slab.shape[3]
             if progress is not None:
                 progress(Progress(done, size[2]))
 
     write_volume(out, slabs(), info, quantiser)
+    if labels is not None:
+        of_labels = info.replaced(channels=1, intensity=[(0.0, 255.0)])
+        write_volume(labels, iter(codes), of_labels, Quantiser("uint8", 0.0, 255.0))

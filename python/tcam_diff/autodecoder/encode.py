@@ -230,7 +230,10 @@ def encode_store(
     _check_preprocessing(run, store)
     records = store.in_split(split)
     with locked_folder(Path(out)):
-        writer = LatentWriter(Path(out), run.config, run.decoder, _provenance(run, store, config.model_dump(mode="json")))
+        settings = config.model_dump(mode="json")
+        if not config.mean_weight:
+            del settings["mean_weight"]  # sets of earlier versions do not have it
+        writer = LatentWriter(Path(out), run.config, run.decoder, _provenance(run, store, settings))
         done: dict[str, Entry] = {r.name: e for r in records if (e := writer.find(r)) is not None}
         groups = _groups([r for r in records if r.name not in done], config.batch)
         if started is not None:

@@ -316,7 +316,7 @@ class TrainingObjective:
         volume: np.ndarray,
         boxes: Sequence[Box] | None = None,
     ) -> float:
-        """PSNR (dB) of decoded planes without noise, clamped to [0, 1].
+        """PSNR (dB) of the images of decoded planes without noise, clamped to [0, 1]. Label maps do not count.
 
         Args:
             planes: (1, C, rows, columns), normalised.
@@ -327,7 +327,8 @@ class TrainingObjective:
         squared, voxels = 0.0, 0
         for box in self.slabs() if boxes is None else boxes:
             want = unit(self._read(volume, box).to(self.device))
-            got = decoder(planes, self.size, box=box, compute_dtype=self.compute).clamp(0, 1)
+            want = want[:, : want.shape[1] - self.maps]
+            got = decoder(planes, self.size, box=box, compute_dtype=self.compute)[:, : want.shape[1]].clamp(0, 1)
             squared += float((got - want).double().square().sum())
             voxels += want.numel()
         return psnr_of_mse(squared / voxels)

@@ -266,7 +266,8 @@ class CompressionTraining(NetworksTask):
         errors = []
         for r in (records[i] for i in evenly(self.config.evaluate_volumes, len(records))):
             x = unit(torch.tensor(self.store.volume(r)))[None]
-            errors.append(psnr_of_mse(mse(self.model.reconstruct(x.to(self.group.device)).cpu(), x)))
+            got = self.model.reconstruct(x.to(self.group.device)).cpu()
+            errors.append(psnr_of_mse(mse(got[:, : r.info.images], x[:, : r.info.images])))
         return sum(errors) / len(errors)
 
     def finish(self, outcome: Outcome) -> None:

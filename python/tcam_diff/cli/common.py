@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 from rich.console import Console
@@ -29,6 +29,7 @@ console = Console(markup=False, emoji=False)
 T = TypeVar("T")
 
 #: Options that commands share.
+ComputeDtype = Literal["auto", "float32", "bfloat16"]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 Resume = Annotated[
     str | None,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tcam_diff import config as configs
-from tcam_diff.cli.common import Quiet, progress_bar, say
+from tcam_diff.cli.common import ComputeDtype, Quiet, progress_bar, say
 from tcam_diff.diffusion.config import Method, SampleConfig
 
 
@@ -27,6 +27,9 @@ def command(
     solver: Annotated[Method, typer.Option(help="Solver of the ODE in both directions.")] = "heun",
     steps: Annotated[int, typer.Option(min=1, help="Intervals of the solver.")] = 50,
     dtype: Annotated[str, typer.Option(help="float32, int16, uint16 or uint8 (integers with a scale).")] = "float32",
+    compute_dtype: Annotated[
+        ComputeDtype, typer.Option(help="Type of the products; auto: bfloat16 if the machine multiplies it.")
+    ] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     quiet: Quiet = False,
 ) -> None:
@@ -39,5 +42,5 @@ def command(
     output = Output(out, size, dtype)
     config = configs.validate(SampleConfig, {"solver": solver, "steps": steps}, "interpolate")
     with progress_bar("interpolating", quiet) as show:
-        draw_between(model, latents, a, b, output, n, config, label=label, device=device, progress=show)
+        draw_between(model, latents, a, b, output, n, config, label=label, compute=compute_dtype, device=device, progress=show)
     say(f"{out}: {n} volumes from {a} to {b}; {out / SHEET}")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tcam_diff import config as configs
-from tcam_diff.cli.common import Quiet, progress_bar, say, stop_on_interrupt
+from tcam_diff.cli.common import ComputeDtype, Quiet, progress_bar, say, stop_on_interrupt
 from tcam_diff.diffusion.config import Grid, Method, SampleConfig
 from tcam_diff.errors import UserError
 from tcam_diff.text import size_text
@@ -16,9 +16,6 @@ from tcam_diff.text import size_text
 if TYPE_CHECKING:
     from tcam_diff.diffusion.guidance import ImageGuidance
     from tcam_diff.diffusion.model import TriplaneDiffusion
-
-
-ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
 
 # Half of these lines are options: typer reads them from the signature.

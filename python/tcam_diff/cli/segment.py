@@ -42,8 +42,9 @@ def command(
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train MONAI's SegResNet on the originals, and segment originals and RECONSTRUCTIONS: F1, precision, recall, specificity
-    and accuracy of each label, against the ground truth and against the segmentation of the original.
+    """Train MONAI's SegResNet on the originals, or on the volumes of --train-on, and segment originals and RECONSTRUCTIONS: F1,
+    precision, recall, specificity and accuracy of each label, against the ground truth and against the segmentation of the
+    original.
 
     Volumes of the training split and others are apart. Means are over volumes, then over repeats. Ctrl-C stops; the same
     command continues, and keeps finished repeats.
@@ -61,7 +62,7 @@ def command(
         result = segment(Store(real), paths, config, out, repeats, training=training, started=started, progress=show, stop=stop)
     if result is None:
         raise typer.Exit(INTERRUPTED)
-    report(train_on or real, config.split, result, elsewhere=train_on is not None)
+    report(train_on or real, config.split, result, elsewhere=train_on is not None and train_on.resolve() != real.resolve())
     say(f"{out / 'segmentation.png'}")
 
 

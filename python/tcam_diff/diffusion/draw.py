@@ -37,7 +37,7 @@ from tcam_diff.text import dtype_text
 from tcam_diff.training.distributed import device_of, distributed
 from tcam_diff.training.report import png
 
-SHEET, LABELS = "contact-sheet.png", "labels"
+SHEET, LABELS, PAIRS = "contact-sheet.png", "labels", "dataset.json"
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Output:
         size: voxels along x, y, z; None: those of the training volumes.
         dtype: float32, int16, uint16 or uint8.
         planes: whether to write the planes of each sample, too.
-        labels: whether to write the labels of each sample, too, as labels/NAME, and all pairs of images and labels in
-            dataset.json, with which `tcam prepare` reads the folder.
+        labels: whether to write the labels of each sample, too, as labels/NAME, and a list of all samples, dataset.json, with
+            which `tcam prepare` reads the folder.
     """
 
     folder: str | os.PathLike[str]
@@ -111,8 +111,11 @@ def draw_samples(
         class_index, guidance = model.label(label), None if guide is None else guide(model)
         sampler = Sampler(model, config)
         sampler.check()
+        pairs = output.labels or (out / PAIRS).is_file()
         if output.labels and not model.geometry.info.label_maps:
             raise UserError(f"--labels: {NO_MAPS}")
+        if pairs:
+            _check_pairs(out)
         if group.first:
             stack.enter_context(locked_folder(out))
         settings = _settings(model, output, config, label, guidance)
@@ -140,7 +143,7 @@ def draw_samples(
         group.barrier()
         if group.first:
             contact_sheet(out / SHEET, [files[i].preview for i in indices])
-            if output.labels:
+            if pairs:
                 _write_pairs(out, model.geometry.info.label_maps)
         return True
 
@@ -259,16 +262,25 @@ class Files:
         write_text(self.sidecar, json.dumps(settings | details | info | origin, indent=1))
 
 
+def _check_pairs(out: Path) -> None:
+    """Raise UserError if a folder has a dataset.json that is not a list of samples."""
+    path = out / PAIRS
+    try:
+        foreign = path.is_file() and json.loads(path.read_text()).get("name") != "samples"
+    except (OSError, ValueError, AttributeError):
+        foreign = True
+    if foreign:
+        raise UserError(f"{path}: is of another data set; choose another folder")
+
+
 def _write_pairs(out: Path, maps: Mapping[str, Sequence[int]]) -> None:
-    """Write dataset.json, the list of the samples in a folder that have labels, in the form of the Decathlon."""
-    pairs = [p for p in sorted((out / LABELS).glob("*.nii.gz")) if (out / p.name).is_file()]
+    """Write dataset.json, the list of the finished samples in a folder, with labels where they are, as the Decathlon's."""
+    finished = {p.name.removesuffix(".json") for p in out.glob("sample-*.json")}
+    images = sorted(p.name for p in out.glob("sample-*.nii.gz") if p.name.removesuffix(".nii.gz") in finished)
+    training = [{"image": name} | ({"label": f"{LABELS}/{name}"} if (out / LABELS / name).is_file() else {}) for name in images]
     names = {str(codes[0]): name for name, codes in maps.items() if len(codes) == 1}
-    content = {
-        "name": "samples",
-        "labels": {"0": "background", **names},
-        "training": [{"image": p.name, "label": f"{LABELS}/{p.name}"} for p in pairs],
-    }
-    write_text(out / "dataset.json", json.dumps(content, indent=1))
+    content = {"name": "samples", "labels": {"0": "background", **names}, "training": training}
+    write_text(out / PAIRS, json.dumps(content, indent=1))
 
 
 def draw_between(
@@ -281,6 +293,7 @@ def draw_between(
     config: SampleConfig | None = None,
     *,
     label: str | None = None,
+    compute: str = "float32",
     device: str = "auto",
     progress: ProgressCallback | None = None,
 ) -> None:
@@ -297,6 +310,7 @@ def draw_between(
         n: number of volumes, including both ends.
         config: integration in both directions; default: heun with 50 steps.
         label: the class of both volumes, for models with labels.
+        compute: type of the products, as in ``draw_samples``. With bfloat16 the ends differ more from the two volumes.
         device: auto, cpu, cuda, ...
         progress: called after every volume.
 
@@ -306,7 +320,7 @@ def draw_between(
     config = (config or SampleConfig()).model_copy(update={"final": "x"})
     if config.solver == "hot":
         raise UserError("--solver: hot is stochastic and has no inverse; choose another solver")
-    model = TriplaneDiffusion.load(folder, device_of(device))
+    model = TriplaneDiffusion.load(folder, device_of(device), compute)
     class_index, latent_set, out = model.label(label), LatentSet(latents), Path(output.folder)
     latent_set.check_decoder(model.decoder, folder)
     entries = [latent_set.entry(name) for name in (a, b)]
@@ -323,6 +337,7 @@ def draw_between(
         "model": model.identity, "a": a, "b": b, "planes": [e.sha256 for e in entries], "n": n, "size": list(shape),
         "label": label, "solver": config.solver, "steps": config.steps, "dtype": output.dtype,
         **({} if config.grid == "auto" else {"grid": config.grid}),
+        **({} if model.computing == torch.float32 else {"compute_dtype": dtype_text(model.computing)}),
     }  # fmt: skip
     record = out / "interpolation.json"
     with locked_folder(out):

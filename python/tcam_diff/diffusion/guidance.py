@@ -85,7 +85,7 @@ def read_known(
     Raises:
         UserError: a file cannot be read or does not fit, or no voxel is known.
     """
-    info = model.geometry.info
+    info = model.geometry.info.of_images()
     volume = oriented(read_volume(known), info.affine)
     shape = volume.info.shape
     if any(n % m for n, m in zip(info.shape, shape, strict=True)) or volume.info.channels != info.channels:
@@ -123,7 +123,9 @@ def read_known(
     }
     scale = info if intensity is None else info.replaced(intensity=[intensity] * info.channels)
     unit = torch.from_numpy(scale.to_unit(volume.data))
-    return ImageGuidance(unit, torch.from_numpy(weights), factor, noise, provenance=provenance)  # type: ignore[arg-type]
+    maps = torch.zeros(model.geometry.info.channels - info.channels, *shape)  # label maps are unknown
+    known_values, mask_values = (torch.cat([values, maps]) for values in (unit, torch.from_numpy(weights)))
+    return ImageGuidance(known_values, mask_values, factor, noise, provenance=provenance)  # type: ignore[arg-type]
 
 
 class Guided:

@@ -24,6 +24,7 @@ import tcam_ext
 from tcam_diff.autodecoder.config import EncodeConfig
 from tcam_diff.autodecoder.encode import Encoder, TrainedRun
 from tcam_diff.diffusion.model import TriplaneDiffusion
+from tcam_diff.diffusion.prior import GaussianPrior
 from tcam_diff.diffusion.process import TIMESTEPS, Estimate, mix
 from tcam_diff.diffusion.solver import Draw, Solver, Steps, arc
 from tcam_diff.errors import UserError
@@ -88,7 +89,7 @@ class Autoencoder(nn.Module):
         run = TrainedRun(Path(), self.model.stage1, 0, self.model.decoder, [], [], "")
         h, w, d = x.shape[2:]
         with torch.enable_grad():
-            encoder = Encoder(run, self.encoding, (h, w, d), x.device)
+            encoder = Encoder(run, self.encoding, (h, w, d), x.device, len(self.model.geometry.info.label_maps))
             volumes = {f"{i}": v.detach().cpu().numpy().astype(np.float16) for i, v in enumerate(x)}
             encoded = encoder.encode(volumes)
         assert encoded is not None
@@ -97,12 +98,15 @@ class Autoencoder(nn.Module):
 
 
 def physical(model: TriplaneDiffusion, volumes: Tensor, numbers: Sequence[int], seed: int) -> list[MetaTensor]:
-    """Convert volumes (B, channels, H, W, D) in [0, 1] to MetaTensors in physical units with affines, for MONAI's SaveImage."""
+    """Convert volumes (B, channels, H, W, D) in [0, 1] to MetaTensors in physical units with affines, for MONAI's SaveImage.
+
+    Label maps are left out.
+    """
     h, w, d = volumes.shape[2:]
-    info = model.geometry.info.resized((h, w, d))
+    info = model.geometry.info.of_images().resized((h, w, d))
     return [
         MetaTensor(
-            info.to_physical(volume).cpu(),
+            info.to_physical(volume[: info.channels]).cpu(),
             affine=torch.tensor(info.affine),
             meta={"filename_or_obj": f"sample-{i:04d}_seed{seed}"},
         )
@@ -133,6 +137,7 @@ class ArcScheduler(Scheduler):
         num_train_timesteps: timestep of pure noise.
         variances: smallest and largest variance of the latents' modes, as in ``TriplaneDiffusion.variances``, for the grid of
             :func:`~tcam_diff.diffusion.solver.arc`; None: equal intervals.
+        prior: ``TriplaneDiffusion.prior``, for multirate.
     """
 
     def __init__(
@@ -143,10 +148,11 @@ class ArcScheduler(Scheduler):
         draw: Draw = torch.randn_like,
         num_train_timesteps: int = TIMESTEPS,
         variances: tuple[float, float] | None = None,
+        prior: GaussianPrior | None = None,
     ) -> None:
         super().__init__(num_train_timesteps, "quarter_circle")
         self.variances = variances
-        self.solver = Solver(solver, final, hot_k, draw)
+        self.solver = Solver(solver, final, hot_k, draw, prior)
         self.set_timesteps(50)
 
     def set_timesteps(
@@ -236,6 +242,7 @@ INFERENCE: dict[str, Any] = {
         "_target_": "tcam_diff.diffusion.interop.ArcScheduler",
         "solver": "@solver",
         "variances": "$@model.variances",
+        "prior": "$@model.prior",
     },
     "set_timesteps": "$@noise_scheduler.set_timesteps(@steps)",
     "inferer": {"_target_": "LatentDiffusionInferer", "_requires_": "@set_timesteps", "scheduler": "@noise_scheduler"},
@@ -276,7 +283,7 @@ def export_bundle(model: TriplaneDiffusion, folder: Path, name: str, version: st
 
 
 def _metadata(model: TriplaneDiffusion, name: str, version: str) -> dict[str, Any]:
-    info, shape = model.geometry.info, latent_shape(model)
+    info, shape = model.geometry.info.of_images(), latent_shape(model)
     latent = {
         "type": "feature", "format": "latent", "modality": "n/a", "num_channels": shape[0], "spatial_shape": list(shape[1:]),
         "dtype": "float32", "value_range": [], "is_patch_data": False, "channel_def": {"0": "xy, yz, xz: C channels each"},
@@ -315,7 +322,7 @@ def _metadata(model: TriplaneDiffusion, name: str, version: str) -> dict[str, An
 
 
 def _readme(model: TriplaneDiffusion, name: str) -> str:
-    info, provenance = model.geometry.info, model.provenance
+    info, provenance = model.geometry.info.of_images(), model.provenance
     millions = sum(p.numel() for p in model.network.parameters()) / 1e6
     return f"""# {name}
 

@@ -109,13 +109,15 @@ class _Heads:
 
     def __init__(self, prior: GaussianPrior) -> None:
         self.prior = prior
-        self.known: list[tuple[float, list[Tensor]]] = []  # eta and heads of the last evaluations
+        self.known: list[tuple[float, list[tuple[Tensor, Tensor]]]] = []  # eta, and each head with where it is known
 
     def learn(self, e: Estimate) -> None:
-        """Take the heads of noise and planes from an evaluation."""
+        """Take the heads of noise and planes from an evaluation. Where their factors are almost zero they are not known."""
         own, scales = self._prior(e.x, e.eta)
-        factors = [torch.where(s.abs() > LEAST_FACTOR, s, math.inf) for s in scales]
-        heads = [(h - o) / f for h, o, f in zip((e.noise, e.x0), own, factors, strict=True)]
+        heads = []
+        for estimate, of_prior, scale in zip((e.noise, e.x0), own, scales, strict=True):
+            known = scale.abs() > LEAST_FACTOR
+            heads.append((torch.where(known, (estimate - of_prior) / torch.where(known, scale, 1.0), 0.0), known))
         self.known = [*self.known[-1:], (e.eta, heads)]
 
     def drift(self, x: Tensor, eta: float) -> Tensor:
@@ -126,11 +128,14 @@ class _Heads:
 
     def _at(self, eta: float) -> list[Tensor]:
         at, heads = self.known[-1]
-        if len(self.known) == 1:
-            return heads
-        before, old = self.known[0]
-        ahead = (_log_tan(eta) - _log_tan(at)) / (_log_tan(at) - _log_tan(before))
-        return [h + min(1.0, ahead) * (h - o) for h, o in zip(heads, old, strict=True)]
+        before, others = self.known[0]
+        gap = _log_tan(at) - _log_tan(before)
+        ahead = min(1.0, (_log_tan(eta) - _log_tan(at)) / gap) if gap else 0.0
+        extrapolated = []
+        for (new, is_known), (old, was_known) in zip(heads, others, strict=True):
+            a, b = torch.where(is_known, new, old), torch.where(was_known, old, new)
+            extrapolated.append(a + ahead * (a - b))
+        return extrapolated
 
     def _prior(self, x: Tensor, eta: float) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """The prior's estimates of noise and planes, and the factors of the heads."""
@@ -149,16 +154,18 @@ class _Heads:
         return x
 
 
-def multirate(x: Tensor, etas: Sequence[float], prior: GaussianPrior) -> Steps:
+def multirate(x: Tensor, etas: Sequence[float], prior: GaussianPrior, last: bool = True) -> Steps:
     """Multirate predictor-corrector method: the prior in fine steps, the network's heads in one for each interval.
 
     The heads change slowly. They are extrapolated over an interval, and when those at its end are known, the interval is
-    repeated with their interpolation.
+    repeated with their interpolation. ``last`` is false if the state after the last interval is not needed.
     """
     heads = _Heads(prior)
     before: tuple[Tensor, float] | None = None
-    for a, b in pairwise(etas):
+    for i, (a, b) in enumerate(pairwise(etas)):
         heads.learn((yield x, a))
+        if i + 2 == len(etas) and not last:
+            break
         if before is not None:
             x = heads.move(*before, a)
         before = x, a
@@ -237,10 +244,11 @@ class Solver:
 
     def steps(self, x: Tensor, etas: Sequence[float]) -> Steps:
         """Generator that integrates from ``x`` at the first of ``etas`` to the last and returns the result."""
+        to_planes = self.final == "x0" and etas[-1] == 0
         if self.method == "hot":
             method = hot(x, etas, self.hot_k, self.draw)
         elif self.prior is not None and self.method == "multirate":
-            method = multirate(x, etas, self.prior)
+            method = multirate(x, etas, self.prior, last=not to_planes)
         else:
             method = METHODS[self.method](x, etas)
         last: Tensor | None = None
@@ -252,8 +260,7 @@ class Solver:
             try:
                 point = method.send(estimate)
             except StopIteration as end:
-                to_planes = self.final == "x0" and etas[-1] == 0 and last is not None
-                return last if to_planes else end.value  # type: ignore[return-value]
+                return last if to_planes and last is not None else end.value
 
     def solve(self, x: Tensor, etas: Sequence[float], estimate: Callable[[Tensor, float], Estimate]) -> Tensor:
         """Integrate from ``x`` along ``etas`` with the network's ``estimate(x, eta)``."""

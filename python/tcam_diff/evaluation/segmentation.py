@@ -116,7 +116,7 @@ def segment(
     progress: ProgressCallback | None = None,
     stop: StopCallback | None = None,
 ) -> Result | None:
-    """Train networks on the originals of a store, and measure how they segment reconstructions of its volumes.
+    """Train networks on the originals of a store, or on another, and measure how they segment reconstructions of its volumes.
 
     Args:
         store: originals with labels.
@@ -140,9 +140,12 @@ def segment(
     if classes(training.label_names.values()) != classes(store.label_names.values()):
         got, expected = (", ".join(classes(s.label_names.values())) or "none" for s in (training, store))
         raise UserError(f"{training.folder}: expected the labels of {store.folder}, {expected}, got {got}")
+    if training.records[0].info.images != store.records[0].info.images:
+        got, expected = (str(s.records[0].info.images) for s in (training, store))
+        raise UserError(f"{training.folder}: expected the {expected} channel(s) of {store.folder}, got {got}")
     config = config.model_copy(update={"data": str(training.folder)})
     trained_on = labelled_records(training, config.split)
-    work = _volumes(store, reconstructions, config)
+    work = _volumes(store, reconstructions, config.split if training.folder.resolve() == store.folder.resolve() else None)
     seconds, networks = [], []
     for repeat in range(1, repeats + 1):
         settings = config.model_copy(update={"seed": config.seed + repeat - 1})
@@ -168,8 +171,11 @@ def segment(
 Images = list[tuple[str, Reconstruction]]
 
 
-def _volumes(store: Store, paths: Sequence[Path], config: SegmentConfig) -> list[tuple[Record, Images]]:
-    """The volumes to measure, in the store's order, with the reconstructions that each path has of them."""
+def _volumes(store: Store, paths: Sequence[Path], trained: str | None) -> list[tuple[Record, Images]]:
+    """The volumes to measure, in the store's order, with the reconstructions that each path has of them.
+
+    Without paths these are the labelled volumes outside the split ``trained``, or all.
+    """
     titles = [str(p) for p in paths]
     twice = next((t for i, t in enumerate(titles) if t in titles[:i]), None)
     if twice is not None or ORIGINALS in titles:
@@ -179,9 +185,10 @@ def _volumes(store: Store, paths: Sequence[Path], config: SegmentConfig) -> list
         for reconstruction in find_reconstructions(store, path):
             found.setdefault(reconstruction.record.name, []).append((title, reconstruction))
     if not paths:
-        found = {r.name: [] for r in store.records if r.split != config.split and r.labels_sha256 is not None}
+        found = {r.name: [] for r in store.records if r.split != trained and r.labels_sha256 is not None}
         if not found:
-            raise UserError(f"{store.folder}: has no labelled volume outside the split {config.split!r}; name reconstructions")
+            outside = "" if trained is None else f" outside the split {trained!r}"
+            raise UserError(f"{store.folder}: has no labelled volume{outside}; name reconstructions")
     return [(r, found[r.name]) for r in store.records if r.name in found]
 
 

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tcam_diff.data.labels import class_numbers, classes
-from tcam_diff.data.store import Record, Store, unit
+from tcam_diff.data.store import Record, Store, unit, volumes_digest
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation.metrics import label_counts, label_metrics
 from tcam_diff.machine import products
@@ -257,11 +257,13 @@ class SegmentationTraining(Task):
             "channels": self.channels,
             "objects": [r.name for r in self.records],
             "digest": self.store.digest,
+            "volumes": [volumes_digest(self.records), *(r.labels_sha256 for r in self.records)],
         }
 
     def load_state(self, shared: dict[str, Any], shards: Sequence[dict[str, Any]]) -> None:
         now = self.shared_state()
-        if any(shared[key] != now[key] for key in ("labels", "channels", "objects", "digest")):
+        shared.setdefault("volumes", now["volumes"])  # of earlier versions
+        if any(shared[key] != now[key] for key in ("labels", "channels", "objects", "digest", "volumes")):
             raise UserError(f"{self.config.data}: its cases, labels or preprocessing are not those with which the run began")
         load_module(self.network, shared["network"])
         load_optimiser(self.optimiser, shared["optimiser"])

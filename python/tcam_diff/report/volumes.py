@@ -46,7 +46,7 @@ def shown(name: str, data: Tensor, info: VolumeInfo, channel: int, size: int) ->
     """
     if not 0 <= channel < info.channels:
         raise UserError(f"--channel: expected 0 to {info.channels - 1}, the channels of {name}, got {channel}")
-    one = info.replaced(channels=1, intensity=[(0.0, 1.0)])
+    one = info.replaced(channels=1, intensity=[(0.0, 1.0)], label_maps={})
     return shrunk(Shown(name, data[channel].float(), one, info, channel), size)
 
 

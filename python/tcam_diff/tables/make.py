@@ -105,7 +105,7 @@ def _claim(folder: Path, config: TableConfig) -> None:
     """Write the protocol of a folder. Raises UserError if it has another one."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
-    if path.is_file() and path.read_text() != config.yaml():
+    if path.is_file() and TableConfig.load(path) != config:
         raise UserError(f"{folder}: has tables of another protocol ({path}); choose another folder")
     write_text(path, config.yaml())
 

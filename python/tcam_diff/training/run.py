@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from pydantic import BaseModel
 
 from tcam_diff.config import read_settings
 from tcam_diff.errors import UserError
@@ -92,6 +93,9 @@ def prepare_folder(out: Path, config: RunConfig, resume: str | None, group: Dist
             k: f.get_default(call_default_factory=True) for k, f in fields.items()
         }  # of keys that a later version added
         before, now = defaults | read_settings(settings), config.model_dump(mode="json")
+        for key, default in defaults.items():
+            if isinstance(default, BaseModel) and isinstance(before[key], dict):
+                before[key] = default.model_dump(mode="json") | before[key]
         for key in now:
             if key not in config.changeable and before.get(key) != now[key]:
                 raise UserError(f"{key}: the run in {out} began with {shown(before.get(key))}, --resume was given {now[key]}")
