@@ -55,6 +55,7 @@ def encoded(trained, store, tmp_path_factory):
 def test_held_out_volumes_are_encoded(encoded, store):
     """The PSNR in the index is that of the volumes decoded from the files."""
     latents = LatentSet(encoded)
+    assert "mean_weight" not in latents.index["provenance"]["encode"]  # sets of earlier versions are continued
     assert [e.name for e in latents.entries] == [r.name for r in Store(store).in_split("test")]
     for entry in latents.entries:
         assert entry.psnr > 25  # seven training blobs are few; the training volumes have more than 30

@@ -12,12 +12,14 @@ import pytest
 import torch
 from monai.data.meta_tensor import MetaTensor
 from monai.inferers import DiffusionInferer, LatentDiffusionInferer, SlidingWindowInferer
-from runs import sampler, tcam
+from runs import diffusion_config, make_latents, sampler, tcam
 from tcam_diff.autodecoder.config import EncodeConfig
 from tcam_diff.diffusion.guidance import ImageGuidance
-from tcam_diff.diffusion.interop import ArcScheduler, Autoencoder, Network, latent_shape, physical
+from tcam_diff.diffusion.interop import INFERENCE, ArcScheduler, Autoencoder, Network, latent_shape, physical
 from tcam_diff.diffusion.solver import METHODS
+from tcam_diff.diffusion.train import DiffusionTraining
 from tcam_diff.evaluation.metrics import mse, psnr, ssim3d
+from tcam_diff.training.distributed import Distributed
 
 import tcam_ext
 
@@ -69,6 +71,19 @@ def test_inferers_take_metatensors(model, solver):
     want = DiffusionInferer(scheduler).sample(noise, modules[1], scheduler, verbose=False)
     got = DiffusionInferer(scheduler).sample(MetaTensor(noise), modules[1], scheduler, verbose=False)
     torch.testing.assert_close(plain(got), want)
+
+
+def test_a_bundle_of_a_model_with_a_prior_takes_every_solver(tmp_path):
+    latents = make_latents(tmp_path / "latents", count=8)
+    config = diffusion_config(latents, "prior=gaussian", "timesteps=spectrum", "center=true")
+    model = DiffusionTraining(config, Distributed(), tmp_path).model(0)
+    noise = sampler(model).noise([0]).view(1, *latent_shape(model))
+    scheduler = ArcScheduler("multirate", variances=model.variances, prior=model.prior)
+    scheduler.set_timesteps(3)
+    got = DiffusionInferer(scheduler).sample(noise, Network(model), scheduler, verbose=False)
+    want = sampler(model, solver="multirate", steps=3).integrate(noise.flatten(1), [0])
+    torch.testing.assert_close(got.flatten(1), want, atol=1e-4, rtol=1e-4)
+    assert INFERENCE["noise_scheduler"]["prior"] == "$@model.prior"
 
 
 def test_training_by_inferers_takes_metatensors(model, truth):

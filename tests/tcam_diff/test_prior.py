@@ -342,6 +342,16 @@ def test_multirate_needs_few_evaluations_for_other_distributions():
         assert rms(other - exact) > 3 * rms(found - exact)
 
 
+def test_multirate_takes_angles_of_any_density():
+    """Angles so near to an end that log tan(eta) is cut off there."""
+    p = GaussianPrior.unit(1, [(1, 1)] * 3).double()
+    x = torch.ones(1, 3, dtype=torch.float64)
+    etas = [math.pi / 2, math.pi / 2 - 1e-5, math.pi / 2 - 2e-5, 1.0, 1e-5, 5e-6, 0.0]
+    for final in ("x0", "x"):
+        end = Solver("multirate", final, prior=p).solve(x, etas, lambda x, eta: Estimate(x, *p(x, torch.full((1,), eta)), eta))
+        torch.testing.assert_close(end, x, atol=1e-3, rtol=0)
+
+
 # ---- in training and sampling --------------------------------------------------------------
 
 

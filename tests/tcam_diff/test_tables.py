@@ -10,7 +10,7 @@ import pytest
 import runs
 from tcam_diff.errors import UserError
 from tcam_diff.tables.config import TableConfig
-from tcam_diff.tables.make import make_figure, make_table
+from tcam_diff.tables.make import _claim, make_figure, make_table
 from tcam_diff.tables.paper import PUBLISHED, TABLES
 from tcam_diff.tables.plan import GENERATORS, Plan
 from tcam_diff.tables.render import _sets, grid
@@ -94,6 +94,16 @@ def test_tables_3_and_4_and_the_figures(folder):
         path = make_figure(number, folder, TINY)
         assert path
         assert path.stat().st_size > 10_000
+
+
+def test_a_protocol_of_an_earlier_version_is_the_same(tmp_path):
+    """A key that is missing in the folder's config.yaml had its default."""
+    _claim(tmp_path, TINY)
+    path = tmp_path / "config.yaml"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("latents_changes")))
+    _claim(tmp_path, TINY)
+    with pytest.raises(UserError, match="tables of another protocol"):
+        _claim(tmp_path, TINY.model_copy(update={"samples": 5}))
 
 
 def test_stage_2_learns_fitted_or_encoded_planes(tmp_path):

@@ -298,10 +298,14 @@ def test_a_run_from_before_a_key_existed_is_continued(latents, tmp_path):
     """A key that is missing in the run's config.yaml had its default."""
     runs.diffuse(latents, tmp_path / "run", ("steps=2",))
     path = tmp_path / "run" / "config.yaml"
-    path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith(("prior", "loss:"))))
+    absent = ("prior", "loss:", "  heads:")
+    assert all(f"\n{key}" in path.read_text() for key in absent)
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith(absent)))
     runs.diffuse(latents, tmp_path / "run", ("steps=2",), "auto")
     with pytest.raises(UserError, match=r"prior: the run in .* began with none, --resume was given unit"):
         runs.diffuse(latents, tmp_path / "run", ("steps=2", "prior=unit"), "auto")
+    with pytest.raises(UserError, match="network: the run in"):
+        runs.diffuse(latents, tmp_path / "run", ("steps=2", "network.base=12"), "auto")
 
 
 def test_other_latents_are_refused(uninterrupted, tmp_path):

@@ -140,8 +140,9 @@ class _Heads:
     def _prior(self, x: Tensor, eta: float) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """The prior's estimates of noise and planes, and the factors of the heads."""
         angle = torch.full((1,), eta, device=x.device)
-        noise_scale, x0_scale = self.prior.scales(angle)
-        return self.prior(x, angle), (noise_scale.to(x), x0_scale.to(x))
+        noise, x0 = (e.view_as(x) for e in self.prior(x.flatten(1), angle))
+        noise_scale, x0_scale = (s.to(x).view(1, *x.shape[1:]) for s in self.prior.scales(angle))
+        return (noise, x0), (noise_scale, x0_scale)
 
     def move(self, x: Tensor, a: float, b: float) -> Tensor:
         """Integrate from a to b in fine steps of Heun's method."""
