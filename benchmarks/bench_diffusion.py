@@ -2,8 +2,7 @@
 
 python benchmarks/bench_diffusion.py [--presets brats ...] [--batch 1 8] [--device cuda] [--compile] [--json FILE]
 
-"of peak" is the rate of the multiply-adds divided by the peak of harness.peak: torch's product of two large matrices on a GPU,
-a register-only loop on a CPU. "decode share" is the share of decoding, at twice the planes' size, in drawing one volume (heun,
+"of peak" is the rate of the multiply-adds divided by that of torch's product of two large matrices. "decode share" is the share of decoding, at twice the planes' size, in drawing one volume (heun,
 50 intervals).
 """
 
@@ -38,7 +37,8 @@ def main() -> None:
     environment = harness.environment()
     for key, value in environment.items():
         print(f"# {key}: {value}")
-    peaks, device, rows = harness.peak(a.device), torch.device(a.device), []
+    peaks = harness.peak(a.device) if a.device == "cuda" else harness.cpu_matrix_peak()
+    device, rows = torch.device(a.device), []
     head = f"{'preset':<10} {'batch':>5} {'products':<9} {'GMAC':>7} {'forward s':>10} {'of peak':>8}"
     print(f"{head} {'training s':>11} {'of peak':>8} {'decode s':>9} {'share':>7}")
     for preset in a.presets:

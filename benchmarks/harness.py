@@ -124,13 +124,22 @@ def peak(device: str) -> dict[str, float]:
     the CPU has instructions for it, bfloat16. CUDA: torch's product of two large matrices; also "copy GB/s", read plus
     write."""
     if device == "cuda":
-        return _matrix_peak()
+        return matrix_peak()
     threads = torch.get_num_threads()
     kinds = {"float32": 0, "bfloat16": 2}
     return {name: max(_C.cpu_peak_flops(kind, 0.3, threads) for _ in range(3)) / 1e9 for name, kind in kinds.items()}
 
 
-def _matrix_peak(n: int = 8192) -> dict[str, float]:
+def cpu_matrix_peak(n: int = 2048) -> dict[str, float]:
+    """Rates of torch's product of two large matrices on the CPU in GFLOP/s, which for bfloat16 may use AMX."""
+    rates = {}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
+        rates[name] = 2 * n**3 / statistics.median(measure(lambda a=a, b=b: a @ b, 9)) / 1e9  # type: ignore[misc]
+    return rates
+
+
+def matrix_peak(n: int = 8192) -> dict[str, float]:
     rates = {}
     flag = torch.backends.cuda.matmul.fp32_precision
     for name, dtype, precision in (

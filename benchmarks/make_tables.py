@@ -103,6 +103,16 @@ TRAIN: Columns = {
     "Mvoxel/s": lambda r: f"{r['voxels'] / r['step_s'] / 1e6:.2f}",
     "hours for 200,000 steps": lambda r: f"{r['hours_200000']:.1f}",
 }
+DIFFUSION: Columns = {
+    "preset": lambda r: f"`{r['preset']}`",
+    "batch": lambda r: r["batch"],
+    "products": lambda r: r["products"],
+    "GMAC of an evaluation": lambda r: f"{r['gmac']:.1f}",
+    "evaluation s": lambda r: f"{r['forward_s']:.3f}",
+    "of peak": lambda r: f"{100 * r['forward_of_peak']:.0f} %",
+    "training step s": lambda r: f"{r['training_s']:.3f}",
+    "of peak, step": lambda r: f"{100 * r['training_of_peak']:.0f} %",
+}
 SPIN: Columns = {
     "setting": lambda r: "libgomp's default" if r["setting"] == "default" else f"`{r['setting']}`",
     "alone ms": lambda r: f"{r['alone_ms']:.1f}",
@@ -228,6 +238,7 @@ def paper_table(results: dict[str, Any]) -> str:
 WRITERS = {
     "changes": changes_table,
     "gpu": gpu_table,
+    "diffusion": by_columns(DIFFUSION),
     "fit": by_columns(FIT),
     "metrics": by_columns(METRICS),
     "points": by_columns(POINTS),

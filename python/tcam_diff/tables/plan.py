@@ -19,10 +19,13 @@ GENERATORS = {
     "concatenated": "our latents, concatenated planes (NFD)",
     "no-cross": "ours without cross-attention",
     "no-prior": "ours without prior, uniform timesteps and grid",
+    "one-head": "ours with one velocity head, unit prior, straight path (PRDiT's later recipe)",
     "gaussian": "Gaussian of our latents",
 }
 #: Changes of the row "no-prior".
 NO_PRIOR = ("prior=none", "timesteps=stratified", "network.norm_groups=32")
+#: Changes of the row "one-head".
+ONE_HEAD = ("prior=unit", "network.heads=one", "timesteps=straight")
 #: Steps of trainings that end by their time.
 MANY = 1_000_000
 
@@ -182,6 +185,7 @@ class Plan:
                 *self._diffusion("no-cross", seed, "network.cross=none"),
                 *self._diffusion("concatenated", seed, "network.weights=concatenated"),
                 *(self._diffusion("no-prior", seed, *NO_PRIOR) if "no-prior" in self.generators else []),
+                *self._diffusion("one-head", seed, *ONE_HEAD),
                 *self._latent_diffusion("ldm-vae-gan", seed),
                 *self._latent_diffusion("ldm-vq-gan", seed),
                 step(gaussian, f"baseline train gaussian latents={ours}-latents --out {gaussian}"),
