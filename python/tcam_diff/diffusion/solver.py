@@ -18,7 +18,7 @@ from tcam_diff.diffusion.prior import GaussianPrior
 from tcam_diff.diffusion.process import Estimate, decisive
 
 #: Longest interval of multirate in which the prior is integrated by one step of Heun's method, in log tan(eta).
-FINE = 0.15
+FINE = 0.3
 #: Factors of heads below which an evaluation tells nothing of them.
 LEAST_FACTOR = 1e-3
 
