@@ -113,6 +113,13 @@ DIFFUSION: Columns = {
     "training step s": lambda r: f"{r['training_s']:.3f}",
     "of peak, step": lambda r: f"{100 * r['training_of_peak']:.0f} %",
 }
+SOLVERS: Columns = {
+    "solver": lambda r: f"`{r['solver']}`",
+    "evaluations": lambda r: r["evaluations"],
+    "difference": lambda r: f"{r['difference']:.3f}",
+    "spread": lambda r: f"{r['spread']:.3f}",
+    "s": lambda r: f"{r['seconds']:.1f}",
+}
 SPIN: Columns = {
     "setting": lambda r: "libgomp's default" if r["setting"] == "default" else f"`{r['setting']}`",
     "alone ms": lambda r: f"{r['alone_ms']:.1f}",
@@ -243,6 +250,7 @@ WRITERS = {
     "metrics": by_columns(METRICS),
     "points": by_columns(POINTS),
     "sample": by_columns(POINTS),
+    "solvers": by_columns(SOLVERS),
     "spin": by_columns(SPIN),
     "subnormals": by_columns(SUBNORMALS),
     "train": by_columns(TRAIN),
