@@ -2,8 +2,8 @@
 
 python benchmarks/bench_diffusion.py [--presets brats ...] [--batch 1 8] [--device cuda] [--compile] [--json FILE]
 
-"of peak" is the rate of the multiply-adds divided by that of torch's product of two large matrices. "decode share" is the share of decoding, at twice the planes' size, in drawing one volume (heun,
-50 intervals).
+"of peak" is the rate of the multiply-adds divided by that of torch's product of two large matrices. "decode share" is the share
+of decoding, at twice the planes' size, in drawing one volume (heun, 50 intervals).
 """
 
 from __future__ import annotations
