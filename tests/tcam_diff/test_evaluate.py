@@ -65,7 +65,7 @@ def test_fitted_and_encoded_volumes_are_apart(made):
     done = runs.command("evaluate", str(made / "store"), str(made / "encoded"), "--out", str(out))
     assert "encoded, split test: 2 volumes" in done.stdout
     assert re.search("MSE, +lower is better", done.stdout)
-    assert re.search("coherence, 0.35 to 0.5 c/voxel, +higher is better", done.stdout)
+    assert re.search("coherence at 0.35 to 0.5 cycles per voxel, +higher is better", done.stdout)
     rows = list(csv.DictReader((out / "volumes.csv").open()))
     assert [r["name"] for r in rows] == ["blob3", "blob4"]
     assert {r["group"] for r in rows} == {"encoded, split test"}

@@ -135,8 +135,8 @@ class EncodeConfig(Config):
         float,
         Field(
             ge=0,
-            description="weight of the mean square of the planes less the first ones (init); it takes away what a fit adds "
-            "without need, which stage 2 cannot learn",
+            description="weight of the mean square of the planes less the first ones (init), which keeps what the volume does "
+            "not determine near these",
         ),
     ] = 0.0
     check_every: Annotated[Count, Field(description="steps between checks of the PSNR")] = 100

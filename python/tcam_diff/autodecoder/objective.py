@@ -239,11 +239,8 @@ class TrainingObjective:
         total = planes[0].new_zeros(())
         for region, target in zip(visit.regions, visit.targets, strict=False):
             target = target.to(self.device, non_blocking=True)
-            if isinstance(region, Lattice):
-                sampled = self._lattice(planes, region)
-                total = total + decoder.loss(sampled, target, target.shape[2:], **options)
-            else:
-                total = total + decoder.loss(planes, target, self.size, box=region, **options)
+            sampled, size, box = self._sampled(planes, region, target)
+            total = total + decoder.loss(sampled, target, size, box=box, **options)
         return total / len(visit.regions)
 
     def _labels(self, planes: list[Tensor], decoder: tcam_ext.TriplaneDecoder, visit: Visit, noise: bool) -> Tensor:
@@ -252,10 +249,8 @@ class TrainingObjective:
         total = planes[0].new_zeros(())
         for region, target in zip(visit.regions, visit.targets, strict=False):
             want = unit(target[:, -self.maps :].to(self.device, non_blocking=True))
-            if isinstance(region, Lattice):
-                got = decoder(self._lattice(planes, region), want.shape[2:], compute_dtype=self.compute, **options)
-            else:
-                got = decoder(planes, self.size, box=region, compute_dtype=self.compute, **options)
+            sampled, size, box = self._sampled(planes, region, want)
+            got = decoder(sampled, size, box=box, compute_dtype=self.compute, **options)
             p, t = got[0, -self.maps :].float().clamp(1e-6, 1 - 1e-6).flatten(1), want[0].float().flatten(1)
             dice = (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)
             total = total + torch.nn.functional.binary_cross_entropy(p, t) + (1 - dice).mean()
@@ -273,6 +268,12 @@ class TrainingObjective:
         if lattice:  # planes sampled at the lattice have one texel per voxel, so no interpolation reduces the noise
             return planes, {"noise_std": c.noise_std, "noise_seed": visit.noise_seed, "noise_mode": "texel"}
         return texel_noise(planes, c.noise_std, self.size, visit.noise_seed), {}
+
+    def _sampled(self, planes: list[Tensor], region: Region, target: Tensor) -> tuple[list[Tensor], Sequence[int], Box | None]:
+        """Planes, size and box with which a decoder gives the voxels of a region."""
+        if isinstance(region, Lattice):
+            return self._lattice(planes, region), target.shape[2:], None
+        return planes, self.size, region
 
     def _lattice(self, planes: list[Tensor], at: Lattice) -> list[Tensor]:
         """Planes that decode to the voxels of a lattice.

@@ -108,7 +108,7 @@ def _reconstructions(store: Any, fake: Path, split: str | None, lpips: Path | No
         say(f"{group}: {_volumes(count)} of {store.folder}; mean (95 % interval over volumes)")
         for name, value in figures.items():
             title, better = of.METRICS[name]
-            say(f"  {title + ',':<36}{better} is better: {value}")
+            say(f"  {title + ',':<46}{better} is better: {value}")
     if out is not None:
         of.write(out, rows, of.protocol(store, fake, found, split, lpips))
 

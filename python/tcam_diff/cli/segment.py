@@ -62,7 +62,7 @@ def command(
         result = segment(Store(real), paths, config, out, repeats, training=training, started=started, progress=show, stop=stop)
     if result is None:
         raise typer.Exit(INTERRUPTED)
-    report(train_on or real, config.split, result, elsewhere=train_on is not None and train_on.resolve() != real.resolve())
+    report(train_on or real, config.split, result)
     say(f"{out / 'segmentation.png'}")
 
 
@@ -75,8 +75,8 @@ def announce(task: SegmentationTraining) -> None:
     )
 
 
-def report(data: Path, split: str, result: Result, elsewhere: bool) -> None:
-    """Print a table for each split and reference. ``elsewhere``: the training volumes are not among those measured."""
+def report(data: Path, split: str, result: Result) -> None:
+    """Print a table for each split and reference. ``data``, ``split``: the training volumes."""
     from tcam_diff.evaluation.segmentation import METRICS, blocks
 
     repeats = len(result.seconds)
@@ -86,8 +86,7 @@ def report(data: Path, split: str, result: Result, elsewhere: bool) -> None:
         + (f" ± standard deviation over {repeats} trainings" if repeats > 1 else "")
     )
     for part, reference, rows in blocks(result):
-        trained = part == split and not elsewhere
-        seen = "which the networks were trained on" if trained else "held out from the networks' training"
+        seen = "which the networks were trained on" if part == result.trained else "held out from the networks' training"
         say(f"\nsplit {part}, {seen}; against the {REFERENCES[reference]}")
         width = max(len(_title(r)) for r in rows)
         names = max(8, *(len(r.label) for r in rows))

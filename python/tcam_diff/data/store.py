@@ -189,6 +189,12 @@ class Store:
         """Read-only, memory-mapped array (channels, H, W, D) of a case. Raises UserError if it cannot be read."""
         return self._mapped(self.path(record), record.info.array_shape, record.dtype)
 
+    def images(self, record: Record) -> Tensor:
+        """The images (images, H, W, D) of a case in [0, 1], without its label maps."""
+        import torch
+
+        return unit(torch.tensor(self.volume(record)[: record.info.images]))
+
     def labels(self, record: Record) -> np.ndarray:
         """Read-only, memory-mapped labels (H, W, D) uint8 of a case: the data set's codes, named by ``label_names``.
 

@@ -37,7 +37,7 @@ from tcam_diff.text import dtype_text
 from tcam_diff.training.distributed import device_of, distributed
 from tcam_diff.training.report import png
 
-SHEET, LABELS, PAIRS = "contact-sheet.png", "labels", "dataset.json"
+SHEET, LABELS, LIST = "contact-sheet.png", "labels", "dataset.json"
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,11 @@ def draw_samples(
         class_index, guidance = model.label(label), None if guide is None else guide(model)
         sampler = Sampler(model, config)
         sampler.check()
-        pairs = output.labels or (out / PAIRS).is_file()
+        listed = output.labels or (out / LIST).is_file()
         if output.labels and not model.geometry.info.label_maps:
             raise UserError(f"--labels: {NO_MAPS}")
-        if pairs:
-            _check_pairs(out)
+        if listed:
+            _check_list(out)
         if group.first:
             stack.enter_context(locked_folder(out))
         settings = _settings(model, output, config, label, guidance)
@@ -143,8 +143,8 @@ def draw_samples(
         group.barrier()
         if group.first:
             contact_sheet(out / SHEET, [files[i].preview for i in indices])
-            if pairs:
-                _write_pairs(out, model.geometry.info.label_maps)
+            if listed:
+                _write_list(out, model.geometry.info.label_maps)
         return True
 
 
@@ -217,8 +217,8 @@ class Files:
         """The files of sample ``index`` in a folder."""
         stem = f"sample-{index:04d}_{name}"
         tensors = out / f"{stem}{FILE_END}" if planes else None
-        pair = out / LABELS / f"{stem}.nii.gz" if labels else None
-        return Files(out / f"{stem}.nii.gz", out / f"{stem}.png", out / f"{stem}.json", tensors, pair)
+        beside = out / LABELS / f"{stem}.nii.gz" if labels else None
+        return Files(out / f"{stem}.nii.gz", out / f"{stem}.png", out / f"{stem}.json", tensors, beside)
 
     def complete(self, settings: dict[str, Any]) -> bool:
         """Whether the sample exists. Raises UserError if it has other settings."""
@@ -262,9 +262,9 @@ class Files:
         write_text(self.sidecar, json.dumps(settings | details | info | origin, indent=1))
 
 
-def _check_pairs(out: Path) -> None:
+def _check_list(out: Path) -> None:
     """Raise UserError if a folder has a dataset.json that is not a list of samples."""
-    path = out / PAIRS
+    path = out / LIST
     try:
         foreign = path.is_file() and json.loads(path.read_text()).get("name") != "samples"
     except (OSError, ValueError, AttributeError):
@@ -273,14 +273,14 @@ def _check_pairs(out: Path) -> None:
         raise UserError(f"{path}: is of another data set; choose another folder")
 
 
-def _write_pairs(out: Path, maps: Mapping[str, Sequence[int]]) -> None:
+def _write_list(out: Path, maps: Mapping[str, Sequence[int]]) -> None:
     """Write dataset.json, the list of the finished samples in a folder, with labels where they are, as the Decathlon's."""
     finished = {p.name.removesuffix(".json") for p in out.glob("sample-*.json")}
     images = sorted(p.name for p in out.glob("sample-*.nii.gz") if p.name.removesuffix(".nii.gz") in finished)
     training = [{"image": name} | ({"label": f"{LABELS}/{name}"} if (out / LABELS / name).is_file() else {}) for name in images]
     names = {str(codes[0]): name for name, codes in maps.items() if len(codes) == 1}
     content = {"name": "samples", "labels": {"0": "background", **names}, "training": training}
-    write_text(out / PAIRS, json.dumps(content, indent=1))
+    write_text(out / LIST, json.dumps(content, indent=1))
 
 
 def draw_between(

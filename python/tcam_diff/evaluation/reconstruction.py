@@ -39,7 +39,7 @@ METRICS = {
     "ms_ssim": ("3D MS-SSIM", "higher"),
     "lpips": ("LPIPS of slices", "lower"),
     **{
-        f"{figure}_{band}": (f"{figure}, {low} to {high} c/voxel", better)
+        f"{figure}_{band}": (f"{figure} at {low} to {high} cycles per voxel", better)
         for band, (low, high) in list(BANDS.items())[1:]
         for figure, better in (("power", "nearest 1"), ("coherence", "higher"))
     },
@@ -144,7 +144,7 @@ def evaluate(
     rows: list[Row] = []
     for reconstruction in reconstructions:
         record = reconstruction.record
-        truth, got = original(record, store), read_checked(reconstruction, store)
+        truth, got = store.images(record), read_checked(reconstruction, store)
         error, size = metrics.mse(got, truth), min(truth.shape[1:])
         figures = {
             "mse": error,
@@ -158,11 +158,6 @@ def evaluate(
         if progress is not None:
             progress(Progress(len(rows), len(reconstructions), {"psnr": rows[-1].psnr}))
     return rows
-
-
-def original(record: Record, store: Store) -> Tensor:
-    """The images (images, H, W, D) of a case in [0, 1]; label maps are not compared."""
-    return unit(torch.tensor(store.volume(record)[: record.info.images]))
 
 
 def read_checked(reconstruction: Reconstruction, store: Store) -> Tensor:

@@ -24,7 +24,7 @@ from tcam_diff.data.labels import class_numbers, classes
 from tcam_diff.data.store import Record, Store
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation.metrics import label_counts, label_metrics
-from tcam_diff.evaluation.reconstruction import Reconstruction, find_reconstructions, original, read_checked
+from tcam_diff.evaluation.reconstruction import Reconstruction, find_reconstructions, read_checked
 from tcam_diff.evaluation.segmenter import (
     SegmentationTraining,
     SegmentConfig,
@@ -91,6 +91,7 @@ class Result:
 
     labels: list[str]
     trained_on: int  # number of volumes
+    trained: str | None  # split of the measured volumes that the networks were trained on; None: they were on another store
     seconds: list[float]  # of each training
     volumes: list[VolumeRow]
     rows: list[Row]
@@ -145,7 +146,8 @@ def segment(
         raise UserError(f"{training.folder}: expected the {expected} channel(s) of {store.folder}, got {got}")
     config = config.model_copy(update={"data": str(training.folder)})
     trained_on = labelled_records(training, config.split)
-    work = _volumes(store, reconstructions, config.split if training.folder.resolve() == store.folder.resolve() else None)
+    trained = config.split if training.folder.resolve() == store.folder.resolve() else None
+    work = _volumes(store, reconstructions, trained)
     seconds, networks = [], []
     for repeat in range(1, repeats + 1):
         settings = config.model_copy(update={"seed": config.seed + repeat - 1})
@@ -163,7 +165,7 @@ def segment(
         if progress is not None:
             progress(Progress(done, len(work), what="measuring"))
     names = networks[0].names
-    result = Result(names, len(trained_on), seconds, measurement.rows, means(measurement.rows))
+    result = Result(names, len(trained_on), trained, seconds, measurement.rows, means(measurement.rows))
     _write(out, store, reconstructions, config, result, measurement.pictures)
     return result
 
@@ -209,7 +211,7 @@ class _Measurement:
 
     def add(self, record: Record, images: Images, pictured: bool) -> None:
         """Segment a volume and its reconstructions, and compare."""
-        volume = original(record, self.store)
+        volume = self.store.images(record)
         truth = None
         if record.labels_sha256 is not None:
             truth = torch.from_numpy(self.numbers[self.store.labels(record)])

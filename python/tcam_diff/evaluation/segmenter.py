@@ -215,7 +215,7 @@ class SegmentationTraining(Task):
 
     def _stats(self, number: int) -> tuple[Tensor, Tensor]:
         if number not in self._statistics:
-            volume = unit(torch.tensor(self.store.volume(self.records[number])[: self.channels]))
+            volume = self.store.images(self.records[number])
             self._statistics[number] = statistics(volume, self.config.foreground)
         return self._statistics[number]
 
@@ -244,7 +244,7 @@ class SegmentationTraining(Task):
         """Mean "f1" over the labels of the first ``evaluate_volumes`` training volumes."""
         values = []
         for record in self.records[: self.config.evaluate_volumes]:
-            predicted = self.segmenter(unit(torch.tensor(self.store.volume(record)[: self.channels])))
+            predicted = self.segmenter(self.store.images(record))
             truth = torch.from_numpy(self.numbers[self.store.labels(record)])
             values.append(label_metrics(label_counts(predicted, truth, len(self.names)))["f1"])
         return {"f1": float(torch.stack(values).nanmean())}

@@ -71,7 +71,7 @@ def read_set(
         store = stores.Store(path)
         for r in store.records:
             if split in (None, r.split) or (split == HELD_OUT and r.split != "train"):
-                readers.append((r.name, lambda r=r: stores.unit(torch.tensor(store.volume(r)[: r.info.images]))))  # type: ignore[misc]
+                readers.append((r.name, lambda r=r: store.images(r)))  # type: ignore[misc]
         if not readers and split != HELD_OUT:
             store.in_split(split or "train")  # raises
     elif is_latent_set(path):
