@@ -21,15 +21,11 @@ EXTRAS := train,dev
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
-# Packages are installed once; the kernels are rebuilt when a source changes.
-$(VENV)/.packages: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+# The packages and the kernels, again when a source changes.
+$(VENV)/.built: pyproject.toml setup.py $(shell find csrc -type f)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --progress-bar off -e '.[$(EXTRAS)]'
-	touch $@
-
-$(VENV)/.built: $(VENV)/.packages setup.py $(shell find csrc -type f)
-	$(BIN)/python -m pip install --quiet --no-deps -e .
 	touch $@
 
 build: $(VENV)/.built
