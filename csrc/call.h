@@ -240,7 +240,8 @@ class Call {
   }
 
   void take_layers(const py::list& weights, const py::list& biases, int64_t extra, const Options& o) {
-    if (weights.size() > TCAM_MAX_LAYERS) throw py::value_error("weights: expected up to 6 layers");
+    if (weights.size() > TCAM_MAX_LAYERS)
+      throw py::value_error("weights: expected up to " + std::to_string(TCAM_MAX_LAYERS) + " layers");
     if (biases.size() != weights.size()) throw py::value_error("biases: expected one (or None) for each weight");
     p_.layers = static_cast<int32_t>(weights.size());
     p_.width[0] = (p_.reduce == TCAM_CONCAT ? p_.plane_count : 1) * p_.channels + extra;

@@ -7,7 +7,7 @@
 extern "C" {
 #endif
 
-enum { TCAM_MAX_LAYERS = 6, TCAM_MAX_WIDTH = 256, TCAM_MAX_OUT = 64, TCAM_MAX_PLANES = 16, TCAM_MAX_AXES = 4 };
+enum { TCAM_MAX_LAYERS = 16, TCAM_MAX_WIDTH = 512, TCAM_MAX_OUT = 256, TCAM_MAX_PLANES = 16, TCAM_MAX_AXES = 4 };
 
 // The enumerations as X(constant, name). A host reads the names from the binding and numbers them from 0.
 #define TCAM_DTYPES(X) \

@@ -24,8 +24,8 @@ class TriplaneDecoder(nn.Module):
 
     Args:
         channels: C of the planes; the first layer reads 3C features from three concatenated planes.
-        widths: of the hidden layers, each 1 to 256. TCAM-Diff: (128, 128, 128, 128).
-        out_channels: 1 to 64.
+        widths: of the hidden layers, each 1 to 512. TCAM-Diff: (128, 128, 128, 128).
+        out_channels: 1 to 256.
         extra_channels: the number of extra features of voxels or points (``extra``).
         <options>: see :func:`tcam_ext.decode_grid`; output_activation is "sigmoid" unless given.
         bias: whether the layers have biases.

@@ -70,11 +70,11 @@ class Mlp {
     for (int l = 0; l <= L; ++l) decoder_.width[l] = p.width[l];
     for (int l = 2; l <= L; ++l) {
       const long in = p.width[l - 1], out = p.width[l];
-      if (l < L) decoder_.forward[l] = ws.take(words(in) * round_up(out, core.columns) * core.word_bytes);
+      if (in_panels(l)) decoder_.forward[l] = ws.take(words(in) * round_up(out, core.columns) * core.word_bytes);
       decoder_.bias[l] = ws.take(round_up(out, core.columns) * core.real_bytes);
       if (backward) decoder_.transposed[l] = ws.take(words(out) * round_up(in, core.columns) * core.word_bytes);
     }
-    if (L > 1) decoder_.last = ws.take(p.width[L] * last_stride() * core.word_bytes);
+    if (L > 1 && !in_panels(L)) decoder_.last = ws.take(p.width[L] * last_stride() * core.word_bytes);
     losses_ = reinterpret_cast<double*>(ws.take(blocks * static_cast<long>(sizeof(double))));
     const long each = std::max(core.scratch_bytes(decoder_, backward), real.scratch_bytes(decoder_, backward));
     for (int t = 0; t < threads; ++t) scratch_.push_back(ws.take(each));
@@ -96,11 +96,11 @@ class Mlp {
   void pack(const tcam_inputs& in) {
     for (int l = 2; l <= p.layers; ++l) {
       const long m = p.width[l - 1], n = p.width[l];
-      if (l < p.layers) core.pack_panels(in.weights[l - 1], 1, m, m, n, const_cast<void*>(decoder_.forward[l]));
+      if (in_panels(l)) core.pack_panels(in.weights[l - 1], 1, m, m, n, const_cast<void*>(decoder_.forward[l]));
       if (backward) core.pack_panels(in.weights[l - 1], m, 1, n, m, const_cast<void*>(decoder_.transposed[l]));
       copy_bias(const_cast<void*>(decoder_.bias[l]), in.biases[l - 1], n, round_up(n, core.columns));
     }
-    if (p.layers > 1)
+    if (decoder_.last)
       core.pack_rows(in.weights[p.layers - 1], p.width[p.layers], p.width[p.layers - 1], const_cast<void*>(decoder_.last),
                      last_stride());
   }
@@ -164,6 +164,8 @@ class Mlp {
   double* losses_;              // (blocks)
   std::vector<char*> scratch_;  // one for each thread
 
+  // Whether the product of layer l, 2 or more, is in register blocks.
+  bool in_panels(int l) const { return l < p.layers || p.width[l] >= wide_output; }
   long words(long reals) const { return (reals + core.pack - 1) / core.pack; }
   long last_stride() const {  // words of a row of the last layer
     return round_up(words(p.width[p.layers - 1]), core.columns / 2);

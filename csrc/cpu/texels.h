@@ -8,7 +8,7 @@ namespace TCAM_ISA {
 
 // ---- texels ----------------------------------------------------------------------------
 
-constexpr long texel_pitch = 272;  // 256 channels, and 16 more to spread rows over cache sets
+constexpr long texel_pitch = TCAM_MAX_WIDTH + 16;  // 16 more to spread rows over cache sets
 
 template <class N>
 static void load_features(const Features& f, long s, long count, long rows, typename N::Real* tile) {

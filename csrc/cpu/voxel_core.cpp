@@ -138,16 +138,31 @@ TCAM_INLINE void hidden_layers(const Decoder& d, const Maps& maps, const Walk& w
   }
 }
 
-// z[t, o] = W_L[o, :] h[t, :] + b_L[o], a dot product along the row with a vector of partial sums.
+// z[t, o] = W_L[o, :] h[t, :] + b_L[o]: a product in register blocks for many outputs, else a dot product along the row with a
+// vector of partial sums.
 template <class N, long pitch>
 TCAM_INLINE void last_layer(const Decoder& d, long rows, Scratch<N, pitch>& s) {
   typedef typename N::WordVec W;
+  const long outputs = d.width[d.layers];
+  if (outputs >= wide_output) {
+    times_packed<N, pitch>(rows, (d.width[d.layers - 1] + N::pack - 1) / N::pack, outputs, s.h[d.layers - 1],
+                           d.forward[d.layers], d.bias[d.layers],
+                           [&](const Tile<N>& t, long r, long c) __attribute__((always_inline)) {
+                             typename N::Real block[register_rows][columns_of<N>()];
+                             for (int i = 0; i < register_rows; ++i)
+                               for (int v = 0; v < register_vectors; ++v) store(block[i] + v * N::lanes, t.v[i][v]);
+                             const long n = outputs - c < columns_of<N>() ? outputs - c : columns_of<N>();
+                             for (long o = 0; o < n; ++o)
+                               for (int i = 0; i < register_rows; ++i) s.z[(c + o) * max_tile + r + i] = block[i][o];
+                           });
+    return;
+  }
   constexpr int group = register_rows / 2;
   constexpr int word_lanes = TCAM_VECTOR_BYTES / sizeof(typename N::Word);
   const long words = round_up((d.width[d.layers - 1] + N::pack - 1) / N::pack, word_lanes);
   const typename N::Word* h = s.h[d.layers - 1];
   const typename N::Real* bias = static_cast<const typename N::Real*>(d.bias[d.layers]);
-  for (long o = 0; o < d.width[d.layers]; ++o) {
+  for (long o = 0; o < outputs; ++o) {
     const typename N::Word* w = static_cast<const typename N::Word*>(d.last) + o * words;
     for (long t = 0; t < rows; t += group) {
       typename N::Vec sum[group] = {};
@@ -270,17 +285,14 @@ static void backward_block(const Decoder& d, const Maps& maps, const Block& bloc
         for (long c = 0; c < maps.stride; ++c) s.delta_1[t * pitch + c] = c < n_out ? s.z[c * max_tile + t] : Real(0);
     } else {
       Word* delta = s.delta[last & 1];
+      Real* bias = sums ? sums + d.grad_bias_offset[last] : nullptr;
+      Real row[round_up(max_out, nr)] = {};
       for (long t = 0; t < rows; ++t) {  // delta as rows of words, zero from n_out and from count on
-        for (long c = 0; c < round_up(n_out, nr); c += N::lanes) N::put(delta + t * pitch, c, Vec{});
-        for (long o = 0; t < count && o < n_out; o += N::pack) {
-          Real pair[2] = {s.z[o * max_tile + t], o + 1 < n_out ? s.z[(o + 1) * max_tile + t] : Real(0)};
-          delta[t * pitch + o / N::pack] = N::make(pair, N::pack);
-        }
+        for (long o = 0; o < n_out; ++o) row[o] = t < count ? s.z[o * max_tile + t] : Real(0);
+        for (long c = 0; c < round_up(n_out, nr); c += N::lanes) N::put(delta + t * pitch, c, load<Vec>(row + c));
+        if (bias) add_row<N>(bias, row, round_up(n_out, nr));
       }
       if (sums) {
-        Real* bias = sums + d.grad_bias_offset[last];
-        for (long o = 0; o < n_out; ++o)
-          for (long t = 0; t < count; ++t) bias[o] += s.z[o * max_tile + t];
         for (int l = 1; l < last; ++l) interleave_rows<N, pitch>(voxel_words, round_up(d.width[l], nr), s.h[l], s.pairs[l]);
       }
     }
@@ -365,33 +377,37 @@ static double spin(long iterations, void* sink) {
   return 2.0 * static_cast<double>(iterations) * register_rows * register_vectors * N::lanes * N::pack;
 }
 
-static bool narrow(const Decoder& d) {
-  for (int l = 1; l < d.layers; ++l)
-    if (d.width[l] > 128) return false;
-  return true;
+template <long words>
+struct Pitch {
+  static constexpr long value = words;
+};
+
+// Calls f with the least row pitch, in words, that the decoder's layers fit: 16 more than a width, to spread rows over cache
+// sets.
+template <class F>
+static auto with_pitch(const Decoder& d, F f) {
+  long widest = 0;
+  for (int l = 1; l <= d.layers; ++l) widest = d.width[l] > widest ? d.width[l] : widest;
+  if (widest <= 128) return f(Pitch<144>());
+  if (widest <= 256) return f(Pitch<272>());
+  return f(Pitch<TCAM_MAX_WIDTH + 16>());
 }
 
 template <class N>
 static long scratch_bytes(const Decoder& d, bool backward) {
-  long texels = 2 * max_tile * texel_pitch * static_cast<long>(sizeof(typename N::Real));
-  long voxels = narrow(d) ? Scratch<N, 144>(d, backward, nullptr).bytes : Scratch<N, 272>(d, backward, nullptr).bytes;
+  const long texels = 2 * max_tile * texel_pitch * static_cast<long>(sizeof(typename N::Real));
+  const long voxels = with_pitch(d, [&](auto pitch) { return Scratch<N, decltype(pitch)::value>(d, backward, nullptr).bytes; });
   return texels > voxels ? texels : voxels;
 }
 template <class N>
 static void forward(const Decoder& d, const Maps& m, const Block& b, const Volume& v, const Comparison* comparison, int tile,
                     void* scratch) {
-  if (narrow(d))
-    forward_block<N, 144>(d, m, b, v, comparison, tile, scratch);
-  else
-    forward_block<N, 272>(d, m, b, v, comparison, tile, scratch);
+  with_pitch(d, [&](auto pitch) { forward_block<N, decltype(pitch)::value>(d, m, b, v, comparison, tile, scratch); });
 }
 template <class N>
 static void backward(const Decoder& d, const Maps& m, const Block& b, const Volume& v, const Comparison* comparison,
                      const BlockGradients& g, int tile, void* scratch) {
-  if (narrow(d))
-    backward_block<N, 144>(d, m, b, v, comparison, g, tile, scratch);
-  else
-    backward_block<N, 272>(d, m, b, v, comparison, g, tile, scratch);
+  with_pitch(d, [&](auto pitch) { backward_block<N, decltype(pitch)::value>(d, m, b, v, comparison, g, tile, scratch); });
 }
 
 template <class N>

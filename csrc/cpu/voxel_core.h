@@ -11,8 +11,9 @@ namespace tcam {
 constexpr int max_tile = 96;  // most voxels (rows) of a tile; a multiple of every engine's `rows`
 constexpr int max_layers = TCAM_MAX_LAYERS;
 constexpr int max_out = TCAM_MAX_OUT;
+constexpr int wide_output = 4;  // outputs from which the last layer is a product in register blocks, not of single rows
 
-inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
+constexpr long round_up(long n, long to) { return (n + to - 1) / to * to; }
 
 // The decoder as the voxel loop reads it. Layer l in 1..layers has width[l] outputs. Layer 1 is part of the maps, so the arrays
 // below start at index 2.
@@ -21,10 +22,10 @@ struct Decoder {
   long width[max_layers + 1];
   Hidden<double> activation[max_layers + 1];  // of layers 1 to layers-1
   Final<double> output_activation;
-  const void* forward[max_layers + 1];     // packed words, width[l-1] -> width[l]; l = 2..layers-1
+  const void* forward[max_layers + 1];     // packed words, width[l-1] -> width[l]; l = 2..layers-1, and layers if it is wide
   const void* transposed[max_layers + 1];  // packed words, width[l] -> width[l-1]; backward only, l = 2..layers
   const void* bias[max_layers + 1];        // reals, padded to `columns`
-  const void* last;                        // words (width[layers], padded width[layers-1]): the last layer by rows
+  const void* last;                        // words (width[layers], padded width[layers-1]): the last layer by rows, if narrow
   long grad_offset[max_layers + 1];        // in a block's gradient sums: (round_up(n_l, rows), padded n_{l-1})
   long grad_bias_offset[max_layers + 1];
 };

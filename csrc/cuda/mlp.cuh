@@ -3,8 +3,9 @@
 // bfloat16 where the fused kernels do not take them, and needs no scale.
 //
 // z_l is layer l before its activation, delta_l the gradient of z_l, both (voxels of the region, width of layer l). Each hidden
-// layer is one matrix product, the last layer a dot product for each voxel. Backward recomputes the region's z_l, computes
-// delta_L down to delta_1, and adds weight gradients to partial sums, one for each range of voxel_chunk voxels of a region.
+// layer is one matrix product, and so is a last layer of many outputs; else that is a dot product for each voxel. Backward
+// recomputes the region's z_l, computes delta_L down to delta_1, and adds weight gradients to partial sums, one for each range
+// of voxel_chunk voxels of a region.
 #pragma once
 #include "context.cuh"
 #include "mlp_kernels.cuh"
@@ -43,11 +44,11 @@ class Mlp {
     most_ = regions.most();
     losses_ = ws.array<double>(most_);
     if (!c.backward) {
-      Real* two[2] = {ws.array<Real>(most_ * widest()), ws.array<Real>(L > 2 ? most_ * widest() : 0)};
+      Real* two[2] = {ws.array<Real>(most_ * widest()), ws.array<Real>(L > 2 || wide() ? most_ * widest() : 0)};
       for (int l = 1; l <= L; ++l) z_[l] = two[l & 1 ? 0 : 1];
       return;
     }
-    for (int l = 1; l < L || l == 1; ++l) z_[l] = ws.array<Real>(most_ * c.width(l));
+    for (int l = 1; l < L || l == 1 || (l == L && wide()); ++l) z_[l] = ws.array<Real>(most_ * c.width(l));
     for (Real*& delta : delta_) delta = ws.array<Real>(most_ * widest());
   }
   void carve_partials(Carver& ws) {
@@ -99,18 +100,23 @@ class Mlp {
   }
   Activated<Real> activated(int l) const { return {z_[l], c.width(l), c.activation(l)}; }
 
-  // z_2 to z_(L-1).
+  // Whether the last of several layers is a matrix product.
+  bool wide() const { return p.layers > 1 && c.width(p.layers) > 16; }
+
+  // z_2 to z_(L-1), and z_L of a wide last layer.
   void hidden_layers(int64_t voxels) {
-    for (int l = 2; l < p.layers; ++l)
+    for (int l = 2; l < p.layers + wide(); ++l)
       c.product(voxels, c.width(l), c.width(l - 1), 0, activated(l - 1), Transposed<Real>{c.weights[l], c.width(l - 1)},
                 WriteRows<Real>{z_[l], c.width(l), c.biases[l]});
   }
 
   // The last layer and, where `delta` is not null, delta_L.
   void last_layer(const Region& region, const Volume& volume, const tcam_objective* objective, double* loss, Real* delta) {
-    const int L = p.layers, in = L > 1 ? L - 1 : 1;
+    const int L = p.layers;
+    const bool known = L == 1 || wide();  // z_L
+    const int in = known ? L : L - 1;
     const LastLayer<Real> last = {z_[in],
-                                  L > 1 ? c.weights[L] : nullptr,
+                                  known ? nullptr : c.weights[L],
                                   c.biases[L],
                                   c.width(in),
                                   c.width(L),
@@ -146,7 +152,7 @@ class Mlp {
           c.product(n, m, voxels, voxel_chunk, a, activated(l - 1), add);
       }
       Real* next = delta_[(l - 1) & 1];
-      if (l == p.layers) {
+      if (l == p.layers && !wide()) {
         const int across = static_cast<int>(c.channel_threads(m));
         c.run(last_delta_kernel<Real>, c.blocks(ceil_div(voxels * across, 8 * threads)), threads, 0, delta, n, c.weights[l],
               z_[l - 1], m, c.activation(l - 1), static_cast<int>(voxels), across, next);

@@ -61,7 +61,7 @@ struct WriteDelta {
 // What last_layer_kernel does with an output: writes it; reads its gradient; compares it with a target.
 enum class Finish { write, gradient, compare };
 
-// Arguments of last_layer_kernel. With one layer, weight is null and z is the output before its activation.
+// Arguments of last_layer_kernel. Without a weight, z is the output before its activation, and n_in its width.
 template <class Real>
 struct LastLayer {
   const Real *z, *weight, *bias;  // (voxels, n_in); (n_out, n_in); (n_out) or null
@@ -78,8 +78,8 @@ struct LastLayer {
 };
 
 // The last layer over a region: writes the output to the volume, or computes delta_L from it, and the losses. A warp owns a
-// voxel and goes through its outputs; each lane sums every 32nd channel, then the lanes join by shuffles, in one order. Lane 0
-// writes.
+// voxel and goes through its outputs; each lane sums every 32nd channel, then the lanes join by shuffles, in one order, and
+// lane 0 writes. Without a weight each lane has every 32nd output.
 template <class Real, Finish what>
 __global__ void __launch_bounds__(threads) last_layer_kernel(LastLayer<Real> p, Region region) {
   using M = Maths<Scalar<Real>>;
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(threads) last_layer_kernel(LastLayer<Real> p, 
   for (int v = blockIdx.x * warps + threadIdx.x / 32; v < region.voxels(); v += gridDim.x * warps) {
     const Real* z = p.z + static_cast<int64_t>(v) * p.n_in;
     double total = 0;
-    for (int o = 0; o < p.n_out; ++o) {
+    for (int o = p.weight ? 0 : lane; o < p.n_out; o += p.weight ? 1 : 32) {
       Real sum = 0;
       if (p.weight) {
         for (int c = lane; c < p.n_in; c += 32) sum += M::value(p.activation, z[c]) * p.weight[o * p.n_in + c];
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(threads) last_layer_kernel(LastLayer<Real> p, 
       } else {
         sum = z[o];
       }
-      if (lane) continue;
+      if (p.weight && lane) continue;
       const int64_t at = o * p.channel_stride + region.in_box(v) * p.voxel_stride;
       if (what == Finish::write) {
         Elements<Real>::write(p.volume, p.dtype, at, output_of<true>(p.output_activation, sum));
@@ -111,7 +111,9 @@ __global__ void __launch_bounds__(threads) last_layer_kernel(LastLayer<Real> p, 
       }
       if (p.delta) p.delta[static_cast<int64_t>(v) * p.n_out + o] = delta * output_slope_of<true>(p.output_activation, sum);
     }
-    if (what == Finish::compare && lane == 0) p.losses[v] = total;
+    if (what != Finish::compare) continue;
+    for (int other = 16; !p.weight && other; other /= 2) total += __shfl_xor_sync(0xffffffffu, total, other);
+    if (lane == 0) p.losses[v] = total;
   }
 }
 

@@ -72,10 +72,16 @@ def test_gradients_equal_the_float64_reference(device, p, dtype):
 
 
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
-@pytest.mark.parametrize("widths", [(128, 128, 128, 128, 1), (256, 200, 16), (256, 256, 256, 256, 256, 3), (131, 17, 1)])
+@pytest.mark.parametrize(
+    "widths",
+    [
+        (128, 128, 128, 128, 1), (256, 200, 16), (256, 256, 256, 256, 256, 3), (131, 17, 1), (512, 300, 256), (64, 33), (40, 4),
+        (200,), (64,) * 9 + (4,), (16,) * 15 + (5,),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("device", problems.DEVICES)
 def test_wide_decoders(device, activation, widths):
-    """The operating point, the widest decoder, and widths that are not multiples of a vector."""
+    """The operating point, wide and deep decoders, many outputs, and widths that are not multiples of a vector."""
     p = problems.make(channels=42, texels=(8, 9, 10), widths=widths, size=(7, 11, 13), activation=activation)
     exact, mine = p.to(torch.float64, requires_grad=True), p.to(torch.float32, requires_grad=True, device=device)
     out, trusted = problems.masked_reference(exact)
@@ -88,7 +94,7 @@ def test_wide_decoders(device, activation, widths):
 
 @pytest.mark.parametrize("device", problems.DEVICES)
 def test_most_channels(device):
-    p = problems.make(channels=256, texels=(4, 5, 6), widths=(256, 2), size=(7, 8, 9))
+    p = problems.make(channels=512, texels=(4, 5, 6), widths=(512, 2), size=(7, 8, 9))
     assert (
         problems.relative(p.to(torch.float32, device=device).call(tcam_ext.decode_grid), p.call(reference.decode_grid)) < 1e-5
     )

@@ -73,6 +73,7 @@ SHAPES = [
     dict(channels=11, texels=(5, 5, 5), widths=(256, 160, 16), size=(6, 7, 8), batch=2, padding_mode="zeros"),
     dict(channels=3, texels=(3, 4, 5), widths=(9, 2), size=(5, 7, 9), align_corners=True),
     dict(channels=4, texels=(4, 5, 6), widths=(5,), size=(8, 7, 5)),
+    dict(channels=6, texels=(4, 5, 6), widths=(300, 33), size=(6, 5, 7)),  # many outputs
 ]
 
 

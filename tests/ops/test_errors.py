@@ -108,10 +108,10 @@ def test_the_reference_checks_the_same(change):
 @pytest.mark.parametrize(
     ("problem", "message"),
     [
-        (problems.make(channels=257, widths=(4, 1)), "planes.*256.*257"),
-        (problems.make(widths=(300, 1)), r"weights\[0\].*256.*300"),
-        (problems.make(widths=(8, 65)), r"weights\[1\].*64.*65"),
-        (problems.make(widths=(4,) * 7), "weights.*6 layers.*7"),
+        (problems.make(channels=513, widths=(4, 1)), "planes.*512.*513"),
+        (problems.make(widths=(600, 1)), r"weights\[0\].*512.*600"),
+        (problems.make(widths=(8, 257)), r"weights\[1\].*256.*257"),
+        (problems.make(widths=(4,) * 17), "weights.*16 layers.*17"),
     ],
 )
 def test_beyond_the_kernels_limits_the_message_names_the_reference(problem, message):
