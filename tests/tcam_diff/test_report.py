@@ -26,6 +26,7 @@ from tcam_diff.errors import UserError
 from tcam_diff.evaluation.reconstruction import find_reconstructions
 from tcam_diff.report import niivue, page
 from tcam_diff.report.volumes import nifti, shown, shrunk
+from tcam_diff.tables.render import markdown
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&<!--<script>"
 SIZE = (24, 20, 28)
@@ -197,6 +198,37 @@ def test_the_spread_of_samples_is_a_table(script, tmp_path):
     assert f"{tmp_path / 'samples'} (2 volumes)held out (2 volumes)training volumes (7 volumes)" in text
     assert "mean RMS difference of pairsthat of held-out volumes" in text
     assert list(embedded(tmp_path / "p.html")["real"]) == ["blob0", "blob1", "blob2"]
+
+
+def test_tables_figures_and_segmentations(script, tmp_path):
+    """A page of them alone, of the repository's result files. Damaged ones are named."""
+    results = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+    (tmp_path / "tables" / "steps").mkdir(parents=True)
+    content = json.loads((results / "table-1.json").read_text())
+    (tmp_path / "tables" / "table-1.md").write_text(markdown(content))
+    (tmp_path / "tables" / "config.yaml").write_text("kind: table\n")
+    plt.imsave(tmp_path / "tables" / "figure-5.png", np.zeros((8, 8, 3)))
+    (tmp_path / "segmentation").mkdir()
+    rows = json.loads((results / "table-2.json").read_text())["rows"]
+    (tmp_path / "segmentation" / "segmentation.json").write_text(json.dumps({"protocol": {"store": "S"}, "rows": rows}))
+    runs.tcam("report", tmp_path / "tables", tmp_path / "segmentation", "--out", tmp_path / "p.html", "-q")
+    elements = Elements(tmp_path / "p.html")
+    for words in (
+        "Table 1: ",
+        "Figure 5: ",
+        "VAE-GAN (MONAI)",
+        "tcam make-cohort",
+        "Segmentation: ",
+        "precision",
+        "0.864 ± 0.021",
+    ):
+        assert words in elements.text, words
+    assert elements.tags.count("img") == 1
+    assert "no real volumes" not in elements.text
+    assert elements.tags.count("table") == 4 + 4 + 1  # of table 1, of two splits and references, the hardware
+    (tmp_path / "segmentation" / "segmentation.json").write_text('{"rows": [{"split": "test"}]}')
+    said = runs.tcam("report", tmp_path / "segmentation", "--out", tmp_path / "q.html", "-q", fails=True)
+    assert "segmentation.json: damaged" in said
 
 
 def test_both_stages_and_latents(trained, latents, script, tmp_path):

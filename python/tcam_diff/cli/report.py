@@ -16,7 +16,7 @@ def command(
         typer.Argument(
             metavar="RUN...",
             help="Folders of `tcam train-autodecoder`, `tcam train-diffusion`, `tcam encode`, `tcam export-latents`, "
-            "`tcam sample`, `tcam baseline` and `tcam evaluate`, in any order.",
+            "`tcam sample`, `tcam baseline`, `tcam evaluate`, `tcam segment`, `tcam table` and `tcam figure`, in any order.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="The HTML file.")],

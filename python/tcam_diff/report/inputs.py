@@ -28,10 +28,11 @@ from tcam_diff.files import reason
 from tcam_diff.folder import Folder
 from tcam_diff.text import shown
 
-SUMMARY = "summary.json"
+SUMMARY, SEGMENTATION = "summary.json", "segmentation.json"
 KINDS = (
     "a run of `tcam train-autodecoder`, `tcam train-diffusion` or `tcam baseline train`, a set of `tcam encode` or "
-    "`tcam export-latents`, or a folder of `tcam sample`, `tcam baseline sample` or `tcam evaluate`"
+    "`tcam export-latents`, or a folder of `tcam sample`, `tcam baseline sample`, `tcam evaluate`, `tcam segment`, "
+    "`tcam table` or `tcam figure`"
 )
 
 
@@ -64,6 +65,8 @@ class Inputs:
     latent_diffusions: dict[Path, LatentDiffusionConfig] = field(default_factory=dict)  # of rivals
     samples: dict[Path, list[Sample]] = field(default_factory=dict)
     evaluations: dict[Path, Summary] = field(default_factory=dict)
+    segmentations: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    tables: dict[Path, list[Path]] = field(default_factory=dict)  # files of finished tables and figures
 
     @property
     def runs(self) -> list[Path]:
@@ -84,6 +87,11 @@ def find_inputs(paths: Sequence[Path]) -> Inputs:
             raise UserError(f"{path}: no such folder; expected {KINDS}")
         if latents.is_latent_set(path):
             inputs.latents[path] = LatentSet(path)
+        elif finished := _tables(path):
+            inputs.tables[path] = finished
+        elif (path / SEGMENTATION).is_file():
+            folder = Folder(path, SEGMENTATION, "`tcam segment`", "run `tcam segment` again")
+            inputs.segmentations[path] = folder.read_json(SEGMENTATION)
         elif (path / "config.yaml").is_file():
             _add_run(inputs, path)
         elif (path / SUMMARY).is_file():
@@ -135,6 +143,13 @@ def _add_run(inputs: Inputs, path: Path) -> None:
         inputs.stage2[path] = DiffusionConfig.load(settings)
     else:
         raise UserError(f"{settings}: expected the key data or latents, as in a run of training; got {shown(', '.join(keys))}")
+
+
+def _tables(path: Path) -> list[Path]:
+    """Tables and figures in a folder of `tcam table` or `tcam figure`, in the order of their names."""
+    if not (path / "steps").is_dir():
+        return []
+    return sorted([*path.glob("table-*.md"), *path.glob("table-*.png"), *path.glob("figure-*.png")])
 
 
 def _read_summary(path: Path) -> Summary:

@@ -24,12 +24,14 @@ from tcam_diff.evaluation.generation import STATISTICS
 from tcam_diff.evaluation.reconstruction import METRICS, Reconstruction, find_reconstructions
 from tcam_diff.evaluation.sets import read_unit
 from tcam_diff.files import writable_folder, write_bytes
+from tcam_diff.folder import Folder
 from tcam_diff.machine import machine, read_machine
 from tcam_diff.progress import Progress, ProgressCallback
 from tcam_diff.report import niivue, viewer
-from tcam_diff.report.inputs import Inputs, Sample, Summary, find_inputs, find_store
+from tcam_diff.report.inputs import SEGMENTATION, Inputs, Sample, Summary, find_inputs, find_store
 from tcam_diff.report.viewer import Column
 from tcam_diff.report.volumes import Shown, fitting, shown
+from tcam_diff.tables.render import segmentations
 from tcam_diff.training.logger import read_metrics
 from tcam_diff.training.report import Content, Table, curves, folded, markup, page, paragraph
 
@@ -70,7 +72,7 @@ def report(
     package: Path | None = None,
     progress: ProgressCallback | None = None,
 ) -> Written:
-    """Write a page about runs, latent sets, samples and evaluations.
+    """Write a page about runs, latent sets, samples, evaluations, segmentations and tables.
 
     Args:
         paths: their folders, in any order.
@@ -90,16 +92,15 @@ def report(
     inputs = find_inputs(paths)
     real = find_store(inputs, store)
     columns = find_columns(inputs, real, choice, progress)
-    if not columns:
+    if not (columns or inputs.tables or inputs.segmentations):
         raise UserError("nothing to show: expected a run of `tcam train-autodecoder`, samples, or --store STORE")
-    remarks = (
-        []
-        if real is not None
-        else ["There are no real volumes, because none of the folders names a store: --store STORE adds them."]
-    )
+    remarks = []
+    if columns and real is None:
+        remarks = ["There are no real volumes, because none of the folders names a store: --store STORE adds them."]
     sections = [*tables(inputs), *trainings(inputs), *origin(inputs, real)]
     title = "Real, reconstructed and generated volumes"
-    return write_page(out, title, "", [("Volumes", columns)], sections, script, remarks)
+    viewers = [("Volumes", columns)] if columns else []
+    return write_page(out, title, "", viewers, sections, script if columns else "", remarks)
 
 
 def write_page(
@@ -117,7 +118,7 @@ def write_page(
     remark says so. Raises UserError if there are too many volumes.
     """
     volumes = [v for _, columns in viewers for column in columns for v in column.volumes]
-    remarks = [*remarks, *([] if script else [NO_VIEWER])]
+    remarks = [*remarks, *([] if script or not viewers else [NO_VIEWER])]
     introductions = [text for text in (introduction, *remarks) if text]
     scripts = [script, viewer.CODE.read_text()] if script else []
     shown: list[tuple[str, Content]] = [(heading, viewer.still(columns)) for heading, columns in viewers]
@@ -182,11 +183,45 @@ def _title(kind: str, path: Path, of: Any) -> str:
 
 
 def tables(inputs: Inputs) -> list[tuple[str, Content]]:
-    """A section for each result of ``tcam evaluate``."""
-    return [
+    """A section for each result of ``tcam evaluate`` and ``tcam segment``, and each table and figure of the paper."""
+    sections: list[tuple[str, Content]] = [
         (f"{'Reconstructions' if summary.groups else 'Generated volumes'}: {path}", _table(path, summary))
         for path, summary in inputs.evaluations.items()
     ]
+    sections += [(f"Segmentation: {path}", _segmentation(path, content)) for path, content in inputs.segmentations.items()]
+    for path, files in inputs.tables.items():
+        sections += [(f"{f.stem.replace('-', ' ').capitalize()}: {path}", _made(f)) for f in files]
+    return sections
+
+
+def _segmentation(path: Path, content: dict[str, Any]) -> list[Content]:
+    with Folder(path, SEGMENTATION, "`tcam segment`", "run `tcam segment` again").reading():
+        text = "\n\n".join(segmentations([{**row, "model": row["images"]} for row in content["rows"]]))
+        protocol = folded("Protocol", _yaml(content["protocol"]))
+    picture = path / "segmentation.png"
+    return [*from_markdown(text), *([picture.read_bytes()] if picture.is_file() else []), protocol]
+
+
+def _made(file: Path) -> Content:
+    """A table of ``tcam table``, which is Markdown, or a picture."""
+    return file.read_bytes() if file.suffix == ".png" else from_markdown(file.read_text())
+
+
+def from_markdown(text: str) -> list[Content]:
+    """Paragraphs, tables and commands of the Markdown of tables/render.py, whose blocks are apart by empty lines."""
+    parts: list[Content] = []
+    for block in text.strip().split("\n\n"):
+        lines = block.splitlines()
+        if block.startswith("### "):
+            parts.append(paragraph(block.removeprefix("### ")))
+        elif block.startswith("```"):
+            parts.append(folded("Commands", "\n".join(lines[1:-1])))
+        elif block.startswith("| "):
+            head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+            parts.append(Table(head, rows))
+        else:
+            parts.append(paragraph(block))
+    return parts
 
 
 def _table(path: Path, summary: Summary) -> list[Content]:

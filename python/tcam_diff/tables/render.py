@@ -24,7 +24,8 @@ NAMES = {
 def markdown(content: dict[str, Any]) -> str:
     """A table's page."""
     number = int(content["table"])
-    made = {1: _table1, 2: _table2, 3: _table3, 4: _table4}[number](content)
+    rows = content["rows"]
+    made = segmentations(rows) if number == 2 else {1: _table1, 3: _table3, 4: _table4}[number](content)
     machine = content["machine"]
     where = machine["processor"] if machine["GPU"] == "none" else machine["GPU"]
     heading, columns, printed = TABLES[number]
@@ -125,9 +126,9 @@ def _bars(comparisons: dict[str, Any]) -> str:
     )
 
 
-def _table2(content: dict[str, Any]) -> list[str]:
+def segmentations(rows: Sequence[Row]) -> list[str]:
+    """Paragraphs and tables of the rows of `tcam segment`, which have the model of the images as "model"."""
     parts = []
-    rows: list[Row] = content["rows"]
     order = ("split", "reference")
     for key in dict.fromkeys(tuple(r[k] for k in order) for r in rows):
         chosen = [r for r in rows if tuple(r[k] for k in order) == key]
