@@ -123,6 +123,19 @@ def test_stage_2_learns_fitted_or_encoded_planes(tmp_path):
     assert f"validation={held_out}" in encoded["seed-0/diffusion"]
     assert held_out in encoded["seed-0/sets"]
     assert encoded["seed-0/store-tcam-diff-encoded"] == fitted["seed-0/store-tcam-diff-encoded"]
+    alike = Plan(tmp_path, TINY.model_copy(update={"latents_changes": TINY.encode_changes})).steps(3)
+    assert [s.name for s in alike if s.arguments()[0] == "encode"] == ["seed-0/store-tcam-diff-encoded", latents]
+    assert "validation=seed-0/store-tcam-diff-encoded" in next(s for s in alike if s.name == "seed-0/diffusion").arguments()
+
+
+def test_the_generators_of_table_3_are_chosen(tmp_path):
+    chosen = Plan(tmp_path, TINY.model_copy(update={"generators": ["gaussian", "no-cross"]}))
+    assert list(chosen.generators) == ["no-cross", "gaussian"]
+    names = [s.name for s in chosen.steps(3)]
+    assert {n for n in names if "pair" in n} == {"seed-0/pair-no-cross", "seed-0/pair-gaussian"}
+    assert not [n for n in names if "ldm" in n or "concatenated" in n]
+    with pytest.raises(UserError, match="generators"):
+        TableConfig.load("small", ["generators=[unknown]"])
 
 
 def test_statistics_of_several_seeds_have_their_deviation():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -10,6 +10,7 @@ from tcam_diff.config import Config
 from tcam_diff.training.config import Count
 
 Changes = Annotated[list[str], Field(description="KEY=VALUE changes of a preset")]
+Generator = Literal["ldm-vae-gan", "ldm-vq-gan", "concatenated", "no-cross", "no-prior", "one-head", "gaussian"]
 
 
 class TableConfig(Config):
@@ -52,6 +53,10 @@ class TableConfig(Config):
     ldm_vae_gan_changes: Changes = Field(default=[])
     ldm_vq_gan: Annotated[str, Field(description="preset of `tcam baseline train`")] = "ldm-vq-gan"
     ldm_vq_gan_changes: Changes = Field(default=[])
+    generators: Annotated[
+        list[Generator] | None,
+        Field(description="generators of table 3 beside ours; null: all of them"),
+    ] = None
     samples: Annotated[Count, Field(description="volumes drawn from each generator")] = 200
     sample_steps: Annotated[Count, Field(description="steps of `tcam sample`")] = 50
     size: Annotated[Count, Field(description="voxels along each axis for comparisons of generated volumes")] = 64

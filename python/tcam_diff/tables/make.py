@@ -207,7 +207,8 @@ def _figure5(plan: Plan) -> bytes:
               for i, r in enumerate(real)]  # fmt: skip
     strips += _samples(plan, "diffusion", of.TITLES[OURS])
     for name in ("ldm-vae-gan", "ldm-vq-gan", "gaussian"):
-        strips += _samples(plan, name, GENERATORS[name])
+        if name in plan.generators:
+            strips += _samples(plan, name, GENERATORS[name])
     return png(sheet(strips, 4))
 
 
@@ -229,5 +230,6 @@ def _figure6(plan: Plan) -> bytes:
 def _figure7(plan: Plan) -> bytes:
     strips = _samples(plan, "diffusion", of.TITLES[OURS])
     for name in ("no-cross", "concatenated"):
-        strips += _samples(plan, name, GENERATORS[name])
+        if name in plan.generators:
+            strips += _samples(plan, name, GENERATORS[name])
     return png(sheet(strips, 4))

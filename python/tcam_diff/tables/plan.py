@@ -22,10 +22,13 @@ GENERATORS = {
     "one-head": "ours with one velocity head, unit prior, straight path (PRDiT's later recipe)",
     "gaussian": "Gaussian of our latents",
 }
-#: Changes of the row "no-prior".
-NO_PRIOR = ("prior=none", "timesteps=stratified", "network.norm_groups=32")
-#: Changes of the row "one-head".
-ONE_HEAD = ("prior=unit", "network.heads=one", "timesteps=straight")
+#: Changes of our diffusion in the rows that are variants of it.
+VARIANTS = {
+    "concatenated": ("network.weights=concatenated",),
+    "no-cross": ("network.cross=none",),
+    "no-prior": ("prior=none", "timesteps=stratified", "network.norm_groups=32"),
+    "one-head": ("prior=unit", "network.heads=one", "timesteps=straight"),
+}
 #: Steps of trainings that end by their time.
 MANY = 1_000_000
 
@@ -60,7 +63,8 @@ class Plan:
         """Titles of the generators of table 3 beside ours, by folder."""
         c = self.config
         plain = DiffusionConfig.load(c.diffusion, c.diffusion_changes).prior == "none"
-        return {name: title for name, title in GENERATORS.items() if not (plain and name == "no-prior")}
+        wanted = [n for n in GENERATORS if (c.generators is None or n in c.generators) and not (plain and n == "no-prior")]
+        return {name: GENERATORS[name] for name in wanted}
 
     def steps(self, table: int) -> list[Step]:
         """Steps of a table, with those of other tables that it needs."""
@@ -135,9 +139,9 @@ class Plan:
     # ---- stage 2 ------------------------------------------------------------------------
 
     def _held_out(self, seed: int) -> str:
-        """Latents of the held-out volumes for stage 2."""
-        ours = f"seed-{seed}/store-{OURS}"
-        return f"{ours}-encoded" if self.config.latents_changes is None else f"{ours}-held-out-latents"
+        """Latents of the held-out volumes for stage 2: those of table 1 where they are encoded alike."""
+        c, ours = self.config, f"seed-{seed}/store-{OURS}"
+        return f"{ours}-encoded" if c.latents_changes in (None, c.encode_changes) else f"{ours}-held-out-latents"
 
     def _latents(self, seed: int) -> list[Step]:
         """Latents of training and held-out volumes for stage 2."""
@@ -145,9 +149,10 @@ class Plan:
         if c.latents_changes is None:
             return [step(f"{ours}-latents", f"export-latents {ours} --out {ours}-latents -q")]
         sets = {"train": f"{ours}-latents", c.held_out: self._held_out(seed)}
-        return [
+        made = [
             step(out, f"encode {ours} store --split {split} --out {out} -q", *c.latents_changes) for split, out in sets.items()
         ]
+        return [s for s in made if s.name != f"{ours}-encoded"]  # a step of table 1
 
     def _diffusion(self, name: str, seed: int, *changes: str) -> list[Step]:
         c, run, ours = self.config, f"seed-{seed}/{name}", f"seed-{seed}/store-{OURS}"
@@ -170,6 +175,13 @@ class Plan:
             step(f"{run}-samples", f"baseline sample {run} {self._drawn(run, seed)}"),
         ]
 
+    def _gaussian(self, seed: int) -> list[Step]:
+        run = f"seed-{seed}/gaussian"
+        return [
+            step(run, f"baseline train gaussian latents=seed-{seed}/store-{OURS}-latents --out {run}"),
+            step(f"{run}-samples", f"baseline sample {run} {self._drawn(run, seed)} --planes"),
+        ]
+
     def _drawn(self, run: str, seed: int) -> str:
         return f"--n {self.config.samples} --seed {seed} --out {run}-samples -q"
 
@@ -177,20 +189,12 @@ class Plan:
         c = self.config
         made = []
         for seed in range(self.seeds):
-            ours, gaussian = f"seed-{seed}/store-{OURS}", f"seed-{seed}/gaussian"
-            made += [
-                *self._stage1(seed),
-                *self._latents(seed),
-                *self._diffusion("diffusion", seed),
-                *self._diffusion("no-cross", seed, "network.cross=none"),
-                *self._diffusion("concatenated", seed, "network.weights=concatenated"),
-                *(self._diffusion("no-prior", seed, *NO_PRIOR) if "no-prior" in self.generators else []),
-                *self._diffusion("one-head", seed, *ONE_HEAD),
-                *self._latent_diffusion("ldm-vae-gan", seed),
-                *self._latent_diffusion("ldm-vq-gan", seed),
-                step(gaussian, f"baseline train gaussian latents={ours}-latents --out {gaussian}"),
-                step(f"{gaussian}-samples", f"baseline sample {gaussian} {self._drawn(gaussian, seed)} --planes"),
-            ]
+            made += [*self._stage1(seed), *self._latents(seed), *self._diffusion("diffusion", seed)]
+            for name in self.generators:
+                if name in VARIANTS:
+                    made += self._diffusion(name, seed, *VARIANTS[name])
+                else:
+                    made += self._gaussian(seed) if name == "gaussian" else self._latent_diffusion(name, seed)
         made.append(step("features", f"features train store size={c.size} --out features -q", resume=True))
         for seed in range(self.seeds):
             at = f"seed-{seed}"
