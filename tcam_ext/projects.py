@@ -1,0 +1,224 @@
+"""Modules in place of the sampling and decoding of other projects, made of a project's own decoder.
+
+    decode = tcam_ext.nn.from_eg3d(generator.decoder, box_warp=1.0)
+    decode(planes, coordinates)               # before: sample_from_planes, then the decoder: {"rgb": ..., "sigma": ...}
+    decode.grid(planes, (512, 512, 512))      # the same at the corners of a grid, without a tensor of coordinates
+
+A module shares the parameters of the decoder that it is given, so either can be trained. Formulas are those of
+:mod:`tcam_ext.conventions`; tests/ops/test_projects.py compares each module with its project's code, restated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tcam_ext import conventions
+from tcam_ext.conventions import Convention
+from tcam_ext.ops import decode_grid, decode_points
+
+#: Function that makes a project's result of the outputs before their activation, with channels along an axis.
+Finish = Callable[[Any, int], Any]
+Source = nn.Module | Mapping[str, Tensor]
+
+
+class ProjectDecoder(nn.Module):
+    """Sampling and decoding of a project, from planes and coordinates to its result.
+
+    Use a function ``from_...`` to make one.
+
+    Args:
+        decoder: the project's module, whose linear layers are taken in order, or its state_dict, which is copied.
+        convention: axes, padding, reduction and activations.
+        finish: function that makes the result.
+        half_width: coordinates at the edges of the planes are -half_width and half_width.
+        gains: function from a layer to the factors of its weight and its bias; None: 1.
+        fourier: frequencies B (C, n) of Fourier features sin(2 pi x B), cos(2 pi x B) before the first layer; None: none.
+        options: further options of every call.
+
+    Raises:
+        ValueError: the decoder has no linear layers, or a state_dict no weights.
+    """
+
+    def __init__(
+        self,
+        decoder: Source,
+        convention: Convention,
+        finish: Finish,
+        *,
+        half_width: float = 1.0,
+        gains: Callable[[Any], tuple[float, float]] | None = None,
+        fourier: Tensor | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if not half_width > 0:
+            raise ValueError(f"half_width: expected a positive number, got {half_width}")
+        self.decoder = decoder if isinstance(decoder, nn.Module) else linears(decoder)
+        self.convention, self.finish, self.half_width, self.gains = convention, finish, half_width, gains
+        self.register_buffer("fourier", fourier, persistent=False)
+        hidden = len(self.layers()) - (fourier is None)
+        activation = ("sine", *["relu"] * (hidden - 1)) if fourier is not None else convention.activation
+        self.options = {**convention.options, "activation": activation, **(options or {})}
+
+    def layers(self) -> list[Any]:
+        """The linear layers of the decoder, in order. Raises ValueError if there are none."""
+        found = [m for m in self.decoder.modules() if isinstance(w := getattr(m, "weight", None), Tensor) and w.dim() == 2]
+        if not found:
+            raise ValueError(f"decoder: expected a module with linear layers, got {type(self.decoder).__name__}")
+        return found
+
+    def _mlp(self) -> tuple[list[Tensor], list[Tensor | None]]:
+        weights, biases = [], []
+        if self.fourier is not None:  # a layer of sines: cos(x) = sin(x + pi/2)
+            count = self.fourier.shape[1]
+            weights.append(2 * math.pi * torch.cat((self.fourier.T, self.fourier.T)))
+            biases.append(torch.cat((self.fourier.new_zeros(count), self.fourier.new_full((count,), math.pi / 2))))
+        for m in self.layers():
+            of_weight, of_bias = (1.0, 1.0) if self.gains is None else self.gains(m)
+            weights.append(m.weight if of_weight == 1 else m.weight * of_weight)
+            biases.append(m.bias if m.bias is None or of_bias == 1 else m.bias * of_bias)
+        return weights, biases
+
+    def _bounds(self) -> list[tuple[float, float]] | None:
+        return None if self.half_width == 1 else [(-self.half_width, self.half_width)] * len(self.convention.coordinates[:3])
+
+    def forward(self, planes: Tensor | Sequence[Tensor], coordinates: Tensor, directions: Tensor | None = None) -> Any:
+        """Decode points.
+
+        Args:
+            planes: (B, planes, C, h, w), or (planes, C, h, w) for one object, or a list as of :func:`tcam_ext.decode_points`.
+            coordinates: (B, N, 3), or (..., 3) for one object, from -half_width to half_width where the planes are.
+            directions: not read, as in the projects whose decoders take them.
+
+        Returns:
+            The project's result, with the shape of the coordinates but for the last axis.
+        """
+        weights, biases = self._mlp()
+        one = isinstance(planes, Tensor) and planes.dim() == 4
+        shape = coordinates.shape[:-1]
+        if one:
+            planes, coordinates = planes[None], coordinates.reshape(1, -1, coordinates.shape[-1])
+        out = decode_points(planes, weights, biases, coordinates, bounds=self._bounds(), **self.options)
+        parts = [z[0].reshape(*shape, -1) if one else z for z in (out if isinstance(out, tuple) else (out,))]
+        return self.finish(parts, -1)
+
+    def grid(self, planes: Tensor | Sequence[Tensor], size: Sequence[int], **options: Any) -> Any:
+        """Decode a grid over the planes: the project's result, with channels at axis 1 and voxels (B, C, H, W, D) after it.
+
+        Args:
+            planes: as in :meth:`forward`.
+            size: voxels along the axes.
+            options: of :func:`tcam_ext.decode_grid`, such as ``box``.
+        """
+        weights, biases = self._mlp()
+        if isinstance(planes, Tensor) and planes.dim() == 4:
+            planes = planes[None]
+        out = decode_grid(planes, weights, biases, size, **{"grid": self.convention.grid, **self.options, **options})
+        return self.finish(list(out) if isinstance(out, tuple) else [out], 1)
+
+
+def linears(state: Mapping[str, Tensor]) -> nn.ModuleList:
+    """Linear layers with copies of the matrices in a state_dict, in its order, and of the biases beside them."""
+    layers = nn.ModuleList()
+    for name, weight in state.items():
+        if weight.dim() != 2 or not name.endswith("weight"):
+            continue
+        bias = state.get(f"{name.removesuffix('weight')}bias")
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, weight.device, weight.dtype)
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+            if bias is not None:
+                layer.bias.copy_(bias)
+        layers.append(layer)
+    if not len(layers):
+        raise ValueError(
+            f"decoder: expected a state_dict with matrices named ...weight, got {', '.join(list(state)[:4]) or 'none'}"
+        )
+    return layers
+
+
+def _colours(parts: list[Tensor], axis: int) -> dict[str, Tensor]:
+    """EG3D's and OpenLRM's result: colours in (-0.001, 1.001) of the outputs after the first, which is the density."""
+    (z,) = parts
+    count = z.shape[axis]
+    return {"rgb": torch.sigmoid(z.narrow(axis, 1, count - 1)) * 1.002 - 0.001, "sigma": z.narrow(axis, 0, 1)}
+
+
+def from_eg3d(decoder: Source, box_warp: float = 1.0, *, legacy: bool = True, lr_multiplier: float = 1.0) -> ProjectDecoder:
+    """EG3D's ``sample_from_planes`` and OSGDecoder. The result is {"rgb": (B, N, 32), "sigma": (B, N, 1)}.
+
+    Args:
+        decoder: the OSGDecoder, or its state_dict.
+        box_warp: ``rendering_kwargs["box_warp"]``, the width of the cube of the planes.
+        legacy: the plane axes of the released checkpoints; False: those of the fix in EG3D's issue 67.
+        lr_multiplier: ``decoder_lr_mul``, for a state_dict: a module knows its gains.
+    """
+
+    def gains(layer: Any) -> tuple[float, float]:
+        if hasattr(layer, "weight_gain"):
+            return float(layer.weight_gain), float(layer.bias_gain)
+        return lr_multiplier / math.sqrt(layer.weight.shape[1]), lr_multiplier
+
+    of = conventions.eg3d_legacy if legacy else conventions.eg3d
+    return ProjectDecoder(decoder, of, _colours, half_width=box_warp / 2, gains=gains)
+
+
+def from_openlrm(decoder: Source, box_warp: float = 2.0) -> ProjectDecoder:
+    """OpenLRM's ``sample_from_planes`` and OSGDecoder, and those of its descendants.
+
+    The result is {"rgb": (B, N, 3), "sigma": (B, N, 1)}.
+
+    Args:
+        decoder: the OSGDecoder, or its state_dict.
+        box_warp: the width of the cube of the planes.
+    """
+    return ProjectDecoder(decoder, conventions.openlrm, _colours, half_width=box_warp / 2)
+
+
+def from_triposr(decoder: Source, radius: float = 0.87) -> ProjectDecoder:
+    """TripoSR's ``query_triplane`` and NeRFMLP.
+
+    The result is {"density", "features", "density_act", "color"}, with density_act = trunc_exp(density - 1) and color =
+    sigmoid(features).
+
+    Args:
+        decoder: the NeRFMLP, or its state_dict.
+        radius: ``radius`` of the renderer's configuration, half the width of the cube of the planes.
+    """
+
+    def finish(parts: list[Tensor], axis: int) -> dict[str, Tensor]:
+        act, z = parts
+        features = z.narrow(axis, 1, z.shape[axis] - 1)
+        return {
+            "density": z.narrow(axis, 0, 1),
+            "features": features,
+            "density_act": act.narrow(axis, 0, 1),
+            "color": torch.sigmoid(features),
+        }
+
+    options = {"output_activation": "trunc_exp(-1)", "return_preactivation": True}
+    return ProjectDecoder(decoder, conventions.triposr, finish, half_width=radius, options=options)
+
+
+def from_nfd(net: Source, fourier: Tensor | None = None) -> ProjectDecoder:
+    """NFD's sum of planes, Fourier features and network. The result is the network's output (B, N, channels).
+
+    Args:
+        net: the network ``MultiTriplane.net``, or its state_dict.
+        fourier: frequencies (C, n); None: the matrix ``_B`` or ``B`` in the network or state_dict, if there is one.
+    """
+    if fourier is None:
+        if isinstance(net, nn.Module):
+            named = {n.rpartition(".")[2]: t for n, t in (*net.named_parameters(), *net.named_buffers())}
+            plain = {k: v for m in net.modules() for k, v in vars(m).items() if isinstance(v, Tensor)}
+        else:
+            named, plain = {n.rpartition(".")[2]: t for n, t in net.items()}, {}
+        found = {**plain, **named}
+        fourier = next((found[n].detach() for n in ("_B", "B") if n in found), None)
+    options = {} if fourier is not None else {"activation": "relu"}
+    return ProjectDecoder(net, conventions.nfd, lambda parts, _: parts[0], fourier=fourier, options=options)
