@@ -299,6 +299,38 @@ def test_ab2_has_second_order_on_uneven_grids():
 # ---- in training and sampling --------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("directions", "white"), [(0, True), (0, False), (3, False), (7, True)])
+def test_the_flow_is_the_root_of_the_covariance(directions, white):
+    """Checked against the eigenvectors of S at angles of a batch, and at one for all rows."""
+    p = some_prior(directions=directions, white=white)
+    p = GaussianPrior(p.channels, p.sizes, p.mean.float(), p.floor.float(), 4 * p.directions.float()).double()
+    values, vectors = torch.linalg.eigh(covariance(p))
+    etas = torch.tensor([0.0, 1e-3, 0.3, 1.2, 1.57, math.pi / 2], dtype=torch.float64)
+    x = torch.randn(len(etas), len(p.mean), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    c, s = etas.cos()[:, None], etas.sin()[:, None]
+    root = (values / (c.square() * values + s.square())).sqrt()
+    expected = p.mean + (((x - c * p.mean) @ vectors) * root) @ vectors.T
+    near = {"rtol": 0, "atol": 1e-3 * float(expected.abs().max())}
+    torch.testing.assert_close(p.flow(x, etas), expected, **near)
+    alone = torch.cat([p.flow(x[i : i + 1], etas[i : i + 1]) for i in range(len(x))])
+    torch.testing.assert_close(alone, expected, **near)
+    together = p.flow(x, etas[3:4])
+    torch.testing.assert_close(together[3], expected[3], **near)
+
+
+def test_the_flow_is_the_end_of_the_ode():
+    p = some_prior()
+    x = torch.randn(4, len(p.mean), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def estimate(x, eta):
+        return Estimate(x, *p(x, torch.full((1,), eta)), eta)
+
+    for share in (1.0, 0.6, 0.1):
+        end = Solver("rk4", "x").solve(x, arc(800, share), estimate)
+        error = (p.flow(x, torch.tensor([share * math.pi / 2])) - end).abs().max()
+        assert float(error) < 1e-3 * float(end.abs().max())
+
+
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory):
     return runs.make_latents(tmp_path_factory.mktemp("set") / "latents", count=12)

@@ -10,7 +10,7 @@ import torch
 from tcam_diff.diffusion.config import Method
 from tcam_diff.diffusion.interop import ArcScheduler
 from tcam_diff.diffusion.process import Estimate
-from tcam_diff.diffusion.solver import METHODS, Solver, arc
+from tcam_diff.diffusion.solver import METHODS, STOCHASTIC, Solver, arc
 
 W, M, S = np.array([0.3, 0.5, 0.2]), np.array([-1.2, 0.4, 1.3]), np.array([0.1, 0.15, 0.2])
 _SCALE = math.sqrt((W * (M**2 + S**2)).sum())
@@ -168,7 +168,7 @@ def test_monais_scheduler_and_the_solver_are_one_integration(method, final):
 
 
 def test_every_method_has_its_name_in_the_configuration():
-    assert set(get_args(Method)) == {*METHODS, "hot", "multirate"}
+    assert set(get_args(Method)) == {*METHODS, *STOCHASTIC, "multirate"}
 
 
 def test_the_scheduler_has_its_name_in_bundles_of_version_0_1():

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import time
+import warnings
 
 import pytest
 import runs
@@ -399,3 +400,12 @@ def test_a_damaged_model_is_refused(uninterrupted, tmp_path):
         TriplaneDiffusion.load(tmp_path)
     index = json.loads((uninterrupted / "model" / "model.json").read_text())
     assert index["provenance"]["volumes"] == 6
+
+
+def test_normalising_every_channel_alone_is_warned_of(latents, tmp_path):
+    """Then classes and times, which are added to channels, have no effect."""
+    with pytest.warns(UserWarning, match=r"norm_groups=32 with network.base=8 .* take at most 4"):
+        DiffusionTraining(runs.diffusion_config(latents, "network.norm_groups=32"), Distributed(), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DiffusionTraining(runs.diffusion_config(latents, "network.norm_groups=4"), Distributed(), tmp_path)

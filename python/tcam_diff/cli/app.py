@@ -12,10 +12,12 @@ from tcam_diff.cli import (
     check_data,
     compare,
     decode,
+    distill,
     encode,
     estimate,
     evaluate,
     export_bundle,
+    export_model,
     features,
     fit,
     interpolate,
@@ -51,11 +53,13 @@ app.command("ablate")(ablate.command)
 app.command("encode")(encode.encode_command)
 app.command("export-latents")(encode.export_command)
 app.command("train-diffusion")(train_diffusion.command)
+app.command("distill")(distill.command)
 app.command("sample")(sample.command)
 app.command("table")(table.table_command)
 app.command("figure")(table.figure_command)
 app.command("interpolate")(interpolate.command)
 app.command("export-bundle")(export_bundle.command)
+app.command("export-model")(export_model.command)
 app.command("report")(report.command)
 app.command("make-cohort")(make_cohort.command)
 

@@ -11,6 +11,8 @@ from tcam_diff import config as configs
 from tcam_diff.cli.common import ComputeDtype, Quiet, progress_bar, say, stop_on_interrupt
 from tcam_diff.diffusion.config import Grid, Method, SampleConfig
 from tcam_diff.errors import UserError
+from tcam_diff.pretrained import names
+from tcam_diff.pretrained import pretrained as packaged
 from tcam_diff.text import size_text
 
 if TYPE_CHECKING:
@@ -20,8 +22,15 @@ if TYPE_CHECKING:
 
 # Half of these lines are options: typer reads them from the signature.
 def command(
-    model: Annotated[Path, typer.Argument(help="A run of `tcam train-diffusion`, or a model's folder.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the volumes; existing ones are kept.")],
+    model: Annotated[
+        Path | None,
+        typer.Argument(help="A run of `tcam train-diffusion` or `tcam distill`, or a model's folder.", show_default=False),
+    ] = None,
+    pretrained: Annotated[
+        str | None,
+        typer.Option(help=f"A model of the package instead of MODEL: {', '.join(names())}.", show_default=False),
+    ] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Number of volumes.")] = 4,
     first: Annotated[int, typer.Option(min=0, help="Number of the first sample; sample i is the same in any command.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
@@ -29,7 +38,9 @@ def command(
         tuple[int, int, int] | None,
         typer.Option(help="Voxels along the axes. [default: as the training volumes]", show_default=False),
     ] = None,
-    solver: Annotated[Method, typer.Option(help="Solver of the ODE; hot is stochastic.")] = "heun",
+    solver: Annotated[
+        Method, typer.Option(help="Solver of the ODE; hot and consistency (for models of `tcam distill`) are stochastic.")
+    ] = "heun",
     steps: Annotated[
         int, typer.Option(min=1, help="Intervals, each of one evaluation of the network or several (heun: two).")
     ] = 50,
@@ -41,6 +52,13 @@ def command(
     ] = "auto",
     final: Annotated[str, typer.Option(help="Result; x0: the last estimate of the planes; x: the integrated state.")] = "x0",
     label: Annotated[str | None, typer.Option(help="Class of the samples, for models with labels.")] = None,
+    spacing: Annotated[
+        tuple[float, float, float] | None,
+        typer.Option(
+            help="Voxel sizes in mm, for models trained with spacing=true. [default: those of random training volumes]",
+            show_default=False,
+        ),
+    ] = None,
     hot_k: Annotated[int, typer.Option(min=1, help="Intervals that hot jumps ahead before it adds noise.")] = 2,
     guidance_scale: Annotated[
         float, typer.Option(min=0, help="Scale of classifier-free guidance, with --label; 1: none.")
@@ -95,9 +113,13 @@ def command(
     from tcam_diff.diffusion.model import find_model
     from tcam_diff.training.distributed import first_process
 
+    if (model is None) == (pretrained is None):
+        raise UserError("MODEL: give a run or a model's folder, or --pretrained NAME, and not both")
+    source = packaged(pretrained) if pretrained is not None else model
+    assert source is not None
     settings = {
         "solver": solver, "steps": steps, "grid": grid, "final": final, "guidance_scale": guidance_scale, "seed": seed,
-        "hot_k": hot_k,
+        "hot_k": hot_k, "spacing": spacing,
     }  # fmt: skip
     config = configs.validate(SampleConfig, settings, "sample")
     if guidance_scale != 1 and label is None:
@@ -112,14 +134,15 @@ def command(
     output, indices = Output(out, size, dtype, planes, labels), range(first, first + n)
 
     def started(loaded: TriplaneDiffusion, kept: int) -> None:
+        shape = size_text(size or loaded.geometry.info.shape)
         say(
-            f"{find_model(model)}: {n} volumes, {size_text(size or loaded.geometry.info.shape)}, {solver} with {steps} steps"
+            f"{pretrained or find_model(source)}: {n} volumes, {shape}, {solver} with {steps} steps"
             + (f"; {kept} already exist" if kept else "")
         )
 
     with progress_bar("sampling", quiet) as show, stop_on_interrupt("the same command continues") as stop:
         done = draw_samples(
-            model, output, indices, config, label=label, guide=guide, batch_size=batch_size, compute=compute_dtype,
+            source, output, indices, config, label=label, guide=guide, batch_size=batch_size, compute=compute_dtype,
             device=device, started=None if quiet else started, progress=show, stop=stop,
         )  # fmt: skip
     if not done:

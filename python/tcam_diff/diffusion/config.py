@@ -12,7 +12,7 @@ from tcam_diff.text import size_text
 from tcam_diff.training.config import Count, Rate, RunConfig
 
 Grid = Literal["auto", "uniform", "spectrum"]
-Method = Literal["euler", "frozen", "ddim", "midpoint", "heun", "rk4", "ab2", "hot", "multirate"]
+Method = Literal["euler", "frozen", "ddim", "midpoint", "heun", "rk4", "ab2", "hot", "multirate", "consistency"]
 
 
 class NetworkConfig(Config):
@@ -100,6 +100,13 @@ class DiffusionConfig(RunConfig):
         None
     )
     labels: Annotated[str | None, Field(description="CSV with columns name and label, for classes; null: no classes")] = None
+    spacing: Annotated[
+        bool,
+        Field(
+            description="condition the network on the volumes' voxel sizes, where fields of view differ (CT of one shape); not "
+            "in the paper"
+        ),
+    ] = False
     latent_dtype: Annotated[Literal["float32", "bfloat16"], Field(description="type of the planes in memory")] = "float32"
     center: Annotated[
         bool,
@@ -165,6 +172,28 @@ class DiffusionConfig(RunConfig):
         return self
 
 
+class DistillConfig(RunConfig):
+    """Distillation to a model of one to four evaluations (``diffusion/distill.py``)."""
+
+    kind = "distill"
+
+    model: Annotated[str, Field(description="run of `tcam train-diffusion`, or a model's folder, trained with a prior")]
+    steps: Count = 800
+    batch: Annotated[int, Field(ge=1, description="trajectories at a time, and states of a step")] = 16
+    teacher_steps: Annotated[int, Field(ge=2, description="intervals of a trajectory, by the solver multirate")] = 8
+    updates: Annotated[Count, Field(description="steps with the same trajectories")] = 4
+    lr: Rate = 5e-4
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    grad_clip: Annotated[float, Field(gt=0, description="largest gradient norm")] = 1.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1, description="decay of the average that is kept, with warm-up")] = 0.99
+    compute_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        Field(description="type of the products; auto: bfloat16 if the machine multiplies it"),
+    ] = "auto"
+    evaluate_volumes: Annotated[Count, Field(description="trajectories of an evaluation")] = 16
+
+
 class SampleConfig(Config):
     """Integration from noise to planes (algorithm.md 2.2)."""
 
@@ -183,6 +212,10 @@ class SampleConfig(Config):
     ] = "x0"
     guidance_scale: Annotated[float, Field(ge=0, description="scale of classifier-free guidance; 1: none")] = 1.0
     seed: Annotated[int, Field(ge=0)] = 0
+    spacing: Annotated[
+        tuple[Rate, Rate, Rate] | None,
+        Field(description="voxel sizes in mm, for models trained with spacing=true; null: those of random training volumes"),
+    ] = None
 
 
 def presets_text(texels: tuple[int, int, int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from tcam_diff.autodecoder.latents import LatentSet
 from tcam_diff.autodecoder.planes import PLANE_NAMES
 from tcam_diff.data.volume import VolumeInfo, VolumeRecord
 from tcam_diff.diffusion.process import flip
+from tcam_diff.diffusion.spacing import of_volume
 from tcam_diff.errors import UserError
 
 
@@ -107,6 +109,11 @@ class LatentData:
     def channels(self) -> int:
         """Channels C of the planes."""
         return self.planes[0].shape[1]
+
+    @functools.cached_property
+    def spacings(self) -> Tensor:
+        """Voxel sizes of the volumes (N, 3) in mm."""
+        return torch.tensor([of_volume(e.info) for e in self.set.entries])
 
     def rows(self, indices: Sequence[int] | Tensor) -> list[Tensor]:
         """Planes (B, C, rows, columns) of some volumes, in float32."""

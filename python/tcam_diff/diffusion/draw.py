@@ -28,6 +28,8 @@ from tcam_diff.diffusion.guidance import ImageGuidance
 from tcam_diff.diffusion.model import TriplaneDiffusion
 from tcam_diff.diffusion.report import plane_strip
 from tcam_diff.diffusion.sampling import Sampler
+from tcam_diff.diffusion.solver import STOCHASTIC
+from tcam_diff.diffusion.spacing import of_volume
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation.picture import plt, sheet, tiled
 from tcam_diff.files import locked_folder, replacing, sha256, write_bytes, write_text
@@ -111,6 +113,8 @@ def draw_samples(
         class_index, guidance = model.label(label), None if guide is None else guide(model)
         sampler = Sampler(model, config)
         sampler.check()
+        if guidance is not None and model.spacings is not None:
+            raise UserError("--known: not for models that depend on voxel sizes (trained with spacing=true)")
         listed = output.labels or (out / LIST).is_file()
         if output.labels and not model.geometry.info.label_maps:
             raise UserError(f"--labels: {NO_MAPS}")
@@ -133,7 +137,7 @@ def draw_samples(
             drawn = _draw(sampler, mine, class_index, guidance, batch_size, stop)
             for done, (index, planes, details) in enumerate(drawn, 1):
                 details["device"] = model.device.type
-                files[index].write(model.volume(planes), plane_strip(model, planes), settings, details)
+                files[index].write(model.volume(planes, details.get("spacing")), plane_strip(model, planes), settings, details)
                 if progress is not None and group.first:
                     progress(Progress(done, len(mine)))
         except _Stopped:
@@ -194,11 +198,13 @@ def _draw(
             residuals.append(residual)
             check()
 
-        planes = sampler.sample(batch, label, correct, watch)
+        planes, sizes = sampler.sample(batch, label, correct, watch), sampler.sizes(batch)
         mean = torch.stack(residuals).double().mean(0).tolist()
         for row, i in enumerate(batch):
             check()
             details = {"index": i, "batch": len(batch), "residual_mean_square": mean[row]}
+            if sizes is not None:
+                details["spacing"] = sizes[row].tolist()
             yield i, [p[row : row + 1] for p in planes], details
 
 
@@ -318,8 +324,8 @@ def draw_between(
         UserError: the planes do not fit the model, the solver is stochastic, or the folder has another interpolation.
     """
     config = (config or SampleConfig()).model_copy(update={"final": "x"})
-    if config.solver == "hot":
-        raise UserError("--solver: hot is stochastic and has no inverse; choose another solver")
+    if config.solver in STOCHASTIC:
+        raise UserError(f"--solver: {config.solver} is stochastic and has no inverse; choose another solver")
     model = TriplaneDiffusion.load(folder, device_of(device), compute)
     class_index, latent_set, out = model.label(label), LatentSet(latents), Path(output.folder)
     latent_set.check_decoder(model.decoder, folder)
@@ -345,8 +351,13 @@ def draw_between(
             raise UserError(f"{record}: exists, of another interpolation; choose another folder")
         write_text(record, json.dumps(settings, indent=1))
         strips: list[tuple[str, np.ndarray]] = []
-        for i, planes in enumerate(Sampler(model, config).interpolate(ends[0], ends[1], n, class_index)):
-            decode_to_file(model.volume(planes), out / f"{i:02d}-of-{n}.nii.gz", shape, output.dtype)
+        sizes = None
+        if model.spacings is not None:  # equal ratios from one end to the other
+            first, last = (torch.tensor(of_volume(e.info)) for e in entries)
+            sizes = [first * (last / first) ** (i / (n - 1)) for i in range(n)]
+        for i, planes in enumerate(Sampler(model, config).interpolate(ends[0], ends[1], n, class_index, sizes)):
+            volume = model.volume(planes, None if sizes is None else sizes[i].tolist())
+            decode_to_file(volume, out / f"{i:02d}-of-{n}.nii.gz", shape, output.dtype)
             strips.append((f"{i / (n - 1):.2f}", plane_strip(model, planes)))
             if progress is not None:
                 progress(Progress(i + 1, n))

@@ -41,11 +41,19 @@ def latent_shape(model: TriplaneDiffusion) -> tuple[int, ...]:
     return (3 * model.channels, *sizes.pop()) if len(sizes) == 1 else (model.length,)
 
 
+def check_model(model: TriplaneDiffusion) -> None:
+    """Raise UserError for a model from which MONAI's inferers cannot draw."""
+    if model.spacings is not None or model.consistency:
+        what = "depends on voxel sizes (spacing=true)" if model.spacings is not None else "is one of `tcam distill`"
+        raise UserError(f"the model {what}, and MONAI's inferers cannot draw from it; take `tcam sample`")
+
+
 class Network(nn.Module):
     """The network with MONAI's interface: noisy latents (B, N, ...) to (B, 2N, ...), noise first, then planes."""
 
     def __init__(self, model: TriplaneDiffusion) -> None:
         super().__init__()
+        check_model(model)
         self.model = model
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
@@ -266,6 +274,7 @@ def export_bundle(model: TriplaneDiffusion, folder: Path, name: str, version: st
 
     Raises UserError if the folder has other content.
     """
+    check_model(model)
     metadata = folder / "configs" / "metadata.json"
     if folder.exists() and not metadata.is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is not a bundle; choose another folder")

@@ -30,6 +30,7 @@ from tcam_diff.diffusion.data import Centre, LatentData, typical
 from tcam_diff.diffusion.network import TriplaneUNet
 from tcam_diff.diffusion.prior import GaussianPrior, Sizes
 from tcam_diff.diffusion.process import pack, unpack
+from tcam_diff.diffusion.spacing import Spacings, with_spacing
 from tcam_diff.errors import UserError
 from tcam_diff.files import writable_folder
 from tcam_diff.folder import Folder, tensor_bytes
@@ -68,6 +69,9 @@ class TriplaneDiffusion(nn.Module):
         provenance: origin of the model, for its index.
         prior: skip around the network; None: its heads are the estimates.
         variances: smallest and largest variance of the states' modes, for the grid of solvers; None: not known.
+        consistency: whether the network estimates the planes to which a state's trajectory leads (`tcam distill`), instead of
+            the mean of the planes given the state. Needs a prior.
+        spacings: voxel sizes of the training volumes, on which the estimates depend; None: they do not.
     """
 
     def __init__(
@@ -81,8 +85,11 @@ class TriplaneDiffusion(nn.Module):
         provenance: dict[str, Any] | None = None,
         prior: GaussianPrior | None = None,
         variances: tuple[float, float] | None = None,
+        consistency: bool = False,
+        spacings: Spacings | None = None,
     ) -> None:
         super().__init__()
+        self.consistency, self.spacings = consistency, spacings
         self.network, self.decoder, self.prior, self.variances = network, decoder, prior, variances
         self.config, self.stage1, self.geometry, self.centre = config, stage1, geometry, centre
         self.provenance = provenance or {}
@@ -120,6 +127,8 @@ class TriplaneDiffusion(nn.Module):
         digest = hashlib.sha256(f"{text}{other or ''}".encode())
         means = [] if self.centre is None else [*self.centre.mean, torch.tensor(self.centre.scale)]
         means += [] if self.variances is None else [torch.tensor(self.variances)]
+        means += [torch.ones(1)] if self.consistency else []
+        means += [] if self.spacings is None else [self.spacings.sizes]
         means += [] if self.prior is None else self.prior.state_dict().values()
         for t in (*self.network.state_dict().values(), *means, *self.decoder.state_dict().values()):
             digest.update(t.detach().cpu().contiguous().numpy().tobytes())
@@ -141,13 +150,14 @@ class TriplaneDiffusion(nn.Module):
 
     # ---- states and planes ---------------------------------------------------------------
 
-    def estimate(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    def estimate(self, x: Tensor, t: Tensor, labels: Tensor | None = None, sizes: Tensor | None = None) -> Tensor:
         """Estimate noise and planes.
 
         Args:
             x: states (B, M).
             t: timesteps (B,) in [0, 1000].
             labels: class indices (B,); None: no classes.
+            sizes: voxel sizes (B, 3) in mm, of a model with ``spacings``.
 
         Returns:
             (B, 2M), noise, then planes.
@@ -155,8 +165,11 @@ class TriplaneDiffusion(nn.Module):
         dtype = self.computing
         with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16), _no_tf32(x.device, dtype):
             state = unpack(x.to(self.network.enter.weight.dtype), self.channels, self.geometry.sizes)
-            noise, x0 = self.network(state, t, labels)
-            if self.prior is not None:
+            numbers = None if self.spacings is None or sizes is None else self.spacings.condition(sizes)
+            noise, x0 = self.network(state, t, labels, numbers)
+            if self.prior is not None and self.consistency:
+                noise, x0 = self.prior.combine_flow(state, t, x0)
+            elif self.prior is not None:
                 noise, x0 = self.prior.combine(state, t, noise, x0)
         return torch.cat([pack(noise), pack(x0)], 1).to(x.dtype)
 
@@ -174,33 +187,47 @@ class TriplaneDiffusion(nn.Module):
         values: Tensor = self.decoder(list(planes), tuple(size or self.geometry.info.shape), compute_dtype=self.decoding)
         return values.float().clamp(0, 1)
 
-    def volume(self, planes: Sequence[Tensor]) -> FittedVolume:
-        """Planes (1, C, rows, columns) of one volume with the decoder, to decode to any size in physical units."""
-        return FittedVolume(list(planes), self.decoder, self.stage1, self.geometry.info)
+    def volume(self, planes: Sequence[Tensor], sizes: Sequence[float] | None = None) -> FittedVolume:
+        """Planes (1, C, rows, columns) of one volume with the decoder, to decode to any size in physical units.
+
+        ``sizes``: its voxel sizes in mm; None: those of the training volumes' middle one.
+        """
+        info = self.geometry.info
+        return FittedVolume(list(planes), self.decoder, self.stage1, info if sizes is None else with_spacing(info, sizes))
 
     # ---- files --------------------------------------------------------------------------
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the model. Files appear under their names only when all are written, the index last."""
+    def save(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
+        """Write the model. Files appear under their names only when all are written, the index last.
+
+        Args:
+            folder: folder of the model.
+            dtype: type of the network's weights and the prior's directions, float32 or bfloat16; the rest is float32.
+        """
         files = _folder(Path(folder))
         writable_folder(files.path)
-        tensors = dict(self.network.state_dict())
+        tensors = {n: t.to(dtype) for n, t in self.network.state_dict().items()}
         if self.centre is not None:
-            tensors |= {f"centre.{n}": m for n, m in zip(PLANE_NAMES, self.centre.mean, strict=True)}
+            tensors |= {f"centre.{n}": m.float() for n, m in zip(PLANE_NAMES, self.centre.mean, strict=True)}
         if self.config.prior == "gaussian" and self.prior is not None:
-            tensors |= {f"prior.{n}": t for n, t in self.prior.state_dict().items()}
+            tensors |= {
+                f"prior.{n}": t.to(dtype if n == "directions" else torch.float32) for n, t in self.prior.state_dict().items()
+            }
+        if self.spacings is not None:
+            tensors["spacings"] = self.spacings.sizes
         index = {
             "axis_order": "planes xy, yz, xz of volumes (channels, x, y, z) = file axes (i, j, k); first axis first",
             "channels": self.channels,
             "geometry": self.geometry.model_dump(mode="json"),
             "centre_scale": None if self.centre is None else self.centre.scale,
             "variances": self.variances,
+            "consistency": self.consistency,
             "config": self.config.model_dump(mode="json"),
             "stage1": self.stage1.model_dump(mode="json"),
             "provenance": self.provenance | {"tcam_ext": tcam_ext.__version__},
         }
-        states = {NETWORK: tensors, DECODER: self.decoder.state_dict()}
-        files.write(index, {name: tensor_bytes(t, dtype=torch.float32) for name, t in states.items()})
+        states = {NETWORK: tensor_bytes(tensors), DECODER: tensor_bytes(self.decoder.state_dict(), dtype=torch.float32)}
+        files.write(index, states)
 
     @staticmethod
     def load(
@@ -229,6 +256,7 @@ class TriplaneDiffusion(nn.Module):
                 config = config.model_copy(update={"compute_dtype": compute})
                 stage1 = stage1.model_copy(update={"compute_dtype": compute})
             tensors = files.read_tensors(NETWORK, sums[NETWORK])
+            tensors = {n: t.float() if t.dtype == torch.bfloat16 else t for n, t in tensors.items()}
             centre = None
             if index["centre_scale"] is not None:
                 centre = Centre(
@@ -237,11 +265,15 @@ class TriplaneDiffusion(nn.Module):
                 check_planes(centre.mean, (stage1.channels,))
                 if [tuple(m.shape[1:]) for m in centre.mean] != geometry.sizes:
                     raise ValueError(f"texels: {geometry.texels} are not those of the mean planes")
+            spacings = Spacings(tensors.pop("spacings")) if config.spacing else None
             prior = _prior(config, tensors, stage1.channels, geometry.sizes)
             variances = None
             if index.get("variances") is not None:
                 smallest, largest = _numbers("variances", index["variances"], 2)
                 variances = smallest, largest
+            consistency = index.get("consistency", False)
+            if not isinstance(consistency, bool) or (consistency and prior is None):
+                raise ValueError(f"consistency: expected true, with a prior, or false, got {shown(consistency)}")
             if index["channels"] != stage1.channels:
                 raise ValueError(f"channels: {index['channels']} of the network, {stage1.channels} of the decoder")
             provenance = dict(index["provenance"])
@@ -251,12 +283,14 @@ class TriplaneDiffusion(nn.Module):
             load_module(decoder, others)
         with files.reading(NETWORK):
             with torch.device("meta"):  # a damaged configuration may ask for any amount of memory
-                expected = TriplaneUNet(stage1.channels, config.network, len(geometry.classes)).state_dict()
+                expected = TriplaneUNet(stage1.channels, config.network, len(geometry.classes), 3 * config.spacing).state_dict()
             if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in tensors.items()}:
                 raise ValueError(f"its tensors are not those of the network in {INDEX}")
-            network = TriplaneUNet(stage1.channels, config.network, len(geometry.classes))
+            network = TriplaneUNet(stage1.channels, config.network, len(geometry.classes), 3 * config.spacing)
             load_module(network, tensors)
-        model = TriplaneDiffusion(network, decoder, config, stage1, geometry, centre, provenance, prior, variances)
+        model = TriplaneDiffusion(
+            network, decoder, config, stage1, geometry, centre, provenance, prior, variances, consistency, spacings
+        )
         model.network.placed(torch.device(device))
         return model.to(device)
 
@@ -303,7 +337,7 @@ def find_model(folder: Path) -> Path:
 
 def _folder(path: Path) -> Folder:
     remedy = "copy the model again, or write it again with `tcam train-diffusion --resume auto`"
-    return Folder(path, INDEX, "`tcam train-diffusion`", remedy, formats=(1, 2, 3))
+    return Folder(path, INDEX, "`tcam train-diffusion`", remedy, formats=(1, 2, 3, 4))
 
 
 def assemble(
@@ -314,6 +348,7 @@ def assemble(
     step: int,
     prior: GaussianPrior | None = None,
     variances: tuple[float, float] | None = None,
+    spacings: Spacings | None = None,
 ) -> TriplaneDiffusion:
     """Make the model of a network that was trained on ``data`` for ``step`` steps."""
     (x, y), (_, z) = data.planes[0].shape[2:], data.planes[1].shape[2:]
@@ -323,4 +358,6 @@ def assemble(
     stage1 = {k: v for k, v in data.set.index["provenance"].items() if k not in ("run", "store")}
     provenance = {"step": step, "volumes": len(data), "latents": data.digest, "stage1": stage1}
     decoder = data.set.decoder().to(network.enter.weight.device)
-    return TriplaneDiffusion(network, decoder, config, data.set.config, geometry, centre, provenance, prior, variances)
+    return TriplaneDiffusion(
+        network, decoder, config, data.set.config, geometry, centre, provenance, prior, variances, spacings=spacings
+    )

@@ -45,12 +45,17 @@ class Conv(nn.Module):
         return [F.conv2d(x, w, b, self.stride, self.padding) for x, w, b in zip(state, weights, biases, strict=True)]
 
 
+def groups_of(channels: int, most: int) -> int:
+    """Groups of a normalisation: the largest number up to ``most`` that divides the channels."""
+    return next(g for g in range(min(most, channels), 0, -1) if channels % g == 0)
+
+
 class Norm(nn.Module):
-    """Group normalisation of each plane. The number of groups is the largest up to ``groups`` that divides the channels."""
+    """Group normalisation of each plane, with :func:`groups_of` groups."""
 
     def __init__(self, channels: int, groups: int, weights: Weights) -> None:
         super().__init__()
-        self.groups = next(g for g in range(min(groups, channels), 0, -1) if channels % g == 0)
+        self.groups = groups_of(channels, groups)
         self.copies = 3 if weights == "independent" else 1
         self.weight = nn.Parameter(torch.ones(self.copies * channels))
         self.bias = nn.Parameter(torch.zeros(self.copies * channels))
@@ -214,9 +219,10 @@ class TriplaneUNet(nn.Module):
         channels: channels C of the planes.
         config: architecture; default: ``NetworkConfig()``.
         classes: number of classes; 0: no labels. Index ``classes`` means no label.
+        numbers: numbers of each volume on which the estimates depend; 0: none.
     """
 
-    def __init__(self, channels: int, config: NetworkConfig | None = None, classes: int = 0) -> None:
+    def __init__(self, channels: int, config: NetworkConfig | None = None, classes: int = 0, numbers: int = 0) -> None:
         super().__init__()
         self.config = config = config or NetworkConfig()
         self.channels, self.classes = channels, classes
@@ -226,6 +232,7 @@ class TriplaneUNet(nn.Module):
         self.time = nn.Sequential(nn.Linear(base, time), nn.SiLU(), nn.Linear(time, time))
         self.plane = nn.Embedding(3, time) if w == "shared" else None
         self.label = nn.Embedding(classes + 1, time) if classes else None
+        self.numbers = nn.Sequential(nn.Linear(numbers, time), nn.SiLU(), nn.Linear(time, time)) if numbers else None
         self.enter = Conv(across * channels, base, 3, w)
 
         self.down = nn.ModuleList()
@@ -253,13 +260,16 @@ class TriplaneUNet(nn.Module):
         self.to(device, dtype)
         return self.to(memory_format=torch.channels_last) if device.type == "cuda" else self
 
-    def forward(self, planes: Sequence[Tensor], t: Tensor, labels: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(
+        self, planes: Sequence[Tensor], t: Tensor, labels: Tensor | None = None, numbers: Tensor | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Estimate noise and planes.
 
         Args:
             planes: xy, yz, xz, (B, C, rows, columns), with rows and columns multiples of 2^(levels - 1).
             t: timesteps (B,) in [0, 1000].
             labels: (B,), 0 to ``classes`` - 1, or ``classes`` for no label; None: no labels.
+            numbers: (B, numbers), of a network that takes them.
 
         Returns:
             Noise and planes, each like ``planes``; with one head, the same tensors twice.
@@ -271,6 +281,10 @@ class TriplaneUNet(nn.Module):
         e = self.time(_sinusoids(t, self.config.base).to(self.enter.weight.dtype))
         if self.label is not None:
             e = e + self.label(torch.full(t.shape, self.classes, device=t.device) if labels is None else labels)
+        if self.numbers is not None:
+            if numbers is None:
+                raise ValueError("numbers: expected those of each volume, which this network takes; got None")
+            e = e + self.numbers(numbers.to(e))
         state = self._enter(planes)
         if self.plane is None:
             time = [e]

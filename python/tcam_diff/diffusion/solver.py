@@ -17,7 +17,8 @@ from torch import Tensor
 from tcam_diff.diffusion.prior import GaussianPrior
 from tcam_diff.diffusion.process import Estimate, decisive
 
-#: Longest interval of multirate in which the prior is integrated by one step of Heun's method, in log tan(eta).
+#: Longest interval of multirate in which the prior is integrated by one step of Heun's method, in log tan(eta), between the
+#: angles where its modes are decided. Elsewhere one step is enough.
 FINE = 0.3
 #: Factors of heads below which an evaluation tells nothing of them.
 LEAST_FACTOR = 1e-3
@@ -104,27 +105,49 @@ def hot(x: Tensor, etas: Sequence[float], k: int, draw: Draw) -> Steps:
     return x
 
 
+def consistency(x: Tensor, etas: Sequence[float], draw: Draw) -> Steps:
+    """Multistep sampling of consistency models: jump to the planes, then add the noise that takes them to the next angle."""
+    for a, b in pairwise(etas):
+        x0 = (yield x, a).x0
+        x = math.cos(b) * x0 + math.sin(b) * draw(x)
+    return x
+
+
 class _Heads:
-    """Network's heads around a prior, linear in log tan(eta) between the last two evaluations, and beyond as far again."""
+    """Network's heads around a prior, linear in log tan(eta) between the last two evaluations, and beyond as far again.
+
+    All tensors are coefficients in the prior's basis (B, M). The factors of the heads are those of channels, so the same there.
+    """
 
     def __init__(self, prior: GaussianPrior) -> None:
         self.prior = prior
+        self.low, self.high = decisive(prior.range)
         self.known: list[tuple[float, list[tuple[Tensor, Tensor]]]] = []  # eta, and each head with where it is known
 
     def learn(self, e: Estimate) -> None:
         """Take the heads of noise and planes from an evaluation. Where their factors are almost zero they are not known."""
-        own, scales = self._prior(e.x, e.eta)
+        own, scales = self._prior(self.enter(e.x), e.eta)
         heads = []
         for estimate, of_prior, scale in zip((e.noise, e.x0), own, scales, strict=True):
             known = scale.abs() > LEAST_FACTOR
-            heads.append((torch.where(known, (estimate - of_prior) / torch.where(known, scale, 1.0), 0.0), known))
+            head = (self.enter(estimate) - of_prior) / torch.where(known, scale, 1.0)
+            heads.append((torch.where(known, head, 0.0), known))
         self.known = [*self.known[-1:], (e.eta, heads)]
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Coefficients of states of any shape (B, ...)."""
+        return self.prior.transform(x.flatten(1))
+
+    def leave(self, x: Tensor, like: Tensor) -> Tensor:
+        """States of a shape (B, ...) with these coefficients."""
+        return self.prior.transform(x, inverse=True).view_as(like)
 
     def drift(self, x: Tensor, eta: float) -> Tensor:
         """dx/deta."""
         (noise, x0), (noise_scale, x0_scale) = self._prior(x, eta)
         noise_head, x0_head = self._at(eta)
-        return math.cos(eta) * (noise + noise_scale * noise_head) - math.sin(eta) * (x0 + x0_scale * x0_head)
+        noise, x0 = torch.addcmul(noise, noise_scale, noise_head), torch.addcmul(x0, x0_scale, x0_head)
+        return math.cos(eta) * noise - math.sin(eta) * x0
 
     def _at(self, eta: float) -> list[Tensor]:
         at, heads = self.known[-1]
@@ -140,38 +163,49 @@ class _Heads:
     def _prior(self, x: Tensor, eta: float) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """The prior's estimates of noise and planes, and the factors of the heads."""
         angle = torch.full((1,), eta, device=x.device)
-        noise, x0 = (e.view_as(x) for e in self.prior(x.flatten(1), angle))
-        noise_scale, x0_scale = (s.to(x).view(1, *x.shape[1:]) for s in self.prior.scales(angle))
-        return (noise, x0), (noise_scale, x0_scale)
+        noise_scale, x0_scale = (s.to(x) for s in self.prior.scales(angle))
+        return self.prior.of_coefficients(x, angle), (noise_scale, x0_scale)
 
     def move(self, x: Tensor, a: float, b: float) -> Tensor:
         """Integrate from a to b in fine steps of Heun's method."""
-        start, stop = _log_tan(a), _log_tan(b)
-        count = max(1, math.ceil(abs(stop - start) / FINE))
-        between = [math.atan(math.exp(start + (stop - start) * i / count)) for i in range(1, count)]
+        start, stop = (min(max(_log_tan(e), self.low), self.high) for e in (a, b))
+        count = math.ceil(abs(stop - start) / FINE)
+        inside = [math.atan(math.exp(start + (stop - start) * i / max(1, count))) for i in range(count + 1)]
+        between = [e for e in inside if min(a, b) < e < max(a, b)]
         for u, v in pairwise([a, *between, b]):
             k = self.drift(x, u)
             x = x + (v - u) / 2 * (k + self.drift(x + (v - u) * k, v))
         return x
 
 
-def multirate(x: Tensor, etas: Sequence[float], prior: GaussianPrior, last: bool = True) -> Steps:
+def multirate(
+    x: Tensor,
+    etas: Sequence[float],
+    prior: GaussianPrior,
+    last: bool = True,
+    visit: Callable[[Tensor, float], None] | None = None,
+) -> Steps:
     """Multirate predictor-corrector method: the prior in fine steps, the network's heads in one for each interval.
 
     The heads change slowly. They are extrapolated over an interval, and when those at its end are known, the interval is
-    repeated with their interpolation. ``last`` is false if the state after the last interval is not needed.
+    repeated with their interpolation. ``last`` is false if the state after the last interval is not needed. ``visit`` is called
+    with the state at every angle but the last, so repeated, and the angle.
     """
-    heads = _Heads(prior)
+    heads, like = _Heads(prior), x
     before: tuple[Tensor, float] | None = None
+    x = heads.enter(x)
     for i, (a, b) in enumerate(pairwise(etas)):
-        heads.learn((yield x, a))
-        if i + 2 == len(etas) and not last:
-            break
-        if before is not None:
+        heads.learn((yield heads.leave(x, like), a))
+        ends = i + 2 == len(etas) and not last
+        if before is not None and not (ends and visit is None):
             x = heads.move(*before, a)
+        if visit is not None:
+            visit(heads.leave(x, like), a)
+        if ends:
+            break
         before = x, a
         x = heads.move(x, a, b)
-    return x
+    return heads.leave(x, like)
 
 
 def _log_tan(eta: float) -> float:
@@ -180,6 +214,8 @@ def _log_tan(eta: float) -> float:
 
 
 METHODS = {f.__name__: f for f in (euler, frozen, ddim, midpoint, heun, rk4, ab2)}
+#: Methods that draw noise, and so have no inverse.
+STOCHASTIC = ("hot", "consistency")
 
 
 def arc(steps: int, start: float = 1.0, stop: float = 0.0, variances: tuple[float, float] | None = None) -> list[float]:
@@ -220,12 +256,14 @@ class Solver:
     """A method with its settings. Raises ValueError if one is unknown.
 
     Args:
-        method: a name of METHODS; hot, which is stochastic; or multirate, which needs a prior.
+        method: a name of METHODS; hot or consistency, which are stochastic; or multirate, which needs a prior.
         final: result of an integration that ends at angle 0. "x0": the estimate of x0 at the last angle above 0; "x": the
             integrated state.
         hot_k: intervals that hot jumps ahead.
-        draw: function that returns standard normals of a tensor's shape, for hot; default: torch's global generator.
+        draw: function that returns standard normals of a tensor's shape, for hot and consistency; default: torch's global
+            generator.
         prior: the model's prior, for multirate.
+        visit: function that multirate calls with the state at every angle but the last, and the angle.
     """
 
     method: str = "heun"
@@ -233,9 +271,10 @@ class Solver:
     hot_k: int = 2
     draw: Draw = torch.randn_like
     prior: GaussianPrior | None = None
+    visit: Callable[[Tensor, float], None] | None = None
 
     def __post_init__(self) -> None:
-        known = [*METHODS, "hot", "multirate"]
+        known = [*METHODS, *STOCHASTIC, "multirate"]
         if self.method not in known:
             raise ValueError(f"solver: expected one of {', '.join(known)}, got {self.method!r}")
         if self.method == "multirate" and self.prior is None:
@@ -248,8 +287,10 @@ class Solver:
         to_planes = self.final == "x0" and etas[-1] == 0
         if self.method == "hot":
             method = hot(x, etas, self.hot_k, self.draw)
+        elif self.method == "consistency":
+            method = consistency(x, etas, self.draw)
         elif self.prior is not None and self.method == "multirate":
-            method = multirate(x, etas, self.prior, last=not to_planes)
+            method = multirate(x, etas, self.prior, not to_planes, self.visit)
         else:
             method = METHODS[self.method](x, etas)
         last: Tensor | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -17,10 +18,11 @@ from tcam_diff.autodecoder.report import rgb
 from tcam_diff.diffusion.config import DiffusionConfig
 from tcam_diff.diffusion.data import Centre, LatentData
 from tcam_diff.diffusion.model import TriplaneDiffusion, assemble
-from tcam_diff.diffusion.network import TriplaneUNet
+from tcam_diff.diffusion.network import TriplaneUNet, groups_of
 from tcam_diff.diffusion.prior import MOST_STATES, GaussianPrior, fit_prior
 from tcam_diff.diffusion.process import TIMESTEPS, angle, error, flip, mix, pack, timesteps, unpack
 from tcam_diff.diffusion.report import samples_picture, write_report
+from tcam_diff.diffusion.spacing import Spacings
 from tcam_diff.environment import restore_compiler_folder
 from tcam_diff.errors import UserError
 from tcam_diff.files import write_bytes
@@ -43,11 +45,13 @@ class _Loss(nn.Module):
         super().__init__()
         self.network, self.compute, self.prior, self.loss = network, compute, prior, loss
 
-    def forward(self, x0: list[Tensor], noise: list[Tensor], t: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x0: list[Tensor], noise: list[Tensor], t: Tensor, labels: Tensor | None, numbers: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Errors of noise and of planes, and mean square of x - cos(eta) x0 - sin(eta) eps, each (B,)."""
         x = [mix(p, e, t) for p, e in zip(x0, noise, strict=True)]
         with torch.autocast(x[0].device.type, torch.bfloat16, enabled=self.compute == torch.bfloat16):
-            noise_hat, x0_hat = self.network(x, t, labels)
+            noise_hat, x0_hat = self.network(x, t, labels, numbers)
         scales: Sequence[list[Tensor] | None] = (None, None)
         if self.prior is not None:
             noise_hat, x0_hat = self.prior.combine(x, t, noise_hat, x0_hat)
@@ -67,6 +71,13 @@ class DiffusionTraining(Task):
         self.config, self.group, self.steps, self.folder = config, group, config.steps, folder
         self.evaluated = "training" if config.validation is None else "validation"
         self.score = f"-{self.evaluated}_loss"
+        net = config.network
+        if groups_of(net.base, net.norm_groups) == net.base:
+            warnings.warn(
+                f"network.norm_groups={net.norm_groups} with network.base={net.base} normalises every channel alone, which "
+                f"hides the time, classes and voxel sizes from the network; take at most {net.base // 2}",
+                stacklevel=2,
+            )
         latent_dtype = torch.bfloat16 if config.latent_dtype == "bfloat16" else torch.float32
         self.data = LatentData(config.latents, latent_dtype, config.labels)
         self.validation = self.data
@@ -84,6 +95,7 @@ class DiffusionTraining(Task):
         self.flips = sorted("xyz".index(name) for name in set(config.flip))
         self.centre = Centre.from_planes(self.data.planes, self.flips) if config.center else None
         self.prior, self.variances = self._prior()
+        self.spacings = Spacings(self.data.spacings) if config.spacing else None
         self.dtype = torch.float64 if config.compute_dtype == "float64" else torch.float32
         self.compute = products(config.compute_dtype, group.device)
         if self.prior is not None:
@@ -107,7 +119,7 @@ class DiffusionTraining(Task):
         """Initial network. Its weights depend on the configuration's seed alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self.config.seed, "network"))
-            network = TriplaneUNet(self.data.channels, self.config.network, len(self.data.classes))
+            network = TriplaneUNet(self.data.channels, self.config.network, len(self.data.classes), 3 * self.config.spacing)
         return network.placed(self.group.device, self.dtype)
 
     def _prior(self) -> tuple[GaussianPrior | None, tuple[float, float] | None]:
@@ -139,8 +151,8 @@ class DiffusionTraining(Task):
 
     # ---- a step ------------------------------------------------------------------------
 
-    def _batch(self, step: int, positions: range) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
-        """Planes, noise and labels at positions within the batch of a step. Each depends on step and position alone."""
+    def _batch(self, step: int, positions: range) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
+        """Planes, noise, labels and numbers at positions within a step's batch. Each depends on step and position alone."""
         c, device = self.config, self.group.device
         indices = [in_epochs(step * c.batch + i, len(self.data), c.seed) for i in positions]
         planes = self.data.rows(indices)
@@ -158,7 +170,14 @@ class DiffusionTraining(Task):
             if labels is not None and coins[3] < c.label_dropout:
                 labels[row] = len(self.data.classes)
         moved = [p.to(device, self.dtype) for p in planes]
-        return moved, [n.to(self.dtype) for n in noise], None if labels is None else labels.to(device)
+        labels = None if labels is None else labels.to(device)
+        return moved, [n.to(self.dtype) for n in noise], labels, self._numbers(self.data, indices)
+
+    def _numbers(self, data: LatentData, indices: Sequence[int]) -> Tensor | None:
+        """What the network takes for the voxel sizes of volumes, if it does."""
+        if self.spacings is None:
+            return None
+        return self.spacings.condition(data.spacings[list(indices)]).to(self.group.device, self.dtype)
 
     def step(self, index: int) -> dict[str, Tensor]:
         """Update the network once. Returns "loss", its terms, the residual and the gradient norm."""
@@ -172,10 +191,10 @@ class DiffusionTraining(Task):
             torch.manual_seed(seed_of(c.seed, "dropout", index, group.rank))
             for part in range(c.accumulate):
                 first = (group.rank * c.accumulate + part) * each
-                x0, noise, labels = self._batch(index, range(first, first + each))
+                x0, noise, labels, numbers = self._batch(index, range(first, first + each))
                 accumulating = part + 1 < c.accumulate and isinstance(self.loss, DistributedDataParallel)
                 with self.loss.no_sync() if accumulating else contextlib.nullcontext():  # type: ignore[operator]
-                    parts = self.loss(x0, noise, t[first : first + each], labels)
+                    parts = self.loss(x0, noise, t[first : first + each], labels, numbers)
                     terms = torch.stack([p.mean() for p in parts]) / c.accumulate
                     (c.noise_weight * terms[0] + c.image_weight * terms[1]).backward()
                 sums += terms.detach().float()
@@ -212,7 +231,8 @@ class DiffusionTraining(Task):
                 _fill_normal(noise, row, rng(c.seed, "validation", i))
             t = (torch.tensor(indices, device=device) + 0.5) / count * TIMESTEPS
             labels = None if self.validation.labels is None else self.validation.labels[indices].to(device)
-            parts = average_loss(*([p.to(device, self.dtype) for p in planes] for planes in (x0, noise)), t, labels)
+            numbers = self._numbers(self.validation, indices)
+            parts = average_loss(*([p.to(device, self.dtype) for p in planes] for planes in (x0, noise)), t, labels, numbers)
             sums += torch.stack([p.double().sum() for p in parts])
         noise_error, image_error, residual = (self.group.sum(sums) / count).tolist()
         loss = c.noise_weight * noise_error + c.image_weight * image_error
@@ -220,7 +240,7 @@ class DiffusionTraining(Task):
 
     def model(self, step: int) -> TriplaneDiffusion:
         """Model with the averaged network."""
-        return assemble(self.average, self.data, self.config, self.centre, step, self.prior, self.variances)
+        return assemble(self.average, self.data, self.config, self.centre, step, self.prior, self.variances, self.spacings)
 
     def draw_pictures(self, step: int, logger: Logger | None) -> None:
         """Save the model to model/, and draw samples from it to samples/ and TensorBoard."""

@@ -1,0 +1,82 @@
+"""Copies of models with a model card, and the models that come with the package."""
+
+import pytest
+import runs
+import torch
+from runs import tcam
+from tcam_diff.diffusion.export import export_model
+from tcam_diff.diffusion.model import NETWORK, TriplaneDiffusion
+from tcam_diff.diffusion.train import DiffusionTraining
+from tcam_diff.errors import UserError
+from tcam_diff.pretrained import names, pretrained
+from tcam_diff.training.distributed import Distributed
+from test_prior import GAUSSIAN
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    return runs.make_latents(tmp_path_factory.mktemp("set") / "latents", count=12)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, latents):
+    folder = tmp_path_factory.mktemp("model")
+    DiffusionTraining(runs.diffusion_config(latents, *GAUSSIAN), Distributed(), folder).model(16).save(folder / "model")
+    return folder
+
+
+def size(folder):
+    return (folder / NETWORK).stat().st_size
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_copy_draws_the_same_volumes(model, tmp_path, dtype):
+    """To the bit in float32, and nearly in bfloat16, with half of the bytes."""
+    tcam("export-model", model, "--out", tmp_path / "copy", "--dtype", dtype)
+    original, copy = TriplaneDiffusion.load(model), TriplaneDiffusion.load(tmp_path / "copy")
+    drawn = [torch.cat([p.flatten(1) for p in runs.sampler(m).sample([0, 1])], 1) for m in (original, copy)]
+    difference = float((drawn[0] - drawn[1]).square().mean().sqrt())
+    assert difference == 0 if dtype == "float32" else 0 < difference < 0.02
+    share = size(tmp_path / "copy") / size(model / "model")
+    assert share == pytest.approx(1.0 if dtype == "float32" else 0.5, abs=0.1)
+    assert copy.provenance["copy_of"] == original.identity
+
+
+def test_the_model_card_describes_the_model(model, tmp_path):
+    (tmp_path / "note.md").write_text("Made for a *test*.\n")
+    for _ in range(2):  # a copy is replaced by one of the same model
+        tcam("export-model", model, "--out", tmp_path / "copy", "--note", tmp_path / "note.md")
+    text = (tmp_path / "copy" / "README.md").read_text()
+    for words in (
+        "# copy",
+        "16 x 16 x 16 voxels of 1 x 1.5 x 2 mm",
+        "12 volumes",
+        "for 16 steps",
+        "Made for a *test*.",
+        "tcam sample copy",
+    ):
+        assert words in text
+    tcam("sample", tmp_path / "copy", "--n", 1, "--steps", 2, "--out", tmp_path / "samples", "-q")
+
+
+def test_bad_requests_are_refused(model, latents, tmp_path):
+    with pytest.raises(UserError, match="expected float32 or bfloat16, got int8"):
+        export_model(model, tmp_path / "copy", "int8")
+    with pytest.raises(UserError, match="own folder"):
+        export_model(model, model / "model")
+    export_model(model, tmp_path / "copy")
+    other = DiffusionTraining(runs.diffusion_config(latents, *GAUSSIAN, "seed=1"), Distributed(), tmp_path).model(0)
+    other.save(tmp_path / "other")
+    with pytest.raises(UserError, match="has another model"):
+        export_model(tmp_path / "other", tmp_path / "copy")
+    assert "expected one of" in tcam("sample", "--pretrained", "none", "--out", tmp_path / "s", fails=True)
+    for arguments in (("sample",), ("sample", model, "--pretrained", "cohort")):
+        assert "give a run or a model's folder, or --pretrained NAME" in tcam(*arguments, "--out", tmp_path / "s", fails=True)
+
+
+@pytest.mark.parametrize("name", names())
+def test_models_of_the_package_draw_volumes(name, tmp_path):
+    tcam("sample", "--pretrained", name, "--n", 1, "--steps", 1, "--solver", "euler", "--out", tmp_path / "samples", "-q")
+    folder = pretrained(name)
+    assert sum(p.stat().st_size for p in folder.iterdir()) < 16e6
+    assert len(list((tmp_path / "samples").glob("*.nii.gz"))) == 1
