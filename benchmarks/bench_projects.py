@@ -118,6 +118,8 @@ def main() -> None:
                 for what in ("forward", "forward+backward"):
                     runs = {"project": case.project(what, dtype), "tcam_ext": case.tcam(what, dtype)}
                     times = harness.interleave(runs, a.repeats)
+                    if "project" not in times:
+                        continue
                     for rival, seconds in times.items():
                         row = harness.row(f"{name}, {dtype_name}", n, what, rival, seconds)
                         row.ratio = statistics.median(times["project"]) / row.seconds

@@ -91,7 +91,7 @@ class Options(NamedTuple):
         output_activation: none, sigmoid, clamp (to [0, 1]), affine_sigmoid (sigmoid(z)(1 + 2p) - p, p = 0.001: EG3D), softplus
             (of z + p, p = 0), trunc_exp (exp(z + p), p = 0, with the gradient of exp(min(z + p, 15))), tanh,
             half_sine ((sin(p z) + 1)/2); ``name(p)``.
-        compute_dtype: of the products in the hidden layers: a floating dtype or "tf32". None: autocast's dtype under autocast,
+        compute_dtype: of the products above the first layer: a floating dtype or "tf32". None: autocast's dtype under autocast,
             else the dtype of the planes. Sums are always in float32 or float64. On a CPU, bfloat16 uses bfloat16 dot products
             if the machine has them (AVX512_BF16), else float32; float16 and "tf32" use float32. On CUDA, fused kernels with
             bfloat16 or float16 products serve relu decoders with 3 to 5 layers, hidden widths up to 128 and C_out up to 4

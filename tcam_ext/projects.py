@@ -10,8 +10,11 @@ A module shares the parameters of the decoder that it is given, so either can be
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -37,7 +40,8 @@ class ProjectDecoder(nn.Module):
         finish: function that makes the result.
         half_width: coordinates at the edges of the planes are -half_width and half_width.
         gains: function from a layer to the factors of its weight and its bias; None: 1.
-        fourier: frequencies B (C, n) of Fourier features sin(2 pi x B), cos(2 pi x B) before the first layer; None: none.
+        fourier: frequencies B (C, n) of Fourier features sin(2 pi x B), cos(2 pi x B) before the first layer, or the name under
+            which the decoder has them; None: no Fourier features.
         options: further options of every call.
 
     Raises:
@@ -52,7 +56,7 @@ class ProjectDecoder(nn.Module):
         *,
         half_width: float = 1.0,
         gains: Callable[[Any], tuple[float, float]] | None = None,
-        fourier: Tensor | None = None,
+        fourier: Tensor | str | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -60,32 +64,47 @@ class ProjectDecoder(nn.Module):
             raise ValueError(f"half_width: expected a positive number, got {half_width}")
         self.decoder = decoder if isinstance(decoder, nn.Module) else linears(decoder)
         self.convention, self.finish, self.half_width, self.gains = convention, finish, half_width, gains
-        self.register_buffer("fourier", fourier, persistent=False)
+        self.name = fourier if isinstance(fourier, str) else None
+        self.register_buffer("fourier", fourier.detach().clone() if isinstance(fourier, Tensor) else None)
         hidden = len(self.layers()) - (fourier is None)
         activation = ("sine", *["relu"] * (hidden - 1)) if fourier is not None else convention.activation
         self.options = {**convention.options, "activation": activation, **(options or {})}
 
     def layers(self) -> list[Any]:
-        """The linear layers of the decoder, in order. Raises ValueError if there are none."""
+        """The linear layers of the decoder, in order. Raises ValueError if there are none, or one does not follow another."""
         found = [m for m in self.decoder.modules() if isinstance(w := getattr(m, "weight", None), Tensor) and w.dim() == 2]
         if not found:
             raise ValueError(f"decoder: expected a module with linear layers, got {type(self.decoder).__name__}")
+        for a, b in pairwise(found):
+            if a.weight.shape[0] != b.weight.shape[1]:
+                sizes = " and ".join(f"{tuple(m.weight.shape)}" for m in (a, b))
+                raise ValueError(
+                    f"decoder: expected one chain of linear layers, got weights {sizes} in {type(self.decoder).__name__}; give "
+                    "the module of one network"
+                )
         return found
 
+    def _frequencies(self) -> Tensor | None:
+        """Frequencies of the Fourier features, those that the decoder has now."""
+        if self.name is None:
+            return self._buffers["fourier"]
+        found = frequencies(self.decoder)[1]
+        assert found is not None
+        return found.detach()
+
     def _mlp(self) -> tuple[list[Tensor], list[Tensor | None]]:
-        weights, biases = [], []
-        if self.fourier is not None:  # a layer of sines: cos(x) = sin(x + pi/2)
-            count = self.fourier.shape[1]
-            weights.append(2 * math.pi * torch.cat((self.fourier.T, self.fourier.T)))
-            biases.append(torch.cat((self.fourier.new_zeros(count), self.fourier.new_full((count,), math.pi / 2))))
+        weights: list[Tensor] = []
+        biases: list[Tensor | None] = []
+        fourier = self._frequencies()
+        if fourier is not None:  # a layer of sines: cos(x) = sin(x + pi/2)
+            count = fourier.shape[1]
+            weights.append(2 * math.pi * torch.cat((fourier.T, fourier.T)))
+            biases.append(torch.cat((fourier.new_zeros(count), fourier.new_full((count,), math.pi / 2))))
         for m in self.layers():
             of_weight, of_bias = (1.0, 1.0) if self.gains is None else self.gains(m)
             weights.append(m.weight if of_weight == 1 else m.weight * of_weight)
             biases.append(m.bias if m.bias is None or of_bias == 1 else m.bias * of_bias)
         return weights, biases
-
-    def _bounds(self) -> list[tuple[float, float]] | None:
-        return None if self.half_width == 1 else [(-self.half_width, self.half_width)] * len(self.convention.coordinates[:3])
 
     def forward(self, planes: Tensor | Sequence[Tensor], coordinates: Tensor, directions: Tensor | None = None) -> Any:
         """Decode points.
@@ -102,9 +121,10 @@ class ProjectDecoder(nn.Module):
         one = isinstance(planes, Tensor) and planes.dim() == 4
         shape = coordinates.shape[:-1]
         if one:
-            planes, coordinates = planes[None], coordinates.reshape(1, -1, coordinates.shape[-1])
-        out = decode_points(planes, weights, biases, coordinates, bounds=self._bounds(), **self.options)
-        parts = [z[0].reshape(*shape, -1) if one else z for z in (out if isinstance(out, tuple) else (out,))]
+            planes, coordinates = planes[None], coordinates.reshape(1, shape.numel(), coordinates.shape[-1])
+        bounds = None if self.half_width == 1 else [(-self.half_width, self.half_width)] * 3
+        out = decode_points(planes, weights, biases, coordinates, bounds=bounds, **self.options)
+        parts = [z[0].reshape(*shape, z.shape[-1]) if one else z for z in (out if isinstance(out, tuple) else (out,))]
         return self.finish(parts, -1)
 
     def grid(self, planes: Tensor | Sequence[Tensor], size: Sequence[int], **options: Any) -> Any:
@@ -113,7 +133,8 @@ class ProjectDecoder(nn.Module):
         Args:
             planes: as in :meth:`forward`.
             size: voxels along the axes.
-            options: of :func:`tcam_ext.decode_grid`, such as ``box``.
+            options: of :func:`tcam_ext.decode_grid`, such as ``box``. ``bounds`` are in its units, from -1 to 1 at the planes'
+                edges, whatever the half width.
         """
         weights, biases = self._mlp()
         if isinstance(planes, Tensor) and planes.dim() == 4:
@@ -123,9 +144,10 @@ class ProjectDecoder(nn.Module):
 
 
 def linears(state: Mapping[str, Tensor]) -> nn.ModuleList:
-    """Linear layers with copies of the matrices in a state_dict, in its order, and of the biases beside them."""
+    """Linear layers with copies of the matrices and biases in a state_dict, ordered by the numbers in their names."""
     layers = nn.ModuleList()
-    for name, weight in state.items():
+    for name in sorted(state, key=lambda name: [int(n) for n in re.findall(r"\d+", name)]):
+        weight = state[name]
         if weight.dim() != 2 or not name.endswith("weight"):
             continue
         bias = state.get(f"{name.removesuffix('weight')}bias")
@@ -136,10 +158,20 @@ def linears(state: Mapping[str, Tensor]) -> nn.ModuleList:
                 layer.bias.copy_(bias)
         layers.append(layer)
     if not len(layers):
-        raise ValueError(
-            f"decoder: expected a state_dict with matrices named ...weight, got {', '.join(list(state)[:4]) or 'none'}"
-        )
+        known = ", ".join(list(state)[:4]) or "none"
+        raise ValueError(f"decoder: expected a state_dict with matrices named ...weight, got {known}")
     return layers
+
+
+def frequencies(source: Source) -> tuple[str | None, Tensor | None]:
+    """Name and value of the matrix ``_B`` or ``B`` of Fourier features in a module or state_dict; None, None without one."""
+    if isinstance(source, nn.Module):
+        named = [(n, t) for m in source.modules() for n, t in vars(m).items() if isinstance(t, Tensor)]  # plain attributes
+        named += [*source.named_parameters(), *source.named_buffers()]
+    else:
+        named = list(source.items())
+    found = {name.rpartition(".")[2]: t for name, t in named}
+    return next(((n, found[n]) for n in ("_B", "B") if n in found), (None, None))
 
 
 def _colours(parts: list[Tensor], axis: int) -> dict[str, Tensor]:
@@ -147,6 +179,29 @@ def _colours(parts: list[Tensor], axis: int) -> dict[str, Tensor]:
     (z,) = parts
     count = z.shape[axis]
     return {"rgb": torch.sigmoid(z.narrow(axis, 1, count - 1)) * 1.002 - 0.001, "sigma": z.narrow(axis, 0, 1)}
+
+
+def _eg3d_gains(layer: Any, lr_multiplier: float) -> tuple[float, float]:
+    """Factors of a FullyConnectedLayer, or of one of a state_dict."""
+    if hasattr(layer, "weight_gain"):
+        return float(layer.weight_gain), float(layer.bias_gain)
+    return lr_multiplier / math.sqrt(layer.weight.shape[1]), lr_multiplier
+
+
+def _query_triplane(parts: list[Tensor], axis: int) -> dict[str, Tensor]:
+    """TripoSR's result, of the density and of the outputs before their activation."""
+    act, z = parts
+    features = z.narrow(axis, 1, z.shape[axis] - 1)
+    return {
+        "density": z.narrow(axis, 0, 1),
+        "features": features,
+        "density_act": act.narrow(axis, 0, 1),
+        "color": torch.sigmoid(features),
+    }
+
+
+def _first(parts: list[Tensor], axis: int) -> Tensor:
+    return parts[0]
 
 
 def from_eg3d(decoder: Source, box_warp: float = 1.0, *, legacy: bool = True, lr_multiplier: float = 1.0) -> ProjectDecoder:
@@ -159,11 +214,7 @@ def from_eg3d(decoder: Source, box_warp: float = 1.0, *, legacy: bool = True, lr
         lr_multiplier: ``decoder_lr_mul``, for a state_dict: a module knows its gains.
     """
 
-    def gains(layer: Any) -> tuple[float, float]:
-        if hasattr(layer, "weight_gain"):
-            return float(layer.weight_gain), float(layer.bias_gain)
-        return lr_multiplier / math.sqrt(layer.weight.shape[1]), lr_multiplier
-
+    gains = functools.partial(_eg3d_gains, lr_multiplier=lr_multiplier)
     of = conventions.eg3d_legacy if legacy else conventions.eg3d
     return ProjectDecoder(decoder, of, _colours, half_width=box_warp / 2, gains=gains)
 
@@ -187,38 +238,23 @@ def from_triposr(decoder: Source, radius: float = 0.87) -> ProjectDecoder:
     sigmoid(features).
 
     Args:
-        decoder: the NeRFMLP, or its state_dict.
+        decoder: the NeRFMLP with silu, as in the released configuration, or its state_dict.
         radius: ``radius`` of the renderer's configuration, half the width of the cube of the planes.
     """
 
-    def finish(parts: list[Tensor], axis: int) -> dict[str, Tensor]:
-        act, z = parts
-        features = z.narrow(axis, 1, z.shape[axis] - 1)
-        return {
-            "density": z.narrow(axis, 0, 1),
-            "features": features,
-            "density_act": act.narrow(axis, 0, 1),
-            "color": torch.sigmoid(features),
-        }
-
     options = {"output_activation": "trunc_exp(-1)", "return_preactivation": True}
-    return ProjectDecoder(decoder, conventions.triposr, finish, half_width=radius, options=options)
+    return ProjectDecoder(decoder, conventions.triposr, _query_triplane, half_width=radius, options=options)
 
 
-def from_nfd(net: Source, fourier: Tensor | None = None) -> ProjectDecoder:
+def from_nfd(net: Source, fourier: Tensor | str | None = None) -> ProjectDecoder:
     """NFD's sum of planes, Fourier features and network. The result is the network's output (B, N, channels).
 
     Args:
         net: the network ``MultiTriplane.net``, or its state_dict.
         fourier: frequencies (C, n); None: the matrix ``_B`` or ``B`` in the network or state_dict, if there is one.
     """
-    if fourier is None:
-        if isinstance(net, nn.Module):
-            named = {n.rpartition(".")[2]: t for n, t in (*net.named_parameters(), *net.named_buffers())}
-            plain = {k: v for m in net.modules() for k, v in vars(m).items() if isinstance(v, Tensor)}
-        else:
-            named, plain = {n.rpartition(".")[2]: t for n, t in net.items()}, {}
-        found = {**plain, **named}
-        fourier = next((found[n].detach() for n in ("_B", "B") if n in found), None)
+    name, known = frequencies(net)
+    if fourier is None:  # a module's are looked up in every call, a state_dict's copied
+        fourier = known if name is None or not isinstance(net, nn.Module) else name
     options = {} if fourier is not None else {"activation": "relu"}
-    return ProjectDecoder(net, conventions.nfd, lambda parts, _: parts[0], fourier=fourier, options=options)
+    return ProjectDecoder(net, conventions.nfd, _first, fourier=fourier, options=options)

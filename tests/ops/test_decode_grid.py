@@ -94,10 +94,17 @@ def test_wide_decoders(device, activation, widths):
 
 @pytest.mark.parametrize("device", problems.DEVICES)
 def test_most_channels(device):
-    p = problems.make(channels=512, texels=(4, 5, 6), widths=(512, 2), size=(7, 8, 9))
-    assert (
-        problems.relative(p.to(torch.float32, device=device).call(tcam_ext.decode_grid), p.call(reference.decode_grid)) < 1e-5
-    )
+    p = problems.make(channels=512, texels=(4, 5, 6), widths=(512, 256), size=(7, 8, 9), activation="tanh")
+    exact = p.to(torch.float64, requires_grad=True)
+    want = exact.call(reference.decode_grid)
+    grad = torch.randn_like(want)
+    grads = list(torch.autograd.grad(want, exact.tensors, grad))
+    for dtype, limit in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        mine = p.to(dtype, requires_grad=True, device=device)
+        got = mine.call(tcam_ext.decode_grid)
+        assert problems.relative(got, want) < limit
+        own = torch.autograd.grad(got, mine.tensors, grad.to(device, dtype))
+        assert problems.gradient_error(list(own), grads) < 10 * limit
 
 
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
@@ -227,11 +234,11 @@ def test_a_volume_of_several_slabs_is_the_sum_of_its_parts():
 
 
 @pytest.mark.parametrize("size", [(40, 24, 32), (5, 1, 700), (1, 300, 9), (900, 2, 2)])
-@pytest.mark.parametrize("activation", ["relu", "silu"])
-def test_bits_do_not_depend_on_threads_tiles_or_runs(size, activation, threads):
-    p = problems.make(channels=6, widths=(40, 33, 2), size=size, activation=activation, batch=2).to(torch.float32)
+@pytest.mark.parametrize(("activation", "outputs"), [("relu", 2), ("silu", 2), ("relu", 35)])
+def test_bits_do_not_depend_on_threads_tiles_or_runs(size, activation, outputs, threads):
+    p = problems.make(channels=6, widths=(40, 33, outputs), size=size, activation=activation, batch=2).to(torch.float32)
     options = problems.flat_options(p, "float32")
-    grad = torch.randn(2, 2, *size)
+    grad = torch.randn(2, outputs, *size)
 
     def run(count, tile):
         threads(count)

@@ -74,6 +74,7 @@ SHAPES = [
     dict(channels=3, texels=(3, 4, 5), widths=(9, 2), size=(5, 7, 9), align_corners=True),
     dict(channels=4, texels=(4, 5, 6), widths=(5,), size=(8, 7, 5)),
     dict(channels=6, texels=(4, 5, 6), widths=(300, 33), size=(6, 5, 7)),  # many outputs
+    dict(channels=5, texels=(4, 5, 6), widths=(37, 21, 5), size=(6, 5, 7)),  # the same, with a half-empty pair
 ]
 
 
@@ -109,9 +110,10 @@ def test_bfloat16_gradients_are_as_good_as_torchs_own(kernels, capsys):
     assert our_error < 1.2 * torch_error
 
 
-def test_bits_do_not_depend_on_threads_or_tiles(kernels):
-    p = problems.make(channels=6, widths=(40, 33, 2), size=(20, 30, 26)).to(torch.float32)
-    grad = torch.randn(1, 2, 20, 30, 26)
+@pytest.mark.parametrize("outputs", [2, 35])
+def test_bits_do_not_depend_on_threads_or_tiles(kernels, outputs):
+    p = problems.make(channels=6, widths=(40, 33, outputs), size=(20, 30, 26)).to(torch.float32)
+    grad = torch.randn(1, outputs, 20, 30, 26)
     forward, backward = kernels.forward(p, 3, threads=1), kernels.backward(p, grad, 3, threads=1)
     for threads, tile in ((2, 0), (3, 12), (2, 60)):
         assert torch.equal(kernels.forward(p, 3, threads=threads, tile=tile), forward)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import problems
 import pytest
 import torch
@@ -80,6 +82,43 @@ def test_a_state_dict_gives_the_same(project):
     assert all(p.requires_grad for p in mine.parameters())
 
 
+def test_numbers_order_the_layers_of_a_state_dict():
+    """Files of safetensors have them in alphabetical order, 10 before 2."""
+    decoder = TripoSr()
+    state = dict(sorted(decoder.state_dict().items()))
+    assert list(state) != list(decoder.state_dict())
+    planes, xyz = torch.randn(1, 3, 40, 6, 6, dtype=DOUBLE), torch.rand(1, 7, 3, dtype=DOUBLE) - 0.5
+    for a, b in zip(results(from_triposr(state)(planes, xyz)), results(decoder(planes, xyz)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_frequencies_that_change_later_are_used():
+    torch.manual_seed(0)
+    planes, xyz = torch.randn(1, 3, 32, 6, 6, dtype=DOUBLE), torch.rand(1, 7, 3, dtype=DOUBLE) - 0.5
+    first, second = Nfd(), Nfd()
+    mine = from_nfd(first.net).to(DOUBLE)
+    first.load_state_dict(second.state_dict())
+    torch.testing.assert_close(mine(planes, xyz), second(planes, xyz), rtol=1e-9, atol=1e-9)
+    copy, other = from_nfd(second.net.state_dict()), from_nfd(Nfd().net.state_dict())
+    other.load_state_dict(copy.state_dict())
+    torch.testing.assert_close(other(planes, xyz), second(planes, xyz), rtol=1e-9, atol=1e-9)
+
+
+def test_modules_are_pickled(project):
+    decoder, planes, of = project
+    xyz, mine = torch.rand(2, 7, 3, dtype=DOUBLE) - 0.5, of(decoder)
+    again = pickle.loads(pickle.dumps(mine))
+    for a, b in zip(results(again(planes, xyz)), results(mine(planes, xyz)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_no_coordinates(project):
+    decoder, planes, of = project
+    for a in results(of(decoder)(planes[0], torch.empty(0, 3, dtype=DOUBLE))):
+        assert a.shape[0] == 0
+        assert a.dim() == 2
+
+
 def test_a_module_shares_the_projects_parameters():
     decoder = OpenLrm()
     mine = from_openlrm(decoder)
@@ -103,5 +142,8 @@ def test_bad_decoders_are_refused():
         from_openlrm(nn.ReLU())
     with pytest.raises(ValueError, match=r"expected a state_dict with matrices named \.\.\.weight, got a"):
         from_openlrm({"a": torch.zeros(3)})
+    two = nn.ModuleDict({"sdf": nn.Linear(240, 1), "rgb": nn.Linear(240, 3)})
+    with pytest.raises(ValueError, match=r"one chain of linear layers, got weights \(1, 240\) and \(3, 240\)"):
+        from_openlrm(two)
     with pytest.raises(ValueError, match="half_width"):
         from_triposr(TripoSr(), radius=0.0)

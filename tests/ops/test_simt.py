@@ -61,14 +61,15 @@ def test_planes_and_grids_of_other_projects(kernels, sampling, compute):
 @pytest.mark.parametrize("compute", [5, 3, 2], ids=["tf32", "bfloat16", "float16"])
 def test_tensor_floats(kernels, shape, activation, compute):
     """TensorFloat-32 products, which also replace those of bfloat16 and float16 if no fused kernel serves."""
-    p = problems.make(**{**shape, "widths": (*shape["widths"][:-1], 5)}, activation=activation, output_activation="sigmoid")
+    last = 20 if len(shape["widths"]) == 2 else 5
+    p = problems.make(**{**shape, "widths": (*shape["widths"][:-1], last)}, activation=activation, output_activation="sigmoid")
     exact = p.to(torch.float64, requires_grad=True)
     out, trusted = problems.masked_reference(exact, problems.round_tensor_float, margin=1e-4)
     mine = p.to(torch.float32)
     got = kernels.forward(mine, compute)
     error = problems.relative(got, p.call(reference.decode_grid))
     assert error < problems.FORWARD_LIMIT["tf32"]
-    assert error > 1e-5 or len(shape["widths"]) < 3  # without hidden products nothing is rounded
+    assert error > 1e-5 or len(shape["widths"]) < 2  # without products above the first layer nothing is rounded
     grad = torch.randn_like(out) * trusted
     want = gradients(out, exact.tensors, grad)
     assert (
@@ -113,11 +114,12 @@ def test_boxes_add_up_to_the_gradient_of_the_whole(kernels):
 @pytest.mark.parametrize("per_object", [False, True])
 @pytest.mark.parametrize("loss", sorted(LOSSES))
 @pytest.mark.parametrize("target_dtype", [torch.float32, torch.uint8, torch.float16])
-def test_losses(kernels, loss, per_object, target_dtype):
-    p = problems.make(**SHAPES[1], output_activation="clamp", activation="silu")
+@pytest.mark.parametrize("outputs", [2, 37])
+def test_losses(kernels, loss, per_object, target_dtype, outputs):
+    p = problems.make(**{**SHAPES[1], "widths": (9, outputs)}, output_activation="clamp", activation="silu")
     exact = p.to(torch.float64, requires_grad=True)
-    target = (torch.rand(2, 2, 5, 7, 9) * 255).to(target_dtype) if target_dtype == torch.uint8 else torch.rand(2, 2, 5, 7, 9)
-    target = target.to(target_dtype)
+    target = torch.rand(2, outputs, 5, 7, 9)
+    target = ((target * 255) if target_dtype == torch.uint8 else target).to(target_dtype)
     want_target = target.double() / (255 if target_dtype == torch.uint8 else 1)
     each = LOSSES[loss](exact.call(reference.decode_grid), want_target, 0.3).flatten(1).sum(1)
     losses, *got = kernels.loss(p, target, loss, per_object=per_object, tile=50)

@@ -12,7 +12,7 @@ from tcam_diff.diffusion.config import DistillConfig, SampleConfig
 from tcam_diff.diffusion.distill import Distillation, distill, moved
 from tcam_diff.diffusion.model import TriplaneDiffusion
 from tcam_diff.diffusion.sampling import Sampler
-from tcam_diff.diffusion.solver import arc
+from tcam_diff.diffusion.solver import Solver, arc
 from tcam_diff.diffusion.train import DiffusionTraining
 from tcam_diff.errors import UserError
 from tcam_diff.training.distributed import Distributed
@@ -127,6 +127,36 @@ def test_a_distilled_model_draws_volumes(distilled, tmp_path):
     assert TriplaneDiffusion.load(distilled).identity == model.identity
 
 
+def test_a_run_continues_with_its_own_teacher_under_another_name(latents, trained, tmp_path):
+    distill(config(trained, "minutes=1e-9"), tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints").is_dir()
+    (tmp_path / "moved").symlink_to(trained)
+    distill(config(tmp_path / "moved"), tmp_path / "run", "auto")
+    other = teacher(tmp_path / "other", latents, "seed=1")
+    with pytest.raises(UserError, match="is not the model with which the run began"):
+        distill(config(other), tmp_path / "run", "auto")
+
+
+def test_the_decoders_type_is_that_of_stage_1(trained, tmp_path):
+    distill(config(trained, "compute_dtype=float32"), tmp_path / "run")
+    model, before = TriplaneDiffusion.load(tmp_path / "run"), TriplaneDiffusion.load(trained)
+    assert model.stage1 == before.stage1
+    assert model.config.compute_dtype == "float32"
+
+
+def test_the_page_shows_a_distillation(distilled, tmp_path):
+    tcam("sample", distilled, "--n", 1, "--solver", "consistency", "--steps", 1, "--out", tmp_path / "samples", "-q")
+    tcam("report", distilled, tmp_path / "samples", "--out", tmp_path / "page.html", "-q")
+    text = (tmp_path / "page.html").read_text()
+    for words in (
+        "Training, distillation",
+        "tcam distill",
+        "teacher_steps=4",
+        f"tcam sample {distilled} --n 1 --solver consistency",
+    ):
+        assert words in text, words
+
+
 def test_classes_are_kept(latents, tmp_path):
     names = [f"v0-{i}" for i in range(12)]
     (tmp_path / "labels.csv").write_text("name,label\n" + "\n".join(f"{n},{'ab'[i % 2]}" for i, n in enumerate(names)) + "\n")
@@ -144,9 +174,15 @@ def test_bad_requests_are_refused(latents, trained, distilled, tmp_path):
     assert "take the solver consistency" in tcam(*sample, fails=True)
     assert "is not distilled" in tcam("sample", trained, "--solver", "consistency", "--out", tmp_path / "s", "-q", fails=True)
     assert "is distilled already" in tcam("distill", distilled, "--out", tmp_path / "again", "-q", fails=True)
-    assert "stochastic" in tcam(
-        "interpolate", distilled, latents, "v0-0", "v0-1", "--solver", "consistency", "--out", tmp_path / "i", "-q", fails=True
-    )
+    for solver in ("heun", "consistency"):
+        between = ("interpolate", distilled, latents, "v0-0", "v0-1", "--solver", solver, "--out", tmp_path / "i", "-q")
+        assert ("has no inverse" if solver == "heun" else "stochastic") in tcam(*between, fails=True)
+        assert not (tmp_path / "i").exists()
+    assert "leave model=... out" in tcam("distill", trained, "model=other", "--out", tmp_path / "o", "-q", fails=True)
+    assert "has a model" in tcam("distill", trained, "--out", trained, "-q", fails=True)
+    assert "evaluate_volumes" in tcam("distill", trained, "evaluate_volumes=1", "--out", tmp_path / "o", "-q", fails=True)
+    with pytest.raises(ValueError, match="only multirate visits"):
+        Solver("heun", visit=print)
     DiffusionTraining(runs.diffusion_config(latents), Distributed(), tmp_path).model(0).save(tmp_path / "plain")
     assert "has no prior" in tcam("distill", tmp_path / "plain", "--out", tmp_path / "run", "-q", fails=True)
     with pytest.raises(UserError, match="guidance_scale=2"):

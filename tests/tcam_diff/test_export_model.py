@@ -62,14 +62,23 @@ def test_the_model_card_describes_the_model(model, tmp_path):
 def test_bad_requests_are_refused(model, latents, tmp_path):
     with pytest.raises(UserError, match="expected float32 or bfloat16, got int8"):
         export_model(model, tmp_path / "copy", "int8")
-    with pytest.raises(UserError, match="own folder"):
-        export_model(model, model / "model")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "README.md").write_text("mine")
+    for taken in (model, model / "model", tmp_path / "full", tmp_path / "full" / "README.md"):
+        with pytest.raises(UserError, match="exists, and is no copy of this model"):
+            export_model(model, taken)
+    assert (tmp_path / "full" / "README.md").read_text() == "mine"
+    (tmp_path / "note.md").write_bytes(b"\xff\xfe")
+    assert "in UTF-8" in tcam("export-model", model, "--out", tmp_path / "c", "--note", tmp_path / "note.md", fails=True)
     export_model(model, tmp_path / "copy")
     other = DiffusionTraining(runs.diffusion_config(latents, *GAUSSIAN, "seed=1"), Distributed(), tmp_path).model(0)
     other.save(tmp_path / "other")
-    with pytest.raises(UserError, match="has another model"):
+    with pytest.raises(UserError, match="no copy of this model"):
         export_model(tmp_path / "other", tmp_path / "copy")
-    assert "expected one of" in tcam("sample", "--pretrained", "none", "--out", tmp_path / "s", fails=True)
+    (tmp_path / "copy" / "model.json").write_text("{}")
+    with pytest.raises(UserError, match="format"):
+        export_model(model, tmp_path / "copy")
+    assert "--pretrained: " in tcam("sample", "--pretrained", "none", "--out", tmp_path / "s", fails=True)
     for arguments in (("sample",), ("sample", model, "--pretrained", "cohort")):
         assert "give a run or a model's folder, or --pretrained NAME" in tcam(*arguments, "--out", tmp_path / "s", fails=True)
 

@@ -132,5 +132,10 @@ def test_what_does_not_fit_is_refused(trained, latents, tmp_path):
     assert "spacing" in tcam("sample", trained, "--spacing", 1, 0, 1, "--out", tmp_path / "s", "-q", fails=True)
     with pytest.raises(UserError, match="depends on voxel sizes"):
         Network(TriplaneDiffusion.load(trained))
+    model = TriplaneDiffusion.load(trained)
+    with pytest.raises(ValueError, match="sizes: expected the voxel sizes"):
+        runs.sampler(model).invert([torch.zeros(1, 4, 8, 8)] * 3)
+    with pytest.warns(UserWarning, match="is far from the training volumes'"):
+        runs.sampler(model, spacing=(70.0, 70.0, 100.0)).sample([0])
     with pytest.raises(ValueError, match="numbers: expected"):
         TriplaneDiffusion.load(trained).network([p[None] for p in torch.zeros(3, 4, 8, 8)], torch.zeros(1))

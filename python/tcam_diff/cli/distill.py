@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ import typer
 from tcam_diff import config as configs
 from tcam_diff.cli.common import RESUMED, Quiet, Resume, duration, end_training, progress_bar, say, stop_on_interrupt
 from tcam_diff.diffusion.config import DistillConfig
+from tcam_diff.errors import UserError
 from tcam_diff.text import dtype_text
 
 if TYPE_CHECKING:
@@ -34,12 +36,14 @@ def command(
     """
     from tcam_diff.diffusion.distill import distill
 
+    if any(o.startswith("model=") for o in overrides or []):
+        raise UserError(f"model: is the first argument, {model}; leave model=... out")
     settings = DistillConfig.load("default", overrides or []).model_copy(update={"model": str(model)})
     with progress_bar("distilling", quiet, SHOWN) as show, stop_on_interrupt(RESUMED) as stop:
         outcome = distill(settings, out, resume, started=None if quiet else announce, progress=show, stop=stop)
     end_training(out, outcome, settings.steps, quiet)
     if not quiet:
-        m = outcome.metrics
+        m = {"distance": math.nan, "prior_distance": math.nan} | outcome.metrics
         say(
             f"{out}: {outcome.step} steps in {duration(outcome.seconds)}, distance {m['distance']:.3f} from the teacher's "
             f"planes (the prior alone: {m['prior_distance']:.3f}); to draw volumes: tcam sample {out} --solver consistency "

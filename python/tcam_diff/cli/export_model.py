@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from tcam_diff.cli.common import say
+from tcam_diff.errors import UserError
+from tcam_diff.files import reason
 
 
 def command(
@@ -24,5 +26,9 @@ def command(
     """
     from tcam_diff.diffusion.export import export_model
 
-    size = export_model(model, out, dtype, "" if note is None else note.read_text())
+    try:
+        text = "" if note is None else note.read_text()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--note {note}: expected a text in UTF-8: {reason(error)}") from error
+    size = export_model(model, out, dtype, text)
     say(f"{out}: {size / 1e6:.1f} MB; to draw volumes: tcam sample {out} --out DIR")

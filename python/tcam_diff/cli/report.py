@@ -15,8 +15,9 @@ def command(
         list[Path],
         typer.Argument(
             metavar="RUN...",
-            help="Folders of `tcam train-autodecoder`, `tcam train-diffusion`, `tcam encode`, `tcam export-latents`, "
-            "`tcam sample`, `tcam baseline`, `tcam evaluate`, `tcam segment`, `tcam table` and `tcam figure`, in any order.",
+            help="Folders of `tcam train-autodecoder`, `tcam train-diffusion`, `tcam distill`, `tcam encode`, "
+            "`tcam export-latents`, `tcam sample`, `tcam baseline`, `tcam evaluate`, `tcam segment`, `tcam table` and "
+            "`tcam figure`.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="The HTML file.")],

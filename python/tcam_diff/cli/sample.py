@@ -55,7 +55,8 @@ def command(
     spacing: Annotated[
         tuple[float, float, float] | None,
         typer.Option(
-            help="Voxel sizes in mm, for models trained with spacing=true. [default: those of random training volumes]",
+            help="Voxel sizes in mm, of the model's own number of voxels, for models trained with spacing=true. "
+            "[default: those of random training volumes]",
             show_default=False,
         ),
     ] = None,

@@ -176,6 +176,7 @@ class DistillConfig(RunConfig):
     """Distillation to a model of one to four evaluations (``diffusion/distill.py``)."""
 
     kind = "distill"
+    changeable = RunConfig.changeable | {"model", "evaluate_volumes"}
 
     model: Annotated[str, Field(description="run of `tcam train-diffusion`, or a model's folder, trained with a prior")]
     steps: Count = 800
@@ -191,7 +192,7 @@ class DistillConfig(RunConfig):
         Literal["auto", "float32", "bfloat16"],
         Field(description="type of the products; auto: bfloat16 if the machine multiplies it"),
     ] = "auto"
-    evaluate_volumes: Annotated[Count, Field(description="trajectories of an evaluation")] = 16
+    evaluate_volumes: Annotated[int, Field(ge=2, description="trajectories of an evaluation")] = 16
 
 
 class SampleConfig(Config):
@@ -214,7 +215,10 @@ class SampleConfig(Config):
     seed: Annotated[int, Field(ge=0)] = 0
     spacing: Annotated[
         tuple[Rate, Rate, Rate] | None,
-        Field(description="voxel sizes in mm, for models trained with spacing=true; null: those of random training volumes"),
+        Field(
+            description="voxel sizes in mm, of the model's own number of voxels, for models trained with spacing=true; null: "
+            "those of random training volumes"
+        ),
     ] = None
 
 

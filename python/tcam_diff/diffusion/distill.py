@@ -13,16 +13,18 @@ angles are moved at random by up to half an interval.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tcam_diff.diffusion.config import DistillConfig
-from tcam_diff.diffusion.model import TriplaneDiffusion
+from tcam_diff.diffusion.model import INDEX, TriplaneDiffusion
 from tcam_diff.diffusion.process import TIMESTEPS, Estimate, error, unpack
 from tcam_diff.diffusion.solver import Solver, arc
 from tcam_diff.errors import UserError
@@ -89,23 +91,30 @@ class Distillation(NetworksTask):
     score = "-distance"
 
     def __init__(self, config: DistillConfig, group: Distributed, folder: Path) -> None:
-        self.teacher = TriplaneDiffusion.load(config.model, group.device, config.compute_dtype)
-        super().__init__(config, group, self.teacher.identity)
-        self.config, self.folder = config, folder
-        teacher, name = self.teacher, config.model
+        teacher = self.teacher = TriplaneDiffusion.load(config.model, group.device)
+        super().__init__(config, group, teacher.identity)
+        self.config, self.folder, name = config, folder, config.model
         if teacher.consistency:
             raise UserError(f"model: {name}: is distilled already; give the model that it was distilled from")
         if teacher.prior is None:
             raise UserError(f"model: {name}: has no prior; train one with prior=gaussian or unit")
         self.compute = products(config.compute_dtype, group.device)
-        self.student, average = (TriplaneDiffusion.load(config.model, group.device, config.compute_dtype) for _ in range(2))
-        self.network = self.student.network.requires_grad_(True)  # without dropout: a trajectory has one end
-        self.average = average
-        average.consistency, average.provenance = True, {**teacher.provenance, "distilled_from": teacher.identity}
-        self.modules = {"network": self.network, "average": average.network}
+        teacher.config = teacher.config.model_copy(update={"compute_dtype": config.compute_dtype})
+        self.network = copy.deepcopy(teacher.network).requires_grad_(True)  # without dropout: a trajectory has one end
+        origin = {**teacher.provenance, "distilled_from": teacher.identity}
+        self.average = TriplaneDiffusion(
+            copy.deepcopy(teacher.network), teacher.decoder, teacher.config, teacher.stage1, teacher.geometry, teacher.centre,
+            origin, teacher.prior, teacher.variances, True, teacher.spacings,
+        )  # fmt: skip
+        self.modules = {"network": self.network, "average": self.average.network}
         self.adam("network", self.network, config.lr)
         self.batch: tuple[int, Trajectories] | None = None
         self.fixed: Trajectories | None = None
+
+    def load_state(self, shared: dict[str, Any], shards: Sequence[dict[str, Any]]) -> None:
+        if shared["data"] != self.data:
+            raise UserError(f"model: {self.config.model}: is not the model with which the run began")
+        super().load_state(shared, shards)
 
     @property
     def parameters(self) -> int:
@@ -203,4 +212,6 @@ def distill(
     Raises:
         UserError: model or configuration do not fit, or the folder has a run.
     """
+    if (Path(out) / INDEX).is_file():
+        raise UserError(f"--out {out}: has a model; choose another folder")
     return train(Distillation, config, Path(out), resume, started, progress, stop)

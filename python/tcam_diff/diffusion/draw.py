@@ -113,8 +113,9 @@ def draw_samples(
         class_index, guidance = model.label(label), None if guide is None else guide(model)
         sampler = Sampler(model, config)
         sampler.check()
-        if guidance is not None and model.spacings is not None:
-            raise UserError("--known: not for models that depend on voxel sizes (trained with spacing=true)")
+        if guidance is not None and (model.spacings is not None or model.consistency):
+            what = "depend on voxel sizes (spacing=true)" if model.spacings is not None else "were made by `tcam distill`"
+            raise UserError(f"--known: not for models that {what}; take another model")
         listed = output.labels or (out / LIST).is_file()
         if output.labels and not model.geometry.info.label_maps:
             raise UserError(f"--labels: {NO_MAPS}")
@@ -327,6 +328,8 @@ def draw_between(
     if config.solver in STOCHASTIC:
         raise UserError(f"--solver: {config.solver} is stochastic and has no inverse; choose another solver")
     model = TriplaneDiffusion.load(folder, device_of(device), compute)
+    if model.consistency:
+        raise UserError(f"{folder}: a model of `tcam distill` has no inverse; take the one that it was distilled from")
     class_index, latent_set, out = model.label(label), LatentSet(latents), Path(output.folder)
     latent_set.check_decoder(model.decoder, folder)
     entries = [latent_set.entry(name) for name in (a, b)]

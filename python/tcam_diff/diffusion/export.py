@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from tcam_diff.diffusion.model import INDEX, TriplaneDiffusion, find_model
+from tcam_diff.diffusion.model import INDEX, TriplaneDiffusion, read_index
+from tcam_diff.diffusion.spacing import of_volume
 from tcam_diff.errors import UserError
 from tcam_diff.files import locked_folder, write_text
 from tcam_diff.pretrained import CARD
@@ -31,49 +30,58 @@ def export_model(folder: str | os.PathLike[str], out: str | os.PathLike[str], dt
         Bytes of the copy.
 
     Raises:
-        UserError: there is no model, the type is another, or ``out`` is the model's own folder or has another model.
+        UserError: there is no model, the type is another, or ``out`` exists and is neither empty nor a copy of this model.
     """
     if dtype not in TYPES:
         raise UserError(f"dtype: expected {' or '.join(TYPES)}, got {dtype}")
-    source, target = find_model(Path(folder)), Path(out)
-    if target.exists() and target.resolve() == source.resolve():
-        raise UserError(f"{out}: is the model's own folder; choose another one")
-    model = TriplaneDiffusion.load(source)
+    model, target = TriplaneDiffusion.load(folder), Path(out)
+    if target.exists() and not _is_copy(target, model.identity):
+        raise UserError(f"{out}: exists, and is no copy of this model; choose another folder")
+    model.provenance["copy_of"] = model.identity
+    text = card(model, target.resolve().name, note)
     with locked_folder(target):
-        index = target / INDEX
-        if index.is_file() and json.loads(index.read_text())["provenance"].get("copy_of") != model.identity:
-            raise UserError(f"{out}: has another model; choose another folder")
-        model.provenance["copy_of"] = model.identity
         model.save(target, TYPES[dtype])
-        write_text(target / CARD, card(model, target, note))
+        write_text(target / CARD, text)
     return sum(p.stat().st_size for p in target.iterdir())
 
 
-def card(model: TriplaneDiffusion, folder: Path, note: str = "") -> str:
+def _is_copy(folder: Path, identity: str) -> bool:
+    """Whether a folder is empty, or has a copy of the model with this identity."""
+    if not folder.is_dir():
+        return False
+    if not (folder / INDEX).is_file():
+        return not any(folder.iterdir())
+    return bool(read_index(folder)["provenance"].get("copy_of") == identity)
+
+
+def card(model: TriplaneDiffusion, name: str, note: str = "") -> str:
     """Model card in Markdown: what the model draws, how it was trained, how it is used, and ``note``."""
     info, c, s, p = model.geometry.info, model.config, model.stage1, model.provenance
-    spacing = np.linalg.norm(info.affine[:3, :3], axis=0)
-    classes = f", classes {', '.join(model.geometry.classes)}" if model.geometry.classes else ""
-    maps = f", label maps {', '.join(info.label_maps)}" if info.label_maps else ""
+    voxels = " x ".join(f"{n:.3g}" for n in of_volume(info))
+    about = [f"of {voxels} mm" if model.spacings is None else f"of sizes as in training, about {voxels} mm (`--spacing`)"]
+    about += [f"{info.images} channel(s)"]
+    about += [f"classes {', '.join(model.geometry.classes)}"] if model.geometry.classes else []
+    about += [f"label maps {', '.join(info.label_maps)} (`--labels`)"] if info.label_maps else []
     planes = ", ".join(size_text(n) for n in model.geometry.sizes)
     parameters = sum(t.numel() for t in model.network.parameters()) / 1e6
-    prior = "none" if model.prior is None else f"{c.prior}, {len(model.prior.directions)} principal directions"
+    prior = c.prior if c.prior != "gaussian" or model.prior is None else f"{len(model.prior.directions)} principal directions"
+    steps = f"{p.get('step', '?')} steps of {c.batch}"
+    steps += f", then distilled for {p.get('distilled_steps', '?')} steps" if model.consistency else ""
     how = "--solver consistency --steps 2" if model.consistency else "--steps 25"
     kind = "Consistency model" if model.consistency else "Diffusion model"
     lines = [
-        f"# {folder.resolve().name}",
+        f"# {name}",
         "",
         f"{kind} of triplanes with its decoder (TCAM-Diff, AAAI 2025, as implemented in tcam_ext).",
         "",
-        f"* **Draws** volumes of {size_text(info.shape)} voxels of {' x '.join(f'{n:.3g}' for n in spacing)} mm, "
-        f"{info.channels} channel(s){classes}{maps}, or of any other number of voxels (`--size`).",
+        f"* **Draws** volumes of {size_text(info.shape)} voxels, {', '.join(about)}; or of others (`--size`).",
         f"* **Planes** {planes} with {model.channels} channels, of a decoder of widths {', '.join(map(str, s.widths))}.",
-        f"* **Network** of {parameters:.2f} M parameters; prior: {prior}.",
-        f"* **Trained** on {p['volumes']} volumes for {p['step']} steps of {c.batch}; {c.network.weights} weights, "
-        f"{c.network.cross} cross-attention.",
+        f"* **Network** of {parameters:.2f} M parameters, {c.network.weights} weights, {c.network.cross} cross-attention; "
+        f"prior: {prior}.",
+        f"* **Trained** on {p.get('volumes', '?')} volumes for {steps}.",
         "",
         "```",
-        f"tcam sample {folder.name} --n 4 {how} --out SAMPLES",
+        f"tcam sample {name} --n 4 {how} --out SAMPLES",
         "```",
         "",
         "Drawn volumes may resemble training volumes: `tcam evaluate STORE SAMPLES` lists the nearest. They are for research, "

@@ -332,11 +332,20 @@ def find_model(folder: Path) -> Path:
     for path in (folder, folder / "model"):
         if (path / INDEX).is_file():
             return path
-    raise UserError(f"{folder}: no model: expected a run of `tcam train-diffusion` or a model's folder")
+    raise UserError(f"{folder}: no model: expected a run of `tcam train-diffusion` or `tcam distill`, or a model's folder")
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Index of a model in a folder. Raises UserError if it is damaged."""
+    files = _folder(folder)
+    index = files.read()
+    with files.reading():
+        dict(index["provenance"])
+    return index
 
 
 def _folder(path: Path) -> Folder:
-    remedy = "copy the model again, or write it again with `tcam train-diffusion --resume auto`"
+    remedy = "copy the model again, or write it again with the command that made it and --resume auto"
     return Folder(path, INDEX, "`tcam train-diffusion`", remedy, formats=(1, 2, 3, 4))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -62,6 +63,9 @@ class Sampler:
         if self.model.spacings is None:
             return None
         given = self.config.spacing
+        if given is not None and self.model.spacings.is_far(given):
+            low, high = (" x ".join(f"{n:.3g}" for n in ends) for ends in self.model.spacings.ends)
+            warnings.warn(f"spacing: {given} mm is far from the training volumes', {low} to {high} mm", stacklevel=2)
         drawn = self.model.spacings.drawn(indices, self.config.seed)
         return drawn if given is None else torch.tensor(given).to(drawn).expand_as(drawn)
 
@@ -154,8 +158,11 @@ class Sampler:
     def invert(self, planes: Sequence[Tensor], label: int | None = None, sizes: Tensor | None = None) -> Tensor:
         """Noise (B, M) from which the ODE leads to normalised planes (B, C, rows, columns).
 
-        Heun's method stands in for stochastic solvers.
+        Heun's method stands in for stochastic solvers. Raises ValueError without ``sizes``, the voxel sizes (B, 3) of the
+        volumes, for a model that depends on them.
         """
+        if self.model.spacings is not None and sizes is None:
+            raise ValueError("sizes: expected the voxel sizes of the volumes, on which the model depends; got None")
         x = self.model.state([p.to(self.model.device) for p in planes])
         solver = "heun" if self.config.solver in STOCHASTIC else self.config.solver
         deterministic = Sampler(self.model, self.config.model_copy(update={"final": "x", "solver": solver}))

@@ -121,7 +121,7 @@ class _Heads:
 
     def __init__(self, prior: GaussianPrior) -> None:
         self.prior = prior
-        self.low, self.high = decisive(prior.range)
+        self.low, self.high = decisive((float(prior.floor.min()), prior.range[1]))
         self.known: list[tuple[float, list[tuple[Tensor, Tensor]]]] = []  # eta, and each head with where it is known
 
     def learn(self, e: Estimate) -> None:
@@ -279,6 +279,8 @@ class Solver:
             raise ValueError(f"solver: expected one of {', '.join(known)}, got {self.method!r}")
         if self.method == "multirate" and self.prior is None:
             raise ValueError("solver: multirate needs the prior of a model")
+        if self.visit is not None and self.method != "multirate":
+            raise ValueError(f"visit: only multirate visits states, got the solver {self.method}")
         if self.final not in ("x0", "x"):
             raise ValueError(f"final: expected x0 or x, got {self.final!r}")
 

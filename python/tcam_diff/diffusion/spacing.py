@@ -36,6 +36,16 @@ class Spacings(nn.Module):
         logs = self.sizes.log()
         return (sizes.to(logs).log() - logs.mean(0)) / logs.std(0, correction=0).clamp(min=LEAST)
 
+    @property
+    def ends(self) -> tuple[list[float], list[float]]:
+        """Smallest and largest sizes along each axis."""
+        return self.sizes.min(0).values.tolist(), self.sizes.max(0).values.tolist()
+
+    def is_far(self, sizes: Sequence[float], factor: float = 1.5) -> bool:
+        """Whether a size is beyond the training volumes' smallest or largest by more than a factor."""
+        low, high = self.ends
+        return any(not a / factor <= n <= b * factor for n, a, b in zip(sizes, low, high, strict=True))
+
     def drawn(self, indices: Sequence[int], seed: int) -> Tensor:
         """Voxel sizes (B, 3) of samples with these numbers: each that of a training volume drawn at random."""
         rows = [int(torch.randint(len(self.sizes), (), generator=rng(seed, "spacing", i))) for i in indices]

@@ -17,5 +17,6 @@ def names() -> list[str]:
 def pretrained(name: str) -> Path:
     """Folder of a model, for ``TriplaneDiffusion.load``. Raises UserError if there is none of this name."""
     if name not in names():
-        raise UserError(f"--pretrained: expected one of {', '.join(names())}, got {name}")
+        known = f"expected one of {', '.join(names())}" if names() else "this installation has none"
+        raise UserError(f"--pretrained: {known}, got {name}")
     return Path(__file__).parent / name

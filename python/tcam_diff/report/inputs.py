@@ -19,7 +19,7 @@ from tcam_diff.data import store as stores
 from tcam_diff.data.nifti import is_nifti
 from tcam_diff.data.sources import Case
 from tcam_diff.data.store import Store
-from tcam_diff.diffusion.config import DiffusionConfig
+from tcam_diff.diffusion.config import DiffusionConfig, DistillConfig
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation.critic import Score
 from tcam_diff.evaluation.reconstruction import Mean
@@ -30,9 +30,9 @@ from tcam_diff.text import shown
 
 SUMMARY, SEGMENTATION = "summary.json", "segmentation.json"
 KINDS = (
-    "a run of `tcam train-autodecoder`, `tcam train-diffusion` or `tcam baseline train`, a set of `tcam encode` or "
-    "`tcam export-latents`, or a folder of `tcam sample`, `tcam baseline sample`, `tcam evaluate`, `tcam segment`, "
-    "`tcam table` or `tcam figure`"
+    "a run of `tcam train-autodecoder`, `tcam train-diffusion`, `tcam distill` or `tcam baseline train`, a set of "
+    "`tcam encode` or `tcam export-latents`, or a folder of `tcam sample`, `tcam baseline sample`, `tcam evaluate`, "
+    "`tcam segment`, `tcam table` or `tcam figure`"
 )
 
 
@@ -61,6 +61,7 @@ class Inputs:
     stage1: dict[Path, TrainConfig] = field(default_factory=dict)
     latents: dict[Path, LatentSet] = field(default_factory=dict)
     stage2: dict[Path, DiffusionConfig] = field(default_factory=dict)
+    distilled: dict[Path, DistillConfig] = field(default_factory=dict)
     compressions: dict[Path, CompressionConfig] = field(default_factory=dict)  # of rivals
     latent_diffusions: dict[Path, LatentDiffusionConfig] = field(default_factory=dict)  # of rivals
     samples: dict[Path, list[Sample]] = field(default_factory=dict)
@@ -71,7 +72,7 @@ class Inputs:
     @property
     def runs(self) -> list[Path]:
         """Folders of trainings."""
-        return [*self.stage1, *self.stage2, *self.compressions, *self.latent_diffusions]
+        return [*self.stage1, *self.stage2, *self.distilled, *self.compressions, *self.latent_diffusions]
 
     @property
     def rebuilding(self) -> list[Path]:
@@ -139,6 +140,8 @@ def _add_run(inputs: Inputs, path: Path) -> None:
         inputs.compressions[path] = CompressionConfig.load(settings)
     elif "data" in keys:
         inputs.stage1[path] = TrainConfig.load(settings)
+    elif "teacher_steps" in keys:
+        inputs.distilled[path] = DistillConfig.load(settings)
     elif "latents" in keys:
         inputs.stage2[path] = DiffusionConfig.load(settings)
     else:

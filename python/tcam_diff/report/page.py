@@ -15,6 +15,7 @@ import yaml
 from tcam_diff.autodecoder.report import curve_groups
 from tcam_diff.config import Config
 from tcam_diff.data.store import Record, Store, unit
+from tcam_diff.diffusion.config import DistillConfig
 from tcam_diff.diffusion.model import TriplaneDiffusion
 from tcam_diff.diffusion.report import CURVES
 from tcam_diff.errors import UserError
@@ -280,6 +281,8 @@ def _training(inputs: Inputs, path: Path, metrics: Sequence[dict[str, Any]]) -> 
         return "stage 1", inputs.stage1[path], curve_groups(metrics)
     if path in inputs.stage2:
         return "stage 2", inputs.stage2[path], CURVES
+    if path in inputs.distilled:
+        return "distillation", inputs.distilled[path], [["loss"], ["distance", "prior_distance"]]
     if path in inputs.compressions:
         config = inputs.compressions[path]
         return f"rival {config.model}", config, [["loss", "error"], ["psnr", "held_out_psnr"]]
@@ -330,6 +333,7 @@ def _commands(inputs: Inputs) -> list[str]:
         kind = ["encode", provenance.get("run", "RUN"), provenance.get("store", "STORE"), *changes]
         lines.append([*(kind if changes else ["export-latents", kind[1]]), "--out", path])
     lines += [["train-diffusion", path / "config.yaml", "--out", path] for path in inputs.stage2]
+    lines += [["distill", config.model, "--out", path, *_changed(config)] for path, config in inputs.distilled.items()]
     lines += [["baseline", "train", path / "config.yaml", "--out", path] for path in inputs.latent_diffusions]
     lines += [_sampling(inputs, path, samples) for path, samples in inputs.samples.items()]
     for path, summary in inputs.evaluations.items():
@@ -338,6 +342,12 @@ def _commands(inputs: Inputs) -> list[str]:
         more = [x for k in known if (v := given.get(k)) not in (None, 0) for x in (f"--{k}", v)]
         lines.append(["evaluate", given.get("real", "STORE"), *_fakes(summary), *more, "--out", path])
     return [shlex.join(["tcam", *map(str, line)]) for line in lines]
+
+
+def _changed(config: DistillConfig) -> list[str]:
+    """KEY=VALUE of the keys that differ from the preset."""
+    plain = DistillConfig.load("default").model_dump(mode="json")
+    return [f"{k}={v}" for k, v in config.model_dump(mode="json").items() if k != "model" and v != plain[k]]
 
 
 def _fakes(summary: Summary) -> list[str]:
@@ -351,11 +361,13 @@ def _sampling(inputs: Inputs, path: Path, samples: Sequence[Sample]) -> list[Any
     if "rival" in settings:
         options = ["--seed", settings["sampling"]["seed"], "--dtype", settings.get("dtype")]
         return ["baseline", "sample", "RUN", "--n", len(samples), *options, "--out", path]
-    models = [run for run in inputs.stage2 if _identity(run) == settings.get("model")]
+    models = [run for run in (*inputs.stage2, *inputs.distilled) if _identity(run) == settings.get("model")]
     named = {k: v for k, v in settings["sampling"].items() if v is not None} | {"dtype": settings.get("dtype")}
     if settings.get("label") is not None:
         named["label"] = settings["label"]
-    given = [x for k, v in named.items() if v is not None for x in (f"--{k.replace('_', '-')}", v)]
+    given: list[Any] = []
+    for k, v in named.items():
+        given += [] if v is None else [f"--{k.replace('_', '-')}", *(v if isinstance(v, list) else [v])]
     first = ["--first", settings["index"]] if settings.get("index") else []
     size = ["--size", *settings["size"]] if isinstance(settings.get("size"), list) else []
     guided = ["--known", "FILE"] if settings.get("known") else []
