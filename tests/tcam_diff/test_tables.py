@@ -13,7 +13,7 @@ from tcam_diff.tables.config import TableConfig
 from tcam_diff.tables.make import _claim, make_figure, make_table
 from tcam_diff.tables.paper import PUBLISHED, TABLES
 from tcam_diff.tables.plan import GENERATORS, Plan
-from tcam_diff.tables.render import _sets, grid
+from tcam_diff.tables.render import grid, sets_text
 from tcam_diff.tables.rows import late_gain, paired, time_to
 from tcam_diff.tables.steps import run, step
 
@@ -146,8 +146,8 @@ def test_statistics_of_several_seeds_have_their_deviation():
             "volumes_for_fid_and_mmd": 0, "real": "held-out volumes", "told_apart": {"samples": {}},
         }  # fmt: skip
 
-    assert "| samples | 2 (1 to 3) |" in "\n".join(_sets([summary(2.0)]))
-    assert "| samples | 3 ± 1.41 |" in "\n".join(_sets([summary(2.0), summary(4.0)]))
+    assert "| samples | 2 (1 to 3) |" in "\n".join(sets_text([summary(2.0)]))
+    assert "| samples | 3 ± 1.41 |" in "\n".join(sets_text([summary(2.0), summary(4.0)]))
 
 
 def test_a_step_that_fails_is_named_with_its_message(tmp_path):

@@ -193,10 +193,10 @@ def _table3(content: dict[str, Any]) -> list[str]:
         ),
         f"Controls, half of the real volumes against the other: {control}.",
     ]
-    return [*parts, *_sets(content["sets"])]
+    return [*parts, *sets_text(content["sets"])]
 
 
-def _sets(summaries: Sequence[dict[str, Any]]) -> list[str]:
+def sets_text(summaries: Sequence[dict[str, Any]]) -> list[str]:
     """Statistics of sets of volumes: with one seed with intervals over volumes, with several the deviation over seeds."""
     first = summaries[0]
 
