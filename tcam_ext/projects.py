@@ -72,7 +72,9 @@ class ProjectDecoder(nn.Module):
 
     def layers(self) -> list[Any]:
         """The linear layers of the decoder, in order. Raises ValueError if there are none, or one does not follow another."""
-        found = [m for m in self.decoder.modules() if isinstance(w := getattr(m, "weight", None), Tensor) and w.dim() == 2]
+        found: list[Any] = [
+            m for m in self.decoder.modules() if isinstance(w := getattr(m, "weight", None), Tensor) and w.dim() == 2
+        ]
         if not found:
             raise ValueError(f"decoder: expected a module with linear layers, got {type(self.decoder).__name__}")
         for a, b in pairwise(found):
@@ -118,10 +120,10 @@ class ProjectDecoder(nn.Module):
             The project's result, with the shape of the coordinates but for the last axis.
         """
         weights, biases = self._mlp()
-        one = isinstance(planes, Tensor) and planes.dim() == 4
-        shape = coordinates.shape[:-1]
-        if one:
+        shape, one = coordinates.shape[:-1], False
+        if isinstance(planes, Tensor) and planes.dim() == 4:
             planes, coordinates = planes[None], coordinates.reshape(1, shape.numel(), coordinates.shape[-1])
+            one = True
         bounds = None if self.half_width == 1 else [(-self.half_width, self.half_width)] * 3
         out = decode_points(planes, weights, biases, coordinates, bounds=bounds, **self.options)
         parts = [z[0].reshape(*shape, z.shape[-1]) if one else z for z in (out if isinstance(out, tuple) else (out,))]

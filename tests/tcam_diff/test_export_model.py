@@ -49,7 +49,7 @@ def test_the_model_card_describes_the_model(model, tmp_path):
     text = (tmp_path / "copy" / "README.md").read_text()
     for words in (
         "# copy",
-        "16 x 16 x 16 voxels of 1 x 1.5 x 2 mm",
+        "16 x 16 x 16 voxels, of 1 x 1.5 x 2 mm",
         "12 volumes",
         "for 16 steps",
         "Made for a *test*.",

@@ -154,8 +154,8 @@ def test_flips_are_those_of_the_volume_and_only_along_the_axes_asked(latents, ce
     turning = DiffusionTraining(runs.diffusion_config(latents, centre, "flip=[x]"), Distributed(), latents)
     turned = 0
     for step in range(4):
-        a, noise, _ = still._batch(step, range(4))
-        b, same, _ = turning._batch(step, range(4))
+        a, noise, *_ = still._batch(step, range(4))
+        b, same, *_ = turning._batch(step, range(4))
         assert all(torch.equal(p, q) for p, q in zip(noise, same, strict=True))
         before, after = (t.model(0).decode(t.model(0).planes(pack(x))) for t, x in ((still, a), (turning, b)))
         for one, other in zip(before, after, strict=True):

@@ -71,7 +71,8 @@ class Trajectories:
 
         def estimate(x: Tensor, eta: float) -> Estimate:
             t = torch.full((len(x),), eta * (TIMESTEPS / (math.pi / 2)), device=x.device)
-            return Estimate(x, *model.estimate(x, t, labels, sizes).chunk(2, 1), eta)
+            noise, x0 = model.estimate(x, t, labels, sizes).chunk(2, 1)
+            return Estimate(x, noise, x0, eta)
 
         etas = moved(arc(steps, variances=model.variances), shift)
         ends = Solver("multirate", "x", prior=model.prior, visit=visit).solve(noise, etas, estimate)
