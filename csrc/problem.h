@@ -67,7 +67,7 @@ typedef struct {
   O(uint64_t, noise_seed, 0, 0, UINT64_MAX) /* keys also contain the object, and the voxel in the whole grid or the */  \
                                             /* point in its object (see tcam_inputs) */                                 \
   F(int32_t, dtype) /* of planes, weights, biases, coordinates and their gradients: TCAM_F32 or TCAM_F64 */             \
-  O(int32_t, compute, TCAM_F32, TCAM_F32, TCAM_TF32)   /* of products above layer 1: as dtype, or TCAM_BF16, */       \
+  O(int32_t, compute, TCAM_F32, TCAM_F32, TCAM_TF32)   /* of products above layer 1: as dtype, or TCAM_BF16, */         \
                                                        /* TCAM_F16 or TCAM_TF32 with TCAM_F32 */                        \
   O(int32_t, out_dtype, TCAM_F32, TCAM_F32, TCAM_BF16) /* of the volume and of its gradient */                          \
   O(int32_t, grad_planes, 0, 0, 1)                     /* backward only: the gradients to compute */                    \

@@ -382,14 +382,12 @@ struct Pitch {
   static constexpr long value = words;
 };
 
-// Calls f with the least row pitch, in words, that the decoder's layers fit: 16 more than a width, to spread rows over cache
-// sets.
+// Calls f with the row pitch, in words, of narrow or of wide decoders: 16 more than a width, to spread rows over cache sets.
 template <class F>
 static auto with_pitch(const Decoder& d, F f) {
   long widest = 0;
   for (int l = 1; l <= d.layers; ++l) widest = d.width[l] > widest ? d.width[l] : widest;
   if (widest <= 128) return f(Pitch<144>());
-  if (widest <= 256) return f(Pitch<272>());
   return f(Pitch<TCAM_MAX_WIDTH + 16>());
 }
 
