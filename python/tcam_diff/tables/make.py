@@ -94,10 +94,11 @@ def make_table(
 
 
 def _machine(machines: Sequence[dict[str, str]]) -> dict[str, str]:
-    """Machine of all steps, with the packages of each; of several machines only that."""
+    """Machine of all steps, with the packages of each; of several machines, or numbers of threads, their processors."""
     packages = "; ".join(dict.fromkeys(m["packages"] for m in machines))
     alone = {json.dumps({k: v for k, v in m.items() if k != "packages"}, sort_keys=True) for m in machines}
-    several = {"processor": "several machines, see the steps: times do not compare"} if len(alone) > 1 else {}
+    processors = "; ".join(dict.fromkeys(m["processor"] for m in machines))
+    several = {"processor": f"{processors} (not all steps on the same: see their times)"} if len(alone) > 1 else {}
     return {**machines[-1], **several, "packages": packages}
 
 
