@@ -111,9 +111,10 @@ __global__ void __launch_bounds__(threads) last_layer_kernel(LastLayer<Real> p, 
       }
       if (p.delta) p.delta[static_cast<int64_t>(v) * p.n_out + o] = delta * output_slope_of<true>(p.output_activation, sum);
     }
-    if (what != Finish::compare) continue;
-    for (int other = 16; !p.weight && other; other /= 2) total += __shfl_xor_sync(0xffffffffu, total, other);
-    if (lane == 0) p.losses[v] = total;
+    if constexpr (what == Finish::compare) {
+      for (int other = 16; !p.weight && other; other /= 2) total += __shfl_xor_sync(0xffffffffu, total, other);
+      if (lane == 0) p.losses[v] = total;
+    }
   }
 }
 
