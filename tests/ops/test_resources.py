@@ -37,7 +37,8 @@ SPILLS = [
     (r"fused_backward_kernel<.*, 128, 2>", 224),
     (r"gemm_kernel<", 32),
     (r"add_axis_sum_kernel<float, 4>", 8),
-    (r"last_layer_kernel<double, .*2>", 64),  # float64 with a loss, around the call of a rare output activation
+    # float64 with a loss: around the call of a rare output activation; 8 bytes for lanes that have outputs of their own
+    (r"last_layer_kernel<double, .*2>", 72),
 ]
 #: Read first for architectures with less shared memory a block than the wide backward kernel needs: it never runs there.
 SPILLS_SMALL = [(r"fused_backward_kernel<.*, 128, 2>", 320)]
