@@ -58,6 +58,7 @@ def test_angles_move_by_shares_of_their_distance():
     logs = [math.log(math.tan(e)) for e in moved(etas, 0.5)[1:-1]]
     before = [math.log(math.tan(e)) for e in etas[1:-1]]
     assert logs[:-1] == pytest.approx([(a + b) / 2 for a, b in pairwise(before)])
+    assert moved(etas, 0.5)[-2:] == etas[-2:]
     assert moved(etas, 0.3)[0] == math.pi / 2
     assert moved(etas, 0.3)[-1] == 0
     assert moved(etas, 0.0) == pytest.approx(etas)

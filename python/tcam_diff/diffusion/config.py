@@ -179,10 +179,10 @@ class DistillConfig(RunConfig):
     changeable = RunConfig.changeable | {"model", "evaluate_volumes"}
 
     model: Annotated[str, Field(description="run of `tcam train-diffusion`, or a model's folder, trained with a prior")]
-    steps: Count = 800
+    steps: Count = 400
     batch: Annotated[int, Field(ge=1, description="trajectories at a time, and states of a step")] = 16
     teacher_steps: Annotated[int, Field(ge=2, description="intervals of a trajectory, by the solver multirate")] = 8
-    updates: Annotated[Count, Field(description="steps with the same trajectories")] = 4
+    updates: Annotated[Count, Field(description="steps with the same trajectories")] = 8
     lr: Rate = 5e-4
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 20

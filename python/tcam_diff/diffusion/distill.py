@@ -8,7 +8,7 @@ whose TrigFlow is the arc) estimates them with one evaluation,
 with the flow of the teacher's prior (prior.py), s rho as there, and the network's head F, which begins with the teacher's
 weights. At angle 0 it is x. The network is trained on states of the teacher's trajectories from noise, with the mean squared
 error between f and the planes at their ends. Trajectories are integrated by the solver multirate, with few evaluations; their
-angles are moved at random by up to half an interval.
+angles, but for the last one where all modes are decided, are moved at random by up to half an interval.
 """
 
 from __future__ import annotations
@@ -75,15 +75,16 @@ class Trajectories:
             return Estimate(x, noise, x0, eta)
 
         etas = moved(arc(steps, variances=model.variances), shift)
-        ends = Solver("multirate", "x", prior=model.prior, visit=visit).solve(noise, etas, estimate)
+        final = "x" if model.variances is None else "x0"  # the last estimate is the end where the grid reaches small angles
+        ends = Solver("multirate", final, prior=model.prior, visit=visit).solve(noise, etas, estimate)
         return Trajectories(torch.stack(states), angles, ends, labels, sizes)
 
 
 def moved(etas: list[float], shift: float) -> list[float]:
-    """Angles with those between the ends moved by ``shift`` of their mean distance in log tan(eta)."""
+    """Angles moved by ``shift`` of their mean distance in log tan(eta), but for the first and the last two."""
     inside = [math.log(math.tan(e)) for e in etas[1:-1]]
     gap = (inside[-1] - inside[0]) / (len(inside) - 1) if len(inside) > 1 else 1.0
-    return [etas[0], *(math.atan(math.exp(v + gap * shift)) for v in inside), etas[-1]]
+    return [etas[0], *(math.atan(math.exp(v + gap * shift)) for v in inside[:-1]), *etas[-2:]]
 
 
 class Distillation(NetworksTask):
