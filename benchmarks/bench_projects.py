@@ -36,10 +36,11 @@ PROJECTS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def outputs(out: Any) -> Tensor:
-    """What a decode must compute: the density and the colours or features, side by side along the last axis."""
-    parts = [out] if isinstance(out, Tensor) else [out[k] for k in ("sigma", "rgb", "density_act", "color") if k in out]
-    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+def outputs(out: Any, axis: int = -1) -> Tensor:
+    """Outputs of a decode, the density and the colours or features, side by side along an axis."""
+    if isinstance(out, Tensor):
+        return out
+    return torch.cat([out[k] for k in ("sigma", "rgb", "density_act", "color") if k in out], axis)
 
 
 class Case:
@@ -84,9 +85,7 @@ class Case:
         grad = self.grad.mT.reshape(1, -1, *size)
 
         def decode() -> Tensor:
-            out = self.ours.grid(self.planes, size, **options)
-            parts = [out] if isinstance(out, Tensor) else [out[k] for k in ("sigma", "rgb", "density_act", "color") if k in out]
-            return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+            return outputs(self.ours.grid(self.planes, size, **options), 1)
 
         def forward() -> Tensor:
             with torch.no_grad():
@@ -112,7 +111,7 @@ def main() -> None:
             want = case.project("forward", torch.float32)()
             got = case.tcam("forward", torch.float32)().flatten(2).mT
             error = float((got - want).norm() / want.norm())
-            if not error < 1e-4:
+            if not error < 1e-3:  # both are in float32; tests/ops/test_projects.py compares in float64
                 sys.exit(f"{name}, {n}^3: the decodes differ by {error:.1e}")
             for dtype_name, dtype in TYPES.items():
                 for what in ("forward", "forward+backward"):
