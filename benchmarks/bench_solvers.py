@@ -2,11 +2,10 @@
 
     python benchmarks/bench_solvers.py RUN2 [--distilled RUN4] [--n 16] [--json FILE]
 
-RUN2 is a run of `tcam train-diffusion` with prior=gaussian, RUN4 one of `tcam distill` from it. All solvers start from the same
-noise and take the model's grid.
-"difference" is the root mean square of the states' difference from heun's with 50 intervals, over the standard deviation of
-these. "spread" is the standard deviation of a solver's states about their mean over that of heun's. With two and more
-evaluations a distilled model adds new noise, so its states are others.
+RUN2 is a run of `tcam train-diffusion` with prior=gaussian, RUN4 one of `tcam distill` from it. All solvers start from the
+same noise and take the model's grid. "difference" is the root mean square of the states' difference from heun's with 50
+intervals, over the standard deviation of these. "spread" is the standard deviation of a solver's states about their mean over
+that of heun's. With two and more evaluations a distilled model adds new noise, so its states are others.
 """
 
 from __future__ import annotations

@@ -242,18 +242,6 @@ def paper_table(results: dict[str, Any]) -> str:
     return markdown(results)
 
 
-def sets_table(results: dict[str, Any]) -> str:
-    """Sets of volumes that `tcam evaluate` compared, with its summary.json as "summary", commands, commit and machine."""
-    sys.path.insert(0, str(ROOT / "python"))
-    from tcam_diff.tables.render import sets_text
-
-    return "\n\n".join([
-        f"Commit {results['commit']}, {results['machine']}.",
-        *sets_text([results["summary"]]),
-        "Commands:\n\n```\n" + "\n".join(results["commands"]) + "\n```",
-    ])  # fmt: skip
-
-
 WRITERS = {
     "changes": changes_table,
     "gpu": gpu_table,
@@ -262,7 +250,6 @@ WRITERS = {
     "metrics": by_columns(METRICS),
     "points": by_columns(POINTS),
     "sample": by_columns(POINTS),
-    "sets": sets_table,
     "solvers": by_columns(SOLVERS),
     "spin": by_columns(SPIN),
     "subnormals": by_columns(SUBNORMALS),

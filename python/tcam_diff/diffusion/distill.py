@@ -17,6 +17,7 @@ import copy
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from tcam_diff.training.rng import rng, seed_of
 from tcam_diff.training.run import train
 
 
+@dataclass(frozen=True)
 class Trajectories:
     """Trajectories of the teacher from noise to planes.
 
@@ -51,10 +53,11 @@ class Trajectories:
         sizes: voxel sizes (B, 3); None: the teacher does not depend on them.
     """
 
-    def __init__(
-        self, states: Tensor, etas: list[float], ends: Tensor, labels: Tensor | None, sizes: Tensor | None = None
-    ) -> None:
-        self.states, self.etas, self.ends, self.labels, self.sizes = states, etas, ends, labels, sizes
+    states: Tensor
+    etas: list[float]
+    ends: Tensor
+    labels: Tensor | None
+    sizes: Tensor | None
 
     @staticmethod
     @torch.no_grad()

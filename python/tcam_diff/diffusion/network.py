@@ -219,7 +219,7 @@ class TriplaneUNet(nn.Module):
         channels: channels C of the planes.
         config: architecture; default: ``NetworkConfig()``.
         classes: number of classes; 0: no labels. Index ``classes`` means no label.
-        numbers: numbers of each volume on which the estimates depend; 0: none.
+        numbers: count of a volume's numbers, such as voxel sizes, on which the estimates depend; 0: none.
     """
 
     def __init__(self, channels: int, config: NetworkConfig | None = None, classes: int = 0, numbers: int = 0) -> None:
