@@ -158,42 +158,6 @@ def stage1_table(results: dict[str, Any]) -> str:
     return "\n".join([provenance(results), "", *table(["quantity", "measured", "estimated before"], lines)])
 
 
-def stage2_table(results: dict[str, Any]) -> str:
-    rows = results["rows"]
-    seeds = [f"seed {r['seed']}" for r in rows]
-    pairs = []
-    for rival in rows[0]["pairs"]:
-        ours = [r["pairs"][rival]["samples"] for r in rows]
-        theirs = [r["pairs"][rival][rival] for r in rows]
-        each = [f"{a:.2f} : {b:.2f}" for a, b in zip(ours, theirs, strict=True)]
-        pairs.append([rival, *each, *(f"{statistics.fmean(x):.2f} ± {statistics.stdev(x):.2f}" for x in (ours, theirs))])
-    cells: Columns = {
-        "training both networks, min": lambda r: f"{r['train_s'] / 60:.1f}",
-        "drawing 64 volumes from each, min": lambda r: f"{r['sample_s'] / 60:.1f}",
-        "critics, min": lambda r: f"{r['critic_s'] / 60:.1f}",
-        "total, min": lambda r: f"{r['total_s'] / 60:.1f}",
-        "loss: with, without cross-attention": lambda r: " : ".join(f"{v:.3f}" for v in r["losses"].values()),
-        "median distance to the nearest training volume (RMS): samples": lambda r: f"{r['nearest_training_samples']:.4f}",
-        "the same, held-out volumes": lambda r: f"{r['nearest_training_held_out']:.4f}",
-        "smallest such distance: samples, held-out volumes": lambda r: (
-            f"{r['nearest_training_samples_low']:.4f}, {r['nearest_training_held_out_low']:.4f}"
-        ),
-    }
-    controls = "; ".join(f"{k}: {v:.2f}" for k, v in results["controls"].items())
-    return "\n".join([
-        provenance(results),
-        "",
-        f"{results['steps']} steps for each network. Fitting the latents took {results['before']['latents_s'] / 60:.0f} min "
-        f"and reached {results['psnr']:.1f} dB. Scores are W of a pair's critic on volumes held out from its training; "
-        "lower is nearer to real.",
-        "",
-        *table(["samples : rival", *seeds, "mean ± std: samples", "mean ± std: rival"], pairs),
-        "",
-        *table(["per seed", *seeds], ([name, *map(cell, rows)] for name, cell in cells.items())),
-        f"\nControls, critics of one half of the held-out volumes and another set: {controls}.",
-    ])  # fmt: skip
-
-
 GPU: Columns = {
     "pass": lambda r: r["what"],
     "rival": lambda r: r["rival"],
@@ -255,7 +219,6 @@ WRITERS = {
     "subnormals": by_columns(SUBNORMALS),
     "train": by_columns(TRAIN),
     "stage1": stage1_table,
-    "stage2": stage2_table,
     "table": paper_table,
 }
 
