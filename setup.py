@@ -33,6 +33,7 @@ if X86:
         "avx2": (32, "-mavx2 -mfma -mf16c"),
         "avx512": (64, AVX512),
         "avx512bf16": (64, AVX512 + " -mavx512bf16"),
+        "amx": (64, AVX512 + " -mavx512bf16 -mamx-tile -mamx-bf16"),
     }
 DEFAULT_ARCHITECTURES = "8.0;9.0a;9.0-PTX"  # few, to build fast; "-PTX" is not torch's: PTX without a cubin
 

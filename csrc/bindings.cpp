@@ -162,6 +162,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Options> options(m, "Options");
   options.def(py::init<>());
   options.def_readwrite("plane_axes", &Options::plane_axes)
+      .def_readwrite("groups", &Options::groups)
       .def_readwrite("size", &Options::size)
       .def_readwrite("box", &Options::box)
       .def_readwrite("activation", &Options::activation)

@@ -80,6 +80,7 @@ T between(const char* name, T value, T least, T most) {
 struct Options {
   tcam_problem problem{};
   std::vector<std::pair<int, int>> plane_axes;     // row axis < column axis of each plane
+  std::vector<int> groups;                         // the number of planes of each group
   Sizes size, box;                                 // of a grid
   std::vector<std::pair<int, double>> activation;  // of each hidden layer: kind, parameter
   std::pair<int, double> output_activation{0, 0};
@@ -207,8 +208,16 @@ class Call {
   bool empty_ = false;
 
   void take_planes(const py::list& planes, const Options& o) {
-    if (planes.size() < 1 || planes.size() > TCAM_MAX_PLANES) throw py::value_error("planes: expected 1 to 16 tensors");
+    if (planes.size() < 1 || planes.size() > TCAM_MAX_PLANES)
+      throw py::value_error("planes: expected 1 to " + std::to_string(TCAM_MAX_PLANES) + " tensors");
     if (o.plane_axes.size() != planes.size()) throw py::value_error("plane_axes: expected a pair for each plane");
+    std::vector<int32_t> group;  // of each plane
+    for (int count : o.groups) {
+      if (count < 1 || static_cast<size_t>(count) > planes.size() - group.size())
+        throw py::value_error("groups: expected numbers of planes that add up to all planes");
+      group.insert(group.end(), static_cast<size_t>(count), p_.group_count++);
+    }
+    if (group.size() != planes.size()) throw py::value_error("groups: expected numbers of planes that add up to all planes");
     for (size_t q = 0; q < planes.size(); ++q) {
       const std::string name = "planes[" + std::to_string(q) + "]";
       planes_.emplace_back(planes[q], name);
@@ -222,7 +231,7 @@ class Call {
       const auto [row_axis, column_axis] = o.plane_axes[q];
       if (row_axis < 0 || column_axis <= row_axis || column_axis >= p_.axes)
         throw py::value_error("plane_axes: expected 0 <= row axis < column axis < axes");
-      p_.planes[q] = {row_axis, column_axis, rows, columns};
+      p_.planes[q] = {row_axis, column_axis, group[q], rows, columns};
       plane_data_.push_back(t.data);
     }
     device_ = planes_[0].device;
@@ -244,7 +253,7 @@ class Call {
       throw py::value_error("weights: expected up to " + std::to_string(TCAM_MAX_LAYERS) + " layers");
     if (biases.size() != weights.size()) throw py::value_error("biases: expected one (or None) for each weight");
     p_.layers = static_cast<int32_t>(weights.size());
-    p_.width[0] = (p_.reduce == TCAM_CONCAT ? p_.plane_count : 1) * p_.channels + extra;
+    p_.width[0] = p_.group_count * p_.channels + extra;
     for (size_t l = 0; l < weights.size(); ++l) {
       const std::string name = "weights[" + std::to_string(l) + "]";
       weights_.emplace_back(weights[l], name);

@@ -4,6 +4,27 @@
 
 namespace tcam {
 
+struct PlaneRange {  // begin <= plane < end
+  int begin, end;
+  int count() const { return end - begin; }
+};
+inline PlaneRange planes_of_group(const tcam_problem& p, int group) {
+  PlaneRange r = {0, 0};
+  while (p.planes[r.begin].group < group) ++r.begin;
+  for (r.end = r.begin; r.end < p.plane_count && p.planes[r.end].group == group;) ++r.end;
+  return r;
+}
+// The factor on every sample of a plane.
+inline double plane_scale(const tcam_problem& p, int plane) {
+  return p.reduce == TCAM_MEAN ? 1. / planes_of_group(p, p.planes[plane].group).count() : 1.;
+}
+// Points sample planes into matrices: one for each group, or where planes are multiplied one for each plane.
+inline int matrix_count(const tcam_problem& p) { return p.reduce == TCAM_PRODUCT ? p.plane_count : p.group_count; }
+inline int matrix_of(const tcam_problem& p, int plane) { return p.reduce == TCAM_PRODUCT ? plane : p.planes[plane].group; }
+inline PlaneRange planes_of_matrix(const tcam_problem& p, int matrix) {
+  return p.reduce == TCAM_PRODUCT ? PlaneRange{matrix, matrix + 1} : planes_of_group(p, matrix);
+}
+
 // The reason why a grid does not separate into maps over pairs of axes and is decoded point by point; null: it separates.
 inline const char* not_separable(const tcam_problem& p) {
   if (p.reduce == TCAM_PRODUCT) return "planes are multiplied";
@@ -31,7 +52,7 @@ inline bool gathers_projections(const tcam_problem& p, int64_t objects, int64_t 
   double n = static_cast<double>(p.points);
   if (p.points < 0) n = static_cast<double>(p.size[0]) * static_cast<double>(p.size[1]) * static_cast<double>(p.size[2]);
   const double c = static_cast<double>(p.channels), n1 = static_cast<double>(p.width[1]);
-  const double gathered = 4. * p.plane_count, features = p.reduce == TCAM_SUM ? c : c * p.plane_count;
+  const double gathered = 4. * p.plane_count, features = c * p.group_count;
   return texels * c * n1 + n * gathered * n1 < n * (gathered * c + features * n1);
 }
 

@@ -7,15 +7,15 @@
 extern "C" {
 #endif
 
-enum { TCAM_MAX_LAYERS = 16, TCAM_MAX_WIDTH = 512, TCAM_MAX_OUT = 256, TCAM_MAX_PLANES = 16, TCAM_MAX_AXES = 4 };
+enum { TCAM_MAX_LAYERS = 16, TCAM_MAX_WIDTH = 512, TCAM_MAX_OUT = 256, TCAM_MAX_PLANES = 48, TCAM_MAX_AXES = 4 };
 
 // The enumerations as X(constant, name). A host reads the names from the binding and numbers them from 0.
 #define TCAM_DTYPES(X) \
   X(TCAM_F32, float32) \
   X(TCAM_F64, float64) X(TCAM_F16, float16) X(TCAM_BF16, bfloat16) X(TCAM_U8, uint8) X(TCAM_TF32, tf32) X(TCAM_I64, int64)
 #define TCAM_PADDINGS(X) X(TCAM_PAD_BORDER, border) X(TCAM_PAD_ZEROS, zeros) X(TCAM_PAD_REFLECTION, reflection)
-#define TCAM_REDUCTIONS(X) /* how the samples of several planes are combined */ \
-  X(TCAM_CONCAT, concat) X(TCAM_SUM, sum) X(TCAM_PRODUCT, product)
+#define TCAM_REDUCTIONS(X) /* how the samples of a group of planes are combined */ \
+  X(TCAM_SUM, sum) X(TCAM_MEAN, mean) X(TCAM_PRODUCT, product)
 #define TCAM_FORMULATIONS(X) /* what points gather: features, or features projected through the first layer */ \
   X(TCAM_AUTO, auto) X(TCAM_PROJECTED, projected) X(TCAM_FEATURES, features)
 
@@ -32,22 +32,23 @@ typedef struct {
   double parameter;
 } tcam_activation;
 
-// A plane (B, C, rows, columns) with the coordinates that select its row and its column; row_axis < column_axis.
+// A plane (B, C, rows, columns) with the coordinates that select its row and its column, row_axis < column_axis, and its group.
+// Groups are numbered from 0 in ascending order, so that the planes of a group follow one another.
 typedef struct {
-  int32_t row_axis, column_axis;
+  int32_t row_axis, column_axis, group;
   int64_t rows, columns;
 } tcam_plane;
 
 // The fields of a problem. F(type, name) and A(type, name, count) follow from the tensors. O(type, name, default, least, most)
-// is an option that the host sets within these limits. weights[l] is (width[l+1], width[l]). The first layer reads the combined
-// features of the planes (concatenated plane by plane), then the extra features: width[0] = (plane_count or 1) * channels +
-// extra.
+// is an option that the host sets within these limits. weights[l] is (width[l+1], width[l]). The first layer reads the features
+// of one group of planes after the other, then the extra features: width[0] = group_count * channels + extra. Concatenated
+// planes are groups of one plane each.
 #define TCAM_PROBLEM(F, A, O)                                                                                           \
   F(int64_t, batch)                                                                                                     \
   F(int64_t, channels)                                                                                                  \
   F(int32_t, plane_count)                                                                                               \
-  O(int32_t, reduce, TCAM_CONCAT, TCAM_CONCAT, TCAM_PRODUCT)                                                            \
-  O(double, plane_scale, 1, -1e300, 1e300) /* factor on every sample of a plane */                                      \
+  F(int32_t, group_count)                                                                                               \
+  O(int32_t, reduce, TCAM_SUM, TCAM_SUM, TCAM_PRODUCT) /* within a group */                                             \
   A(tcam_plane, planes, TCAM_MAX_PLANES)                                                                                \
   F(int64_t, points)  /* in all objects together; -1: a grid, given by size, lo and hi */                               \
   A(int64_t, size, 3) /* H, W, D of the whole grid */                                                                   \

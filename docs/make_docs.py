@@ -22,6 +22,7 @@ OPS = (
     tcam_ext.decode_points,
     tcam_ext.sample_grid,
     tcam_ext.sample_points,
+    tcam_ext.at_time,
     tcam_ext.TriplaneDecoder,
     tcam_ext.explain,
 )

@@ -25,7 +25,7 @@ max_noise_objects: int
 class Options:
     plane_axes: Sequence[tuple[int, int]]
     reduce: int
-    plane_scale: float
+    groups: list[int]
     noise_std: float
     noise_seed: int
     size: Sequence[int]

@@ -16,10 +16,12 @@ from tcam_ext._version import __version__  # noqa: E402
 from tcam_ext.explain import explain  # noqa: E402
 from tcam_ext.nn import TriplaneDecoder  # noqa: E402
 from tcam_ext.ops import decode_grid, decode_grid_loss, decode_points, sample_grid, sample_points  # noqa: E402
+from tcam_ext.slicing import at_time  # noqa: E402
 
 __all__ = [
     "TriplaneDecoder",
     "__version__",
+    "at_time",
     "conventions",
     "decode_grid",
     "decode_grid_loss",

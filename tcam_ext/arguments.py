@@ -123,6 +123,22 @@ def plane_axes(plane_axes: Any, axes: int) -> PlaneAxes:
     return tuple(checked)
 
 
+def groups(groups: Any, reduce: str, planes: int) -> tuple[int, ...]:
+    """The number of planes of each group; concatenated planes are groups of one."""
+    if reduce.startswith("concat"):
+        if groups is not None:
+            raise ValueError(f'groups: expected None with reduce="{reduce}" (groups are added or multiplied), got {groups!r}')
+        return (1,) * planes
+    if groups is None:
+        return (planes,)
+    if not isinstance(groups, Sequence) or isinstance(groups, str):
+        raise TypeError(f"groups: expected None or a sequence of numbers of planes, got {type_name(groups)}")
+    checked = tuple(integer(f"groups[{i}]", count) for i, count in enumerate(groups))
+    if min(checked, default=0) < 1 or sum(checked) != planes:
+        raise ValueError(f"groups: expected numbers of 1 or more that add up to the {planes} planes, got {groups!r}")
+    return checked
+
+
 def layers(weights: Any, biases: Any, features: int, extra: int) -> tuple[list[Tensor], list[Tensor | None]]:
     if not isinstance(weights, Sequence):
         raise TypeError(f"weights: expected a sequence of tensors (n_l, n_(l-1)), got {type_name(weights)}")

@@ -23,6 +23,7 @@ GRIDS = ("cells", "corners")
 TARGET_DTYPES = (*arguments.DTYPES, torch.uint8)
 NOISE_MODES = ("point", "texel")
 REDUCTIONS = ("mean", "sum", "none_batch")
+MAX_NOISY_PLANES = 31  # each has a sequence of csrc/maths/noise.h, of which 0 is that of points
 
 
 class Planes(NamedTuple):
@@ -31,6 +32,7 @@ class Planes(NamedTuple):
     tensors: list[Tensor]  # each (B, C, rows, columns)
     plane_axes: arguments.PlaneAxes
     reduce: str
+    groups: tuple[int, ...]  # the number of planes of each group; concatenated planes are groups of one
     align_corners: bool
     padding_mode: str
 
@@ -41,7 +43,7 @@ class Planes(NamedTuple):
     @property
     def features(self) -> int:
         """The number of features after ``reduce``."""
-        return self.tensors[0].shape[1] * (len(self.tensors) if self.reduce.startswith("concat") else 1)
+        return self.tensors[0].shape[1] * len(self.groups)
 
 
 class Noise(NamedTuple):
@@ -119,6 +121,7 @@ def decoder_options(given: Any, layers: int) -> Options:
     activations.output("output_activation", o.output_activation)
     arguments.choice("padding_mode", o.padding_mode, PADDING_MODES)
     arguments.choice("reduce", o.reduce, REDUCTIONS_OF_PLANES)
+    arguments.groups(o.groups, o.reduce, len(o.plane_axes))
     return o
 
 
@@ -172,7 +175,8 @@ def _sampled(planes: Any, options: Options, axes: int) -> Planes:
     if not isinstance(options.align_corners, bool):
         raise TypeError(f"align_corners: expected a bool, got {arguments.type_name(options.align_corners)}")
     plane_axes = arguments.plane_axes(options.plane_axes, axes)
-    return Planes(checked, plane_axes, options.reduce, options.align_corners, options.padding_mode)
+    groups = arguments.groups(options.groups, options.reduce, len(checked))
+    return Planes(checked, plane_axes, options.reduce, groups, options.align_corners, options.padding_mode)
 
 
 def _decoder(
@@ -198,11 +202,11 @@ def _decoder(
         options.output_activation,
         arguments.compute(options.compute_dtype, autocast, dtype, device),
         dtype if out_dtype is None else out_dtype,
-        _noise(options, planes.batch),
+        _noise(options, planes),
     )
 
 
-def _noise(options: Options, batch: int) -> Noise:
+def _noise(options: Options, planes: Planes) -> Noise:
     std, seed, mode = options.noise_std, options.noise_seed, options.noise_mode
     arguments.choice("noise_mode", mode, NOISE_MODES)
     if isinstance(std, bool) or not isinstance(std, (int, float, np.floating, torch.SymFloat)):
@@ -217,8 +221,13 @@ def _noise(options: Options, batch: int) -> Noise:
         return Noise()
     if seed is None:
         raise ValueError("noise_seed: expected an integer with noise_std > 0 (a new one for each training step), got None")
-    if batch > _C.max_noise_objects:
-        raise ValueError(f"planes: expected up to {_C.max_noise_objects} objects with noise, got {batch}")
+    if planes.batch > _C.max_noise_objects:
+        raise ValueError(f"planes: expected up to {_C.max_noise_objects} objects with noise, got {planes.batch}")
+    if mode == "texel" and len(planes.tensors) > MAX_NOISY_PLANES:
+        raise ValueError(
+            f'planes: expected up to {MAX_NOISY_PLANES} with noise_mode="texel", got {len(planes.tensors)}; '
+            'noise_mode="point" has no such limit'
+        )
     return Noise(cast(float, std) * 1.0, seed, mode)
 
 

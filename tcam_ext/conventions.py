@@ -10,7 +10,7 @@ They follow the projects' sources of late 2026; docs/coordinates.md draws them. 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tcam_ext.options import PLANE_AXES
@@ -30,11 +30,20 @@ class Convention:
     output_activation: str = "none"
     note: str = ""
     coordinates: str = "xyzt"  # the names of the coordinates, in the project's order
+    groups: tuple[int, ...] | None = None
 
     @property
     def sampling(self) -> dict[str, Any]:
         """The options of sample_points and sample_grid."""
-        return {name: getattr(self, name) for name in ("plane_axes", "reduce", "align_corners", "padding_mode")}
+        return {name: getattr(self, name) for name in ("plane_axes", "reduce", "groups", "align_corners", "padding_mode")}
+
+    def scales(self, count: int) -> Convention:
+        """The same planes at ``count`` scales: all planes of the first scale, then those of the second, and so on.
+
+        Each scale is a group: its features are added or multiplied, and follow those of the scale before."""
+        if self.reduce.startswith("concat"):
+            return replace(self, plane_axes=self.plane_axes * count)
+        return replace(self, plane_axes=self.plane_axes * count, groups=(len(self.plane_axes),) * count)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -136,7 +145,7 @@ kplanes = Convention(
     "border",
     "corners",
     "relu",
-    note="One scale. For several scales use several calls, or sample_points and torch.cat.",
+    note="One scale. kplanes.scales(4) has the four scales of the paper, in the order of its grids.",
 )
 kplanes_4d = Convention(
     "kplanes_4d",
@@ -146,7 +155,7 @@ kplanes_4d = Convention(
     "border",
     "corners",
     "relu",
-    note="Time is the fourth coordinate; decodes points only, no grids.",
+    note="Time is the fourth coordinate; see tcam_ext.at_time for grids. scales(4) has planes at four scales.",
 )
 
 #: By name.

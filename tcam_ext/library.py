@@ -17,11 +17,11 @@ SymInts = list[int]
 
 
 class KernelOptions(NamedTuple):
-    """The options of an op. plane_axes: the row and column axis of each plane, ascending."""
+    """The options of an op. plane_axes: the row and column axis of each plane, ascending; groups: the planes of each group."""
 
     plane_axes: list[int]
+    groups: list[int]
     reduce: str
-    plane_scale: float
     align_corners: bool
     padding: str
     activation: list[str]
@@ -327,7 +327,7 @@ def _decode_points(*arguments: Any, formulation: int = 0) -> Tensor:
 
 def _decode_points_fake(*arguments: Any, formulation: int = 0) -> Tensor:
     tensors, options, points, (out_dtype,) = _unpack(KernelPoints, arguments)
-    features = tensors.planes[0].shape[1] * (len(tensors.planes) if options.reduce == "concat" else 1)
+    features = tensors.planes[0].shape[1] * len(options.groups)
     n = tensors.weights[-1].shape[0] if tensors.weights else features
     return points.points.new_empty([points.points.shape[0], n], dtype=out_dtype, device=_result_device())
 

@@ -81,11 +81,14 @@ def _sample_grid(request: checks.GridRequest) -> Tensor:
         missing = ({0, 1, 2} - {row, column}).pop()
         samples.append(sample.unsqueeze(2 + missing).expand(*plane.shape[:2], *grid.shape))
     if planes.reduce.startswith("concat"):
-        return reduce_planes([s.to(dtype) for s in samples], planes.reduce, 1)
-    features = samples[0]
-    for sample in samples[1:]:  # in place of a stack, which would hold all volumes at once
-        features = features * sample if planes.reduce == "prod" else features + sample
-    return (features / len(samples) if planes.reduce == "mean" else features).to(dtype).contiguous()
+        return reduce_planes([s.to(dtype) for s in samples], planes, 1)
+    parts, left = [], iter(samples)
+    for count in planes.groups:
+        features = next(left)
+        for _ in range(count - 1):  # in place of a stack, which would hold all volumes at once
+            features = features * next(left) if planes.reduce == "prod" else features + next(left)
+        parts.append((features / count if planes.reduce == "mean" else features).to(dtype))
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0].contiguous()
 
 
 def _kernel_grid(grid: checks.Grid) -> library.KernelGrid:
@@ -111,11 +114,11 @@ def _canonical(
     if planes.reduce == "concat_channel_major" and weights:
         first, rest = weights[0][:, : planes.features], weights[0][:, planes.features :]
         weights[0] = torch.cat((first.unflatten(1, (-1, count)).mT.flatten(1), rest), 1)
-    reduce = {"prod": "product", "sum": "sum", "mean": "sum"}.get(planes.reduce, "concat")
+    reduce = {"prod": "product", "mean": "mean"}.get(planes.reduce, "sum")
     converted: dict[str, Any] = {  # the fields that the kernels take in another form than the request has
         "plane_axes": axes,
-        "reduce": reduce if count > 1 else "concat",
-        "plane_scale": 1 / count if planes.reduce == "mean" else 1.0,
+        "groups": list(planes.groups),
+        "reduce": reduce if max(planes.groups) > 1 else "sum",
         "padding": planes.padding_mode,
         "activation": list(mlp.activation),
         "noise_std": mlp.noise.std if mlp.noise.mode == "point" else 0.0,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tcam_ext import activations, checks
+from tcam_ext import activations, arguments, checks
 from tcam_ext.ops import decode_grid, decode_grid_loss, decode_points
 from tcam_ext.options import Decoding, GridOptions, LossOptions, PointOptions, documented, takes, with_decoder
 from tcam_ext.projects import ProjectDecoder, from_eg3d, from_nfd, from_openlrm, from_triposr
@@ -53,7 +53,7 @@ class TriplaneDecoder(nn.Module):
         o = checks.decoder_options(self.options, len(widths))
         self.channels, self.out_channels, self.widths = channels, out_channels, tuple(widths)
         self.extra_channels = extra_channels
-        features = channels * (len(o.plane_axes) if o.reduce.startswith("concat") else 1) + extra_channels
+        features = channels * len(arguments.groups(o.groups, o.reduce, len(o.plane_axes))) + extra_channels
         sizes = (features, *widths, out_channels)
         for i in range(len(sizes) - 1):
             linear = nn.Linear(sizes[i], sizes[i + 1], bias=bias, device=device, dtype=dtype)

@@ -47,7 +47,7 @@ def decode_grid(
 
     Args:
         planes: a tensor ``(B, C, rows, columns)`` of any size for each pair of ``plane_axes``, or one tensor
-            ``(B, planes, C, h, w)``, with 1 to 512 channels and 1 to 16 planes. B may be 0. Any strides are allowed.
+            ``(B, planes, C, h, w)``, with 1 to 512 channels and 1 to 48 planes. B may be 0. Any strides are allowed.
         weights: 1 to 16 tensors ``(n_l, n_(l-1))``; ``n_0`` is the number of features (3C for three concatenated planes).
             Hidden widths are up to 512, ``n_L = C_out`` is up to 256.
         biases: a tensor ``(n_l,)`` or None for each weight.

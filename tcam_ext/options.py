@@ -23,6 +23,7 @@ class Sampling(TypedDict, total=False):
 
     plane_axes: Sequence[tuple[int, int]]
     reduce: str
+    groups: Sequence[int] | None
     align_corners: bool
     padding_mode: str
 
@@ -75,7 +76,7 @@ class LossOptions(Decoding, total=False):
 
 
 class Options(NamedTuple):
-    """The options of the ops. :func:`tcam_ext.sample_grid` and :func:`tcam_ext.sample_points` take the first four.
+    """The options of the ops. :func:`tcam_ext.sample_grid` and :func:`tcam_ext.sample_points` take the first five.
 
     Args:
         plane_axes: for each plane the coordinate (0: x, 1: y, 2: z) that runs over its rows and the one over its columns.
@@ -83,6 +84,9 @@ class Options(NamedTuple):
         reduce: the first layer reads the planes' features one plane after the other ("concat"), one channel after the other
             ("concat_channel_major", feature c P + p), or their "sum", "mean" or product ("prod"). The product does not commute
             with the first layer: features are gathered and multiplied by W_1 at each voxel, as in :func:`decode_points`.
+        groups: numbers of planes, which follow one another, to be added or multiplied ("sum", "mean", "prod") apart: the first
+            layer reads the features of one group after the other. None: all planes are one group. K-Planes at two scales are
+            six planes with reduce="prod" and groups=(3, 3). Planes may differ in size, not in channels.
         align_corners: as in ``grid_sample``: -1 and 1 are the centres (True) or the outer edges (False) of the outer texels.
         padding_mode: "border", "zeros" or "reflection", as in ``grid_sample``.
         activation: of the hidden layers, one name for all or one for each: relu, leaky_relu (0.01), silu, softplus, tanh, gelu,
@@ -92,9 +96,9 @@ class Options(NamedTuple):
             (of z + p, p = 0), trunc_exp (exp(z + p), p = 0, with the gradient of exp(min(z + p, 15))), tanh,
             half_sine ((sin(p z) + 1)/2); ``name(p)``.
         compute_dtype: of the products above the first layer: a floating dtype or "tf32". None: autocast's dtype under autocast,
-            else the dtype of the planes. Sums are always in float32 or float64. On a CPU, bfloat16 uses bfloat16 dot products
-            if the machine has them (AVX512_BF16), else float32; float16 and "tf32" use float32. On CUDA, fused kernels with
-            bfloat16 or float16 products serve relu decoders with 3 to 5 layers, hidden widths up to 128 and C_out up to 4
+            else the dtype of the planes. Sums are always in float32 or float64. On a CPU, bfloat16 uses bfloat16 products if
+            the machine has them (AMX or AVX512_BF16), else float32; float16 and "tf32" use float32. On CUDA, fused kernels
+            with bfloat16 or float16 products serve relu decoders with 3 to 5 layers, hidden widths up to 128 and C_out up to 4
             (gradients with widths above 64 need up to 216 KB of shared memory a block: Hopper, B200). Other decoders use
             TensorFloat-32 products, which round as float16 does; :func:`explain` tells which kernels a call uses, and why. None
             with float32 tensors on CUDA follows ``torch.backends.cuda.matmul.fp32_precision``.
@@ -109,6 +113,7 @@ class Options(NamedTuple):
 
     plane_axes: Sequence[tuple[int, int]] = PLANE_AXES
     reduce: str = "concat"
+    groups: Sequence[int] | None = None
     align_corners: bool = False
     padding_mode: str = "border"
     activation: str | Sequence[str] = "relu"

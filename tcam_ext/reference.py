@@ -82,14 +82,15 @@ def sample_plane(plane: Tensor, rows: Taps, columns: Taps) -> Tensor:
     return plane
 
 
-def reduce_planes(samples: list[Tensor], reduce: str, dim: int) -> Tensor:
+def reduce_planes(samples: list[Tensor], planes: checks.Planes, dim: int) -> Tensor:
     """The features along ``dim`` from the samples of all planes."""
-    if reduce == "concat":
+    if planes.reduce == "concat":
         return torch.cat(samples, dim)
-    stacked = torch.stack(samples, dim + 1)  # channels, then planes
-    if reduce == "concat_channel_major":
-        return stacked.flatten(dim, dim + 1)
-    return stacked.prod(dim + 1) if reduce == "prod" else getattr(stacked, reduce)(dim + 1)
+    if planes.reduce == "concat_channel_major":
+        return torch.stack(samples, dim + 1).flatten(dim, dim + 1)
+    left = iter(samples)
+    stacks = [torch.stack([next(left) for _ in range(count)]) for count in planes.groups]
+    return torch.cat([getattr(each, planes.reduce)(0) for each in stacks], dim)
 
 
 def _grid_features(planes: checks.Planes, grid: checks.Grid, dtype: torch.dtype) -> Tensor:
@@ -112,7 +113,7 @@ def _grid_features(planes: checks.Planes, grid: checks.Grid, dtype: torch.dtype)
                 sample = sample.mT
             missing = ({0, 1, 2} - set(axes)).pop()
             samples.append(sample.unsqueeze(2 + missing).expand(*plane.shape[:2], *grid.shape))
-        return reduce_planes(samples, planes.reduce, 1)
+        return reduce_planes(samples, planes, 1)
 
     converted = [p.to(dtype) for p in planes.tensors]
     if grid.bounds is None:
@@ -140,7 +141,7 @@ def _point_features(planes: checks.Planes, points: checks.Points, dtype: torch.d
             for tc, wc in ((c.below, c.w_below), (c.above, c.w_above)):
                 sample = sample + (wr * wc).to(dtype).unsqueeze(1) * texels[(objects * rows + tr) * columns + tc]
         samples.append(sample)
-    return reduce_planes(samples, planes.reduce, 1)
+    return reduce_planes(samples, planes, 1)
 
 
 def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:

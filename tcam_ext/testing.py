@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tcam_ext import activations, reference
+from tcam_ext import activations, arguments, reference
 from tcam_ext.options import PLANE_AXES
 
 FORWARD_LIMIT = {"float64": 1e-12, "float32": 1e-5, "tf32": 1e-3, "bfloat16": 1e-2}
@@ -88,7 +88,7 @@ def make(
 def features(channels: int, options: dict[str, Any]) -> int:
     """The number of features of the planes that the first layer reads."""
     planes = len(options.get("plane_axes", PLANE_AXES))
-    return channels * planes if options.get("reduce", "concat").startswith("concat") else channels
+    return channels * len(arguments.groups(options.get("groups"), options.get("reduce", "concat"), planes))
 
 
 def relative(got: Tensor, want: Tensor, terms: Tensor | None = None) -> float:

@@ -4,8 +4,8 @@
 
 namespace tcam {
 
-// W_1 as blocks of columns, one for each matrix of features that it multiplies: each concatenated plane, or the planes' sum or
-// product; then the extra features, TCAM_MAX_WIDTH at a time. Each block has `chunks` partial sums of its gradient, the bias
+// W_1 as blocks of columns, one for each matrix of features that it multiplies: those of a group of planes; then the extra
+// features, TCAM_MAX_WIDTH at a time. Each block has `chunks` partial sums of its gradient, the bias
 // has `bias_rows`; a caller adds to a chunk or row from one thread at a time, in a fixed order.
 template <class Real>
 class FirstWeights {
@@ -14,15 +14,14 @@ class FirstWeights {
 
   FirstWeights(const Mlp<Real>& mlp, long chunk_count, long bias_rows, Carver& ws)
       : chunks(chunk_count), m(mlp), p(mlp.p), bias_rows_(bias_rows) {
-    const long planes = p.reduce == TCAM_CONCAT ? p.plane_count : 1;
-    for (long q = 0; q < planes; ++q) add(ws, p.channels);
+    for (int g = 0; g < p.group_count; ++g) add(ws, p.channels);
     for (long e = 0; e < p.extra; e += TCAM_MAX_WIDTH) add(ws, std::min<long>(p.extra - e, TCAM_MAX_WIDTH));
     bias_ = ws.take(m.row_bytes(1));
     if (m.backward && p.layers) bias_sums_ = ws.array<Real>(bias_rows * m.stride);
   }
 
   long blocks() const { return static_cast<long>(blocks_.size()); }
-  long block_of(long plane) const { return p.reduce == TCAM_CONCAT ? plane : 0; }
+  long block_of(long plane) const { return p.planes[plane].group; }
   long width(long b) const { return blocks_[static_cast<size_t>(b)].width; }
   const void* weights(long b) const { return blocks_[static_cast<size_t>(b)].packed; }
   const void* transposed(long b) const { return blocks_[static_cast<size_t>(b)].transposed; }

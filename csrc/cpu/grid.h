@@ -1,4 +1,4 @@
-// The first layer of a grid on the CPU, for planes that are concatenated or summed, so that the first layer separates into maps
+// The first layer of a grid on the CPU, for planes that are concatenated or added, so that the first layer separates into maps
 // over pairs of axes.
 //
 // Forward projects each plane (its texels times the plane's block of W_1), then samples the projected planes into the maps
@@ -8,6 +8,7 @@
 #pragma once
 #include <cmath>
 
+#include "../formulation.h"
 #include "../maths/bilinear.h"
 #include "first_weights.h"
 
@@ -53,7 +54,8 @@ class Grid {
       const tcam_plane& s = p.planes[q];
       const int map = s.row_axis + s.column_axis == 1 ? 0 : s.row_axis == 1 ? 1 : 2;
       char* projected = ws.take(m.row_bytes(s.rows * s.columns));
-      planes.push_back({map, s.row_axis, s.column_axis, s.rows, s.columns, {}, {}, projected, nullptr, nullptr});
+      planes.push_back(
+          {map, s.row_axis, s.column_axis, s.rows, s.columns, plane_scale(p, q), {}, {}, projected, nullptr, nullptr});
     }
     a = ws.take(m.row_bytes(w.slab * w.n[1]));
     b = ws.take(m.row_bytes(w.n[1] * w.n[2]));
@@ -157,6 +159,7 @@ class Grid {
   struct Plane {
     int map, row_axis, column_axis;  // the map it contributes to, 0: A, 1: B, 2: G; its axes
     long rows, columns;
+    double scale;  // of every sample
     std::vector<Tap<double>> row_taps, column_taps;
     char *projected, *grad_projected, *grad_rows;  // (rows, columns), the same, (rows, voxels of the column axis); n_1 each
     long texels() const { return rows * columns; }
@@ -187,7 +190,7 @@ class Grid {
         }
         return t;
       };
-      q.row_taps = taps(q.row_axis, q.rows, p.plane_scale);
+      q.row_taps = taps(q.row_axis, q.rows, q.scale);
       q.column_taps = taps(q.column_axis, q.columns, 1.0);
     }
   }
@@ -244,11 +247,16 @@ class Grid {
   // Computes the gradients of the planes from grad_projected, and adds to the partial sums of W_1.
   void unproject(long object, const tcam_inputs& in, const tcam_gradients& to) {
     const long chunks = weights.chunks;
-    // Planes that share a block of weights share its partial sums, so they are processed one after another.
-    for (long from = 0, until; from < p.plane_count; from = until) {
-      until = p.reduce == TCAM_CONCAT ? p.plane_count : from + 1;
-      parallel_for((until - from) * chunks, m.threads, [&](long task, int thread) {
-        const long plane = from + task / chunks, block = weights.block_of(plane);
+    // The planes of a group share the partial sums of its block of weights, so they are processed one after another.
+    for (long number = 0, done = 0; done < p.plane_count; ++number) {
+      std::vector<long> turn;  // plane `number` of each group
+      for (int g = 0; g < p.group_count; ++g) {
+        const PlaneRange group = planes_of_group(p, g);
+        if (number < group.count()) turn.push_back(group.begin + number);
+      }
+      done += static_cast<long>(turn.size());
+      parallel_for(static_cast<long>(turn.size()) * chunks, m.threads, [&](long task, int thread) {
+        const long plane = turn[static_cast<size_t>(task / chunks)], block = weights.block_of(plane);
         const Plane& q = planes[static_cast<size_t>(plane)];
         const Range s = chunk(q.texels(), chunks, task % chunks);
         const Features f = features(q, in.planes[plane], object);

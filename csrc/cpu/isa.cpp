@@ -3,6 +3,11 @@
 
 #include <stdlib.h>
 #include <string.h>
+#if defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace tcam {
 namespace {
@@ -15,6 +20,17 @@ bool always() { return true; }
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 [[maybe_unused]] bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+// Linux gives a process the state of AMX tiles on request: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
+[[maybe_unused]] bool has_amx() {
+#if defined(__linux__)
+  constexpr unsigned bf16 = 1u << 22, tiles = 1u << 24;  // CPUID 7.0, EDX
+  unsigned a, b, c, d;
+  return has_avx512bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & bf16) && (d & tiles) &&
+         syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 struct Candidate {
@@ -27,6 +43,9 @@ struct Candidate {
 const Candidate candidates[] = {
 #ifdef TCAM_HAS_EMULATED
     {{"emulated", emulated::engine}, always},
+#endif
+#ifdef TCAM_HAS_AMX
+    {{"amx", amx::engine}, has_amx},
 #endif
 #ifdef TCAM_HAS_AVX512BF16
     {{"avx512bf16", avx512bf16::engine}, has_avx512bf16},
@@ -63,7 +82,7 @@ const InstructionSet& instruction_set() {
 bool bf16_is_fast() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  return instruction_set().engine(2) != nullptr && __builtin_cpu_is("amd");
+  return instruction_set().engine(2) != nullptr && (__builtin_cpu_is("amd") || !strcmp(instruction_set().name, "amx"));
 #else
   return false;
 #endif

@@ -60,7 +60,7 @@ class Mlp {
         tile_(static_cast<int>(std::min<long>(round_up(p.tile > 0 ? p.tile
                                                        : back     ? backward_tile
                                                                   : forward_tile,
-                                                       12),
+                                                       core.rows),
                                               max_tile))) {
     const int L = p.layers;
     decoder_.layers = L;
@@ -70,9 +70,9 @@ class Mlp {
     for (int l = 0; l <= L; ++l) decoder_.width[l] = p.width[l];
     for (int l = 2; l <= L; ++l) {
       const long in = p.width[l - 1], out = p.width[l];
-      if (in_panels(l)) decoder_.forward[l] = ws.take(words(in) * round_up(out, core.columns) * core.word_bytes);
+      if (in_panels(l)) decoder_.forward[l] = ws.take(panel_words(in) * round_up(out, core.columns) * core.word_bytes);
       decoder_.bias[l] = ws.take(round_up(out, core.columns) * core.real_bytes);
-      if (backward) decoder_.transposed[l] = ws.take(words(out) * round_up(in, core.columns) * core.word_bytes);
+      if (backward) decoder_.transposed[l] = ws.take(panel_words(out) * round_up(in, core.columns) * core.word_bytes);
     }
     if (L > 1 && !in_panels(L)) decoder_.last = ws.take(p.width[L] * last_stride() * core.word_bytes);
     losses_ = reinterpret_cast<double*>(ws.take(blocks * static_cast<long>(sizeof(double))));
@@ -167,6 +167,7 @@ class Mlp {
   // Whether the product of layer l, 2 or more, is in register blocks.
   bool in_panels(int l) const { return l < p.layers || p.width[l] >= wide_output; }
   long words(long reals) const { return (reals + core.pack - 1) / core.pack; }
+  long panel_words(long reals) const { return round_up(words(reals), core.group); }
   long last_stride() const {  // words of a row of the last layer
     return round_up(words(p.width[p.layers - 1]), core.columns / 2);
   }

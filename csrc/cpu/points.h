@@ -27,7 +27,7 @@ class Points {
       : m(mlp),
         p(m.p),
         projected(gathers_projections(p, p.points < 0 ? 1 : p.batch, m.row_bytes(1))),
-        samples(p.reduce == TCAM_SUM ? 1 : p.plane_count),
+        samples(matrix_count(p)),
         channels(round_up(p.channels, m.real.columns)),
         pitch(projected ? m.stride : channels),
         weights(m, m.blocks, m.blocks, ws),
@@ -39,12 +39,12 @@ class Points {
       zero_ = ws.array<Real>(m.stride);
     }
     if (!projected) sampled_ = ws.array<Real>(samples * taps.most * channels);
-    if (p.reduce == TCAM_PRODUCT) product_ = ws.array<Real>(taps.most * channels);
+    if (p.reduce == TCAM_PRODUCT) product_ = ws.array<Real>(p.group_count * taps.most * channels);
     if (!m.backward) return;
     if (p.grad_planes || (projected && p.grad_decoder)) grad_texels_ = ws.array<Real>(taps.rows() * pitch);
     if (p.layers) delta_ = ws.array<Real>(taps.most * m.stride);
     if (!projected) grad_sampled_ = ws.array<Real>(samples * taps.most * channels);
-    if (p.reduce == TCAM_PRODUCT) grad_product_ = ws.array<Real>(taps.most * channels);
+    if (p.reduce == TCAM_PRODUCT) grad_product_ = ws.array<Real>(p.group_count * taps.most * channels);
     if (p.grad_extra) grad_extra_ = ws.array<Real>(taps.most * p.extra);
     if (p.grad_points) dots_ = ws.array<Real>(taps.most * taps.taps);
   }
@@ -109,7 +109,7 @@ class Points {
       if (p.noise_std != 0) add_noise(wave, t);
       for (long x = t.lo; x < t.hi; ++x) std::memcpy(z_ + x * m.stride, weights.bias(), m.row_bytes(1));
       for (long b = 0; b < plane_blocks(); ++b)
-        m.real.project(rows(product_ ? product_ : sample(sampled_, b)), t.lo, t.hi, weights.weights(b), m.n1, z_, m.stride,
+        m.real.project(rows(sample(product_ ? product_ : sampled_, b)), t.lo, t.hi, weights.weights(b), m.n1, z_, m.stride,
                        true, m.scratch(thread));
     }
     if (!p.extra) return;
@@ -142,7 +142,7 @@ class Points {
     const long slices = (pitch + slice - 1) / slice;
     parallel_for(p.plane_count * slices, m.threads, [&](long task, int) {
       const long q = task / slices, c0 = task % slices * slice;
-      const Real* delta = projected ? delta_ : sample(grad_sampled_, samples == 1 ? 0 : q);
+      const Real* delta = projected ? delta_ : sample(grad_sampled_, matrix_of(p, static_cast<int>(q)));
       m.real.scatter(grad_texels_, taps.of(q, q + 1, 0), wave.points, delta, projected ? m.stride : channels, c0,
                      std::min(c0 + slice, pitch));
     });
@@ -184,16 +184,20 @@ class Points {
   const tcam_inputs* in_ = nullptr;  // the round's inputs
   long round_ = 0;
   // texels_, grad_texels_ (all texel rows, pitch). The others have a row for each point of a wave, in the order of WaveTaps:
-  // z_, delta_ (n_1 padded); sampled_, grad_sampled_ (samples matrices, channels); product_, grad_product_ (channels): the
-  // product of the samples; extra_, grad_extra_ (p.extra); dots_ (taps). zero_ is one row of zeros. Null: not needed.
+  // z_, delta_ (n_1 padded); sampled_, grad_sampled_ (samples matrices, channels); product_, grad_product_ (groups, channels):
+  // the products of the samples of each group; extra_, grad_extra_ (p.extra); dots_ (taps). zero_ is one row of zeros. Null:
+  // not needed.
   Real *extra_ = nullptr, *grad_extra_ = nullptr;
   Real *texels_, *z_ = nullptr, *zero_ = nullptr, *sampled_ = nullptr, *product_ = nullptr;
   Real *grad_texels_ = nullptr, *delta_ = nullptr, *grad_sampled_ = nullptr, *grad_product_ = nullptr, *dots_ = nullptr;
 
   Real* sample(Real* all, long s) const { return all + s * taps.most * channels; }
-  // The taps of sample matrix s from point t on: those of all planes where there is one matrix, else those of plane s.
-  PointTaps sample_taps(long s, long t) const { return samples == 1 ? taps.of(0, p.plane_count, t) : taps.of(s, s + 1, t); }
-  long plane_blocks() const { return p.reduce == TCAM_CONCAT ? p.plane_count : 1; }
+  // The taps of sample matrix s from point t on.
+  PointTaps sample_taps(long s, long t) const {
+    const PlaneRange planes = planes_of_matrix(p, static_cast<int>(s));
+    return taps.of(planes.begin, planes.end, t);
+  }
+  long plane_blocks() const { return p.group_count; }
 
   Features plane_features(const void* planes, int q, long slot) const {
     const long object = taps.grid ? round_ : slot, texels = taps.texels(q);
@@ -220,10 +224,14 @@ class Points {
     for (long s = 0; s < samples; ++s)
       m.real.gather(texels_, sample_taps(s, t.lo), t.hi - t.lo, nullptr, sample(sampled_, s) + t.lo * channels, channels,
                     channels);
-    for (long e = t.lo * channels; product_ && e < t.hi * channels; ++e) {
-      Real x = sampled_[e];
-      for (long s = 1; s < samples; ++s) x *= sample(sampled_, s)[e];
-      product_[e] = x;
+    for (int g = 0; product_ && g < p.group_count; ++g) {
+      const PlaneRange group = planes_of_group(p, g);
+      Real* out = sample(product_, g);
+      for (long e = t.lo * channels; e < t.hi * channels; ++e) {
+        Real x = sample(sampled_, group.begin)[e];
+        for (long s = group.begin + 1; s < group.end; ++s) x *= sample(sampled_, s)[e];
+        out[e] = x;
+      }
     }
   }
 
@@ -235,7 +243,7 @@ class Points {
     for (long t = range.lo; t < range.hi; ++t) {
       m.real.normals(taps.noise_key(wave, t), features, 0, noise_blocks(features), noise);
       for (long b = 0; b < plane_blocks(); ++b) {
-        Real* row = (product_ ? product_ : sample(sampled_, b)) + t * channels;
+        Real* row = sample(product_ ? product_ : sampled_, b) + t * channels;
         if constexpr (sizeof(Real) == sizeof(float))
           m.real.add_scaled(row, noise + b * c, p.noise_std, channels);  // no product reads beyond c
         else
@@ -250,19 +258,22 @@ class Points {
     Real* all = grad_product_ ? grad_product_ : grad_sampled_;
     for (long b = 0; p.layers && b < plane_blocks(); ++b) {
       Real* grad = sample(all, b);
-      m.real.unproject(delta_, m.stride, rows(product_ ? product_ : sample(sampled_, b)), t.lo, t.hi,
+      m.real.unproject(delta_, m.stride, rows(sample(product_ ? product_ : sampled_, b)), t.lo, t.hi,
                        wanted ? weights.transposed(b) : nullptr, m.n1, wanted ? grad : nullptr, weights.partial(b, task),
                        m.scratch(thread));
       if (wanted) clear_padding(grad, t);
     }
     if (!p.layers) read_features(wave, t, volume, all);
-    for (long e = t.lo * channels; grad_product_ && wanted && e < t.hi * channels; ++e)
-      for (long s = 0; s < samples; ++s) {
-        Real x = grad_product_[e];
-        for (long other = 0; other < samples; ++other)
-          if (other != s) x *= sample(sampled_, other)[e];
-        sample(grad_sampled_, s)[e] = x;
-      }
+    for (int g = 0; grad_product_ && wanted && g < p.group_count; ++g) {
+      const PlaneRange group = planes_of_group(p, g);
+      for (long e = t.lo * channels; e < t.hi * channels; ++e)
+        for (long s = group.begin; s < group.end; ++s) {
+          Real x = sample(grad_product_, g)[e];
+          for (long other = group.begin; other < group.end; ++other)
+            if (other != s) x *= sample(sampled_, other)[e];
+          sample(grad_sampled_, s)[e] = x;
+        }
+    }
   }
   // Computes the gradients of the extra features, and adds to the partial sums of W_1's blocks for them.
   void back_to_extra(const Wave& wave, Range t, long task, int thread, const tcam_gradients& to) {
@@ -310,7 +321,7 @@ class Points {
     } else {
       for (long s = 0; s < samples; ++s)
         m.real.dot(texels_, sample_taps(s, range.lo), n, sample(grad_sampled_, s) + range.lo * channels, channels, channels,
-                   dots + 4 * s);
+                   dots + 4 * planes_of_matrix(p, static_cast<int>(s)).begin);
     }
     Real* out = static_cast<Real*>(to.points) + wave.begin * p.axes;
     for (long t = range.lo; t < range.hi; ++t) {

@@ -2,25 +2,30 @@
 // under the rules of simd.h.
 #pragma once
 #include "../maths/half.h"
-#include "simd.h"
+#include "amx.h"
 #include "voxel_core.h"
 
 namespace tcam {
 namespace TCAM_ISA {
 
-constexpr int register_rows = TCAM_VECTOR_BYTES == 64 ? 12 : 6;
 constexpr int register_vectors = 2;
 
 // ---- products --------------------------------------------------------------------------
 
 template <class N>
 struct Tile {
-  typename N::Vec v[register_rows][register_vectors];
+  typename N::Vec v[N::rows][register_vectors];
 };
 
 template <class N>
 constexpr int columns_of() {
   return register_vectors * N::lanes;
+}
+
+// The words of a product's contraction over n reals.
+template <class N>
+TCAM_INLINE long words_of(long n) {
+  return round_up((n + N::pack - 1) / N::pack, N::group);
 }
 
 // sum[r][:] += a[r, k] * b[k, :] over `words` words of the contraction.
@@ -51,14 +56,25 @@ TCAM_INLINE void times_packed(long rows, long words, long n, const typename N::W
   constexpr int nr = columns_of<N>();
   const typename N::Word* panel = static_cast<const typename N::Word*>(packed);
   for (long c = 0; c < n; c += nr, panel += words * nr)
-    for (long r = 0; r < rows; r += register_rows) {
+    for (long r = 0; r < rows; r += N::rows) {
       Tile<N> sum;
+      if constexpr (N::group > 1) {
+        typename N::Tiles tiles;
+        if (bias)
+          tiles.load(static_cast<const float*>(bias) + c, 0);
+        else
+          tiles.clear();
+        tiles.multiply(a + r * pitch, pitch, panel, nr, words);
+        tiles.store(reinterpret_cast<float*>(&sum), nr);
+        epilogue(sum, r, c);
+        continue;
+      }
       typename N::Vec start[register_vectors];
       for (int v = 0; v < register_vectors; ++v)
         start[v] =
             bias ? load<typename N::Vec>(static_cast<const typename N::Real*>(bias) + c + v * N::lanes) : typename N::Vec{};
 #pragma GCC unroll 16
-      for (int i = 0; i < register_rows; ++i)
+      for (int i = 0; i < N::rows; ++i)
 #pragma GCC unroll 4
         for (int v = 0; v < register_vectors; ++v) sum.v[i][v] = start[v];
       multiply<N, pitch, 1>(sum, a + r * pitch, panel, nr, words);
@@ -87,6 +103,32 @@ TCAM_INLINE void add_outer(long words, long n, long m, const typename N::Word* d
     }
 }
 
+// The same in tiles, with rows of delta, `words` apart, for each channel (gather_columns).
+template <class N, long pitch>
+TCAM_INLINE void add_outer_tiles(long words, long n, long m, const typename N::Word* delta, long delta_pitch,
+                                 const typename N::Word* h, typename N::Real* grad, long grad_pitch) {
+  for (long c = 0; c < m; c += columns_of<N>())
+    for (long r = 0; r < n; r += N::rows) {
+      typename N::Tiles tiles;
+      tiles.load(grad + r * grad_pitch + c, grad_pitch);
+      tiles.multiply(delta + r * delta_pitch, delta_pitch, h + c, pitch, words);
+      tiles.store(grad + r * grad_pitch + c, grad_pitch);
+    }
+}
+
+// Channels of a tile as rows of words, each of two voxels: columns[c, t] from rows 2t and 2t + 1 of `rows`.
+template <class N, long pitch>
+TCAM_INLINE void gather_columns(long words, long n, const typename N::Word* rows, typename N::Word* columns,
+                                long columns_pitch) {
+  for (long c = 0; c < n; c += N::lanes)
+    for (long t = 0; t < words; t += N::lanes) {
+      typename N::WordVec in[N::lanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < N::lanes; ++i) in[i] = N::interleave(rows + 2 * (t + i) * pitch, rows + (2 * (t + i) + 1) * pitch, c);
+      N::transpose(in, columns + c * columns_pitch + t, columns_pitch);
+    }
+}
+
 // The sum of a vector's lanes: the halves are added until one lane is left.
 template <class Real, int lanes>
 TCAM_INLINE Real sum_lanes(const Real* x) {
@@ -108,7 +150,7 @@ static void pack_panels(const void* source, long k_stride, long n_stride, long k
   const Real* src = static_cast<const Real*>(source);
   typename N::Word* out = static_cast<typename N::Word*>(dst);
   for (long c = 0; c < n; c += nr)
-    for (long kk = 0; kk < k; kk += N::pack)
+    for (long kk = 0; kk < words_of<N>(k) * N::pack; kk += N::pack)
       for (int x = 0; x < nr; ++x) {
         Real pair[2] = {0, 0};
         for (int p = 0; p < N::pack; ++p)

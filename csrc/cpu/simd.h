@@ -28,6 +28,8 @@
 namespace tcam {
 namespace TCAM_ISA {
 
+constexpr int register_rows = TCAM_VECTOR_BYTES == 64 ? 12 : 6;  // of the sums of a product that vector registers hold
+
 typedef float VecF __attribute__((vector_size(TCAM_VECTOR_BYTES)));
 typedef double VecD __attribute__((vector_size(TCAM_VECTOR_BYTES)));
 typedef int32_t VecI __attribute__((vector_size(TCAM_VECTOR_BYTES)));
@@ -181,9 +183,15 @@ struct MathsD {
 
 // ---- the three number formats of the products ------------------------------------------
 // A product contracts words: a float, a double, or a pair of bfloat16 that are neighbours in the contraction. `Real` is the
-// type of sums, biases and maps.
+// type of sums, biases and maps. A product's sums are blocks of `rows` rows, and its words are padded with zeros to a multiple
+// of `group`. A thread multiplies between begin() and end().
+struct InRegisters {
+  static constexpr int rows = register_rows, group = 1;
+  TCAM_INLINE void begin() {}
+  TCAM_INLINE void end() {}
+};
 
-struct F32 {
+struct F32 : InRegisters {
   using Real = float;
   using Word = float;
   using Vec = VecF;
@@ -197,7 +205,7 @@ struct F32 {
   TCAM_INLINE Word make(const Real* v, int) { return v[0]; }
 };
 
-struct F64 {
+struct F64 : InRegisters {
   using Real = double;
   using Word = double;
   using Vec = VecD;
@@ -213,7 +221,7 @@ struct F64 {
 
 #if defined(__AVX512BF16__) || defined(TCAM_EMULATE_BF16)
 #define TCAM_HAS_BF16 1
-struct BF16 {
+struct BF16 : InRegisters {
   using Real = float;
   using Word = uint32_t;
   using Vec = VecF;

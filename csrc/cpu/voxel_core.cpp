@@ -39,6 +39,7 @@ struct Walk {
 
 // Buffers of one thread. `h[l]` holds the activations of layer l as rows of words, `pairs[l]` the same interleaved by voxel for
 // the weight gradient (identical if a word is one real), `slope[l]` the activation's slope (null where it follows from h).
+// `delta_pairs` holds delta interleaved by voxel, in tiles as columns.
 template <class N, long pitch>
 struct Scratch {
   typedef typename N::Word Word;
@@ -83,7 +84,7 @@ TCAM_INLINE void activate(Hidden<double> act, typename N::Vec z, typename N::Wor
 template <class N, long pitch>
 __attribute__((noinline)) static void activate_tile(Hidden<double> act, const Tile<N>& t, typename N::Word* h,
                                                     typename N::Real* slope) {
-  for (int r = 0; r < register_rows; ++r)
+  for (int r = 0; r < N::rows; ++r)
     for (int v = 0; v < register_vectors; ++v)
       activate<N>(act, t.v[r][v], h + r * pitch, slope ? slope + r * pitch : nullptr, v * N::lanes);
 }
@@ -95,6 +96,8 @@ TCAM_INLINE void hidden_layers(const Decoder& d, const Maps& maps, const Walk& w
                                Scratch<N, pitch>& s, bool backward) {
   typedef typename N::Vec Vec;
   typedef typename N::Real Real;
+  typedef Maths<typename N::Arith> A;
+  constexpr Hidden<double> relu = {Activation::relu, 0};
   const Real *a = static_cast<const Real*>(maps.a), *b = static_cast<const Real*>(maps.b),
              *g = static_cast<const Real*>(maps.g);
   if (d.layers == 1) {
@@ -114,22 +117,25 @@ TCAM_INLINE void hidden_layers(const Decoder& d, const Maps& maps, const Walk& w
       continue;
     }
     const Real *at = a + walk.a[t], *bt = b + walk.b[t], *gt = g + walk.g[t];
-    for (long c = 0; c < n1; c += N::lanes)
-      activate<N>(d.activation[1], load<Vec>(at + c) + (load<Vec>(bt + c) + load<Vec>(gt + c)), row, slope_row, c);
+    if (d.activation[1].kind == Activation::relu)
+      for (long c = 0; c < n1; c += N::lanes)
+        N::put(row, c, A::value(relu, load<Vec>(at + c) + (load<Vec>(bt + c) + load<Vec>(gt + c))));
+    else
+      for (long c = 0; c < n1; c += N::lanes)
+        activate<N>(d.activation[1], load<Vec>(at + c) + (load<Vec>(bt + c) + load<Vec>(gt + c)), row, slope_row, c);
   }
   for (int l = 2; l < d.layers; ++l) {
     typename N::Word* out = s.h[l];
     Real* slope = backward ? s.slope[l] : nullptr;
-    times_packed<N, pitch>(rows, (d.width[l - 1] + N::pack - 1) / N::pack, d.width[l], s.h[l - 1], d.forward[l], d.bias[l],
+    times_packed<N, pitch>(rows, words_of<N>(d.width[l - 1]), d.width[l], s.h[l - 1], d.forward[l], d.bias[l],
                            [&](const Tile<N>& t, long r, long c) __attribute__((always_inline)) {
                              // Columns are counted in reals and rows in words of `pitch`; a word row holds its reals in order.
                              if (d.activation[l].kind == Activation::relu) {
 #pragma GCC unroll 16
-                               for (int i = 0; i < register_rows; ++i)
+                               for (int i = 0; i < N::rows; ++i)
 #pragma GCC unroll 4
                                  for (int v = 0; v < register_vectors; ++v)
-                                   N::put(out + (r + i) * pitch, c + v * N::lanes,
-                                          Maths<typename N::Arith>::value(Hidden<double>{Activation::relu, 0}, t.v[i][v]));
+                                   N::put(out + (r + i) * pitch, c + v * N::lanes, A::value(relu, t.v[i][v]));
                              } else {
                                activate_tile<N, pitch>(d.activation[l], t, out + r * pitch + c / N::pack,
                                                        slope ? slope + r * pitch + c : nullptr);
@@ -145,19 +151,18 @@ TCAM_INLINE void last_layer(const Decoder& d, long rows, Scratch<N, pitch>& s) {
   typedef typename N::WordVec W;
   const long outputs = d.width[d.layers];
   if (outputs >= wide_output) {
-    times_packed<N, pitch>(rows, (d.width[d.layers - 1] + N::pack - 1) / N::pack, outputs, s.h[d.layers - 1],
-                           d.forward[d.layers], d.bias[d.layers],
-                           [&](const Tile<N>& t, long r, long c) __attribute__((always_inline)) {
-                             typename N::Real block[register_rows][columns_of<N>()];
-                             for (int i = 0; i < register_rows; ++i)
+    times_packed<N, pitch>(rows, words_of<N>(d.width[d.layers - 1]), outputs, s.h[d.layers - 1], d.forward[d.layers],
+                           d.bias[d.layers], [&](const Tile<N>& t, long r, long c) __attribute__((always_inline)) {
+                             typename N::Real block[N::rows][columns_of<N>()];
+                             for (int i = 0; i < N::rows; ++i)
                                for (int v = 0; v < register_vectors; ++v) store(block[i] + v * N::lanes, t.v[i][v]);
                              const long n = outputs - c < columns_of<N>() ? outputs - c : columns_of<N>();
                              for (long o = 0; o < n; ++o)
-                               for (int i = 0; i < register_rows; ++i) s.z[(c + o) * max_tile + r + i] = block[i][o];
+                               for (int i = 0; i < N::rows; ++i) s.z[(c + o) * max_tile + r + i] = block[i][o];
                            });
     return;
   }
-  constexpr int group = register_rows / 2;
+  constexpr int group = N::rows % 6 ? 8 : 6;
   constexpr int word_lanes = TCAM_VECTOR_BYTES / sizeof(typename N::Word);
   const long words = round_up((d.width[d.layers - 1] + N::pack - 1) / N::pack, word_lanes);
   const typename N::Word* h = s.h[d.layers - 1];
@@ -213,11 +218,12 @@ static void forward_block(const Decoder& d, const Maps& maps, const Block& block
                           const Comparison* comparison, int tile, void* scratch) {
   typedef typename N::Real Real;
   typedef Maths<typename N::Arith> A;
+  N::begin();
   Scratch<N, pitch> s(d, false, scratch);
   Walk walk(maps, block);
   LossSums losses;
   while (const int count = walk.next(tile)) {
-    const long rows = round_up(count, register_rows);
+    const long rows = round_up(count, N::rows);
     hidden_layers<N, pitch>(d, maps, walk, count, rows, s, false);
     if (d.layers > 1) last_layer<N, pitch>(d, rows, s);
     for (long o = 0; o < d.width[d.layers]; ++o) {
@@ -231,6 +237,7 @@ static void forward_block(const Decoder& d, const Maps& maps, const Block& block
     }
   }
   losses.add_to(comparison);
+  N::end();
 }
 
 // ---- backward --------------------------------------------------------------------------
@@ -257,6 +264,7 @@ static void backward_block(const Decoder& d, const Maps& maps, const Block& bloc
   typedef typename N::Vec Vec;
   typedef Maths<typename N::Arith> A;
   constexpr int nr = columns_of<N>();
+  N::begin();
   Scratch<N, pitch> s(d, true, scratch);
   Real* sums = static_cast<Real*>(grad.decoder);
   const int last = d.layers;
@@ -264,8 +272,8 @@ static void backward_block(const Decoder& d, const Maps& maps, const Block& bloc
   Walk walk(maps, block);
   LossSums losses;
   while (const int count = walk.next(tile)) {
-    const long rows = round_up(count, register_rows);
-    const long voxel_words = (count + N::pack - 1) / N::pack;
+    const long rows = round_up(count, N::rows);
+    const long voxel_words = words_of<N>(count);
     hidden_layers<N, pitch>(d, maps, walk, count, rows, s, true);
     if (last > 1 && (comparison || d.output_activation.kind != OutputActivation::none)) last_layer<N, pitch>(d, rows, s);
 
@@ -301,40 +309,47 @@ static void backward_block(const Decoder& d, const Maps& maps, const Block& bloc
       const Word* delta = s.delta[l & 1];
       const long n = d.width[l], m = d.width[l - 1];
       if (sums) {
-        const Word* pairs = delta;
-        if (N::pack == 2) {
-          interleave_rows<N, pitch>(voxel_words, round_up(n, nr), delta, s.delta_pairs);
-          pairs = s.delta_pairs;
+        Real* outer = sums + d.grad_offset[l];
+        if constexpr (N::group > 1) {
+          gather_columns<N, pitch>(voxel_words, round_up(n, nr), delta, s.delta_pairs, max_tile / 2);
+          add_outer_tiles<N, pitch>(voxel_words, n, m, s.delta_pairs, max_tile / 2, s.pairs[l - 1], outer, round_up(m, nr));
+        } else {
+          if (N::pack == 2) interleave_rows<N, pitch>(voxel_words, round_up(n, nr), delta, s.delta_pairs);
+          add_outer<N, pitch>(voxel_words, n, m, N::pack == 2 ? s.delta_pairs : delta, s.pairs[l - 1], outer, round_up(m, nr));
         }
-        add_outer<N, pitch>(voxel_words, n, m, pairs, s.pairs[l - 1], sums + d.grad_offset[l], round_up(m, nr));
       }
       Word* next = s.delta[(l - 1) & 1];
       const Word* h = s.h[l - 1];
       const Real* slope = s.slope[l - 1];
       Real* bias = sums && l > 2 ? sums + d.grad_bias_offset[l - 1] : nullptr;
       Real* first = l == 2 ? s.delta_1 : nullptr;
-      times_packed<N, pitch>(rows, (n + N::pack - 1) / N::pack, m, delta, d.transposed[l], nullptr,
-                             [&](const Tile<N>& t, long r, long c) __attribute__((always_inline)) {
-                               Vec column[register_vectors] = {};
-                               if (bias)
-                                 for (int v = 0; v < register_vectors; ++v) column[v] = load<Vec>(bias + c + v * N::lanes);
+      auto delta_of = [&](auto slope_at) __attribute__((always_inline)) {
+        times_packed<N, pitch>(rows, words_of<N>(n), m, delta, d.transposed[l], nullptr,
+                               [&](const Tile<N>& t, long r, long c) __attribute__((always_inline)) {
+                                 Vec column[register_vectors] = {};
+                                 if (bias)
+                                   for (int v = 0; v < register_vectors; ++v) column[v] = load<Vec>(bias + c + v * N::lanes);
 #pragma GCC unroll 16
-                               for (int i = 0; i < register_rows; ++i)
+                                 for (int i = 0; i < N::rows; ++i)
 #pragma GCC unroll 4
-                                 for (int v = 0; v < register_vectors; ++v) {
-                                   const long row = (r + i) * pitch, at = c + v * N::lanes;
-                                   const Vec k = slope ? load<Vec>(slope + row + at)
-                                                       : A::slope_of_value(d.activation[l - 1], N::get(h + row, at));
-                                   const Vec x = t.v[i][v] * k;
-                                   column[v] += x;
-                                   if (first)
-                                     store(first + row + at, x);
-                                   else
-                                     N::put(next + row, at, x);
-                                 }
-                               if (bias)
-                                 for (int v = 0; v < register_vectors; ++v) store(bias + c + v * N::lanes, column[v]);
-                             });
+                                   for (int v = 0; v < register_vectors; ++v) {
+                                     const long row = (r + i) * pitch, at = c + v * N::lanes;
+                                     const Vec x = t.v[i][v] * slope_at(row, at);
+                                     column[v] += x;
+                                     if (first)
+                                       store(first + row + at, x);
+                                     else
+                                       N::put(next + row, at, x);
+                                   }
+                                 if (bias)
+                                   for (int v = 0; v < register_vectors; ++v) store(bias + c + v * N::lanes, column[v]);
+                               });
+      };
+      if (slope)
+        delta_of([&](long row, long at) __attribute__((always_inline)) { return load<Vec>(slope + row + at); });
+      else
+        delta_of([&](long row, long at)
+                     __attribute__((always_inline)) { return A::slope_of_value(d.activation[l - 1], N::get(h + row, at)); });
     }
 
     Real *da = static_cast<Real*>(grad.da), *db = static_cast<Real*>(grad.db), *dg = static_cast<Real*>(grad.dg);
@@ -346,12 +361,25 @@ static void backward_block(const Decoder& d, const Maps& maps, const Block& bloc
     }
   }
   losses.add_to(comparison);
+  N::end();
 }
 
 // ---- the table -------------------------------------------------------------------------
 
 template <class N>
 static double spin(long iterations, void* sink) {
+  if constexpr (N::group > 1) {
+    N::begin();
+    const typename N::Word zero[16] = {};
+    typename N::Tiles tiles;
+    tiles.clear();
+    for (long i = 0; i < iterations; ++i) tiles.multiply(zero, 0, zero, 0, 8 * N::group);
+    float sums[32][32];
+    tiles.store(sums[0], 32);
+    N::end();
+    memcpy(sink, sums, sizeof sums[0]);
+    return 2.0 * static_cast<double>(iterations) * 32 * 32 * 8 * N::group * N::pack;
+  }
   typedef typename N::WordVec W;
   Tile<N> sum;
 #pragma GCC unroll 16
@@ -411,9 +439,10 @@ static void backward(const Decoder& d, const Maps& m, const Block& b, const Volu
 template <class N>
 constexpr Engine core_engine() {
   Engine e = {};
-  e.rows = register_rows;
+  e.rows = N::rows;
   e.columns = columns_of<N>();
   e.pack = N::pack;
+  e.group = N::group;
   e.word_bytes = sizeof(typename N::Word);
   e.real_bytes = sizeof(typename N::Real);
   e.pack_panels = pack_panels<N>;
@@ -443,7 +472,10 @@ constexpr Engine full_engine() {
 const Engine* engine(int kind) {
   static constexpr Engine f32 = full_engine<F32>();
   static constexpr Engine f64 = full_engine<F64>();
-#ifdef TCAM_HAS_BF16
+#if defined(TCAM_HAS_TILES)
+  static constexpr Engine bf16 = core_engine<AMX>();
+  if (kind == 2) return &bf16;
+#elif defined(TCAM_HAS_BF16)
   static constexpr Engine bf16 = core_engine<BF16>();
   if (kind == 2) return &bf16;
 #endif

@@ -84,9 +84,11 @@ struct PointTaps {
 struct Engine {
   int rows, columns;  // of the register tile
   int pack;           // reals per word
+  int group;          // words that a product contracts at once; panels are padded with zeros to a multiple
   int word_bytes, real_bytes;
 
-  // Packs a K x N matrix with element (k, n) at src[k*k_stride + n*n_stride] into panels [n/columns][word of k][columns].
+  // Packs a K x N matrix with element (k, n) at src[k*k_stride + n*n_stride] into panels [n/columns][word of k][columns], with
+  // a multiple of `group` words of k.
   void (*pack_panels)(const void* src, long k_stride, long n_stride, long k, long n, void* dst);
   void (*pack_rows)(const void* src, long rows, long n, void* dst, long dst_stride);
 
@@ -134,7 +136,8 @@ TCAM_DECLARE_ENGINES(portable)
 TCAM_DECLARE_ENGINES(avx2)
 TCAM_DECLARE_ENGINES(avx512)
 TCAM_DECLARE_ENGINES(avx512bf16)
-TCAM_DECLARE_ENGINES(emulated)  // the avx512bf16 code in ordinary arithmetic, which only the tests build
+TCAM_DECLARE_ENGINES(amx)
+TCAM_DECLARE_ENGINES(emulated)  // the avx512bf16 or amx code in ordinary arithmetic, which only the tests build
 #undef TCAM_DECLARE_ENGINES
 
 }  // namespace tcam

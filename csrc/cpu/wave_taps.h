@@ -32,6 +32,7 @@ class WaveTaps {
         p(mlp.p),
         pitch(row_pitch) {
     for (int q = 0; q < p.plane_count; ++q) {
+      scale_.push_back(static_cast<Real>(plane_scale(p, q)));
       base_.push_back(rows_);
       rows_ += objects * texels(q);
     }
@@ -137,6 +138,7 @@ class WaveTaps {
   const GridBox box_ = grid_box(p);
   std::vector<Tap<Real>> voxel_taps_[2 * TCAM_MAX_PLANES];  // a grid's taps on each plane's rows (2q) and columns (2q + 1)
   std::vector<long> base_;                                  // the first texel row of each plane
+  std::vector<Real> scale_;                                 // of the samples of each plane
   long rows_ = 0, round_ = 0;
   const tcam_inputs* in_ = nullptr;
   int64_t* at_;                                              // (most, taps): each tap's texel row, as an offset in reals
@@ -163,7 +165,7 @@ class WaveTaps {
   void set_taps(long t, int q, long slot, const Tap<Real>& r, const Tap<Real>& c) {
     const long columns = static_cast<long>(p.planes[q].columns);
     const long begin = texel_row(q, slot) * pitch, e = t * taps + 4 * q;
-    const Real scale = static_cast<Real>(p.plane_scale);
+    const Real scale = scale_[static_cast<size_t>(q)];
     auto set = [&](long x, int row, int column, Real wr, Real wc, Real dr, Real dc) {
       at_[e + x] = begin + (row * columns + column) * pitch;
       weight_[e + x] = wr * wc * scale;

@@ -7,6 +7,7 @@
 #pragma once
 #include <type_traits>
 
+#include "../formulation.h"
 #include "context.cuh"
 #include "fused_mlp.cuh"
 #include "grid_kernels.cuh"
@@ -147,9 +148,8 @@ class Grid {
   const Real* plane(const void* const* planes, int q, int64_t object) const {
     return static_cast<const Real*>(planes[q]) + object * p.channels * texels(q);
   }
-  // W_1's blocks of columns: one for each concatenated plane, or a single one for the sum of the planes.
-  int blocks() const { return p.reduce == TCAM_CONCAT ? p.plane_count : 1; }
-  int block(int q) const { return p.reduce == TCAM_CONCAT ? q : 0; }
+  int blocks() const { return p.group_count; }  // of W_1's columns: one for each group of planes
+  int block(int q) const { return p.planes[q].group; }
   const Real* weight(int q) const { return c.weights[1] + block(q) * p.channels; }
 
   // The map to which plane q contributes: 0: A (i, j), 1: B (j, k), 2: G (i, k).
@@ -175,7 +175,7 @@ class Grid {
         const int a = row ? p.planes[q].row_axis : p.planes[q].column_axis;
         const Axis axis = {static_cast<int>(row ? rows(q) : columns(q)), p.align_corners != 0, p.padding};
         c.run_elements(taps_kernel<Real>, n_[a], p.lo[a], n_[a], p.size[a], axis, p.corners != 0,
-                       bounds ? bounds + 2 * a : nullptr, row ? p.plane_scale : 1., row ? row_taps_[q] : column_taps_[q]);
+                       bounds ? bounds + 2 * a : nullptr, row ? plane_scale(p, q) : 1., row ? row_taps_[q] : column_taps_[q]);
       }
   }
 

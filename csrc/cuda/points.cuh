@@ -26,7 +26,7 @@ class Points {
         grid_(p.points < 0),
         objects_(grid_ ? 1 : p.batch),
         projected_(gathers_projections(p, objects_, context.width(1) * static_cast<int64_t>(sizeof(Real)))),
-        samples_(p.reduce == TCAM_SUM ? 1 : p.plane_count),
+        samples_(matrix_count(p)),
         row_(projected_ ? context.width(1) : static_cast<int>(p.channels)) {
     n_[2] = p.points;
     if (grid_) n_[2] = (p.hi[0] - p.lo[0]) * (p.hi[1] - p.lo[1]) * (p.hi[2] - p.lo[2]);
@@ -40,7 +40,8 @@ class Points {
   int64_t rounds() const { return grid_ ? p.batch : 1; }  // a grid's objects one after another; all points at once
   int64_t voxel_bytes() const {                           // workspace for a point of a wave, beside the MLP's
     int64_t each = p.plane_count * static_cast<int64_t>(sizeof(TexelTaps<Real>));
-    if (!projected_) each += (samples_ + 1) * p.channels * static_cast<int64_t>(sizeof(Real)) * (c.backward ? 2 : 1);
+    if (!projected_)
+      each += (samples_ + p.group_count) * p.channels * static_cast<int64_t>(sizeof(Real)) * (c.backward ? 2 : 1);
     return each;
   }
 
@@ -50,10 +51,10 @@ class Points {
     texel_values_ = ws.array<Real>(texel_rows_ * row_);
     taps_ = ws.array<TexelTaps<Real>>(most_ * p.plane_count);
     if (!projected_) sampled_ = ws.array<Real>(samples_ * most_ * p.channels);
-    if (p.reduce == TCAM_PRODUCT) product_ = ws.array<Real>(most_ * p.channels);
+    if (p.reduce == TCAM_PRODUCT) product_ = ws.array<Real>(p.group_count * most_ * p.channels);
     if (!c.backward) return;
     if (!projected_) grad_sampled_ = ws.array<Real>(samples_ * most_ * p.channels);
-    if (p.reduce == TCAM_PRODUCT) grad_product_ = ws.array<Real>(most_ * p.channels);
+    if (p.reduce == TCAM_PRODUCT) grad_product_ = ws.array<Real>(p.group_count * most_ * p.channels);
     if (!p.grad_planes && !(projected_ && p.grad_decoder)) return;
     grad_texels_ = ws.array<Real>(texel_rows_ * row_);
     fixed_ = ws.array<unsigned long long>(texel_rows_ * row_);
@@ -94,13 +95,14 @@ class Points {
     const int n1 = c.width(1);
     c.run_elements(place_kernel<Real>, count * p.plane_count, planes(), wave.k0, count, taps_);
     if (projected_) {
-      gather(0, p.plane_count, count, c.biases[1], z);
+      gather({0, p.plane_count}, count, c.biases[1], z);
     } else {
-      for (int s = 0; s < samples_; ++s)
-        gather(samples_ == 1 ? 0 : s, samples_ == 1 ? p.plane_count : s + 1, count, nullptr, sample(sampled_, s));
-      if (product_)
-        c.run_elements(product_kernel<Real>, count * channels, sampled_, samples_, most_ * channels, count * channels,
-                       product_);
+      for (int s = 0; s < samples_; ++s) gather(planes_of_matrix(p, s), count, nullptr, sample(sampled_, s));
+      for (int g = 0; product_ && g < p.group_count; ++g) {
+        const PlaneRange group = planes_of_group(p, g);
+        c.run_elements(product_kernel<Real>, count * channels, sample(sampled_, group.begin), group.count(), most_ * channels,
+                       count * channels, sample(product_, g));
+      }
       if (!p.layers) {
         if (!c.backward)
           copy_features(wave, product_ ? product_ : sampled_, false);  // volume_ is their gradient on the way back
@@ -108,7 +110,7 @@ class Points {
       }
       if (p.noise_std != 0) add_noise(wave);
       for (int b = 0; b < plane_blocks(); ++b) {
-        const Rows<Real> features = {product_ ? product_ : sample(sampled_, b), channels};
+        const Rows<Real> features = {sample(product_ ? product_ : sampled_, b), channels};
         const Transposed<Real> weight = {block_weight(b), p.width[0]};
         if (b)
           c.product(count, n1, channels, 0, features, weight, AddRows<Real>{z, n1});
@@ -134,7 +136,7 @@ class Points {
                 Rows<Real>{block_weight(plane_blocks()), p.width[0]},
                 WriteRows<Real>{static_cast<Real*>(to.extra) + first_extra(wave), p.extra, nullptr});
     if (p.grad_points) {
-      const int64_t step = samples_ == 1 || projected_ ? 0 : most_ * p.channels;
+      const int64_t step = projected_ ? 0 : most_ * p.channels;
       const PointGradient<Real> call = {planes(), projected_ ? delta : grad_sampled_, step, texel_values_, row_, wave.k0,
                                         count,    static_cast<Real*>(to.points)};
       c.run_warps(points_gradient_kernel<Real>, count, call);
@@ -187,7 +189,7 @@ class Points {
   int64_t round_ = 0;
   Volume volume_ = {};
   // texel_values_, grad_texels_ (texel_rows_, row_); sampled_, grad_sampled_ (samples_, most_, channels); product_,
-  // grad_product_ (most_, channels): the product of the samples. Null: not needed.
+  // grad_product_ (groups, most_, channels): the products of the samples of each group. Null: not needed.
   Real *texel_values_ = nullptr, *sampled_ = nullptr, *product_ = nullptr, *grad_texels_ = nullptr, *grad_sampled_ = nullptr,
        *grad_product_ = nullptr;
   TexelTaps<Real>* taps_ = nullptr;
@@ -200,12 +202,11 @@ class Points {
     const int64_t of_points = ceil_div(most_, voxel_chunk);
     return of_points > texel_splits ? of_points : texel_splits;
   }
-  // W_1's blocks of columns: one for each concatenated plane or a single one for the planes' sum or product, then one for the
-  // extra features.
-  int plane_blocks() const { return p.reduce == TCAM_CONCAT ? p.plane_count : 1; }
+  // W_1's blocks of columns: one for each group of planes, then one for the extra features.
+  int plane_blocks() const { return p.group_count; }
   int blocks() const { return p.layers ? plane_blocks() + (p.extra ? 1 : 0) : 0; }
   int block_width(int b) const { return static_cast<int>(b < plane_blocks() ? p.channels : p.extra); }
-  int block_of(int q) const { return p.reduce == TCAM_CONCAT ? q : 0; }
+  int block_of(int q) const { return p.planes[q].group; }
   const Real* block_weight(int b) const { return c.weights[1] + b * p.channels; }
 
   int64_t texels(int q) const { return p.planes[q].rows * p.planes[q].columns; }
@@ -221,10 +222,10 @@ class Points {
     for (int q = 0; q < p.plane_count; ++q) {
       all.row_axis[q] = p.planes[q].row_axis, all.column_axis[q] = p.planes[q].column_axis;
       all.rows[q] = p.planes[q].rows, all.columns[q] = p.planes[q].columns, all.base[q] = base_[q];
+      all.matrix[q] = matrix_of(p, q), all.scale[q] = static_cast<Real>(plane_scale(p, q));
     }
     all.align_corners = p.align_corners != 0, all.corners = p.corners != 0;
     all.padding = p.padding;
-    all.scale = static_cast<Real>(p.plane_scale);
     all.points = grid_ ? nullptr : static_cast<const Real*>(in_->points);
     all.objects = in_->objects;
     all.each = grid_ ? 1 : p.points / p.batch, all.object_count = objects_;
@@ -233,8 +234,9 @@ class Points {
     return all;
   }
 
-  void gather(int q0, int q1, int64_t count, const Real* bias, Real* out) {
-    c.run_warps(gather_points_kernel<Real>, count, taps_, p.plane_count, q0, q1, count, texel_values_, row_, bias, out);
+  void gather(PlaneRange planes, int64_t count, const Real* bias, Real* out) {
+    c.run_warps(gather_points_kernel<Real>, count, taps_, p.plane_count, planes.begin, planes.end, count, texel_values_, row_,
+                bias, out);
   }
   void add_noise(const Region& wave) {
     const PointNoise<Real> noise = {planes(),
@@ -269,15 +271,17 @@ class Points {
     const bool wanted = p.grad_planes || p.grad_points;
     Real* grad = grad_product_ ? grad_product_ : grad_sampled_;
     for (int b = 0; p.layers && b < plane_blocks(); ++b) {
-      if (p.grad_decoder) weight_gradient(b, count, delta, {product_ ? product_ : sample(sampled_, b), channels});
+      if (p.grad_decoder) weight_gradient(b, count, delta, {sample(product_ ? product_ : sampled_, b), channels});
       if (wanted)
         c.product(count, static_cast<int>(channels), c.width(1), 0, Rows<Real>{delta, c.width(1)},
                   Rows<Real>{block_weight(b), p.width[0]}, WriteRows<Real>{sample(grad, b), channels, nullptr});
     }
     if (!p.layers) copy_features(wave, grad, true);
-    if (grad_product_ && wanted)
-      c.run_elements(product_back_kernel<Real>, count * channels, sampled_, grad_product_, samples_, most_ * channels,
-                     count * channels, grad_sampled_);
+    for (int g = 0; grad_product_ && wanted && g < p.group_count; ++g) {
+      const PlaneRange group = planes_of_group(p, g);
+      c.run_elements(product_back_kernel<Real>, count * channels, sample(sampled_, group.begin), sample(grad_product_, g),
+                     group.count(), most_ * channels, count * channels, sample(grad_sampled_, group.begin));
+    }
   }
 
   void scatter(int64_t count, const Real* delta) {
@@ -292,9 +296,11 @@ class Points {
       read += static_cast<int>(grid);
     }
     c.run(scale_kernel, 1, 1, 0, largest_, read, 0.f, 1.f, fixed_exponent, NAN, scale_);
-    for (int s = 0; s < parts; ++s)
-      c.run_warps(scatter_points_kernel<Real>, count, taps_, p.plane_count, parts == 1 ? 0 : s,
-                  parts == 1 ? p.plane_count : s + 1, count, part(s), row_, scale_, fixed_);
+    for (int s = 0; s < parts; ++s) {
+      const PlaneRange planes = projected_ ? PlaneRange{0, p.plane_count} : planes_of_matrix(p, s);
+      c.run_warps(scatter_points_kernel<Real>, count, taps_, p.plane_count, planes.begin, planes.end, count, part(s), row_,
+                  scale_, fixed_);
+    }
     c.run_elements(add_fixed_kernel<Real>, texel_rows_ * row_, fixed_, texel_rows_ * row_, scale_ + 1, grad_texels_);
   }
 };

@@ -20,13 +20,13 @@ struct TexelTaps {
 template <class Real>
 struct PointPlanes {
   int count, axes;  // planes; coordinates of a point
-  int row_axis[TCAM_MAX_PLANES], column_axis[TCAM_MAX_PLANES];
+  int row_axis[TCAM_MAX_PLANES], column_axis[TCAM_MAX_PLANES], matrix[TCAM_MAX_PLANES];
   int64_t rows[TCAM_MAX_PLANES], columns[TCAM_MAX_PLANES], base[TCAM_MAX_PLANES];
   bool align_corners, corners;
   int padding;
-  Real scale;
-  const Real* points;      // (all points, axes); null: the points are the voxels of `box`
-  const int64_t* objects;  // (all points), each point's object; null: `each` points an object, in order
+  Real scale[TCAM_MAX_PLANES];  // on every sample
+  const Real* points;           // (all points, axes); null: the points are the voxels of `box`
+  const int64_t* objects;       // (all points), each point's object; null: `each` points an object, in order
   int64_t each, object_count;
   const double* bounds;  // (3, 2), the coordinates that the grid's axes run from and to; null: -1 and 1
   GridBox box;
@@ -45,8 +45,8 @@ struct PointPlanes {
   }
 };
 
-// taps (count, planes): the taps of each point of the wave in each plane, their weights times p.scale. The weights are NaN
-// where a point's object is out of range. A thread owns a point and a plane.
+// taps (count, planes): the taps of each point of the wave in each plane, their weights times the plane's scale. The weights
+// are NaN where a point's object is out of range. A thread owns a point and a plane.
 template <class Real>
 __global__ void __launch_bounds__(threads)
     place_kernel(PointPlanes<Real> p, int64_t first, int64_t count, TexelTaps<Real>* taps) {
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(threads)
     const int q = static_cast<int>(e % p.count);
     const Tap<Real> r = p.tap(p.row_axis[q], p.rows[q], point), c = p.tap(p.column_axis[q], p.columns[q], point);
     const int64_t begin = p.base[q] + (object < 0 ? 0 : object) * p.rows[q] * p.columns[q];
-    const Real s = object < 0 ? static_cast<Real>(NAN) : p.scale;
+    const Real s = object < 0 ? static_cast<Real>(NAN) : p.scale[q];
     taps[e] = {{begin + r.lo * p.columns[q] + c.lo, begin + r.lo * p.columns[q] + c.hi, begin + r.hi * p.columns[q] + c.lo,
                 begin + r.hi * p.columns[q] + c.hi},
                {r.w_lo * c.w_lo * s, r.w_lo * c.w_hi * s, r.w_hi * c.w_lo * s, r.w_hi * c.w_hi * s}};
@@ -160,8 +160,8 @@ __global__ void __launch_bounds__(threads)
 template <class Real>
 struct PointGradient {
   PointPlanes<Real> planes;
-  const Real* delta;   // (count, n) for each plane: the gradient of its samples
-  int64_t delta_step;  // numbers from one plane's delta to the next; 0: all planes share one
+  const Real* delta;   // matrices (count, n) of the gradients of samples; planes.matrix has that of each plane
+  int64_t delta_step;  // numbers from one matrix to the next; 0: all planes share one
   const Real* texels;  // (texel rows, n)
   int n;
   int64_t first, count;
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(threads) points_gradient_kernel(PointGradient<
     for (int q = 0; q < p.count && object >= 0; ++q) {
       const Tap<Real> r = p.tap(p.row_axis[q], p.rows[q], point), c = p.tap(p.column_axis[q], p.columns[q], point);
       const Real* from = g.texels + (p.base[q] + object * p.rows[q] * p.columns[q]) * g.n;
-      const Real* delta = g.delta + q * g.delta_step + t * g.n;
+      const Real* delta = g.delta + p.matrix[q] * g.delta_step + t * g.n;
       Real by_row = 0, by_column = 0;
       for (int x = lane; x < g.n; x += 32) {
         const Real lo_lo = from[(r.lo * p.columns[q] + c.lo) * g.n + x], lo_hi = from[(r.lo * p.columns[q] + c.hi) * g.n + x],
@@ -191,8 +191,8 @@ __global__ void __launch_bounds__(threads) points_gradient_kernel(PointGradient<
       }
 #pragma unroll
       for (int a = 0; a < TCAM_MAX_AXES; ++a) {
-        if (a == p.row_axis[q]) sum[a] += by_row * p.scale;
-        if (a == p.column_axis[q]) sum[a] += by_column * p.scale;
+        if (a == p.row_axis[q]) sum[a] += by_row * p.scale[q];
+        if (a == p.column_axis[q]) sum[a] += by_column * p.scale[q];
       }
     }
 #pragma unroll

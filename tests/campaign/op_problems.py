@@ -122,9 +122,16 @@ def draw_size(draw: Draw, tiny: bool) -> tuple[int, int, int]:
 
 def draw_sampling(draw: Draw, axes: int) -> dict[str, Any]:
     pairs = [tuple(draw.sample(range(axes), 2)) for _ in range(draw.randint(1, 5))]
+    plane_axes = PLANE_AXES if axes > 2 and draw.chance(0.5) else tuple(pairs)
+    reduce = draw.choice(checks.REDUCTIONS_OF_PLANES)
+    groups = None
+    if not reduce.startswith("concat") and draw.chance(0.5):
+        first = draw.randint(1, len(plane_axes))
+        groups = (first, len(plane_axes) - first) if first < len(plane_axes) else (first,)
     return {
-        "plane_axes": PLANE_AXES if axes > 2 and draw.chance(0.5) else tuple(pairs),
-        "reduce": draw.choice(checks.REDUCTIONS_OF_PLANES),
+        "plane_axes": plane_axes,
+        "reduce": reduce,
+        "groups": groups,
         "align_corners": draw.chance(0.5),
         "padding_mode": draw.choice(checks.PADDING_MODES),
     }

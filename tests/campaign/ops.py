@@ -29,7 +29,7 @@ from tcam_ext.losses import LOSSES
 
 OPS = ("decode_grid", "decode_grid_loss", "decode_points", "sample_grid", "sample_points")
 #: The instruction set of each shard of an op; where a machine does not have it, the shard runs with its best.
-ISAS = ("avx512bf16", "avx2", "portable", "avx512")
+ISAS = ("amx", "avx512bf16", "avx2", "portable", "avx512")
 PROBLEMS = 10_000  # of each op
 
 
@@ -94,6 +94,7 @@ def decoder_of(p: testing.Problem, dtype: torch.dtype) -> tcam_ext.TriplaneDecod
     decoder = tcam_ext.TriplaneDecoder(
         channels, [len(w) for w in p.weights[:-1]], len(p.weights[-1]), extra_channels=extra, bias=p.biases[0] is not None,
         dtype=dtype, plane_axes=p.options["plane_axes"], reduce=p.options["reduce"],
+        groups=p.options["groups"],
     )  # fmt: skip
     for layer, w, b in zip(decoder.layers(), p.weights, p.biases, strict=True):
         layer.weight.data.copy_(w)

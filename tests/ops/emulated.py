@@ -66,14 +66,16 @@ class EmulatedCall:
         for name, *_ in _C.problem_layout():
             if hasattr(o, name) and not isinstance(getattr(o, name), (list, tuple)):
                 setattr(p, name, getattr(o, name))
+        group = [g for g, count in enumerate(o.groups) for _ in range(count)]
+        p.group_count = len(o.groups)
         for q, (plane, axes) in enumerate(zip(planes, o.plane_axes, strict=True)):
-            p.planes[q] = raw.Plane(*axes, *plane.shape[2:])
+            p.planes[q] = raw.Plane(*axes, group[q], *plane.shape[2:])
         p.points = -1 if points is None else points.shape[0]
         if points is None:
             p.size[:], p.lo[:], p.hi[:] = o.size, o.box[::2], o.box[1::2]
         p.extra = 0 if extra is None else extra.shape[1]
         p.layers = len(weights)
-        features = p.channels * (p.plane_count if p.reduce == 0 else 1) + p.extra
+        features = p.channels * p.group_count + p.extra
         for layer, width in enumerate([features, *(w.shape[0] for w in weights)]):
             p.width[layer] = width
         for layer, activation in enumerate(o.activation):

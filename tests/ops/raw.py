@@ -14,7 +14,7 @@ import torch
 from problems import Problem
 from torch import Tensor
 
-from tcam_ext import _C, activations, checks
+from tcam_ext import _C, activations, arguments, checks
 from tcam_ext.options import PLANE_AXES
 
 DTYPES = {getattr(torch, name): code for code, name in enumerate(_C.dtypes) if hasattr(torch, name)}
@@ -28,6 +28,7 @@ class Plane(ctypes.Structure):  # tcam_plane
     _fields_ = [
         ("row_axis", ctypes.c_int32),
         ("column_axis", ctypes.c_int32),
+        ("group", ctypes.c_int32),
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
     ]
@@ -122,16 +123,24 @@ class Kernels:
     def _problem(
         self, p: Problem, compute: int, box: Any, grads: tuple[bool, bool], threads: int, tile: int, out_dtype: torch.dtype
     ) -> Decode:
-        defaults = {"plane_axes": PLANE_AXES, "reduce": "concat", "activation": "relu", "output_activation": "none"}
+        defaults = {
+            "plane_axes": PLANE_AXES,
+            "reduce": "concat",
+            "groups": None,
+            "activation": "relu",
+            "output_activation": "none",
+        }
         o = {**defaults, "align_corners": False, "padding_mode": "border", "grid": "cells", **p.options}
         lo, hi = zip(*(box or [(0, n) for n in p.size]), strict=True)
         problem = Decode(
             batch=p.planes[0].shape[0], channels=p.planes[0].shape[1], plane_count=len(p.planes), points=-1, axes=3
         )
-        problem.reduce = {"concat": 0, "sum": 1, "mean": 1, "prod": 2}[o["reduce"]]
-        problem.plane_scale = 1 / len(p.planes) if o["reduce"] == "mean" else 1.0
+        counts = arguments.groups(o["groups"], o["reduce"], len(p.planes))
+        problem.group_count = len(counts)
+        problem.reduce = {"concat": 0, "sum": 0, "mean": 1, "prod": 2}[o["reduce"]]
+        group = [g for g, count in enumerate(counts) for _ in range(count)]
         for q, (plane, axes) in enumerate(zip(p.planes, o["plane_axes"], strict=True)):
-            problem.planes[q] = Plane(*axes, *plane.shape[2:])
+            problem.planes[q] = Plane(*axes, group[q], *plane.shape[2:])
         problem.size[:], problem.lo[:], problem.hi[:] = p.size, lo, hi
         problem.corners = o["grid"] == "corners"
         widths = [w.shape[1] for w in p.weights] + [p.weights[-1].shape[0]] if p.weights else []
@@ -266,8 +275,7 @@ class Kernels:
         inputs, _kept = self._inputs(p)
         inputs.points, inputs.objects, inputs.extra = (None if t is None else t.data_ptr() for t in (xyz, objects, extra))
         if grad is None:
-            planes = len(p.planes) if problem.reduce == 0 else 1
-            n_out = p.weights[-1].shape[0] if layers else planes * p.planes[0].shape[1]
+            n_out = p.weights[-1].shape[0] if layers else problem.group_count * p.planes[0].shape[1]
             out = _nan((xyz.shape[0], n_out), dtype)
             self._call("decode", problem, False, ctypes.byref(inputs), ctypes.c_void_p(out.data_ptr()))
             return [out]

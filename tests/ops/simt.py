@@ -40,7 +40,8 @@ SHAPES = [
 SAMPLINGS = [
     dict(plane_axes=((0, 1), (0, 2), (0, 2), (1, 2)), reduce="sum", padding_mode="reflection",
          bounds=[(-1.6, 0.7), (2, -1), (-0.5, 0.4)]),
-    dict(plane_axes=((0, 2), (0, 1)), reduce="mean", padding_mode="zeros", grid="corners", align_corners=True),
+    dict(plane_axes=((0, 2), (0, 1), (1, 2)), reduce="mean", groups=(2, 1), padding_mode="zeros", grid="corners",
+         align_corners=True),
     dict(plane_axes=((1, 2),), padding_mode="border", grid="corners", bounds=[(-0.3, 1.4), (-3, -2), (0.9, -1.2)]),
 ]  # fmt: skip
 

@@ -63,7 +63,9 @@ def valid(rng):
     dtype = rng.choice([torch.float32, torch.float64])
     pairs = [rng.choice([(0, 1), (1, 2), (0, 2)]) for _ in range(rng.randint(1, 4))]
     reduce, on_grid, extra_channels = rng.randint(0, 2), rng.random() < 0.5, rng.randint(0, 2)
-    n = [(len(pairs) if reduce == 0 else 1) * c + (0 if on_grid else extra_channels), *widths]
+    first = rng.randint(1, len(pairs))
+    groups = [first, len(pairs) - first] if first < len(pairs) else [first]
+    n = [len(groups) * c + (0 if on_grid else extra_channels), *widths]
     batch = rng.randint(1, 2)
     planes = [torch.randn(batch, c, texels[a], texels[b], dtype=dtype) for a, b in pairs]
     weights = [torch.randn(n[i + 1], n[i], dtype=dtype) for i in range(len(widths))]
@@ -77,7 +79,7 @@ def valid(rng):
     options = dict(
         plane_axes=pairs,
         reduce=reduce,
-        plane_scale=1.0,
+        groups=groups,
         size=size,
         box=box,
         corners=rng.random() < 0.5,
@@ -196,7 +198,7 @@ def test_a_fake_tensor_is_refused():
 def test_activations_without_layers_are_refused():
     """They are copied to an array of fixed length. Without weights, too many once wrote past its end."""
     o = _C.Options()
-    o.plane_axes = [(0, 1)]
+    o.plane_axes, o.groups = [(0, 1)], [1]
     o.activation = [(0, 1.0)] * 1000
     with pytest.raises(ValueError, match="activation"):
         _C.Call([torch.zeros(1, 2, 3, 3)], [], [], None, torch.zeros(4, 3), None, None, o)

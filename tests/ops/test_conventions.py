@@ -7,6 +7,7 @@ Planes are random and of unequal sizes, so that any swapped axis, plane or chann
 from __future__ import annotations
 
 import math
+from itertools import combinations
 
 import problems
 import pytest
@@ -159,6 +160,71 @@ def test_points(device, name, dtype):
             b = b[:6]
         if b is not None:  # (nfd has no bias there)
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["kplanes", "kplanes_4d"])
+@pytest.mark.parametrize("impl", ["native", "reference"])
+def test_kplanes_at_four_scales(name, impl):
+    """The features of each scale, products of planes for every pair of coordinates, follow those of the scale before."""
+    c, axes = CONVENTIONS[name].scales(4), 4 if name.endswith("4d") else 3
+    planes, scales = [], []
+    for scale in (1, 2, 4, 8):  # multiplies the resolution in space, not in time
+        texels = [3 * scale, 2 * scale, 4 * scale, 5]
+        scales.append([torch.randn(2, C, texels[b], texels[a], dtype=torch.float64) for a, b in combinations(range(axes), 2)])
+        planes += scales[-1]
+    p = problems.make(channels=4 * C, widths=(16, 3), plane_axes=((0, 1),))  # its weights
+    inputs = [t.requires_grad_() for t in (*planes, *p.weights, *p.biases)]
+    xyz = (torch.rand(2, N, axes, dtype=torch.float64) * 2.4 - 1.2).requires_grad_()
+    features = []
+    for scale in scales:
+        f = torch.ones(())
+        for plane, (a, b) in zip(scale, combinations(range(axes), 2), strict=True):
+            f = f * sample(plane, xyz[..., a], xyz[..., b], align_corners=True, padding_mode="border")
+        features.append(f)
+    want = layers(torch.cat(features, -1), p.weights, p.biases, torch.relu)
+    got = tcam_ext.decode_points(planes, p.weights, p.biases, xyz, impl=impl, **c.options)
+    assert problems.relative(got, want) < 1e-12
+    grad = torch.randn_like(want)
+    want_grads, grads = (torch.autograd.grad(out, [*inputs, xyz], grad) for out in (want, got))
+    torch.testing.assert_close(grads, want_grads, rtol=1e-9, atol=1e-9)
+    if axes == 4:
+        return
+    size = (4, 6, 5)
+    volume = tcam_ext.decode_grid(planes, p.weights, p.biases, size, grid=c.grid, impl=impl, **c.options)
+    ends = [torch.linspace(-1, 1, n, dtype=torch.float64) for n in size]
+    at = torch.stack(torch.meshgrid(*ends, indexing="ij"), -1).view(1, -1, 3).expand(2, -1, -1)
+    voxels = tcam_ext.decode_points(planes, p.weights, p.biases, at, impl="reference", **c.options)
+    assert problems.relative(volume, voxels.mT.reshape(volume.shape)) < 1e-12
+
+
+@pytest.mark.parametrize("padding_mode", ["border", "reflection"])
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_planes_at_one_time(padding_mode, align_corners):
+    """A grid decoded from the planes at a time equals points at that time, with the gradients of planes and times."""
+    changes = dict(padding_mode=padding_mode, align_corners=align_corners)
+    p, options = problem("kplanes_4d"), {**conventions.kplanes_4d.options, **changes}
+    time = torch.tensor([0.37, -1.2], dtype=torch.float64, requires_grad=True)
+    size = (4, 6, 5)
+    at, sampling = tcam_ext.at_time(p.planes, time, **{**conventions.kplanes_4d.sampling, **changes})
+    got = tcam_ext.decode_grid(at, p.weights, p.biases, size, grid="corners", activation="relu", **sampling)
+    ends = [torch.linspace(-1, 1, n, dtype=torch.float64) for n in size]
+    xyz = torch.stack(torch.meshgrid(*ends, indexing="ij"), -1).view(1, -1, 3).expand(2, -1, -1)
+    xyzt = torch.cat((xyz, time.view(2, 1, 1).expand(2, xyz.shape[1], 1)), -1)
+    want = tcam_ext.decode_points(p.planes, p.weights, p.biases, xyzt, **options).mT.reshape(got.shape)
+    assert problems.relative(got, want) < 1e-12
+    grad = torch.randn_like(want)
+    grads, want_grads = (torch.autograd.grad(out, [*p.planes, time], grad) for out in (got, want))
+    torch.testing.assert_close(grads, want_grads, rtol=1e-9, atol=1e-9)
+
+
+def test_time_is_checked():
+    p, options = problem("kplanes_4d"), conventions.kplanes_4d.sampling
+    with pytest.raises(ValueError, match=r"time.*\(2,\).*\(3,\)"):
+        tcam_ext.at_time(p.planes, torch.zeros(3), **options)
+    with pytest.raises(ValueError, match=r"time.*int64"):
+        tcam_ext.at_time(p.planes, torch.zeros(2, dtype=torch.int64), **options)
+    with pytest.raises(ValueError, match=r"padding_mode.*zeros"):
+        tcam_ext.at_time(p.planes, 0.5, **{**options, "padding_mode": "zeros", "align_corners": False})
 
 
 @pytest.mark.parametrize("name", sorted(set(FORMULAS) - {"kplanes_4d"}))

@@ -20,7 +20,7 @@ from tcam_ext import _C, library, reference
 from tcam_ext.activations import ACTIVATIONS, OUTPUT_ACTIVATIONS
 from tcam_ext.testing import make
 
-ISAS = [isa for isa in ("portable", "avx2", "avx512", "avx512bf16")]
+ISAS = [isa for isa in ("portable", "avx2", "avx512", "avx512bf16", "amx")]
 
 
 # ---- values ----------------------------------------------------------------------------

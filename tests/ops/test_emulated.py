@@ -1,6 +1,6 @@
-"""The AVX512_BF16 voxel loop, compiled for this machine: the same source and register tile of 12 x 32, with the two bfloat16
-instructions replaced by arithmetic (simd.h, TCAM_EMULATE_BF16). The tests call its extern "C" functions, and so also show that
-another host can fill the structs of problem.h."""
+"""The voxel loops for AVX512_BF16 and AMX, compiled for this machine: the same source, with blocks of 12 x 32 and 32 x 32 sums,
+and the bfloat16 instructions replaced by arithmetic (simd.h and amx.h, TCAM_EMULATE_BF16 and TCAM_EMULATE_AMX). The tests call
+their extern "C" functions, and so also show that another host can fill the structs of problem.h."""
 
 from __future__ import annotations
 
@@ -24,41 +24,35 @@ CXX = os.environ.get("CXX") or shutil.which("c++")
 pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
 
 
+EMULATIONS = {"avx512bf16": ["-DTCAM_EMULATE_BF16=1"], "amx": ["-DTCAM_EMULATE_BF16=1", "-DTCAM_EMULATE_AMX=1"]}
+
+
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
+def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("emulated")
-    avx2 = ["-mavx2", "-mfma"] if platform.machine() == "x86_64" and _C.cpu_isa() != "portable" else []
-    common = [
-        *CXX.split(),
-        "-std=c++17",
-        "-O2",
-        "-fPIC",
-        "-fopenmp",
-        "-Wno-psabi",
-        "-DTCAM_HAS_EMULATED=1",
+    wide = ["-mavx2", "-mfma"] if platform.machine() == "x86_64" and _C.cpu_isa() != "portable" else []
+    wide += ["-O1", "-ffp-contract=fast", "-DTCAM_ISA=emulated", "-DTCAM_VECTOR_BYTES=64"]
+    objects = {
+        "decode": ["decode.cpp", "-O2"],
+        "isa": ["isa.cpp", "-O2", "-DTCAM_HAS_EMULATED=1"],
+        "portable": ["voxel_core.cpp", "-O0", "-DTCAM_ISA=portable", "-DTCAM_VECTOR_BYTES=16"],  # linked, not run
+        **{name: ["voxel_core.cpp", *wide, *flags] for name, flags in EMULATIONS.items()},
+    }
+    common = [*CXX.split(), "-std=c++17", "-fPIC", "-fopenmp", "-Wno-psabi"]
+    running = [
+        subprocess.Popen([*common, *flags, "-c", str(CSRC / "cpu" / source), "-o", f"{name}.o"], cwd=folder)
+        for name, (source, *flags) in objects.items()
     ]
-    builds = [
-        [*common, "-c", str(CSRC / "cpu/decode.cpp"), "-o", "decode.o"],
-        [*common, "-c", str(CSRC / "cpu/isa.cpp"), "-o", "isa.o"],
-        [*common, "-c", str(CSRC / "cpu/voxel_core.cpp"), "-DTCAM_ISA=portable", "-DTCAM_VECTOR_BYTES=16", "-o", "portable.o"],
-        [
-            *common,
-            *avx2,
-            "-ffp-contract=fast",
-            "-c",
-            str(CSRC / "cpu/voxel_core.cpp"),
-            "-DTCAM_ISA=emulated",
-            "-DTCAM_VECTOR_BYTES=64",
-            "-DTCAM_EMULATE_BF16=1",
-            "-o",
-            "emulated.o",
-        ],
-        [*common, "-shared", "decode.o", "isa.o", "portable.o", "emulated.o", "-o", "kernels.so"],
-    ]
-    running = [subprocess.Popen(b, cwd=folder) for b in builds[:-1]]
-    assert all(p.wait() == 0 for p in running)
-    subprocess.run(builds[-1], cwd=folder, check=True)
-    library = ctypes.CDLL(str(folder / "kernels.so"))
+    assert all([p.wait() == 0 for p in running])
+    for name in EMULATIONS:
+        parts = ["decode.o", "isa.o", "portable.o", f"{name}.o"]
+        subprocess.run([*common, "-shared", *parts, "-o", f"{name}.so"], cwd=folder, check=True)
+    return folder
+
+
+@pytest.fixture(scope="module", params=list(EMULATIONS))
+def kernels(built, request):
+    library = ctypes.CDLL(str(built / f"{request.param}.so"))
     library.tcam_cpu_isa.restype = ctypes.c_char_p
     before = os.environ.pop("TCAM_CPU_ISA", None)  # read at the first call
     assert library.tcam_cpu_isa() == b"emulated"

@@ -37,6 +37,12 @@ CASES = [
     (dict(plane_axes=((0, 1), (1, 2))), ValueError, "planes.*2 tensors.*3"),
     (dict(reduce="max"), ValueError, "reduce.*concat.*max"),
     (dict(reduce="sum"), ValueError, r"weights\[0\].*5.*15"),
+    (dict(reduce="sum", groups=(2, 1)), ValueError, r"weights\[0\].*10.*15"),
+    (dict(reduce="sum", groups=(2, 2)), ValueError, r"groups.*add up to the 3 planes.*\(2, 2\)"),
+    (dict(reduce="prod", groups=(3, 0)), ValueError, r"groups.*1 or more.*\(3, 0\)"),
+    (dict(reduce="prod", groups=3), TypeError, "groups.*int"),
+    (dict(reduce="prod", groups=(1.0, 2)), TypeError, r"groups\[0\].*1.0"),
+    (dict(groups=(1, 2)), ValueError, 'groups.*None with reduce="concat".*(1, 2)'),
     (dict(grid="nodes"), ValueError, "grid.*cells.*nodes"),
     (dict(bounds=((0, 1), (0, 1))), ValueError, r"bounds.*\(3, 2\).*\(2, 2\)"),
     (dict(bounds="all"), TypeError, "bounds.*str"),
@@ -112,6 +118,7 @@ def test_the_reference_checks_the_same(change):
         (problems.make(widths=(600, 1)), r"weights\[0\].*512.*600"),
         (problems.make(widths=(8, 257)), r"weights\[1\].*256.*257"),
         (problems.make(widths=(4,) * 17), "weights.*16 layers.*17"),
+        (problems.make(plane_axes=((0, 1),) * 49), "planes.*48 planes.*49"),
     ],
 )
 def test_beyond_the_kernels_limits_the_message_names_the_reference(problem, message):

@@ -24,6 +24,8 @@ POINTS = [
     dict(widths=(9, 8, 1), plane_axes=((0, 2), (0, 1)), reduce="prod", padding_mode="zeros", align_corners=True,
          activation=["sine", "tanh"]),
     dict(widths=(5,), plane_axes=((1, 2),)),
+    dict(widths=(9, 3), plane_axes=((0, 1), (0, 2), (1, 2), (0, 2), (0, 1)), reduce="prod", groups=(2, 1, 2)),
+    dict(widths=(7, 3), plane_axes=((0, 1), (0, 2), (1, 2), (0, 2), (0, 1)), reduce="mean", groups=(2, 3)),
 ]  # fmt: skip
 
 
