@@ -16,6 +16,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := train,dev
+# Two processes, because most tests use one core; a file's tests share what they train.
+TWO := -n 2 --dist loadfile
 
 .PHONY: help demo demo-fit test test-all test-releases test-emulated rehearse rehearse-short campaign build lint format clean bench
 help:
@@ -37,10 +39,10 @@ demo-fit: build
 	$(BIN)/python -m tcam_diff.demo --fit-only
 
 test: build
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO)
 
 test-all: build test-releases test-emulated rehearse
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO)
 	$(BIN)/python -m pytest -m exhaustive -n auto
 
 test-emulated: build

@@ -34,7 +34,7 @@ def test_a_decoder_is_replaced():
 
 @pytest.mark.slow
 def test_both_stages_are_trained_and_sampled():
-    text = run("train_and_sample.py", "--steps", "100", "--cases", "6", "--size", "16")
+    text = run("train_and_sample.py", "--steps", "30", "--cases", "6", "--size", "16")
     assert "planes of 4 training and 2 held-out volumes" in text
     assert "new volumes: (2, 1, 16, 16, 16), and at twice the resolution (2, 1, 32, 32, 32)" in text
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the emulator of tests/simt, built once for all tests."""
+"""The CUDA kernels on the emulator of tests/simt, built once for all tests and processes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,20 @@ import os
 import pytest
 import raw
 import simt
+from filelock import FileLock  # of torch's requirements
 
 
 @pytest.fixture(scope="session")
 def simt_library(tmp_path_factory):
-    return os.environ.get("TCAM_SIMT_LIBRARY") or simt.build(tmp_path_factory.mktemp("simt"))
+    if given := os.environ.get("TCAM_SIMT_LIBRARY"):
+        return given
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "simt"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "simt.so").exists():
+            folder.mkdir(exist_ok=True)
+            simt.build(folder)
+    return folder / "simt.so"
 
 
 @pytest.fixture(scope="session")

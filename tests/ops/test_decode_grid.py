@@ -170,7 +170,7 @@ def test_nan_and_infinity_reach_the_output():
     assert not out.isnan().all()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") < 12 * 2**30, reason="needs 12 GiB of memory")
 def test_more_than_two_to_the_31_elements():
     """2.2e9 voxels of a one-layer decoder in bfloat16 need 64-bit offsets in the kernel."""
