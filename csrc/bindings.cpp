@@ -135,6 +135,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("max_out") = int(TCAM_MAX_OUT);
   m.attr("max_planes") = int(TCAM_MAX_PLANES);
   m.attr("max_axes") = int(TCAM_MAX_AXES);
+  m.attr("skip_step") = int(TCAM_SKIP_STEP);
   m.attr("max_noise_objects") = max_noise_objects;
   m.def("problem_layout", &problem_layout);
   m.def("bind",
@@ -166,6 +167,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("size", &Options::size)
       .def_readwrite("box", &Options::box)
       .def_readwrite("activation", &Options::activation)
+      .def_readwrite("skips", &Options::skips)
       .def_readwrite("output_activation", &Options::output_activation);
 #define TCAM_NONE(...)
 #define TCAM_OPTION(type, name, default_value, least, most)   \

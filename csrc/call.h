@@ -83,6 +83,7 @@ struct Options {
   std::vector<int> groups;                         // the number of planes of each group
   Sizes size, box;                                 // of a grid
   std::vector<std::pair<int, double>> activation;  // of each hidden layer: kind, parameter
+  std::vector<std::pair<int, int>> skips;          // layers that read the features too, ascending, and their rows of weights[0]
   std::pair<int, double> output_activation{0, 0};
 
   Options() {
@@ -260,13 +261,25 @@ class Call {
       if (weights_[l].shape.size() != 2) throw py::value_error(name + ": expected 2 dimensions");
       const int64_t n = weights_[l].shape[0], most = l + 1 == weights.size() ? int64_t(TCAM_MAX_OUT) : int64_t(TCAM_MAX_WIDTH);
       if (n < 1 || n > most) throw py::value_error(name + ": expected 1 to " + std::to_string(most) + " rows");
+      if (l == 1 && !o.skips.empty()) p_.width[1] = between(name.c_str(), weights_[1].shape[1], int64_t(1), p_.first_width);
       weights_[l].expect(name, {n, p_.width[l]}, p_.dtype, device_);
       p_.width[l + 1] = n;
+      if (l == 0) p_.first_width = n;
       biases_.push_back(biases[l].is_none() ? Tensor() : Tensor(biases[l], "biases[" + std::to_string(l) + "]"));
       if (!biases[l].is_none()) biases_[l].expect("biases[" + std::to_string(l) + "]", {n}, p_.dtype, device_);
       weight_data_.push_back(weights_[l].data);
       bias_data_.push_back(biases_[l].data);
     }
+    int64_t row = p_.width[1];  // the first row of weights[0] that may belong to the next skip
+    int before = 1;
+    for (const auto& [layer, first] : o.skips) {
+      if (layer <= before || layer >= p_.layers || first % TCAM_SKIP_STEP || first < row ||
+          p_.width[layer] > p_.first_width - first)
+        throw py::value_error("skips: expected ascending hidden layers above the first, and rows of weights[0]");
+      p_.skip[layer] = first;
+      before = layer, row = first + p_.width[layer];
+    }
+    if (!o.skips.empty() && row != p_.first_width) throw py::value_error("skips: expected all rows of weights[0]");
     if (o.activation.size() + 1 != std::max<size_t>(weights.size(), 1))
       throw py::value_error("activation: expected one for each hidden layer");
     for (size_t l = 0; l < o.activation.size(); ++l)

@@ -51,7 +51,7 @@ inline bool gathers_projections(const tcam_problem& p, int64_t objects, int64_t 
   if (texels * static_cast<double>(row_bytes) > most_bytes) return false;
   double n = static_cast<double>(p.points);
   if (p.points < 0) n = static_cast<double>(p.size[0]) * static_cast<double>(p.size[1]) * static_cast<double>(p.size[2]);
-  const double c = static_cast<double>(p.channels), n1 = static_cast<double>(p.width[1]);
+  const double c = static_cast<double>(p.channels), n1 = static_cast<double>(p.first_width);
   const double gathered = 4. * p.plane_count, features = c * p.group_count;
   return texels * c * n1 + n * gathered * n1 < n * (gathered * c + features * n1);
 }

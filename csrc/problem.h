@@ -7,7 +7,15 @@
 extern "C" {
 #endif
 
-enum { TCAM_MAX_LAYERS = 16, TCAM_MAX_WIDTH = 512, TCAM_MAX_OUT = 256, TCAM_MAX_PLANES = 48, TCAM_MAX_AXES = 4 };
+// Numbers skip[l] are multiples of TCAM_SKIP_STEP.
+enum {
+  TCAM_MAX_LAYERS = 16,
+  TCAM_MAX_WIDTH = 512,
+  TCAM_MAX_OUT = 256,
+  TCAM_MAX_PLANES = 48,
+  TCAM_MAX_AXES = 4,
+  TCAM_SKIP_STEP = 32
+};
 
 // The enumerations as X(constant, name). A host reads the names from the binding and numbers them from 0.
 #define TCAM_DTYPES(X) \
@@ -40,44 +48,48 @@ typedef struct {
 } tcam_plane;
 
 // The fields of a problem. F(type, name) and A(type, name, count) follow from the tensors. O(type, name, default, least, most)
-// is an option that the host sets within these limits. weights[l] is (width[l+1], width[l]). The first layer reads the features
-// of one group of planes after the other, then the extra features: width[0] = group_count * channels + extra. Concatenated
-// planes are groups of one plane each.
-#define TCAM_PROBLEM(F, A, O)                                                                                           \
-  F(int64_t, batch)                                                                                                     \
-  F(int64_t, channels)                                                                                                  \
-  F(int32_t, plane_count)                                                                                               \
-  F(int32_t, group_count)                                                                                               \
-  O(int32_t, reduce, TCAM_SUM, TCAM_SUM, TCAM_PRODUCT) /* within a group */                                             \
-  A(tcam_plane, planes, TCAM_MAX_PLANES)                                                                                \
-  F(int64_t, points)  /* in all objects together; -1: a grid, given by size, lo and hi */                               \
-  A(int64_t, size, 3) /* H, W, D of the whole grid */                                                                   \
-  A(int64_t, lo, 3)   /* the box to decode, in voxels: lo <= index < hi */                                              \
-  A(int64_t, hi, 3)                                                                                                     \
-  O(int32_t, corners, 0, 0, 1)          /* 1: voxels lie from corner to corner; 0: at centres of cells */               \
-  O(int32_t, axes, 3, 2, TCAM_MAX_AXES) /* coordinates per point; 3 for a grid */                                       \
-  F(int64_t, extra)                     /* extra features per point or voxel */                                         \
-  A(int64_t, width, TCAM_MAX_LAYERS + 1)                                                                                \
-  F(int32_t, layers)                                                                                                    \
-  A(tcam_activation, activation, TCAM_MAX_LAYERS) /* of layers 1 to layers-1, from index 0 */                           \
-  F(tcam_activation, output_activation)                                                                                 \
-  O(int32_t, align_corners, 0, 0, 1)                                                                                    \
-  O(int32_t, padding, TCAM_PAD_BORDER, TCAM_PAD_BORDER, TCAM_PAD_REFLECTION)                                            \
-  O(double, noise_std, 0, 0, 1e300)         /* standard deviation of the noise (maths/noise.h) added to the combined */ \
-                                            /* features of the planes; 0: none */                                       \
-  O(uint64_t, noise_seed, 0, 0, UINT64_MAX) /* keys also contain the object, and the voxel in the whole grid or the */  \
-                                            /* point in its object (see tcam_inputs) */                                 \
-  F(int32_t, dtype) /* of planes, weights, biases, coordinates and their gradients: TCAM_F32 or TCAM_F64 */             \
-  O(int32_t, compute, TCAM_F32, TCAM_F32, TCAM_TF32)   /* of products above layer 1: as dtype, or TCAM_BF16, */         \
-                                                       /* TCAM_F16 or TCAM_TF32 with TCAM_F32 */                        \
-  O(int32_t, out_dtype, TCAM_F32, TCAM_F32, TCAM_BF16) /* of the volume and of its gradient */                          \
-  O(int32_t, grad_planes, 0, 0, 1)                     /* backward only: the gradients to compute */                    \
-  O(int32_t, grad_decoder, 0, 0, 1)                                                                                     \
-  O(int32_t, grad_points, 0, 0, 1)                                                                                      \
-  O(int32_t, grad_extra, 0, 0, 1)                                                                                       \
-  O(int32_t, threads, 1, 1, 4096)                                                                                       \
-  O(int32_t, formulation, TCAM_AUTO, TCAM_AUTO, TCAM_FEATURES) /* of points */                                          \
-  O(int32_t, tile, 0, 0, INT32_MAX) /* voxels per tile; 0: the default. Results do not depend on it, except that */     \
+// is an option that the host sets within these limits. weights[l] is (width[l+1], width[l]), but weights[0] (first_width,
+// width[0]): its first width[1] rows are layer 1's, and rows skip[l], skip[l] + 1, ... those of a layer l above that reads the
+// features too, so that z_l is weights[l-1] h_(l-1) + biases[l-1] + these rows' product with the features. The first layer
+// reads the features of one group of planes after the other, then the extra features: width[0] = group_count * channels +
+// extra. Concatenated planes are groups of one plane each.
+#define TCAM_PROBLEM(F, A, O)                                                                                            \
+  F(int64_t, batch)                                                                                                      \
+  F(int64_t, channels)                                                                                                   \
+  F(int32_t, plane_count)                                                                                                \
+  F(int32_t, group_count)                                                                                                \
+  O(int32_t, reduce, TCAM_SUM, TCAM_SUM, TCAM_PRODUCT) /* within a group */                                              \
+  A(tcam_plane, planes, TCAM_MAX_PLANES)                                                                                 \
+  F(int64_t, points)  /* in all objects together; -1: a grid, given by size, lo and hi */                                \
+  A(int64_t, size, 3) /* H, W, D of the whole grid */                                                                    \
+  A(int64_t, lo, 3)   /* the box to decode, in voxels: lo <= index < hi */                                               \
+  A(int64_t, hi, 3)                                                                                                      \
+  O(int32_t, corners, 0, 0, 1)          /* 1: voxels lie from corner to corner; 0: at centres of cells */                \
+  O(int32_t, axes, 3, 2, TCAM_MAX_AXES) /* coordinates per point; 3 for a grid */                                        \
+  F(int64_t, extra)                     /* extra features per point or voxel */                                          \
+  A(int64_t, width, TCAM_MAX_LAYERS + 1)                                                                                 \
+  F(int32_t, layers)                                                                                                     \
+  F(int64_t, first_width)                         /* width[1], if no layer above reads the features */                   \
+  A(int32_t, skip, TCAM_MAX_LAYERS + 1)           /* of layers 2 to layers-1; 0: the layer does not read the features */ \
+  A(tcam_activation, activation, TCAM_MAX_LAYERS) /* of layers 1 to layers-1, from index 0 */                            \
+  F(tcam_activation, output_activation)                                                                                  \
+  O(int32_t, align_corners, 0, 0, 1)                                                                                     \
+  O(int32_t, padding, TCAM_PAD_BORDER, TCAM_PAD_BORDER, TCAM_PAD_REFLECTION)                                             \
+  O(double, noise_std, 0, 0, 1e300)         /* standard deviation of the noise (maths/noise.h) added to the combined */  \
+                                            /* features of the planes; 0: none */                                        \
+  O(uint64_t, noise_seed, 0, 0, UINT64_MAX) /* keys also contain the object, and the voxel in the whole grid or the */   \
+                                            /* point in its object (see tcam_inputs) */                                  \
+  F(int32_t, dtype) /* of planes, weights, biases, coordinates and their gradients: TCAM_F32 or TCAM_F64 */              \
+  O(int32_t, compute, TCAM_F32, TCAM_F32, TCAM_TF32)   /* of products above layer 1: as dtype, or TCAM_BF16, */          \
+                                                       /* TCAM_F16 or TCAM_TF32 with TCAM_F32 */                         \
+  O(int32_t, out_dtype, TCAM_F32, TCAM_F32, TCAM_BF16) /* of the volume and of its gradient */                           \
+  O(int32_t, grad_planes, 0, 0, 1)                     /* backward only: the gradients to compute */                     \
+  O(int32_t, grad_decoder, 0, 0, 1)                                                                                      \
+  O(int32_t, grad_points, 0, 0, 1)                                                                                       \
+  O(int32_t, grad_extra, 0, 0, 1)                                                                                        \
+  O(int32_t, threads, 1, 1, 4096)                                                                                        \
+  O(int32_t, formulation, TCAM_AUTO, TCAM_AUTO, TCAM_FEATURES) /* of points */                                           \
+  O(int32_t, tile, 0, 0, INT32_MAX) /* voxels per tile; 0: the default. Results do not depend on it, except that */      \
                                     /* CUDA gradients do in their last bits. */
 
 #define TCAM_FIELD(type, name) type name;

@@ -20,12 +20,14 @@ max_width: int
 max_out: int
 max_planes: int
 max_axes: int
+skip_step: int
 max_noise_objects: int
 
 class Options:
     plane_axes: Sequence[tuple[int, int]]
     reduce: int
     groups: list[int]
+    skips: list[tuple[int, int]]
     noise_std: float
     noise_seed: int
     size: Sequence[int]

@@ -139,7 +139,21 @@ def groups(groups: Any, reduce: str, planes: int) -> tuple[int, ...]:
     return checked
 
 
-def layers(weights: Any, biases: Any, features: int, extra: int) -> tuple[list[Tensor], list[Tensor | None]]:
+def layers_with_skips(skips: Any, layers: int) -> tuple[int, ...]:
+    if not isinstance(skips, Sequence) or isinstance(skips, str):
+        raise TypeError(f"skips: expected a sequence of indices of weights, got {type_name(skips)}")
+    checked = tuple(integer(f"skips[{i}]", layer) for i, layer in enumerate(skips))
+    for i, layer in enumerate(checked):
+        least, most = (checked[i - 1] + 1 if i else 1), layers - 2
+        if not least <= layer <= most:
+            allowed = f"{least} to {most}, ascending" if least <= most else "none"
+            raise ValueError(f"skips[{i}]: expected a hidden layer above the first of {layers} layers ({allowed}), got {layer}")
+    return checked
+
+
+def layers(
+    weights: Any, biases: Any, features: int, extra: int, skips: Any = ()
+) -> tuple[list[Tensor], list[Tensor | None], tuple[int, ...]]:
     if not isinstance(weights, Sequence):
         raise TypeError(f"weights: expected a sequence of tensors (n_l, n_(l-1)), got {type_name(weights)}")
     if not isinstance(biases, Sequence):
@@ -149,12 +163,18 @@ def layers(weights: Any, biases: Any, features: int, extra: int) -> tuple[list[T
     if len(biases) != len(weights):
         raise ValueError(f"biases: expected one tensor or None for each of {len(weights)} weights, got {len(biases)}")
     features += extra
+    read = features  # by the first layer and by those of skips
+    checked_skips = () if isinstance(skips, tuple) and not skips else layers_with_skips(skips, len(weights))
     checked_weights: list[Tensor] = []
     checked_biases: list[Tensor | None] = []
     for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
         w = tensor(f"weights[{i}]", w, 2, "(n_l, n_(l-1))")
+        if i in checked_skips:
+            features += read
         if w.shape[1] != features or w.shape[0] < 1:
             what = "the features of the planes (and extra)" if i == 0 else f"the rows of weights[{i - 1}]"
+            if i in checked_skips:
+                what = f"{read} features (skips) and {what}"
             raise ValueError(f"weights[{i}]: expected shape (n, {features}), {features} being {what}, got {tuple(w.shape)}")
         features = w.shape[0]
         if b is not None:
@@ -163,7 +183,7 @@ def layers(weights: Any, biases: Any, features: int, extra: int) -> tuple[list[T
                 raise ValueError(f"biases[{i}]: expected shape ({features},), got {tuple(b.shape)}")
         checked_weights.append(w)
         checked_biases.append(b)
-    return checked_weights, checked_biases
+    return checked_weights, checked_biases, checked_skips
 
 
 def one_dtype(dtype: torch.dtype, device: torch.device, **groups: Any) -> None:

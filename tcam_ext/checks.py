@@ -6,7 +6,6 @@ Every check raises ValueError or TypeError with the argument's name, what was ex
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -59,6 +58,7 @@ class Decoder(NamedTuple):
 
     weights: list[Tensor]
     biases: list[Tensor | None]
+    skips: tuple[int, ...]  # indices of the weights that read the features before the layer below
     activation: tuple[str, ...]  # of each hidden layer
     output_activation: str
     compute: str  # "float32", "float64", "float16", "bfloat16", "tf32", "float32 or tf32" (as torch's matmul)
@@ -122,6 +122,7 @@ def decoder_options(given: Any, layers: int) -> Options:
     arguments.choice("padding_mode", o.padding_mode, PADDING_MODES)
     arguments.choice("reduce", o.reduce, REDUCTIONS_OF_PLANES)
     arguments.groups(o.groups, o.reduce, len(o.plane_axes))
+    arguments.layers_with_skips(o.skips, layers + 1)
     return o
 
 
@@ -165,7 +166,7 @@ def _decoded(planes: Planes, weights: Any, biases: Any, options: Options, out_dt
     dtype = planes.tensors[0].dtype
     arguments.one_dtype(dtype, planes.tensors[0].device)
     compute = "float64" if dtype == torch.float64 else "float32"
-    return planes, Decoder([], [], (), "none", compute, dtype)
+    return planes, Decoder([], [], (), (), "none", compute, dtype)
 
 
 def _sampled(planes: Any, options: Options, axes: int) -> Planes:
@@ -183,7 +184,7 @@ def _decoder(
     planes: Planes, weights: Any, biases: Any, options: Options, out_dtype: Any, extra: int = 0
 ) -> tuple[Planes, Decoder]:
     """The decoder, and the planes in its dtype: under autocast all tensors are promoted to one dtype."""
-    checked_weights, checked_biases = arguments.layers(weights, biases, planes.features, extra)
+    checked_weights, checked_biases, skips = arguments.layers(weights, biases, planes.features, extra, options.skips)
     checked_planes = planes.tensors
     device = checked_planes[0].device
     autocast = arguments.autocast_dtype(device)
@@ -198,6 +199,7 @@ def _decoder(
     return planes._replace(tensors=checked_planes), Decoder(
         checked_weights,
         checked_biases,
+        skips,
         hidden,
         options.output_activation,
         arguments.compute(options.compute_dtype, autocast, dtype, device),
@@ -340,10 +342,21 @@ def target_and_size(target: Any, size: Any, box: Any) -> tuple[Tensor, Any]:
     return target, list(target.shape[2:]) if size is None else size
 
 
-def native_limits(planes: Planes, weights: Sequence[Tensor]) -> None:
+def first_rows(mlp: Decoder) -> list[tuple[int, int]]:
+    """The kernels project the features for all layers that read them at once: the rows of a matrix that are a layer's, as pairs
+    of the layer's index and its first row. The first layer's begin at 0; others at a multiple of _C.skip_step."""
+    rows, row = [(0, 0)], mlp.weights[0].shape[0]
+    for layer in mlp.skips:
+        row = -(-row // _C.skip_step) * _C.skip_step
+        rows.append((layer, row))
+        row += mlp.weights[layer].shape[0]
+    return rows
+
+
+def native_limits(planes: Planes, mlp: Decoder) -> None:
     """Raise where the kernels do not serve a request; the message names impl="reference", which has no such limits."""
     advice = 'impl="reference" has no such limit'
-    channels = planes.tensors[0].shape[1]
+    channels, weights = planes.tensors[0].shape[1], mlp.weights
     if channels > _C.max_width:
         raise ValueError(f"planes: the native kernel takes up to {_C.max_width} channels, got {channels}; {advice}")
     if len(planes.tensors) > _C.max_planes:
@@ -351,6 +364,12 @@ def native_limits(planes: Planes, weights: Sequence[Tensor]) -> None:
     if len(weights) > _C.max_layers:
         raise ValueError(f"weights: the native kernel takes up to {_C.max_layers} layers, got {len(weights)}; {advice}")
     last = len(weights) - 1
+    if mlp.skips:
+        layer, row = first_rows(mlp)[-1]
+        width = row + weights[layer].shape[0]
+        if width > _C.max_width:
+            what = f"{_C.max_width} rows in all layers that read the features"
+            raise ValueError(f"skips: the native kernel takes up to {what}, got {width}; {advice}")
     for i, w in enumerate(weights):
         most = _C.max_out if i == last else _C.max_width
         if w.shape[0] > most:

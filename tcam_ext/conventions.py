@@ -123,7 +123,7 @@ semcity = Convention(
     "border",
     "corners",
     "relu",
-    note="Its decoder has a positional encoding and skip connections: use sample_points, then its own layers.",
+    note="Its positional encoding is `extra`; the middle layer of its decoder reads the features again (skips).",
 )
 blaze3dm = Convention(
     "blaze3dm",

@@ -17,13 +17,18 @@ SymInts = list[int]
 
 
 class KernelOptions(NamedTuple):
-    """The options of an op. plane_axes: the row and column axis of each plane, ascending; groups: the planes of each group."""
+    """The options of an op.
+
+    plane_axes: the row and column axis of each plane, ascending. groups: the number of planes of each group. skips: pairs of a
+    layer that reads the features too and its first row of the first weights.
+    """
 
     plane_axes: list[int]
     groups: list[int]
     reduce: str
     align_corners: bool
     padding: str
+    skips: list[int]
     activation: list[str]
     output_activation: str
     compute: str
@@ -168,6 +173,7 @@ class _Call:
         o = _C.Options()
         converted = {
             "plane_axes": list(zip(options.plane_axes[::2], options.plane_axes[1::2], strict=True)),
+            "skips": list(zip(options.skips[::2], options.skips[1::2], strict=True)),
             "activation": [_activation(name) for name in options.activation],
             "output_activation": _output_activation(options.output_activation),
             "compute": compute,

@@ -106,7 +106,8 @@ def _canonical(
     mlp, extra = request.mlp, request.where.extra
     planes = with_texel_noise(request.planes, mlp.noise, library.normals)
     extra = None if extra is None else extra.to(planes.tensors[0].dtype)
-    tensors, axes, weights = [], [], list(mlp.weights)
+    tensors, axes = [], []
+    weights, biases, skips = _first_matrix(mlp)
     for p, (row, column) in zip(planes.tensors, planes.plane_axes, strict=True):
         tensors.append(p if row < column else p.mT)
         axes += sorted((row, column))
@@ -120,10 +121,29 @@ def _canonical(
         "groups": list(planes.groups),
         "reduce": reduce if max(planes.groups) > 1 else "sum",
         "padding": planes.padding_mode,
+        "skips": skips,
         "activation": list(mlp.activation),
         "noise_std": mlp.noise.std if mlp.noise.mode == "point" else 0.0,
         "noise_seed": mlp.noise.seed,
     }
     fields = {**planes._asdict(), **mlp._asdict(), **converted}
     options = library.KernelOptions(*[fields[name] for name in library.KernelOptions._fields])
-    return [*tensors, *weights, *mlp.biases], (count, len(weights)), options, extra
+    return [*tensors, *weights, *biases], (count, len(weights)), options, extra
+
+
+def _first_matrix(mlp: checks.Decoder) -> tuple[list[Tensor], list[Tensor | None], list[int]]:
+    """Weights and biases in which the first matrix has the rows of all layers that read the features, and pairs of such a layer
+    above the first and its first row."""
+    weights, biases = list(mlp.weights), list(mlp.biases)
+    skips: list[int] = []
+    if not mlp.skips:
+        return weights, biases, skips
+    first = weights[0]
+    features = first.shape[1]
+    for layer, row in checks.first_rows(mlp)[1:]:
+        first = torch.cat((first, first.new_zeros(row - first.shape[0], features), weights[layer][:, :features]))
+        weights[layer] = weights[layer][:, features:]
+        skips += [layer + 1, row]
+    if (bias := biases[0]) is not None:
+        biases[0] = torch.cat((bias, bias.new_zeros(first.shape[0] - bias.shape[0])))
+    return [first, *weights[1:]], biases, skips

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from tcam_ext import activations, arguments, checks
 from tcam_ext.ops import decode_grid, decode_grid_loss, decode_points
 from tcam_ext.options import Decoding, GridOptions, LossOptions, PointOptions, documented, takes, with_decoder
-from tcam_ext.projects import ProjectDecoder, from_eg3d, from_nfd, from_openlrm, from_triposr
+from tcam_ext.projects import ProjectDecoder, from_eg3d, from_nfd, from_openlrm, from_semcity, from_triposr
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["ProjectDecoder", "TriplaneDecoder", "from_eg3d", "from_nfd", "from_openlrm", "from_triposr"]
+__all__ = ["ProjectDecoder", "TriplaneDecoder", "from_eg3d", "from_nfd", "from_openlrm", "from_semcity", "from_triposr"]
 
 
 class TriplaneDecoder(nn.Module):
@@ -56,7 +56,8 @@ class TriplaneDecoder(nn.Module):
         features = channels * len(arguments.groups(o.groups, o.reduce, len(o.plane_axes))) + extra_channels
         sizes = (features, *widths, out_channels)
         for i in range(len(sizes) - 1):
-            linear = nn.Linear(sizes[i], sizes[i + 1], bias=bias, device=device, dtype=dtype)
+            read = sizes[i] + (features if i in o.skips else 0)
+            linear = nn.Linear(read, sizes[i + 1], bias=bias, device=device, dtype=dtype)
             self.add_module(str(2 * i), linear)
 
     def layers(self) -> list[nn.Linear]:
@@ -92,7 +93,13 @@ class TriplaneDecoder(nn.Module):
         return [m.weight for m in layers], [m.bias for m in layers]
 
     def sequential(self) -> nn.Sequential:
-        """The same MLP without its output activation as an ``nn.Sequential`` over features, with shared parameters."""
+        """The same MLP without its output activation as an ``nn.Sequential`` over features, with shared parameters.
+
+        Raises:
+            ValueError: a layer above the first reads the features (``skips``).
+        """
+        if self.options.get("skips"):
+            raise ValueError(f"skips: expected none for a sequence of layers, got {self.options['skips']!r}")
         *layers, last = self.layers()
         names = activations.hidden_layers(self.options.get("activation", "relu"), len(layers))
         modules: list[nn.Module] = []

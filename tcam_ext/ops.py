@@ -257,7 +257,7 @@ def _backend(request: checks.Request, impl: str) -> Any:
     """The module that runs a request, native or reference: each has decode, loss and sample."""
     if impl == "reference":
         return reference
-    checks.native_limits(request.planes, request.mlp.weights)
+    checks.native_limits(request.planes, request.mlp)
     return native
 
 

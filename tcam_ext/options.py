@@ -31,6 +31,7 @@ class Sampling(TypedDict, total=False):
 class Decoding(Sampling, total=False):
     """How planes are sampled and their features decoded; see :class:`Options`."""
 
+    skips: Sequence[int]
     activation: str | Sequence[str]
     output_activation: str
     compute_dtype: torch.dtype | str | None
@@ -89,6 +90,9 @@ class Options(NamedTuple):
             six planes with reduce="prod" and groups=(3, 3). Planes may differ in size, not in channels.
         align_corners: as in ``grid_sample``: -1 and 1 are the centres (True) or the outer edges (False) of the outer texels.
         padding_mode: "border", "zeros" or "reflection", as in ``grid_sample``.
+        skips: indices of weights, ascending from 1, of hidden layers that read the features (with ``extra`` and noise) before
+            the hidden layer below, h_(i+1) = a(W_i [f, h_i] + b_i), with weights[i] of shape (n_(i+1), features + n_i). The
+            kernels project the features once for all layers that read them, which have up to 512 rows together.
         activation: of the hidden layers, one name for all or one for each: relu, leaky_relu (0.01), silu, softplus, tanh, gelu,
             sine, half_sine ((sin z + 1)/2). ``name(p)`` sets the slope of leaky_relu, beta of softplus (log(1 + exp(p z))/p) or
             the frequency of the sines (sin(p z)).
@@ -116,6 +120,7 @@ class Options(NamedTuple):
     groups: Sequence[int] | None = None
     align_corners: bool = False
     padding_mode: str = "border"
+    skips: Sequence[int] = ()
     activation: str | Sequence[str] = "relu"
     output_activation: str = "none"
     compute_dtype: torch.dtype | str | None = None

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tcam_ext import conventions
 from tcam_ext.conventions import Convention
 from tcam_ext.ops import decode_grid, decode_points
+from tcam_ext.reference import voxel_coordinates
 
 #: Function that makes a project's result of the outputs before their activation, with channels along an axis.
 Finish = Callable[[Any, int], Any]
@@ -42,7 +43,10 @@ class ProjectDecoder(nn.Module):
         gains: function from a layer to the factors of its weight and its bias; None: 1.
         fourier: frequencies B (C, n) of Fourier features sin(2 pi x B), cos(2 pi x B) before the first layer, or the name under
             which the decoder has them; None: no Fourier features.
+        encoding: function from coordinates (..., 3) to further features (..., E) of the first layer; None: no such features.
         options: further options of every call.
+
+    A layer that is wider than the outputs of the layer before it by the features reads these too, first (``skips``).
 
     Raises:
         ValueError: the decoder has no linear layers, or a state_dict no weights.
@@ -57,6 +61,7 @@ class ProjectDecoder(nn.Module):
         half_width: float = 1.0,
         gains: Callable[[Any], tuple[float, float]] | None = None,
         fourier: Tensor | str | None = None,
+        encoding: Callable[[Tensor], Tensor] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -64,11 +69,14 @@ class ProjectDecoder(nn.Module):
             raise ValueError(f"half_width: expected a positive number, got {half_width}")
         self.decoder = decoder if isinstance(decoder, nn.Module) else linears(decoder)
         self.convention, self.finish, self.half_width, self.gains = convention, finish, half_width, gains
+        self.encoding = encoding
         self.name = fourier if isinstance(fourier, str) else None
         self.register_buffer("fourier", fourier.detach().clone() if isinstance(fourier, Tensor) else None)
-        hidden = len(self.layers()) - (fourier is None)
+        found = self.layers()
+        hidden = len(found) - (fourier is None)
         activation = ("sine", *["relu"] * (hidden - 1)) if fourier is not None else convention.activation
-        self.options = {**convention.options, "activation": activation, **(options or {})}
+        skips = tuple(i for i, m in enumerate(found[1:], 1) if m.weight.shape[1] != found[i - 1].weight.shape[0])
+        self.options = {**convention.options, "activation": activation, "skips": skips, **(options or {})}
 
     def layers(self) -> list[Any]:
         """The linear layers of the decoder, in order. Raises ValueError if there are none, or one does not follow another."""
@@ -77,8 +85,9 @@ class ProjectDecoder(nn.Module):
         ]
         if not found:
             raise ValueError(f"decoder: expected a module with linear layers, got {type(self.decoder).__name__}")
-        for a, b in pairwise(found):
-            if a.weight.shape[0] != b.weight.shape[1]:
+        for i, (a, b) in enumerate(pairwise(found), 1):
+            features = found[0].weight.shape[1] if i < len(found) - 1 else 0  # of skips, to hidden layers
+            if b.weight.shape[1] - a.weight.shape[0] not in (0, features):
                 sizes = " and ".join(f"{tuple(m.weight.shape)}" for m in (a, b))
                 raise ValueError(
                     f"decoder: expected one chain of linear layers, got weights {sizes} in {type(self.decoder).__name__}; give "
@@ -125,7 +134,8 @@ class ProjectDecoder(nn.Module):
             planes, coordinates = planes[None], coordinates.reshape(1, shape.numel(), coordinates.shape[-1])
             one = True
         bounds = None if self.half_width == 1 else [(-self.half_width, self.half_width)] * 3
-        out = decode_points(planes, weights, biases, coordinates, bounds=bounds, **self.options)
+        extra = None if self.encoding is None else self.encoding(coordinates)
+        out = decode_points(planes, weights, biases, coordinates, bounds=bounds, extra=extra, **self.options)
         parts = [z[0].reshape(*shape, z.shape[-1]) if one else z for z in (out if isinstance(out, tuple) else (out,))]
         return self.finish(parts, -1)
 
@@ -141,14 +151,41 @@ class ProjectDecoder(nn.Module):
         weights, biases = self._mlp()
         if isinstance(planes, Tensor) and planes.dim() == 4:
             planes = planes[None]
-        out = decode_grid(planes, weights, biases, size, **{"grid": self.convention.grid, **self.options, **options})
+        options = {"grid": self.convention.grid, **self.options, **options}
+        if self.encoding is not None:
+            options["extra"] = self.encoding(self._voxels(planes, size, options)).movedim(-1, 1)
+        out = decode_grid(planes, weights, biases, size, **options)
         return self.finish(list(out) if isinstance(out, tuple) else [out], 1)
+
+    def _voxels(self, planes: Tensor | Sequence[Tensor], size: Sequence[int], options: Mapping[str, Any]) -> Tensor:
+        """Coordinates of the voxels of a grid or its box, (B, H, W, D, 3)."""
+        batch = planes[0].shape[0] if not isinstance(planes, Tensor) else planes.shape[0]
+        like = planes[0]
+        box = options.get("box") or [(0, n) for n in size]
+        bounds = torch.as_tensor(options["bounds"] if options.get("bounds") is not None else [(-1.0, 1.0)] * 3)
+        bounds = bounds.to(like.device, torch.float64).expand(batch, 3, 2)
+        axes = [
+            torch.stack(
+                [
+                    voxel_coordinates(box[a][0], box[a][1], size[a], options["grid"] == "corners", bounds[b, a])
+                    for b in range(batch)
+                ]
+            )
+            for a in range(3)
+        ]
+        shape = [batch, *(axis.shape[1] for axis in axes)]
+        spread = [axis.view(batch, *(-1 if a == d else 1 for d in range(3))).expand(shape) for a, axis in enumerate(axes)]
+        return (torch.stack(spread, -1) * self.half_width).to(like.dtype)
 
 
 def linears(state: Mapping[str, Tensor]) -> nn.ModuleList:
-    """Linear layers with copies of the matrices and biases in a state_dict, ordered by the numbers in their names."""
+    """Linear layers with copies of the matrices and biases in a state_dict.
+
+    They are in the order of the state_dict, but those whose names differ in numbers alone in the order of these numbers.
+    """
     layers = nn.ModuleList()
-    for name in sorted(state, key=lambda name: [int(n) for n in re.findall(r"\d+", name)]):
+    kinds = list(dict.fromkeys(re.sub(r"\d+", "#", name) for name in state))
+    for name in sorted(state, key=lambda n: (kinds.index(re.sub(r"\d+", "#", n)), [int(d) for d in re.findall(r"\d+", n)])):
         weight = state[name]
         if weight.dim() != 2 or not name.endswith("weight"):
             continue
@@ -260,3 +297,22 @@ def from_nfd(net: Source, fourier: Tensor | str | None = None) -> ProjectDecoder
         fourier = known if name is None or not isinstance(net, nn.Module) else name
     options = {} if fourier is not None else {"activation": "relu"}
     return ProjectDecoder(net, conventions.nfd, _first, fourier=fourier, options=options)
+
+
+def _sines(frequencies: int, coordinates: Tensor) -> Tensor:
+    """SemCity's positional encoding: sines, then cosines, of the coordinates times 1, 2, 4, ..., for each frequency in turn."""
+    waves = [wave(2.0**f * coordinates) for f in range(frequencies) for wave in (torch.sin, torch.cos)]
+    return torch.cat(waves, -1)
+
+
+def from_semcity(decoder: Source, frequencies: int = 6) -> ProjectDecoder:
+    """SemCity's sum of planes, positional encoding and DecoderMLPSkipConcat, whose middle layer reads its input again.
+
+    Planes are those of ``geo_convs``: over (x, y), (x, z), (y, z). The result is the logits of the classes (B, N, classes).
+
+    Args:
+        decoder: the module ``geo_decoder``, or its state_dict.
+        frequencies: ``pos_num_freq`` of the positional encoding; 0 for a model without it (``pos``).
+    """
+    encoding = functools.partial(_sines, frequencies) if frequencies else None
+    return ProjectDecoder(decoder, conventions.semcity, _first, encoding=encoding)

@@ -229,10 +229,12 @@ def decode(request: checks.Request) -> Tensor:
     """The volume (B, C_out, *box), or the outputs at points."""
     planes, mlp, where = request
     compute = mlp.storage if "tf32" in mlp.compute else getattr(torch, mlp.compute)
-    h = _features(request).to(compute)
+    features = h = _features(request).to(compute)
     for layer, (w, b) in enumerate(zip(mlp.weights, mlp.biases, strict=True)):
         if layer:
             h = activations.hidden("activation", mlp.activation[layer - 1])(h)
+        if layer in mlp.skips:
+            h = torch.cat((features, h), 1)
         h = F.linear(h, w.to(compute), None if b is None else b.to(compute))
     out = activations.output("output_activation", mlp.output_activation)(h.to(mlp.storage)).to(mlp.out_dtype)
     if isinstance(where, checks.Points):

@@ -32,9 +32,9 @@ def test_a_decoder_is_replaced():
     assert float(text.split()[-1]) < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_both_stages_are_trained_and_sampled():
-    text = run("train_and_sample.py", "--steps", "30", "--cases", "6", "--size", "16")
+    text = run("train_and_sample.py", "--steps", "100", "--cases", "6", "--size", "16")
     assert "planes of 4 training and 2 held-out volumes" in text
     assert "new volumes: (2, 1, 16, 16, 16), and at twice the resolution (2, 1, 32, 32, 32)" in text
 
@@ -46,7 +46,7 @@ def test_the_citation_has_the_version():
     assert found["preferred-citation"]["title"].startswith("TCAM-Diff")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_stub_of_the_compiled_module_agrees_with_it(tmp_path):
     """mypy's stubtest compares every name, signature and type that both know."""
     allowed = tmp_path / "allowed"

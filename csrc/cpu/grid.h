@@ -31,7 +31,7 @@ struct Partition {
     k_chunks = std::max<long>(1, std::min(n[2], wanted / j_chunks));
     j_chunks = std::max<long>(1, std::min(n[1], wanted / k_chunks));
     const Engine& real = pick_engine(p.dtype == TCAM_F64 ? 1 : 0);
-    const long row = round_up(p.width[1], real.columns) * real.real_bytes;
+    const long row = round_up(p.first_width, real.columns) * real.real_bytes;
     long per_i = (n[1] + n[2]) * row;
     if (backward) per_i += (k_chunks * n[1] + j_chunks * n[2]) * row;
     slab = std::max<long>(1, std::min(n[0], max_bytes / std::max<long>(per_i, 1)));

@@ -43,7 +43,7 @@ class Mlp {
   const Engine& core;  // computes the layers of the MLP
   const Engine& real;  // computes texels, maps and the first layer, in float32 or float64
   const bool backward;
-  const long n1, stride, blocks;  // width of layer 1 (0 without layers); the same padded; blocks of a piece
+  const long n1, stride, blocks;  // first_width (0 without layers); the same padded; blocks of a piece
   const int threads;
 
   Mlp(const tcam_problem& problem, bool back, long block_count, Carver& ws)
@@ -53,7 +53,7 @@ class Mlp {
                                                 : 0)),
         real(pick_engine(p.dtype == TCAM_F64 ? 1 : 0)),
         backward(back),
-        n1(p.layers ? p.width[1] : 0),
+        n1(p.layers ? p.first_width : 0),
         stride(round_up(n1, real.columns)),
         blocks(block_count),
         threads(std::max(1, static_cast<int>(p.threads))),
@@ -67,7 +67,8 @@ class Mlp {
     for (int l = 1; l < L; ++l)
       decoder_.activation[l] = {static_cast<Activation>(p.activation[l - 1].kind), p.activation[l - 1].parameter};
     decoder_.output_activation = {static_cast<OutputActivation>(p.output_activation.kind), p.output_activation.parameter};
-    for (int l = 0; l <= L; ++l) decoder_.width[l] = p.width[l];
+    for (int l = 0; l <= L; ++l) decoder_.width[l] = p.width[l], decoder_.skip[l] = p.skip[l];
+    decoder_.first_width = n1;
     for (int l = 2; l <= L; ++l) {
       const long in = p.width[l - 1], out = p.width[l];
       if (in_panels(l)) decoder_.forward[l] = ws.take(panel_words(in) * round_up(out, core.columns) * core.word_bytes);

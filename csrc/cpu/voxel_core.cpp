@@ -39,7 +39,8 @@ struct Walk {
 
 // Buffers of one thread. `h[l]` holds the activations of layer l as rows of words, `pairs[l]` the same interleaved by voxel for
 // the weight gradient (identical if a word is one real), `slope[l]` the activation's slope (null where it follows from h).
-// `delta_pairs` holds delta interleaved by voxel, in tiles as columns.
+// `delta_pairs` holds delta interleaved by voxel, in tiles as columns; `delta_1` also the deltas of higher layers that read the
+// features, as in the maps.
 template <class N, long pitch>
 struct Scratch {
   typedef typename N::Word Word;
@@ -89,6 +90,22 @@ __attribute__((noinline)) static void activate_tile(Hidden<double> act, const Ti
       activate<N>(act, t.v[r][v], h + r * pitch, slope ? slope + r * pitch : nullptr, v * N::lanes);
 }
 
+// Adds the part of a layer that reads the features to a register tile, out of line as above. row: the tile's first voxel;
+// column: its first column in the maps.
+template <class N>
+__attribute__((noinline)) static void add_features(const Maps& maps, const Walk& walk, long row, long count, long column,
+                                                   Tile<N>& t) {
+  typedef typename N::Vec Vec;
+  typedef typename N::Real Real;
+  for (int r = 0; r < N::rows && row + r < count; ++r)
+    for (int v = 0; v < register_vectors; ++v) {
+      const long c = column + v * N::lanes;
+      t.v[r][v] += load<Vec>(static_cast<const Real*>(maps.a) + walk.a[row + r] + c) +
+                   (load<Vec>(static_cast<const Real*>(maps.b) + walk.b[row + r] + c) +
+                    load<Vec>(static_cast<const Real*>(maps.g) + walk.g[row + r] + c));
+    }
+}
+
 // The activations of layers 1..layers-1 for a tile of `count` voxels; rows from count on are zero. With one layer, z receives
 // the pre-activation.
 template <class N, long pitch>
@@ -127,19 +144,23 @@ TCAM_INLINE void hidden_layers(const Decoder& d, const Maps& maps, const Walk& w
   for (int l = 2; l < d.layers; ++l) {
     typename N::Word* out = s.h[l];
     Real* slope = backward ? s.slope[l] : nullptr;
+    auto finish = [&](const Tile<N>& t, long r, long c) __attribute__((always_inline)) {
+      // Columns are counted in reals and rows in words of `pitch`; a word row holds its reals in order.
+      if (d.activation[l].kind == Activation::relu) {
+#pragma GCC unroll 16
+        for (int i = 0; i < N::rows; ++i)
+#pragma GCC unroll 4
+          for (int v = 0; v < register_vectors; ++v) N::put(out + (r + i) * pitch, c + v * N::lanes, A::value(relu, t.v[i][v]));
+      } else {
+        activate_tile<N, pitch>(d.activation[l], t, out + r * pitch + c / N::pack, slope ? slope + r * pitch + c : nullptr);
+      }
+    };
     times_packed<N, pitch>(rows, words_of<N>(d.width[l - 1]), d.width[l], s.h[l - 1], d.forward[l], d.bias[l],
                            [&](const Tile<N>& t, long r, long c) __attribute__((always_inline)) {
-                             // Columns are counted in reals and rows in words of `pitch`; a word row holds its reals in order.
-                             if (d.activation[l].kind == Activation::relu) {
-#pragma GCC unroll 16
-                               for (int i = 0; i < N::rows; ++i)
-#pragma GCC unroll 4
-                                 for (int v = 0; v < register_vectors; ++v)
-                                   N::put(out + (r + i) * pitch, c + v * N::lanes, A::value(relu, t.v[i][v]));
-                             } else {
-                               activate_tile<N, pitch>(d.activation[l], t, out + r * pitch + c / N::pack,
-                                                       slope ? slope + r * pitch + c : nullptr);
-                             }
+                             if (!d.skip[l]) return finish(t, r, c);
+                             Tile<N> whole = t;
+                             add_features<N>(maps, walk, r, count, d.skip[l] + c, whole);
+                             finish(whole, r, c);
                            });
   }
 }
@@ -271,6 +292,7 @@ static void backward_block(const Decoder& d, const Maps& maps, const Block& bloc
   const long n_out = d.width[last];
   Walk walk(maps, block);
   LossSums losses;
+  if (d.first_width != d.width[1]) memset(s.delta_1, 0, max_tile * pitch * static_cast<long>(sizeof(Real)));  // between parts
   while (const int count = walk.next(tile)) {
     const long rows = round_up(count, N::rows);
     const long voxel_words = words_of<N>(count);
@@ -322,7 +344,7 @@ static void backward_block(const Decoder& d, const Maps& maps, const Block& bloc
       const Word* h = s.h[l - 1];
       const Real* slope = s.slope[l - 1];
       Real* bias = sums && l > 2 ? sums + d.grad_bias_offset[l - 1] : nullptr;
-      Real* first = l == 2 ? s.delta_1 : nullptr;
+      Real* first = l == 2 ? s.delta_1 : d.skip[l - 1] ? s.delta_1 + d.skip[l - 1] : nullptr;
       auto delta_of = [&](auto slope_at) __attribute__((always_inline)) {
         times_packed<N, pitch>(rows, words_of<N>(n), m, delta, d.transposed[l], nullptr,
                                [&](const Tile<N>& t, long r, long c) __attribute__((always_inline)) {
@@ -336,10 +358,8 @@ static void backward_block(const Decoder& d, const Maps& maps, const Block& bloc
                                      const long row = (r + i) * pitch, at = c + v * N::lanes;
                                      const Vec x = t.v[i][v] * slope_at(row, at);
                                      column[v] += x;
-                                     if (first)
-                                       store(first + row + at, x);
-                                     else
-                                       N::put(next + row, at, x);
+                                     if (first) store(first + row + at, x);
+                                     if (l > 2) N::put(next + row, at, x);
                                    }
                                  if (bias)
                                    for (int v = 0; v < register_vectors; ++v) store(bias + c + v * N::lanes, column[v]);
@@ -415,6 +435,7 @@ template <class F>
 static auto with_pitch(const Decoder& d, F f) {
   long widest = 0;
   for (int l = 1; l <= d.layers; ++l) widest = d.width[l] > widest ? d.width[l] : widest;
+  widest = d.first_width > widest ? d.first_width : widest;
   if (widest <= 128) return f(Pitch<144>());
   return f(Pitch<TCAM_MAX_WIDTH + 16>());
 }

@@ -20,6 +20,7 @@ constexpr long round_up(long n, long to) { return (n + to - 1) / to * to; }
 struct Decoder {
   int layers;
   long width[max_layers + 1];
+  long first_width, skip[max_layers + 1];     // as tcam_problem has them
   Hidden<double> activation[max_layers + 1];  // of layers 1 to layers-1
   Final<double> output_activation;
   const void* forward[max_layers + 1];     // packed words, width[l-1] -> width[l]; l = 2..layers-1, and layers if it is wide
@@ -30,8 +31,9 @@ struct Decoder {
   long grad_bias_offset[max_layers + 1];
 };
 
-// The maps of a slab of i: z_1 of voxel (i, j, k) is a[i, j] + b[j, k] + g[i, k], rows of `stride` reals. Steps between rows
-// are in reals, and 0 where all voxels share a row. Points are a grid (1, points, 1) with their z_1 in a.
+// The maps of a slab of i: z_1 of voxel (i, j, k) is a[i, j] + b[j, k] + g[i, k], rows of `stride` reals, and so are the parts
+// of higher layers that read the features. Steps between rows are in reals, and 0 where all voxels share a row. Points are a
+// grid (1, points, 1) with their z_1 in a.
 struct Maps {
   const void *a, *b, *g;
   long a_i, a_j, b_j, b_k, g_i, g_k;

@@ -29,7 +29,8 @@ class Context {
   const tcam_problem& p;
   const bool backward;
   const cudaStream_t stream;
-  // Entry l belongs to layer l >= 1: weights (width[l], width[l-1]), biases (width[l]) or null.
+  // Entry l belongs to layer l >= 1: weights (width[l], width[l-1]), biases (width[l]) or null; with first_width rows for l
+  // = 1.
   const Real *weights[TCAM_MAX_LAYERS + 1] = {}, *biases[TCAM_MAX_LAYERS + 1] = {};
   Real *grad_weights[TCAM_MAX_LAYERS + 1] = {}, *grad_biases[TCAM_MAX_LAYERS + 1] = {};
 
@@ -37,6 +38,7 @@ class Context {
 
   cudaError_t status() const { return status_; }
   int width(int layer) const { return static_cast<int>(p.width[layer]); }
+  int first_width() const { return static_cast<int>(p.first_width); }
   Hidden<Real> activation(int layer) const {  // layer 1 to L-1; layer 0 gives an arbitrary one, which is not used
     const tcam_activation& a = p.activation[layer > 0 ? layer - 1 : 0];
     return {static_cast<Activation>(a.kind), static_cast<Real>(a.parameter)};
@@ -57,8 +59,9 @@ class Context {
   void set_gradients(const tcam_gradients& to, int64_t row) {
     for (int l = 1; l <= p.layers; ++l) {
       Real* bias = static_cast<Real*>(to.biases[l - 1]);
-      grad_weights[l] = static_cast<Real*>(to.weights[l - 1]) + row * p.width[l] * p.width[l - 1];
-      grad_biases[l] = bias ? bias + row * p.width[l] : nullptr;
+      const int64_t n = l == 1 ? p.first_width : p.width[l];
+      grad_weights[l] = static_cast<Real*>(to.weights[l - 1]) + row * n * p.width[l - 1];
+      grad_biases[l] = bias ? bias + row * n : nullptr;
     }
   }
 

@@ -22,6 +22,7 @@ inline Refusal fused_refusal(const tcam_problem& p) {
     return {"output_activation is half_sine, which they do not have", 0, 0};
   if (L < 3 || L - 2 > fused_most_products)
     return {"there are %lld layers, and they take 3 to %lld", L, fused_most_products + 2};
+  if (p.first_width != p.width[1]) return {"layers above the first read the features (skips)", 0, 0};
   if (p.width[L] > fused_most_out) return {"there are %lld outputs, and they take up to %lld", p.width[L], fused_most_out};
   for (int l = 1; l < L; ++l)
     if (p.width[l] > 128) return {"a hidden layer is %lld wide, and they take up to %lld", p.width[l], 128};

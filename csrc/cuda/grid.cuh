@@ -28,13 +28,13 @@ class Grid {
   int64_t voxel_bytes() const { return 0; }   // workspace for a voxel of a region, beside the MLP's
   // Workspace for one i of a slab: partial_a_ and partial_g_.
   int64_t slice_bytes() const {
-    return (n_[1] * tiles() + most_parts() * n_[2]) * c.width(1) * static_cast<int64_t>(sizeof(Real));
+    return (n_[1] * tiles() + most_parts() * n_[2]) * c.first_width() * static_cast<int64_t>(sizeof(Real));
   }
 
   // Takes the arrays from the workspace. Input is the type of the MLP's input: Real* for Mlp, FusedInput for FusedMlp.
   template <class Input>
   void carve(Carver& ws, const Regions& regions) {
-    const int n1 = c.width(1);
+    const int n1 = c.first_width();
     int64_t most_between = 0, most_texels = 0;
     for (int q = 0; q < p.plane_count; ++q) {
       row_taps_[q] = ws.array<VoxelTap<Real>>(n_[p.planes[q].row_axis]);
@@ -53,8 +53,8 @@ class Grid {
     partial_g_ = ws.array<Real>(regions.size[0] * most_parts() * n_[2] * n1);
   }
   void carve_partials(Carver& ws) {
-    for (int b = 0; b < blocks(); ++b) weight_partials_[b] = ws.array<Real>(texel_splits * c.width(1) * p.channels);
-    bias_partials_ = ws.array<Real>(row_splits * c.width(1));
+    for (int b = 0; b < blocks(); ++b) weight_partials_[b] = ws.array<Real>(texel_splits * c.first_width() * p.channels);
+    bias_partials_ = ws.array<Real>(row_splits * c.first_width());
   }
 
   // Projects the planes of an object.
@@ -62,24 +62,24 @@ class Grid {
     if (in.bounds || object == 0) place(in.bounds ? in.bounds + object * 6 : nullptr);
     ascending_ = p.padding != TCAM_PAD_REFLECTION && !in.bounds;
     for (int q = 0; q < p.plane_count; ++q)
-      c.texel_product(texels(q), c.width(1), p.channels, 0, Transposed<Real>{plane(in.planes, q, object), texels(q)},
-                      Transposed<Real>{weight(q), p.width[0]}, WriteRows<Real>{projected_[q], c.width(1), nullptr});
+      c.texel_product(texels(q), c.first_width(), p.channels, 0, Transposed<Real>{plane(in.planes, q, object), texels(q)},
+                      Transposed<Real>{weight(q), p.width[0]}, WriteRows<Real>{projected_[q], c.first_width(), nullptr});
   }
   void begin_gradients() {
-    for (int m = 0; m < 3; ++m) c.clear(grad_maps_[m], map_texels(m) * c.width(1) * sizeof(Real));
+    for (int m = 0; m < 3; ++m) c.clear(grad_maps_[m], map_texels(m) * c.first_width() * sizeof(Real));
   }
 
   // With Mlp: forward samples z_1 of a region from the projected planes, z (voxels of the region, n_1); backward adds its
   // delta_1, of the same shape, to dA, dB and dG.
   void forward(const Region& region, Real* z) {
-    const Sampled<Real> sampled = {projected(-1), c.biases[1], c.width(1)};
+    const Sampled<Real> sampled = {projected(-1), c.biases[1], c.first_width()};
     constexpr int vector = 16 / sizeof(Real);
     c.run_warps(sampled.n % vector ? first_layer_kernel<Real, 1> : first_layer_kernel<Real, vector>,
                 ceil_div(region.voxels(), first_layer_run), sampled, region, z);
   }
   void backward(const Region& r, const Real* delta, const tcam_gradients&) {
     const int64_t row = r.nk, slice = row * r.nj;
-    const int n1 = c.width(1);
+    const int n1 = c.first_width();
     add_axis_sum(delta, grad_maps_[0] + (r.i0 * n_[1] + r.j0) * n1, n_[1], r.ni, r.nj, r.nk, slice, row, 1);
     add_axis_sum(delta, grad_maps_[1] + (r.j0 * n_[2] + r.k0) * n1, n_[2], r.nj, r.nk, r.ni, row, 1, slice);
     add_axis_sum(delta, grad_maps_[2] + (r.i0 * n_[2] + r.k0) * n1, n_[2], r.ni, r.nk, r.nj, slice, 1, row);
@@ -101,7 +101,7 @@ class Grid {
 
   // Computes the gradients of the object's planes from dA, dB and dG, and adds to the partial sums of W_1 and b_1.
   void end(const tcam_inputs& in, int64_t object, const tcam_gradients& to) {
-    const int n1 = c.width(1), channels = static_cast<int>(p.channels);
+    const int n1 = c.first_width(), channels = static_cast<int>(p.channels);
     for (int q = 0; q < p.plane_count; ++q) {
       const int64_t nu = n_[p.planes[q].row_axis], nv = n_[p.planes[q].column_axis];
       gather(grad_maps_[map_of(q)], row_taps_[q], nu, rows(q), nv, nv, 1, between_, nv, 1);  // voxels to texels down the rows,
@@ -118,7 +118,7 @@ class Grid {
       c.add_column_sums(grad_maps_[0], map_texels(0), n1, ceil_div(map_texels(0), row_splits), bias_partials_);
   }
   void write_gradients() {
-    const int64_t n1 = c.width(1);
+    const int64_t n1 = c.first_width();
     for (int b = 0; b < blocks(); ++b)
       c.combine({weight_partials_[b], texel_splits, n1 * p.channels, p.channels}, n1, p.channels, nullptr,
                 c.grad_weights[1] + b * p.channels, p.width[0]);
@@ -183,7 +183,7 @@ class Grid {
   template <class T>
   void map(int which, int64_t x0, int64_t nx, const Real* bias, const FusedInput& to, uint16_t* out) {
     const int64_t ny = n_[which == 0 ? 1 : 2];
-    c.run_warps(map_kernel<T>, nx * ny, projected(which), c.width(1), to.channels, x0, nx, ny, bias, out);
+    c.run_warps(map_kernel<T>, nx * ny, projected(which), c.first_width(), to.channels, x0, nx, ny, bias, out);
   }
 
   // The parts of j in delta_sums_kernel: of the numbers up to most_parts(), the first that takes the fewest steps. A
@@ -199,13 +199,13 @@ class Grid {
   }
   template <class T>
   void sum_delta1(int64_t i0, int64_t ni, const FusedDelta& delta) {
-    const int64_t nj = n_[1], nk = n_[2], n1 = c.width(1), columns = tiles() * (delta.channels / sum_channels);
+    const int64_t nj = n_[1], nk = n_[2], n1 = c.first_width(), columns = tiles() * (delta.channels / sum_channels);
     const int64_t all = parts(columns, delta.processors);
     auto kernel = delta.channels == 64 ? delta_sums_kernel<T, 64> : delta_sums_kernel<T, 128>;
     c.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(delta_sums_bytes)));
     c.run(kernel, dim3(static_cast<unsigned>(columns), static_cast<unsigned>(all)), threads, delta_sums_bytes, delta.rows,
-          static_cast<int>(ni), static_cast<int>(nj), static_cast<int>(nk), c.width(1), delta.factor, grad_maps_[1], partial_a_,
-          partial_g_);
+          static_cast<int>(ni), static_cast<int>(nj), static_cast<int>(nk), c.first_width(), delta.factor, grad_maps_[1],
+          partial_a_, partial_g_);
     add_axis_sum(partial_a_, grad_maps_[0] + i0 * nj * n1, nj, ni, nj, tiles(), nj * tiles(), tiles(), 1);
     add_axis_sum(partial_g_, grad_maps_[2] + i0 * nk * n1, nk, ni, nk, all, all * nk, 1, nk);
   }
@@ -213,7 +213,7 @@ class Grid {
   void add_axis_sum(const Real* in, Real* map, int64_t pitch, int64_t nx, int64_t ny, int64_t ns, int64_t x_step,
                     int64_t y_step, int64_t s_step) {
     constexpr int vector = 16 / sizeof(Real);
-    const int n = c.width(1), group = n % vector ? 1 : vector;
+    const int n = c.first_width(), group = n % vector ? 1 : vector;
     int lanes = 1, slices = 1;
     while (lanes < threads && lanes * group < n) lanes *= 2;
     while (slices * lanes < threads && slices * 16 < ns) slices *= 2;
@@ -223,8 +223,8 @@ class Grid {
   }
   void gather(const Real* in, const VoxelTap<Real>* taps, int64_t count, int64_t texels, int64_t ny, int64_t x_step,
               int64_t y_step, Real* out, int64_t r_step, int64_t y_out) {
-    c.run(gather_axis_kernel<Real>, c.blocks(texels * ny), c.channel_threads(c.width(1)), 0, in, taps, ascending_, count,
-          c.width(1), static_cast<int>(texels), ny, x_step, y_step, out, r_step, y_out);
+    c.run(gather_axis_kernel<Real>, c.blocks(texels * ny), c.channel_threads(c.first_width()), 0, in, taps, ascending_, count,
+          c.first_width(), static_cast<int>(texels), ny, x_step, y_step, out, r_step, y_out);
   }
 };
 

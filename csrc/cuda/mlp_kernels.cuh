@@ -56,6 +56,18 @@ struct WriteDelta {
   }
 };
 
+// ---- layers that read the features -----------------------------------------------------------
+
+// out[v, c] = in[v, c] + bias[c] (null: 0) for n columns of rows that are `in_pitch` and `out_pitch` numbers apart. A thread
+// owns an element.
+template <class Real>
+__global__ void __launch_bounds__(threads) copy_columns_kernel(const Real* in, int64_t in_pitch, int64_t voxels, int n,
+                                                               const Real* bias, Real* out, int64_t out_pitch) {
+  for (int64_t e = blockIdx.x * static_cast<int64_t>(threads) + threadIdx.x; e < voxels * n;
+       e += static_cast<int64_t>(gridDim.x) * threads)
+    out[e / n * out_pitch + e % n] = in[e / n * in_pitch + e % n] + (bias ? bias[e % n] : Real(0));
+}
+
 // ---- the last layer --------------------------------------------------------------------------
 
 // What last_layer_kernel does with an output: writes it; reads its gradient; compares it with a target.

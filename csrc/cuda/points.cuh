@@ -25,9 +25,9 @@ class Points {
         p(context.p),
         grid_(p.points < 0),
         objects_(grid_ ? 1 : p.batch),
-        projected_(gathers_projections(p, objects_, context.width(1) * static_cast<int64_t>(sizeof(Real)))),
+        projected_(gathers_projections(p, objects_, context.first_width() * static_cast<int64_t>(sizeof(Real)))),
         samples_(matrix_count(p)),
-        row_(projected_ ? context.width(1) : static_cast<int>(p.channels)) {
+        row_(projected_ ? context.first_width() : static_cast<int>(p.channels)) {
     n_[2] = p.points;
     if (grid_) n_[2] = (p.hi[0] - p.lo[0]) * (p.hi[1] - p.lo[1]) * (p.hi[2] - p.lo[2]);
     for (int q = 0; q < p.plane_count; ++q) {
@@ -62,8 +62,8 @@ class Points {
     scale_ = ws.array<float>(2);
   }
   void carve_partials(Carver& ws) {
-    for (int b = 0; b < blocks(); ++b) weight_partials_[b] = ws.array<Real>(splits() * c.width(1) * block_width(b));
-    bias_partials_ = ws.array<Real>(splits() * c.width(1));
+    for (int b = 0; b < blocks(); ++b) weight_partials_[b] = ws.array<Real>(splits() * c.first_width() * block_width(b));
+    bias_partials_ = ws.array<Real>(splits() * c.first_width());
   }
 
   // Stores the texels of the round's objects as rows, projected or not. `volume` receives the features of a decoder without
@@ -92,7 +92,7 @@ class Points {
   // Computes z_1 of a wave, z (points of the wave, n_1), or without layers writes the points' features to the output.
   void forward(const Region& wave, Real* z) {
     const int64_t count = wave.voxels(), channels = p.channels;
-    const int n1 = c.width(1);
+    const int n1 = c.first_width();
     c.run_elements(place_kernel<Real>, count * p.plane_count, planes(), wave.k0, count, taps_);
     if (projected_) {
       gather({0, p.plane_count}, count, c.biases[1], z);
@@ -127,7 +127,7 @@ class Points {
   // of W_1 and b_1 and to the texels' gradients; writes the gradients of coordinates and extra features.
   void backward(const Region& wave, const Real* delta, const tcam_gradients& to) {
     const int64_t count = wave.voxels();
-    const int n1 = c.width(1);
+    const int n1 = c.first_width();
     if (p.layers && p.grad_decoder) c.add_column_sums(delta, count, n1, voxel_chunk, bias_partials_);
     if (!projected_) back_to_samples(wave, delta);
     if (p.extra && p.grad_decoder) weight_gradient(plane_blocks(), count, delta, extra(wave));
@@ -169,7 +169,7 @@ class Points {
       }
   }
   void write_gradients() {
-    const int64_t n1 = c.width(1);
+    const int64_t n1 = c.first_width();
     for (int b = 0, column = 0; b < blocks(); column += block_width(b), ++b)
       c.combine({weight_partials_[b], splits(), n1 * block_width(b), block_width(b)}, n1, block_width(b), nullptr,
                 c.grad_weights[1] + column, p.width[0]);
@@ -262,8 +262,8 @@ class Points {
 
   // Adds delta_1^T operand to the partial sums of the gradient of W_1's block b. operand: (count, block_width(b)).
   void weight_gradient(int b, int64_t count, const Real* delta, Rows<Real> operand) {
-    c.product(c.width(1), block_width(b), count, voxel_chunk, Transposed<Real>{delta, c.width(1)}, operand,
-              AddPartial<Real>{weight_partials_[b], c.width(1), block_width(b), nullptr});
+    c.product(c.first_width(), block_width(b), count, voxel_chunk, Transposed<Real>{delta, c.first_width()}, operand,
+              AddPartial<Real>{weight_partials_[b], c.first_width(), block_width(b), nullptr});
   }
   // Computes the gradients of the sampled features from delta_1, and adds to the partial sums of W_1's blocks for the planes.
   void back_to_samples(const Region& wave, const Real* delta) {
@@ -273,7 +273,7 @@ class Points {
     for (int b = 0; p.layers && b < plane_blocks(); ++b) {
       if (p.grad_decoder) weight_gradient(b, count, delta, {sample(product_ ? product_ : sampled_, b), channels});
       if (wanted)
-        c.product(count, static_cast<int>(channels), c.width(1), 0, Rows<Real>{delta, c.width(1)},
+        c.product(count, static_cast<int>(channels), c.first_width(), 0, Rows<Real>{delta, c.first_width()},
                   Rows<Real>{block_weight(b), p.width[0]}, WriteRows<Real>{sample(grad, b), channels, nullptr});
     }
     if (!p.layers) copy_features(wave, grad, true);

@@ -78,6 +78,9 @@ class EmulatedCall:
         features = p.channels * p.group_count + p.extra
         for layer, width in enumerate([features, *(w.shape[0] for w in weights)]):
             p.width[layer] = width
+        p.first_width = weights[0].shape[0] if weights else 0
+        for layer, row in o.skips:
+            p.width[1], p.skip[layer] = weights[1].shape[1], row
         for layer, activation in enumerate(o.activation):
             p.activation[layer] = raw.Activation(*activation)
         p.output_activation = raw.Activation(*o.output_activation)

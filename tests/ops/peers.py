@@ -114,3 +114,32 @@ class Nfd(nn.Module):
 
     def forward(self, planes, xyz):
         return self.net(sample(planes, xyz, self.pairs, align_corners=True).sum(1))
+
+
+class SemCity(nn.Module):
+    """A sum of planes, sines of the coordinates, and six layers, of which the fourth reads the input again."""
+
+    channels, texels, chunk = 64, 128, 100000
+    width = 2.0
+
+    def __init__(self, frequencies=6, classes=20):
+        super().__init__()
+        self.frequencies, n = frequencies, 64 + 6 * frequencies
+        self.first_layers = nn.Sequential(
+            nn.Linear(n, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU()
+        ).to(DOUBLE)
+        self.second_layers = nn.Sequential(
+            nn.Linear(n + 128, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, classes)
+        ).to(DOUBLE)
+
+    def forward(self, planes, xyz):
+        pairs = ((0, 1), (0, 2), (1, 2))
+        f = sum(
+            F.grid_sample(planes[:, i], xyz[:, None, :, list(pair)].flip(-1), align_corners=False, padding_mode="border")[
+                :, :, 0
+            ]
+            for i, pair in enumerate(pairs)
+        ).mT
+        waves = [wave(2**k * xyz) for k in range(self.frequencies) for wave in (torch.sin, torch.cos)]
+        x = torch.cat((f, *waves), -1)
+        return self.second_layers(torch.cat((x, self.first_layers(x)), -1))

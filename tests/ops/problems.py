@@ -110,7 +110,7 @@ def flat_options(problem: Problem, compute: str = "float64") -> tuple[Any, ...]:
     box = [x for n in problem.size for x in (0, n)]
     activation = [o["activation"]] * (len(problem.weights) - 1)
     return (
-        [0, 1, 1, 2, 0, 2], [1, 1, 1], "sum", o["align_corners"], o["padding_mode"], activation, o["output_activation"],
+        [0, 1, 1, 2, 0, 2], [1, 1, 1], "sum", o["align_corners"], o["padding_mode"], [], activation, o["output_activation"],
         compute, 0.0, 0, list(problem.size), box, False, None, None,
     )  # fmt: skip
 

@@ -146,6 +146,7 @@ class Kernels:
         widths = [w.shape[1] for w in p.weights] + [p.weights[-1].shape[0]] if p.weights else []
         problem.width[: len(widths)] = widths
         problem.layers = len(p.weights)
+        problem.first_width = p.weights[0].shape[0] if p.weights else 0
         hidden = max(len(p.weights) - 1, 0)
         for layer, name in enumerate(activations.hidden_layers(o["activation"], hidden)):
             problem.activation[layer] = Activation(*activations.hidden("activation", name)[:2])

@@ -217,7 +217,8 @@ def test_gradcheck():
 def test_opcheck():
     p = problems.make().to(torch.float32)
     options = list(problems.flat_options(p, "float32"))
-    options[8:10] = 0.5, 7
+    at = library.KernelOptions._fields.index("noise_std")
+    options[at : at + 2] = 0.5, 7
     options[-1] = torch.randn(6 * 7 * 8, 2)
     p.weights[0] = torch.randn(16, 17)
     torch.library.opcheck(library.decode_grid, (p.planes, p.weights, p.biases, *options, torch.float32))

@@ -7,10 +7,10 @@ import pickle
 import problems
 import pytest
 import torch
-from peers import DOUBLE, Eg3d, Nfd, OpenLrm, TripoSr
+from peers import DOUBLE, Eg3d, Nfd, OpenLrm, SemCity, TripoSr
 from torch import nn
 
-from tcam_ext.nn import from_eg3d, from_nfd, from_openlrm, from_triposr
+from tcam_ext.nn import from_eg3d, from_nfd, from_openlrm, from_semcity, from_triposr
 
 
 def of_nfd(source):
@@ -23,6 +23,8 @@ PROJECTS = {
     "triposr": (TripoSr, 40, from_triposr),
     "nfd": (Nfd, 32, of_nfd),
     "nfd-plain": (lambda: Nfd(False), 32, of_nfd),
+    "semcity": (SemCity, 64, from_semcity),
+    "semcity-plain": (lambda: SemCity(0), 64, lambda d: from_semcity(d, frequencies=0)),
 }
 
 

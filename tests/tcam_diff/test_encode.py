@@ -31,7 +31,8 @@ def store(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(store, tmp_path_factory):
     out = tmp_path_factory.mktemp("trained") / "run"
-    more = ("steps=500", "channels=8", "widths=[32, 32]", "checkpoint_every=250", "evaluate_every=250", "ssim_weight=0")
+    more = ("steps=500", "channels=8", "widths=[32, 32]", "checkpoint_every=250", "evaluate_every=250", "ssim_weight=0",
+            "compute_dtype=float32")  # fmt: skip
     runs.finish(runs.start(runs.run, store, out, more))
     return out
 
