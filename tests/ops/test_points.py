@@ -25,7 +25,7 @@ def coordinates(batch=1, n=200, axes=3, spread=1.5):
 
 def flat(p, xyz, compute="float32", objects=None, extra=None):
     """The arguments of library.decode_points for three concatenated planes."""
-    options = problems.flat_options(p, compute)[: len(KernelOptions._fields)]
+    options = problems.flat_options(p, compute)[: len(library.KernelOptions._fields)]
     return (p.planes, p.weights, p.biases, *options, xyz.reshape(-1, 3), objects, extra)
 
 
@@ -304,10 +304,10 @@ def test_bits_do_not_depend_on_threads(formulation, threads):
 
 
 def test_memory_does_not_grow_with_the_points():
-    from tcam_ext.library import KernelOptions, KernelPoints, KernelTensors, _Call
+    from tcam_ext.library import KernelPoints, KernelTensors, _Call
 
     p = problems.make(channels=42, texels=(64, 64, 64), widths=(128, 128, 128, 128, 1)).to(torch.float32)
-    options = KernelOptions(*problems.flat_options(p, "float32")[: len(KernelOptions._fields)])
+    options = library.KernelOptions(*problems.flat_options(p, "float32")[: len(library.KernelOptions._fields)])
     sizes = []
     for n in (100_000, 3_000_000):
         xyz = torch.empty(n, 3)
