@@ -40,9 +40,11 @@ DECODERS = {
     "tcam": Decoder("operating point", 42, (128, 128, 128, 128, 1), "relu"),
     "nfd": Decoder("NFD-like", 32, (128, 128, 1), "relu"),
     "eg3d": Decoder("EG3D-like", 32, (64, 4), "softplus"),
+    "deep": Decoder("10 layers of 64", 40, (*[64] * 9, 4), "silu"),
+    "wide": Decoder("4 layers of 512", 42, (512, 512, 512, 1), "relu"),
 }
-#: The passes that are timed, and the products per hidden layer of each: backward recomputes one, loss+gradients none. (The
-#: fused CUDA kernels recompute more; their rate is computed from these numbers too.)
+#: The passes that are timed, and the products per layer of each: backward recomputes one, loss+gradients none. (The fused CUDA
+#: kernels recompute more; their rate is computed from these numbers too.)
 PRODUCTS = {"forward": 1, "forward+backward": 4, "loss+gradients": 3}
 AUTOTUNE = "max-autotune-no-cudagraphs"  # without graphs: in a CUDA graph the next chunk would overwrite the output of the last
 PLANE = 64
@@ -67,10 +69,10 @@ class Case:
         self.coordinates = (torch.arange(size, device=device) + 0.5) / size * 2 - 1
 
     @property
-    def hidden_flop(self) -> float:
-        """FLOP of the products between hidden layers, forward."""
+    def flop(self) -> float:
+        """FLOP of the products of the layers above the first, forward."""
         w = self.decoder.widths
-        return 2.0 * self.size**3 * sum(w[i] * w[i + 1] for i in range(len(w) - 2))
+        return 2.0 * self.size**3 * sum(w[i] * w[i + 1] for i in range(len(w) - 1))
 
     # ---- the rivals --------------------------------------------------------------------
 
@@ -190,6 +192,8 @@ RIVALS = {
         "naive float32",
         "naive compiled",
         "naive bfloat16 MLP",
+        "naive bfloat16 compiled",
+        "naive max-autotune",
         "factored PyTorch float32",
         "ours float32",
         "ours bfloat16",
@@ -216,9 +220,9 @@ RIVALS = {
 
 
 def finish(r: harness.Row, case: Case, peak: dict[str, float]) -> harness.Row:
-    """The row with the rate of the products between hidden layers and its share of the peak."""
-    if case.hidden_flop:
-        r.gflops = case.hidden_flop * PRODUCTS[r.what] / r.seconds / 1e9
+    """The row with the rate of the products of the layers above the first and its share of the peak."""
+    if case.flop:
+        r.gflops = case.flop * PRODUCTS[r.what] / r.seconds / 1e9
         if r.rival.startswith("ours"):
             kind = r.rival.removeprefix("ours ").split(",")[0]
             r.of_peak = r.gflops / (peak.get(kind) or peak["float32"])
