@@ -50,9 +50,10 @@ typedef struct {
 // The fields of a problem. F(type, name) and A(type, name, count) follow from the tensors. O(type, name, default, least, most)
 // is an option that the host sets within these limits. weights[l] is (width[l+1], width[l]), but weights[0] (first_width,
 // width[0]): its first width[1] rows are layer 1's, and rows skip[l], skip[l] + 1, ... those of a layer l above that reads the
-// features too, so that z_l is weights[l-1] h_(l-1) + biases[l-1] + these rows' product with the features. The first layer
-// reads the features of one group of planes after the other, then the extra features: width[0] = group_count * channels +
-// extra. Concatenated planes are groups of one plane each.
+// features too: z_l is weights[l-1] h_(l-1) + biases[l-1] plus these rows of weights[0] f + biases[0], of the features f.
+// biases[0] has first_width numbers; rows of both that are no layer's must be 0. f has the features of one group of planes
+// after the other, then the extra features: width[0] = group_count * channels + extra. Concatenated planes are groups of one
+// plane each.
 #define TCAM_PROBLEM(F, A, O)                                                                                            \
   F(int64_t, batch)                                                                                                      \
   F(int64_t, channels)                                                                                                   \

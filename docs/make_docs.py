@@ -69,7 +69,7 @@ def items(text: str, title: str) -> str:
     """ "name: what it is" becomes a list; what Returns says stays a paragraph."""
     if title == "Returns":
         return text
-    joined = re.sub(r"\n\s+", " ", text)
+    joined = re.sub(r",\n(?=[\w, ]+: see)", ", ", re.sub(r"\n\s+", " ", text))
     return re.sub(r"^([\w, ]+):", r"* `\1`:", joined, flags=re.M)
 
 

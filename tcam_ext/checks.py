@@ -368,7 +368,7 @@ def native_limits(planes: Planes, mlp: Decoder) -> None:
         layer, row = first_rows(mlp)[-1]
         width = row + weights[layer].shape[0]
         if width > _C.max_width:
-            what = f"{_C.max_width} rows in all layers that read the features"
+            what = f"{_C.max_width} outputs of all layers that read the features (but the last in multiples of {_C.skip_step})"
             raise ValueError(f"skips: the native kernel takes up to {what}, got {width}; {advice}")
     for i, w in enumerate(weights):
         most = _C.max_out if i == last else _C.max_width

@@ -40,10 +40,15 @@ class Convention:
     def scales(self, count: int) -> Convention:
         """The same planes at ``count`` scales: all planes of the first scale, then those of the second, and so on.
 
-        Each scale is a group: its features are added or multiplied, and follow those of the scale before."""
-        if self.reduce.startswith("concat"):
-            return replace(self, plane_axes=self.plane_axes * count)
-        return replace(self, plane_axes=self.plane_axes * count, groups=(len(self.plane_axes),) * count)
+        The features of a scale, concatenated, added or multiplied as those of one scale, follow those of the scale before.
+
+        Raises:
+            ValueError: features are concatenated channel by channel, in which order scales do not follow one another.
+        """
+        if self.reduce == "concat_channel_major":
+            raise ValueError(f"{self.name}: expected a convention whose features are not in the order of channels")
+        groups = None if self.reduce == "concat" else (self.groups or (len(self.plane_axes),)) * count
+        return replace(self, plane_axes=self.plane_axes * count, groups=groups)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class KernelOptions(NamedTuple):
     reduce: str
     align_corners: bool
     padding: str
-    skips: list[int]
+    skips: SymInts
     activation: list[str]
     output_activation: str
     compute: str

@@ -92,7 +92,8 @@ class Options(NamedTuple):
         padding_mode: "border", "zeros" or "reflection", as in ``grid_sample``.
         skips: indices of weights, ascending from 1, of hidden layers that read the features (with ``extra`` and noise) before
             the hidden layer below, h_(i+1) = a(W_i [f, h_i] + b_i), with weights[i] of shape (n_(i+1), features + n_i). The
-            kernels project the features once for all layers that read them, which have up to 512 rows together.
+            kernels project the features once for all layers that read them; these have up to 512 outputs together, where
+            those of each but the last count as a multiple of 32.
         activation: of the hidden layers, one name for all or one for each: relu, leaky_relu (0.01), silu, softplus, tanh, gelu,
             sine, half_sine ((sin z + 1)/2). ``name(p)`` sets the slope of leaky_relu, beta of softplus (log(1 + exp(p z))/p) or
             the frequency of the sines (sin(p z)).
@@ -112,7 +113,7 @@ class Options(NamedTuple):
             any number of threads; use a new seed for each training step. (A CUDA graph repeats the seed of its capture.)
         noise_mode: "point" draws eps for each voxel and feature, as in equation 7; each voxel then costs the generation of eps
             and a product of its features with W_1, in forward and again in backward. "texel" adds noise to the texels of the
-            planes at no cost a voxel; neighbouring voxels share it. Extra features get no noise.
+            planes, up to 31, at no cost a voxel; neighbouring voxels share it. Extra features get no noise.
     """
 
     plane_axes: Sequence[tuple[int, int]] = PLANE_AXES

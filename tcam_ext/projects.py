@@ -13,14 +13,15 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tcam_ext import conventions
+from tcam_ext import arguments, conventions
+from tcam_ext.checks import GRIDS
 from tcam_ext.conventions import Convention
 from tcam_ext.ops import decode_grid, decode_points
 from tcam_ext.reference import voxel_coordinates
@@ -44,9 +45,9 @@ class ProjectDecoder(nn.Module):
         fourier: frequencies B (C, n) of Fourier features sin(2 pi x B), cos(2 pi x B) before the first layer, or the name under
             which the decoder has them; None: no Fourier features.
         encoding: function from coordinates (..., 3) to further features (..., E) of the first layer; None: no such features.
+        skips: whether a layer with as many more inputs than the layer below has outputs as there are features reads [features,
+            h]; if not, such a decoder is refused.
         options: further options of every call.
-
-    A layer that is wider than the outputs of the layer before it by the features reads these too, first (``skips``).
 
     Raises:
         ValueError: the decoder has no linear layers, or a state_dict no weights.
@@ -62,6 +63,7 @@ class ProjectDecoder(nn.Module):
         gains: Callable[[Any], tuple[float, float]] | None = None,
         fourier: Tensor | str | None = None,
         encoding: Callable[[Tensor], Tensor] | None = None,
+        skips: bool = False,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -69,14 +71,14 @@ class ProjectDecoder(nn.Module):
             raise ValueError(f"half_width: expected a positive number, got {half_width}")
         self.decoder = decoder if isinstance(decoder, nn.Module) else linears(decoder)
         self.convention, self.finish, self.half_width, self.gains = convention, finish, half_width, gains
-        self.encoding = encoding
+        self.encoding, self.skips = encoding, skips
         self.name = fourier if isinstance(fourier, str) else None
         self.register_buffer("fourier", fourier.detach().clone() if isinstance(fourier, Tensor) else None)
         found = self.layers()
         hidden = len(found) - (fourier is None)
         activation = ("sine", *["relu"] * (hidden - 1)) if fourier is not None else convention.activation
-        skips = tuple(i for i, m in enumerate(found[1:], 1) if m.weight.shape[1] != found[i - 1].weight.shape[0])
-        self.options = {**convention.options, "activation": activation, "skips": skips, **(options or {})}
+        again = tuple(i for i, m in enumerate(found[1:], 1) if m.weight.shape[1] != found[i - 1].weight.shape[0])
+        self.options = {**convention.options, "activation": activation, "skips": again, **(options or {})}
 
     def layers(self) -> list[Any]:
         """The linear layers of the decoder, in order. Raises ValueError if there are none, or one does not follow another."""
@@ -86,7 +88,7 @@ class ProjectDecoder(nn.Module):
         if not found:
             raise ValueError(f"decoder: expected a module with linear layers, got {type(self.decoder).__name__}")
         for i, (a, b) in enumerate(pairwise(found), 1):
-            features = found[0].weight.shape[1] if i < len(found) - 1 else 0  # of skips, to hidden layers
+            features = found[0].weight.shape[1] if self.skips and i < len(found) - 1 else 0
             if b.weight.shape[1] - a.weight.shape[0] not in (0, features):
                 sizes = " and ".join(f"{tuple(m.weight.shape)}" for m in (a, b))
                 raise ValueError(
@@ -153,39 +155,35 @@ class ProjectDecoder(nn.Module):
             planes = planes[None]
         options = {"grid": self.convention.grid, **self.options, **options}
         if self.encoding is not None:
+            if options.get("extra") is not None:
+                raise ValueError("extra: expected None, because the encoding of the position is the extra features")
             options["extra"] = self.encoding(self._voxels(planes, size, options)).movedim(-1, 1)
         out = decode_grid(planes, weights, biases, size, **options)
         return self.finish(list(out) if isinstance(out, tuple) else [out], 1)
 
     def _voxels(self, planes: Tensor | Sequence[Tensor], size: Sequence[int], options: Mapping[str, Any]) -> Tensor:
-        """Coordinates of the voxels of a grid or its box, (B, H, W, D, 3)."""
-        batch = planes[0].shape[0] if not isinstance(planes, Tensor) else planes.shape[0]
-        like = planes[0]
-        box = options.get("box") or [(0, n) for n in size]
-        bounds = torch.as_tensor(options["bounds"] if options.get("bounds") is not None else [(-1.0, 1.0)] * 3)
-        bounds = bounds.to(like.device, torch.float64).expand(batch, 3, 2)
-        axes = [
-            torch.stack(
-                [
-                    voxel_coordinates(box[a][0], box[a][1], size[a], options["grid"] == "corners", bounds[b, a])
-                    for b in range(batch)
-                ]
-            )
-            for a in range(3)
-        ]
-        shape = [batch, *(axis.shape[1] for axis in axes)]
-        spread = [axis.view(batch, *(-1 if a == d else 1 for d in range(3))).expand(shape) for a, axis in enumerate(axes)]
-        return (torch.stack(spread, -1) * self.half_width).to(like.dtype)
+        """Coordinates of the voxels of a grid or its box, (B, H, W, D, 3), float64."""
+        like = planes if isinstance(planes, Tensor) else planes[0]
+        batch, checked = like.shape[0], arguments.size(size)
+        box = arguments.box(options.get("box"), checked)
+        given = options.get("bounds")
+        bounds = arguments.bounds([(-1, 1)] * 3 if given is None else given, batch, 3, like.device)
+        arguments.choice("grid", options["grid"], GRIDS)
+        coordinates = like.new_empty(batch, *(hi - lo for lo, hi in box), 3, dtype=torch.float64)
+        for b in range(batch):
+            for a, (lo, hi) in enumerate(box):
+                axis = voxel_coordinates(lo, hi, checked[a], options["grid"] == "corners", bounds[b, a])
+                coordinates[b, ..., a] = axis.view([-1 if a == d else 1 for d in range(3)])
+        return coordinates * self.half_width
 
 
 def linears(state: Mapping[str, Tensor]) -> nn.ModuleList:
     """Linear layers with copies of the matrices and biases in a state_dict.
 
-    They are in the order of the state_dict, but those whose names differ in numbers alone in the order of these numbers.
+    They are in the order of the state_dict; but where names first differ by a number, its size decides.
     """
     layers = nn.ModuleList()
-    kinds = list(dict.fromkeys(re.sub(r"\d+", "#", name) for name in state))
-    for name in sorted(state, key=lambda n: (kinds.index(re.sub(r"\d+", "#", n)), [int(d) for d in re.findall(r"\d+", n)])):
+    for name in _in_order(state):
         weight = state[name]
         if weight.dim() != 2 or not name.endswith("weight"):
             continue
@@ -200,6 +198,21 @@ def linears(state: Mapping[str, Tensor]) -> nn.ModuleList:
         known = ", ".join(list(state)[:4]) or "none"
         raise ValueError(f"decoder: expected a state_dict with matrices named ...weight, got {known}")
     return layers
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Names in their order; but where two first differ by a number, the smaller one comes first."""
+    seen: dict[tuple[str, ...], dict[str, int]] = {}
+
+    def key(name: str) -> list[int]:
+        tokens = re.findall(r"\d+|\D+", name)
+        places = []
+        for i, token in enumerate(tokens):
+            siblings = seen.setdefault(tuple(tokens[:i]), {})
+            places.append(int(token) if token.isdigit() else siblings.setdefault(token, len(siblings)))
+        return places
+
+    return sorted(names, key=key)
 
 
 def frequencies(source: Source) -> tuple[str | None, Tensor | None]:
@@ -300,7 +313,7 @@ def from_nfd(net: Source, fourier: Tensor | str | None = None) -> ProjectDecoder
 
 
 def _sines(frequencies: int, coordinates: Tensor) -> Tensor:
-    """SemCity's positional encoding: sines, then cosines, of the coordinates times 1, 2, 4, ..., for each frequency in turn."""
+    """SemCity's positional encoding of coordinates x: for f = 0, 1, ...: sin(2^f x), then cos(2^f x)."""
     waves = [wave(2.0**f * coordinates) for f in range(frequencies) for wave in (torch.sin, torch.cos)]
     return torch.cat(waves, -1)
 
@@ -315,4 +328,4 @@ def from_semcity(decoder: Source, frequencies: int = 6) -> ProjectDecoder:
         frequencies: ``pos_num_freq`` of the positional encoding; 0 for a model without it (``pos``).
     """
     encoding = functools.partial(_sines, frequencies) if frequencies else None
-    return ProjectDecoder(decoder, conventions.semcity, _first, encoding=encoding)
+    return ProjectDecoder(decoder, conventions.semcity, _first, encoding=encoding, skips=True)

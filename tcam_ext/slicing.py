@@ -26,7 +26,8 @@ def at_time(
     .. math::
         F_{tx}(t, x) \to F'_{tx}(x) = F_{tx}(t_0, x)
 
-    A plane over a coordinate a of space and t becomes a line over a, a plane with one texel along another coordinate of space.
+    A plane over a coordinate a of space and t becomes a line over a: a plane with one texel along another coordinate of space,
+    along which it is constant.
 
     >>> planes, sampling = tcam_ext.at_time(planes, 0.3, **conventions.kplanes_4d.sampling)
     >>> volume = tcam_ext.decode_grid(planes, weights, biases, (128, 128, 128), grid="corners", **sampling)
@@ -63,9 +64,10 @@ def at_time(
         space = column if row == TIME else row
         rows = plane if row == TIME else plane.mT
         taps = reference.taps(at, rows.shape[2], o.align_corners, o.padding_mode)
-        line = torch.zeros_like(rows[:, :, 0])
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        line = torch.zeros_like(rows[:, :, 0], dtype=wide)
         for texel, weight in ((taps.below, taps.w_below), (taps.above, taps.w_above)):
-            line = line + weight.to(rows.dtype).view(-1, 1, 1) * rows[torch.arange(batch, device=device), :, texel]
-        sliced.append(line.unsqueeze(2))
+            line = line + weight.to(wide).view(-1, 1, 1) * rows[torch.arange(batch, device=device), :, texel].to(wide)
+        sliced.append(line.unsqueeze(2).to(rows.dtype))
         pairs.append(((space + 1) % 3, space))
     return sliced, {**options, "plane_axes": tuple(pairs)}

@@ -32,9 +32,9 @@ inline __attribute__((always_inline)) void AMX::begin() {
 }
 inline __attribute__((always_inline)) void AMX::end() { _tile_release(); }
 
-// The sums of a block: tiles 0 to 3.
+// The sums of a block: tiles 0 to 3 of the thread, so that one object may be in use at a time.
 struct AMX::Tiles {
-  // Rows of 32 reals, `pitch` reals apart; 0: all rows are equal.
+  // Rows of 32 reals, `pitch` reals apart; with pitch 0 every row is the one at `from`.
   TCAM_INLINE void load(const float* from, long pitch) {
     _tile_loadd(0, from, pitch * 4);
     _tile_loadd(1, from + 16, pitch * 4);

@@ -5,8 +5,8 @@
 namespace tcam {
 
 // W_1 as blocks of columns, one for each matrix of features that it multiplies: those of a group of planes; then the extra
-// features, TCAM_MAX_WIDTH at a time. Each block has `chunks` partial sums of its gradient, the bias
-// has `bias_rows`; a caller adds to a chunk or row from one thread at a time, in a fixed order.
+// features, TCAM_MAX_WIDTH at a time. Each block has `chunks` partial sums of its gradient, the bias has `bias_rows`; a caller
+// adds to a chunk or row from one thread at a time, in a fixed order.
 template <class Real>
 class FirstWeights {
  public:

@@ -66,7 +66,7 @@ const InstructionSet& choose() {
 #endif
   const char* wanted = getenv("TCAM_CPU_ISA");
   for (const Candidate& c : candidates)
-    if (c.runs() && (!wanted || !*wanted || !strcmp(wanted, c.set.name))) return c.set;
+    if ((!wanted || !*wanted || !strcmp(wanted, c.set.name)) && c.runs()) return c.set;  // asked only for what is wanted
   for (const Candidate& c : candidates)  // TCAM_CPU_ISA names an unknown or unavailable set: info.py says so
     if (c.runs()) return c.set;
   __builtin_unreachable();

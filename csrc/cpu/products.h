@@ -103,7 +103,7 @@ TCAM_INLINE void add_outer(long words, long n, long m, const typename N::Word* d
     }
 }
 
-// The same in tiles, with rows of delta, `words` apart, for each channel (gather_columns).
+// The same in tiles. `delta` has a row of words for each channel (gather_columns), delta_pitch words apart.
 template <class N, long pitch>
 TCAM_INLINE void add_outer_tiles(long words, long n, long m, const typename N::Word* delta, long delta_pitch,
                                  const typename N::Word* h, typename N::Real* grad, long grad_pitch) {

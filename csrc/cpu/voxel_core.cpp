@@ -2,7 +2,7 @@
 // rules of simd.h.
 //
 // A tile is up to 96 voxels (rows) by one layer's width (columns), kept in L1 and L2 with a fixed row pitch. A layer multiplies
-// the tile by a packed matrix in register blocks of 6 rows (AVX-512: 12) x 2 vectors, and activates a block before storing it.
+// the tile by a packed matrix in blocks of 6 rows (AVX-512: 12; AMX: 32) x 2 vectors, and activates a block before storing it.
 // The problem alone fixes the order of every sum: along the contraction for a product, by ascending voxel for a gradient.
 #include "normals.h"
 #include "texels.h"
@@ -106,8 +106,8 @@ __attribute__((noinline)) static void add_features(const Maps& maps, const Walk&
     }
 }
 
-// The activations of layers 1..layers-1 for a tile of `count` voxels; rows from count on are zero. With one layer, z receives
-// the pre-activation.
+// The activations of layers 1..layers-1 for a tile of `count` voxels. Rows from count on are zero in layer 1, and what follows
+// from that above it. With one layer, z receives the pre-activation.
 template <class N, long pitch>
 TCAM_INLINE void hidden_layers(const Decoder& d, const Maps& maps, const Walk& walk, long count, long rows,
                                Scratch<N, pitch>& s, bool backward) {
@@ -390,7 +390,7 @@ template <class N>
 static double spin(long iterations, void* sink) {
   if constexpr (N::group > 1) {
     N::begin();
-    const typename N::Word zero[16] = {};
+    const typename N::Word zero[8 * N::group] = {};
     typename N::Tiles tiles;
     tiles.clear();
     for (long i = 0; i < iterations; ++i) tiles.multiply(zero, 0, zero, 0, 8 * N::group);

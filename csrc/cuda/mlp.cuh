@@ -91,7 +91,8 @@ class Mlp {
   Context<Real>& c;
   const tcam_problem& p;
   int64_t most_ = 0;  // voxels of the largest region
-  // z_[l]: z_l; in forward, odd and even layers share one array each. delta_[l & 1]: delta_l. delta_1_: delta_[1], or its own.
+  // z_[l]: z_l; in forward, odd and even layers share one array each, but z_1 with skips has its own. delta_[l & 1]: delta_l;
+  // delta_1_: delta_[1], or with skips an array of its own.
   Real *z_[TCAM_MAX_LAYERS + 1] = {}, *delta_[2] = {}, *delta_1_ = nullptr;
   double* losses_ = nullptr;  // (most_)
   Real *weight_partials_[TCAM_MAX_LAYERS + 1] = {}, *bias_partials_[TCAM_MAX_LAYERS + 1] = {};

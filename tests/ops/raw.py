@@ -147,6 +147,8 @@ class Kernels:
         problem.width[: len(widths)] = widths
         problem.layers = len(p.weights)
         problem.first_width = p.weights[0].shape[0] if p.weights else 0
+        for layer, row in o.get("skips", ()):  # of the first weights, which have the rows of these layers
+            problem.width[1], problem.skip[layer] = p.weights[1].shape[1], row
         hidden = max(len(p.weights) - 1, 0)
         for layer, name in enumerate(activations.hidden_layers(o["activation"], hidden)):
             problem.activation[layer] = Activation(*activations.hidden("activation", name)[:2])

@@ -69,7 +69,11 @@ def valid(rng):
     batch = rng.randint(1, 2)
     planes = [torch.randn(batch, c, texels[a], texels[b], dtype=dtype) for a, b in pairs]
     weights = [torch.randn(n[i + 1], n[i], dtype=dtype) for i in range(len(widths))]
-    biases = [rng.choice([None, torch.randn(m, dtype=dtype)]) for m in widths]
+    rows, skips = widths[0], []
+    if len(widths) == 3 and rng.random() < 0.7:  # the second layer reads the features too
+        skips, rows = [(2, 32)], 32 + widths[1]
+        weights[0] = torch.randn(rows, n[0], dtype=dtype)
+    biases = [rng.choice([None, torch.randn(m, dtype=dtype)]) for m in [rows, *widths[1:]]]
     size = [rng.randint(1, 5) for _ in range(3)]
     box = []
     for s in size:
@@ -80,6 +84,7 @@ def valid(rng):
         plane_axes=pairs,
         reduce=reduce,
         groups=groups,
+        skips=skips,
         size=size,
         box=box,
         corners=rng.random() < 0.5,

@@ -21,7 +21,7 @@ from tcam_ext.activations import ACTIVATIONS
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 CXX = os.environ.get("CXX") or shutil.which("c++")
-pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
+pytestmark = [pytest.mark.skipif(CXX is None, reason="no C++ compiler"), pytest.mark.timeout(900)]
 
 
 EMULATIONS = {"avx512bf16": ["-DTCAM_EMULATE_BF16=1"], "amx": ["-DTCAM_EMULATE_BF16=1", "-DTCAM_EMULATE_AMX=1"]}
@@ -85,6 +85,28 @@ def test_values_and_gradients(kernels, shape, activation, name, compute):
     grad = torch.randn_like(out) * trusted
     want = torch.autograd.grad(out, exact.tensors, grad)
     assert problems.gradient_error(kernels.backward(p32, grad.float(), compute), list(want)) < problems.GRADIENT_LIMIT[name]
+
+
+@pytest.mark.parametrize(("name", "compute"), [("float32", 0), ("bfloat16", 3)])
+def test_layers_that_read_the_features(kernels, name, compute):
+    """The rows of layer 3 for the features follow those of layer 1, from row 64 on."""
+    p = problems.make(channels=5, texels=(4, 5, 6), widths=(84, 33, 20, 2), size=(7, 6, 9), activation="tanh", batch=2)
+    p.weights[0][40:64], p.biases[0][40:] = 0, 0
+    p.weights[1] = torch.randn(33, 40, dtype=torch.float64) / 40**0.5
+    leaves = p.to(torch.float64, requires_grad=True)
+    first, second, third, last = leaves.weights
+    weights = [first[:40], second, torch.cat((first[64:], third), 1), last]
+    biases = [leaves.biases[0][:40], leaves.biases[1], leaves.biases[2] + leaves.biases[0][64:], leaves.biases[3]]
+    want = reference.decode_grid(leaves.planes, weights, biases, p.size, activation="tanh", skips=(2,))
+    p.options["skips"] = [(3, 64)]
+    p32 = p.to(torch.float32)
+    assert problems.relative(kernels.forward(p32, compute), want) < problems.FORWARD_LIMIT[name]
+    grad = torch.randn_like(want)
+    want_grads = list(torch.autograd.grad(want, leaves.tensors, grad))
+    grads = kernels.backward(p32, grad.float(), compute)
+    at = len(p.planes)  # the gradients of rows of no layer are those of an unused sum
+    grads[at][40:64], want_grads[at][40:64] = 0, 0
+    assert problems.gradient_error(grads, want_grads) < problems.GRADIENT_LIMIT[name]
 
 
 def test_bfloat16_gradients_are_as_good_as_torchs_own(kernels, capsys):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pickle
 
+import numpy as np
 import problems
 import pytest
 import torch
 from peers import DOUBLE, Eg3d, Nfd, OpenLrm, SemCity, TripoSr
 from torch import nn
 
+from tcam_ext import projects
 from tcam_ext.nn import from_eg3d, from_nfd, from_openlrm, from_semcity, from_triposr
 
 
@@ -92,6 +94,30 @@ def test_numbers_order_the_layers_of_a_state_dict():
     planes, xyz = torch.randn(1, 3, 40, 6, 6, dtype=DOUBLE), torch.rand(1, 7, 3, dtype=DOUBLE) - 0.5
     for a, b in zip(results(from_triposr(state)(planes, xyz)), results(decoder(planes, xyz)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_layers_of_blocks_stay_together():
+    names = [f"blocks.{i}.{part}.weight" for i in (10, 0, 2) for part in ("into", "from")]
+    want = [f"blocks.{i}.{part}.weight" for i in (0, 2, 10) for part in ("into", "from")]
+    assert list(projects._in_order(names)) == want
+    names = ["second.2.weight", "first.2.weight", "second.0.weight", "first.0.weight"]
+    assert projects._in_order(names) == ["second.0.weight", "second.2.weight", "first.0.weight", "first.2.weight"]
+
+
+def test_encoded_grids_check_their_arguments():
+    mine, planes = from_semcity(SemCity()), torch.randn(1, 3, 64, 4, 4, dtype=DOUBLE)
+    whole = mine.grid(planes, (4, 5, 6), bounds=[(-0.5, 0.7)] * 3)
+    part = mine.grid(planes, (4, 5, 6), bounds=[(-0.5, 0.7)] * 3, box=np.array([[1, 3], [0, 5], [2, 6]]))
+    torch.testing.assert_close(part, whole[:, :, 1:3, :, 2:], rtol=1e-12, atol=1e-12)
+    for change, message in (
+        ({"size": (4, 4)}, "size"),
+        ({"bounds": [(0, 1)]}, "bounds"),
+        ({"box": ((0, 9), (0, 1), (0, 1))}, r"box\[0\]"),
+        ({"extra": torch.zeros(1, 36, 4, 5, 6)}, "extra"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mine.grid(planes, **{"size": (4, 5, 6), **change})
+    assert mine.grid(planes[:0], (4, 5, 6)).shape == (0, 20, 4, 5, 6)
 
 
 def test_frequencies_that_change_later_are_used():

@@ -112,9 +112,24 @@ def test_all_layers_read_the_same_noise(impl, noise_mode):
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_other_types_of_products(dtype, limit):
-    p = make((1, 3), widths=(64, 96, 64, 40, 2))
-    got = p.to(torch.float32).call(tcam_ext.decode_grid, compute_dtype=dtype)
-    assert problems.relative(got, p.call(tcam_ext.decode_grid, impl="reference")) < limit
+    p = make((1, 3), widths=(64, 96, 64, 40, 2)).to(torch.float64, requires_grad=True)
+    mine = p.to(torch.float32, requires_grad=True)
+    got, want = mine.call(tcam_ext.decode_grid, compute_dtype=dtype), p.call(tcam_ext.decode_grid, impl="reference")
+    assert problems.relative(got, want) < limit
+    grad = torch.randn_like(want)
+    grads, want_grads = torch.autograd.grad(got, mine.tensors, grad.float()), torch.autograd.grad(want, p.tensors, grad)
+    assert problems.gradient_error(list(grads), list(want_grads)) < 10 * limit
+
+
+def test_compiles_without_graph_breaks():
+    p = make((1, 3)).to(torch.float32, requires_grad=True)
+
+    def loss(planes, weights, biases):
+        return tcam_ext.decode_grid(planes, weights, biases, p.size, **p.options).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    results = [torch.autograd.grad(f(p.planes, p.weights, p.biases), p.tensors) for f in (loss, compiled)]
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 def test_boxes_and_threads_keep_the_bits():
@@ -149,7 +164,7 @@ def test_bad_input(skips, kind, message):
 
 def test_wide_layers_are_refused_with_advice():
     p = make((1,), widths=(300, 300, 1))
-    with pytest.raises(ValueError, match=r'skips.*512 rows.*620; impl="reference"'):
+    with pytest.raises(ValueError, match=r'skips.*512 outputs.*620; impl="reference"'):
         p.call(tcam_ext.decode_grid)
     assert p.call(tcam_ext.decode_grid, impl="reference").isfinite().all()
 
