@@ -98,14 +98,15 @@ CRASH = "import sys\nif '--worker' in sys.argv:\n    from tcam_ext import librar
     ("fault", "why"),
     [
         ("__import__('os').kill(__import__('os').getpid(), 11)", "exit status -11"),
-        ("__import__('time').sleep(100)", "no output for 3 s"),
+        ("__import__('time').sleep(100)", "no output for 6 s"),
         ("1 / 0", "ZeroDivisionError"),
         ("a[0].new_full(a[0].shape, 0.5, dtype=__import__('torch').float32)", None),
     ],
 )
 def test_a_kernel_that_crashes_hangs_raises_or_errs_fails_and_the_others_go_on(tmp_path, fault, why):
     fault = CRASH.format(fault)
-    text, rows = run(tmp_path, "--tiny", "--only", "no", "--case-seconds", "3", fault=fault, status=1)
+    seconds = "6" if why and why.startswith("no output") else "60"
+    text, rows = run(tmp_path, "--tiny", "--only", "no", "--case-seconds", seconds, fault=fault, status=1)
     verdicts = {}
     for row in rows:
         if "error" in row:

@@ -137,10 +137,12 @@ def rate_picture(rows: list[of.Row], rivals: list[of.Row]) -> bytes:
         if points:
             x, y = [r["latents"] / voxels for r in points], [r["figures"]["psnr"]["mean"] for r in points]
             axis.plot(x, y, "s", label=f"{of.TITLES[name]}, measured")
+    ratios = [r["ratio"] for r in rows] + [p["latents"] / p["voxels"] for p in PUBLISHED]
     for p in PUBLISHED:
-        axis.plot(p["latents"] / p["voxels"], p["psnr"], "x", color="grey")
-        label = f"{p['model']}, {p['data']}"
-        axis.annotate(label, (p["latents"] / p["voxels"], p["psnr"]), fontsize=6, xytext=(4, 4), textcoords="offset points")
+        ratio, label = p["latents"] / p["voxels"], f"{p['model']}, {p['data']}"
+        axis.plot(ratio, p["psnr"], "x", color="grey")
+        left, side = (-4, "right") if 2 * ratio > min(ratios) + max(ratios) else (4, "left")  # towards the middle
+        axis.annotate(label, (ratio, p["psnr"]), fontsize=6, xytext=(left, 4), textcoords="offset points", ha=side)
     axis.plot([], [], "x", color="grey", label="published, on other data: not comparable")
     axis.set_xlabel("latents per voxel")
     axis.set_ylabel("PSNR of training volumes, dB")
