@@ -79,7 +79,7 @@ T between(const char* name, T value, T least, T most) {
 // The arguments that are not tensors, set by library.py. Call fills in the fields of `problem` that follow from the tensors.
 struct Options {
   tcam_problem problem{};
-  std::vector<std::pair<int, int>> plane_axes;     // row axis < column axis of each plane
+  std::vector<std::pair<int, int>> plane_axes;     // row axis and column axis of each plane
   std::vector<int> groups;                         // the number of planes of each group
   Sizes size, box;                                 // of a grid
   std::vector<std::pair<int, double>> activation;  // of each hidden layer: kind, parameter
@@ -120,6 +120,9 @@ class Call {
     p_.grad_decoder = p_.grad_decoder && p_.layers;
     p_.grad_points = p_.grad_points && p_.points >= 0;
     p_.grad_extra = p_.grad_extra && p_.extra;
+    for (int q = 0; q < p_.plane_count && device_.type == device_cuda && p_.points < 0; ++q)
+      if (p_.planes[q].row_axis > p_.planes[q].column_axis)
+        throw py::value_error("plane_axes: expected row axis < column axis for a grid on CUDA");
     empty_ = product(out_shape()) == 0;
   }
 
@@ -139,8 +142,7 @@ class Call {
     if (empty_) return "nothing to decode";
     tcam_problem p = p_;
     if (output == 2) p.grad_planes = 1, p.grad_decoder = p.layers > 0;
-    std::string text = p_.points >= 0 ? "points: " : "maps over pairs of axes: ";
-    if (const char* why = p_.points < 0 ? not_separable(p_) : nullptr) text = std::string("voxel by voxel, as ") + why + ": ";
+    std::string text = (p_.points >= 0 ? std::string("points") : grid_way(shared_limit == 0)) + ": ";
     if (shared_limit == 0) {
       text += std::string("compiled for ") + tcam_cpu_isa() + ", ";
       if (p_.compute == TCAM_BF16 && tcam_cpu_has_bf16()) return text + "bfloat16 products";
@@ -200,6 +202,20 @@ class Call {
   }
 
  private:
+  // How a grid is decoded, and why not through maps.
+  std::string grid_way(bool cpu) const {
+    const char* why = not_separable(p_);
+    if (!why) {
+      int sampled = 0;
+      for (int q = 0; cpu && q < p_.plane_count; ++q) sampled += samples_first(p_, q);
+      const std::string planes = std::to_string(sampled) + " of " + std::to_string(p_.plane_count) + " planes";
+      return "maps over pairs of axes" + (sampled ? ", " + planes + " sampled before they are multiplied by W_1" : "");
+    }
+    const char* more = nullptr;
+    if (cpu && multiplies_maps(p_, &more)) return "maps over pairs of axes, multiplied";
+    return std::string("voxel by voxel, as ") + why + (more ? std::string(" and ") + more : "");
+  }
+
   std::array<py::object, 7> kept_;
   tcam_problem p_;
   std::vector<Tensor> planes_, weights_, biases_;
@@ -230,8 +246,8 @@ class Call {
       if (rows < 1 || columns < 1 || rows > INT32_MAX || columns > INT32_MAX)
         throw py::value_error(name + ": expected 1 to 2^31 - 1 texels on each axis");
       const auto [row_axis, column_axis] = o.plane_axes[q];
-      if (row_axis < 0 || column_axis <= row_axis || column_axis >= p_.axes)
-        throw py::value_error("plane_axes: expected 0 <= row axis < column axis < axes");
+      if (std::min(row_axis, column_axis) < 0 || row_axis == column_axis || std::max(row_axis, column_axis) >= p_.axes)
+        throw py::value_error("plane_axes: expected two different axes of 0 to axes - 1 for each plane");
       p_.planes[q] = {row_axis, column_axis, group[q], rows, columns};
       plane_data_.push_back(t.data);
     }

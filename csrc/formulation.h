@@ -1,4 +1,4 @@
-// The choice of how a problem is computed, the same on every device.
+// The choices of how a problem is computed, the same on every device unless they say that they are for CPUs.
 #pragma once
 #include "problem.h"
 
@@ -33,6 +33,32 @@ inline const char* not_separable(const tcam_problem& p) {
   return nullptr;
 }
 inline bool walks_points(const tcam_problem& p) { return p.points >= 0 || not_separable(p); }
+
+// Whether a CPU decodes a grid whose planes are multiplied through maps of sampled features, which the voxel loop multiplies;
+// `why`: the reason why it does not.
+inline bool multiplies_maps(const tcam_problem& p, const char** why = nullptr) {
+  if (p.points >= 0 || p.reduce != TCAM_PRODUCT) return false;
+  const char* reason = nullptr;
+  if (!p.layers) reason = "there are no layers";
+  if (p.extra > 0) reason = "voxels have extra features";
+  if (p.noise_std != 0) reason = "every voxel has its own noise";
+  if (p.layers && p.first_width != p.width[1]) reason = "layers above the first read the features";
+  if (p.group_count * p.channels > TCAM_MAX_WIDTH) reason = "the products have more than 512 features";
+  if (why) *why = reason;
+  return !reason;
+}
+// Numbers of a row of a grid's maps on a CPU: of z_1, or where the maps are multiplied, of the features.
+inline int64_t map_width(const tcam_problem& p) { return multiplies_maps(p) ? p.group_count * p.channels : p.first_width; }
+// Whether a plane of a grid is sampled on a CPU before its samples are multiplied by W_1, instead of projected first: if that
+// takes less time. The voxels of the whole grid count, so that all of its boxes are computed alike.
+inline bool samples_first(const tcam_problem& p, int plane) {
+  const tcam_plane& q = p.planes[plane];
+  const double texels = static_cast<double>(q.rows) * static_cast<double>(q.columns);
+  const double rows = static_cast<double>(p.size[q.row_axis]) * static_cast<double>(p.size[q.column_axis]);
+  const double c = static_cast<double>(p.channels), n1 = static_cast<double>(p.first_width);
+  constexpr double sample = 24, spread = 4;  // multiply-adds in the time of a sampled feature, of a sampled projection
+  return rows * (sample * c + c * n1) < texels * c * n1 + rows * spread * n1;
+}
 
 // Whether decode_loss computes gradients and needs the workspace of backward.
 inline bool loss_wants_gradients(const tcam_problem& p) { return p.grad_planes || p.grad_decoder || p.grad_extra; }

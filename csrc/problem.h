@@ -40,7 +40,8 @@ typedef struct {
   double parameter;
 } tcam_activation;
 
-// A plane (B, C, rows, columns) with the coordinates that select its row and its column, row_axis < column_axis, and its group.
+// A plane (B, C, rows, columns) with the coordinates that select its row and its column, and its group. For grids on CUDA
+// row_axis < column_axis.
 // Groups are numbered from 0 in ascending order, so that the planes of a group follow one another.
 typedef struct {
   int32_t row_axis, column_axis, group;
@@ -81,8 +82,9 @@ typedef struct {
   O(uint64_t, noise_seed, 0, 0, UINT64_MAX) /* keys also contain the object, and the voxel in the whole grid or the */   \
                                             /* point in its object (see tcam_inputs) */                                  \
   F(int32_t, dtype) /* of planes, weights, biases, coordinates and their gradients: TCAM_F32 or TCAM_F64 */              \
-  O(int32_t, compute, TCAM_F32, TCAM_F32, TCAM_TF32)   /* of products above layer 1: as dtype, or TCAM_BF16, */          \
-                                                       /* TCAM_F16 or TCAM_TF32 with TCAM_F32 */                         \
+  O(int32_t, compute, TCAM_F32, TCAM_F32, TCAM_TF32)   /* of products above layer 1 (or also of layer 1: */              \
+                                                       /* grid_product.h): as dtype, or with TCAM_F32 TCAM_BF16, */      \
+                                                       /* TCAM_F16 or TCAM_TF32 */                                       \
   O(int32_t, out_dtype, TCAM_F32, TCAM_F32, TCAM_BF16) /* of the volume and of its gradient */                           \
   O(int32_t, grad_planes, 0, 0, 1)                     /* backward only: the gradients to compute */                     \
   O(int32_t, grad_decoder, 0, 0, 1)                                                                                      \

@@ -101,16 +101,18 @@ def _canonical(
     """The tensors as the kernels take them (planes, weights, biases), the numbers of planes and of weights, the options, and
     the extra features.
 
-    In this form rows run over the lower axis, and the first layer reads one plane after the other.
+    In this form the first layer reads one plane after the other, and for grids on CUDA rows run over the lower axis.
     """
     mlp, extra = request.mlp, request.where.extra
     planes = with_texel_noise(request.planes, mlp.noise, library.normals)
     extra = None if extra is None else extra.to(planes.tensors[0].dtype)
     tensors, axes = [], []
     weights, biases, skips = _first_matrix(mlp)
+    ordered = isinstance(request.where, checks.Grid) and planes.tensors[0].device.type != "cpu"
     for p, (row, column) in zip(planes.tensors, planes.plane_axes, strict=True):
-        tensors.append(p if row < column else p.mT)
-        axes += sorted((row, column))
+        swap = ordered and row > column
+        tensors.append(p.mT if swap else p)
+        axes += [column, row] if swap else [row, column]
     count = len(tensors)
     if planes.reduce == "concat_channel_major" and weights:
         first, rest = weights[0][:, : planes.features], weights[0][:, planes.features :]

@@ -84,7 +84,7 @@ class Options(NamedTuple):
             Pairs may repeat, also swapped. :mod:`tcam_ext.conventions` has the pairs of other projects.
         reduce: the first layer reads the planes' features one plane after the other ("concat"), one channel after the other
             ("concat_channel_major", feature c P + p), or their "sum", "mean" or product ("prod"). The product does not commute
-            with the first layer: features are gathered and multiplied by W_1 at each voxel, as in :func:`decode_points`.
+            with the first layer: each point's or voxel's product is multiplied by W_1.
         groups: numbers of planes, which follow one another, to be added or multiplied ("sum", "mean", "prod") apart: the first
             layer reads the features of one group after the other. None: all planes are one group. K-Planes at two scales are
             six planes with reduce="prod" and groups=(3, 3). Planes may differ in size, not in channels.
@@ -102,7 +102,9 @@ class Options(NamedTuple):
             half_sine ((sin(p z) + 1)/2); ``name(p)``.
         compute_dtype: of the products above the first layer: a floating dtype or "tf32". None: autocast's dtype under autocast,
             else the dtype of the planes. Sums are always in float32 or float64. On a CPU, bfloat16 uses bfloat16 products if
-            the machine has them (AMX or AVX512_BF16), else float32; float16 and "tf32" use float32. On CUDA, fused kernels
+            the machine has them (AMX or AVX512_BF16), else float32; float16 and "tf32" use float32. On a CPU it also holds for
+            the first layer of a grid whose planes are multiplied, unless :func:`explain` says that the grid is decoded voxel by
+            voxel. On CUDA, fused kernels
             with bfloat16 or float16 products serve relu decoders with 3 to 5 layers, hidden widths up to 128 and C_out up to 4
             (gradients with widths above 64 need up to 216 KB of shared memory a block: Hopper, B200). Other decoders use
             TensorFloat-32 products, which round as float16 does; :func:`explain` tells which kernels a call uses, and why. None

@@ -1,10 +1,11 @@
-// The ops on the CPU. A Decode has a first layer, Grid (grid.h) or Points (points.h), and an MLP (mlp.h). It runs the loop over
-// rounds, pieces and blocks.
+// The ops on the CPU. A Decode has a first layer, Grid (grid.h), ProductGrid (grid_product.h) or Points (points.h), and an MLP
+// (mlp.h). It runs the loop over rounds, pieces and blocks.
 #include "decode.h"
 
 #include <chrono>
 
 #include "grid.h"
+#include "grid_product.h"
 #include "points.h"
 
 namespace tcam {
@@ -12,8 +13,8 @@ namespace {
 
 // A round is one object of a grid, or all points at once. A piece is a part of a round that is processed at a time (a slab of a
 // grid, a wave of points), and is cut into blocks that threads take. In each block, First::forward_block prepares what
-// First::maps points to, the MLP runs the voxel loop over it, and First::backward_block continues from the gradient of z_1, the
-// first layer before its activation.
+// First::maps points to, the MLP runs the voxel loop over it, and First::backward_block continues from the gradient of what the
+// maps hold: z_1, or the features.
 template <class First>
 class Decode {
   using Real = typename First::Real;
@@ -55,7 +56,7 @@ class Decode {
       }
       first_.begin(in, round);
       mlp_.clear_losses();
-      first_.begin_gradients();
+      first_.begin_gradients(to);
       first_.each_piece([&](const auto& piece) {
         const Volume volume = volume_of(const_cast<void*>(out), objective, round, piece);
         const Maps maps = first_.maps(piece);
@@ -109,6 +110,10 @@ auto with_decode(const tcam_problem& problem, bool backward, void* workspace, F 
   Carver ws(workspace);
   auto run = [&](auto real) {
     using Real = decltype(real);
+    if (multiplies_maps(problem)) {
+      Decode<ProductGrid<Real>> decode(problem, backward, ws);
+      return f(decode, ws);
+    }
     if (walks_points(problem)) {
       Decode<Points<Real>> decode(problem, backward, ws);
       return f(decode, ws);

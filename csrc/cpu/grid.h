@@ -1,222 +1,209 @@
 // The first layer of a grid on the CPU, for planes that are concatenated or added, so that the first layer separates into maps
-// over pairs of axes.
+// over pairs of axes: z_1 = A + B + G. Planes over the same pair of axes add up in one map.
 //
-// Forward projects each plane (its texels times the plane's block of W_1), then samples the projected planes into the maps
-// A (i, j), B (j, k) and G (i, k), one slab of i at a time; planes over the same pair of axes add up in one map. The voxel loop
-// reads z_1 = A + B + G, in blocks of (j, k). Backward walks the same blocks. Each adds its sums of z_1's gradient to maps of
-// its own; these are combined in block order, spread to the texels, and multiplied by W_1 for the gradients of the planes.
+// Sampling and the product with W_1 commute. A plane is either projected, its texels times its block of W_1, and then sampled,
+// or, if its texels are many for the grid, sampled and then projected. Backward takes the adjoint steps in reverse order.
 #pragma once
-#include <cmath>
-
-#include "../formulation.h"
-#include "../maths/bilinear.h"
 #include "first_weights.h"
+#include "grid_maps.h"
 
 namespace tcam {
 
-constexpr long texel_chunks = 16;  // chunks of a plane's texels in project and unproject; fixed, so that sums have one order
-
-// The partition of a grid into slabs of i, and of a slab into blocks of (j, k). It depends on the problem alone.
-struct Partition {
-  static constexpr long max_bytes = 32l << 20;  // bytes of a slab's maps and of their gradients
-  long n[3];                                    // voxels of the box along i, j, k
-  long slab, j_chunks, k_chunks;                // i of a slab; ranges of j and of k, whose pairs are the blocks
-
-  Partition(const tcam_problem& p, bool backward) {
-    for (int d = 0; d < 3; ++d) n[d] = p.hi[d] - p.lo[d];
-    const long voxels = n[0] * n[1] * n[2];
-    const long wanted = std::min<long>(std::max<long>(voxels / 2048, 1), backward ? 64 : 1024);
-    const long side = std::max<long>(1, std::lround(std::sqrt(static_cast<double>(wanted))));
-    j_chunks = std::max<long>(1, std::min(n[1], side));
-    k_chunks = std::max<long>(1, std::min(n[2], wanted / j_chunks));
-    j_chunks = std::max<long>(1, std::min(n[1], wanted / k_chunks));
-    const Engine& real = pick_engine(p.dtype == TCAM_F64 ? 1 : 0);
-    const long row = round_up(p.first_width, real.columns) * real.real_bytes;
-    long per_i = (n[1] + n[2]) * row;
-    if (backward) per_i += (k_chunks * n[1] + j_chunks * n[2]) * row;
-    slab = std::max<long>(1, std::min(n[0], max_bytes / std::max<long>(per_i, 1)));
-  }
-};
+constexpr long texel_chunks = 16;  // chunks of a plane's texels or of a map's rows; fixed, so that sums have one order
 
 template <class Real_>
-class Grid {
+class Grid : public GridMaps<Real_> {
  public:
   using Real = Real_;
+  using Base = GridMaps<Real>;
+  using typename Base::Piece;
 
-  // The number of blocks of a slab.
-  static long blocks(const tcam_problem& problem, bool backward) {
-    const Partition w(problem, backward);
-    return w.j_chunks * w.k_chunks;
-  }
-
-  Grid(const Mlp<Real>& mlp, Carver& ws) : m(mlp), p(m.p), w(p, m.backward), weights(m, texel_chunks, w.n[1], ws) {
-    for (int q = 0; q < p.plane_count; ++q) {
-      const tcam_plane& s = p.planes[q];
-      const int map = s.row_axis + s.column_axis == 1 ? 0 : s.row_axis == 1 ? 1 : 2;
-      char* projected = ws.take(m.row_bytes(s.rows * s.columns));
-      planes.push_back(
-          {map, s.row_axis, s.column_axis, s.rows, s.columns, plane_scale(p, q), {}, {}, projected, nullptr, nullptr});
+  Grid(const Mlp<Real>& mlp, Carver& ws) : Base(mlp, ws), weights(m, texel_chunks, w.n[1], ws) {
+    for (const GridPlane<Real>& q : planes) {
+      Steps s;
+      s.sample_first = samples_first(p, q.number);
+      const long reals = p.channels * this->capacity(q.map);
+      if (s.sample_first)
+        s.features = ws.array<Real>(reals);
+      else
+        s.projected = ws.take(m.row_bytes(q.texels()));
+      if (m.backward && s.sample_first) s.grad_features = ws.array<Real>(reals);
+      if (m.backward && !s.sample_first) {
+        s.grad_projected = ws.take(m.row_bytes(q.texels()));
+        s.grad_rows = ws.take(m.row_bytes(q.x_texels() * w.n[q.y_axis]));
+      }
+      steps.push_back(s);
     }
-    a = ws.take(m.row_bytes(w.slab * w.n[1]));
-    b = ws.take(m.row_bytes(w.n[1] * w.n[2]));
-    g = ws.take(m.row_bytes(w.slab * w.n[2]));
-    if (!m.backward) return;
-    for (Plane& q : planes) {
-      q.grad_projected = ws.take(m.row_bytes(q.texels()));
-      q.grad_rows = ws.take(m.row_bytes(q.rows * w.n[q.column_axis]));
-    }
-    da = ws.take(m.row_bytes(w.k_chunks * w.slab * w.n[1]));
-    db = ws.take(m.row_bytes(w.n[1] * w.n[2]));
-    dg = ws.take(m.row_bytes(w.j_chunks * w.slab * w.n[2]));
   }
 
-  struct Piece {  // a slab: i0 to i0 + ni
-    long i0, ni;
-  };
-  template <class F>
-  void each_piece(F f) {
-    for (long i0 = 0; i0 < w.n[0]; i0 += w.slab) f(Piece{i0, std::min(w.slab, w.n[0] - i0)});
-  }
-
-  long rounds() const { return static_cast<long>(p.batch); }
   void pack(const tcam_inputs& in) { weights.pack(in); }
   void clear_gradients() { weights.clear_gradients(); }
   void write_gradients(const tcam_gradients& to, long object) const { weights.write_gradients(to, object); }
 
-  // Projects an object's planes and samples the map B.
+  // Projects an object's planes and computes the map B.
   void begin(const tcam_inputs& in, long object) {
-    if (in.bounds || object == 0) place(in.bounds ? in.bounds + object * 6 : nullptr);
+    in_ = &in;
+    object_ = object;
+    this->place(in, object);
     const long chunks = weights.chunks;
     parallel_for(p.plane_count * chunks, m.threads, [&](long task, int thread) {
-      const Plane& q = planes[static_cast<size_t>(task / chunks)];
-      const Range s = chunk(q.texels(), chunks, task % chunks);
-      m.real.project(features(q, in.planes[task / chunks], object), s.lo, s.hi,
-                     weights.weights(weights.block_of(task / chunks)), m.n1, q.projected, m.stride, false, m.scratch(thread));
+      const GridPlane<Real>& q = plane(task / chunks);
+      if (steps_of(q).sample_first) return;
+      each_run(q, task % chunks, [&](Range s) {
+        m.real.project(texels_of(q, in_->planes[q.number]), s.lo, s.hi, weights.weights(weights.block_of(q.number)), m.n1,
+                       steps_of(q).projected, m.stride, false, m.scratch(thread));
+      });
     });
-    parallel_for(w.n[1], m.threads, [&](long j, int) { map_row(1, j, w.n[2], nullptr, b + m.row_bytes(j * w.n[2])); });
+    sample([](int map) { return map == 1; }, 0, w.n[1]);
+    parallel_for(w.n[1], m.threads, [&](long j, int thread) { map_row(1, j, j, nullptr, thread); });
   }
-  void begin_gradients() {
-    zero(db, m.row_bytes(w.n[1] * w.n[2]), m.threads);
-    for (Plane& q : planes) zero(q.grad_rows, m.row_bytes(q.rows * w.n[q.column_axis]), m.threads);
+  void begin_gradients(const tcam_gradients& to) {
+    to_ = &to;
+    zero(this->gradient(1), m.row_bytes(this->capacity(1)), m.threads);
+    for (const GridPlane<Real>& q : planes) {
+      const Range rows = q.used_rows(), columns = q.used_columns(), x = q.x_used;
+      const bool whole = (rows.hi - rows.lo) * (columns.hi - columns.lo) == q.texels();
+      if (!steps_of(q).sample_first)
+        zero(steps_of(q).grad_rows + m.row_bytes(x.lo * w.n[q.y_axis]), m.row_bytes((x.hi - x.lo) * w.n[q.y_axis]), m.threads);
+      if (p.grad_planes && (steps_of(q).sample_first || !whole))
+        zero(gradient_of(q), p.channels * q.texels() * static_cast<long>(sizeof(Real)), m.threads);
+    }
   }
 
-  // Samples the maps A and G of a slab, and returns them with B.
+  // Computes the maps A and G of a slab, and returns them with B.
   Maps maps(const Piece& slab) {
-    parallel_for(2 * slab.ni, m.threads, [&](long task, int) {
+    sample([](int map) { return map != 1; }, slab.i0, slab.ni);
+    parallel_for(2 * slab.ni, m.threads, [&](long task, int thread) {
       const long i = task / 2;
-      if (task % 2)
-        map_row(2, slab.i0 + i, w.n[2], nullptr, g + m.row_bytes(i * w.n[2]));
-      else  // A includes b_1
-        map_row(0, slab.i0 + i, w.n[1], weights.bias(), a + m.row_bytes(i * w.n[1]));
+      map_row(task % 2 ? 2 : 0, slab.i0 + i, i, task % 2 ? nullptr : weights.bias(), thread);  // A includes b_1
     });
-    const long s = m.stride, wide = w.n[1], deep = w.n[2];
-    return {a, b, g, wide * s, s, deep * s, s, deep * s, s, wide, deep, s, nullptr};
+    return this->whole(false);
   }
-  Block block(const Piece& slab, long task) const {
-    const Range j = chunk(w.n[1], w.j_chunks, task / w.k_chunks), k = chunk(w.n[2], w.k_chunks, task % w.k_chunks);
-    return {0, slab.ni, j.lo, j.hi, k.lo, k.hi};
-  }
-  long first_voxel(const Piece& slab) const { return slab.i0 * w.n[1] * w.n[2]; }
-  void forward_block(const Piece&, const Volume&, long, int) {}
+  BlockGradients gradients(const Piece&, long task) const { return this->parts_of(task); }
 
-  void begin_backward(const Piece&) {
-    zero(da, m.row_bytes(w.k_chunks * w.slab * w.n[1]), m.threads);
-    zero(dg, m.row_bytes(w.j_chunks * w.slab * w.n[2]), m.threads);
-  }
-  BlockGradients gradients(const Piece&, long task) const {
-    const long kc = task % w.k_chunks, jc = task / w.k_chunks;
-    return {da + m.row_bytes(kc * w.slab * w.n[1]), db, dg + m.row_bytes(jc * w.slab * w.n[2]), nullptr};
-  }
-  void backward_block(const Piece&, const Volume&, long, int, const tcam_gradients&) {}
-
-  // Sums the blocks' parts of dA and dG in block order and spreads them along i to the rows of the planes.
+  // Takes the gradients of A and G back to the planes.
   void end_backward(const Piece& slab) {
-    auto combine = [&](int map, char* parts, long count, long columns, long x) {
-      for (long i = 0; i < slab.ni; ++i) {
-        Real* total = reals(parts) + (i * columns + x) * m.stride;
-        for (long q = 1; q < count; ++q) m.real.add_scaled(total, total + q * w.slab * columns * m.stride, 1.0, m.stride);
-        for (const Plane& q : planes)
-          if (q.map == map)
-            spread(q.row_taps[static_cast<size_t>(slab.i0 + i)], reals(q.grad_rows) + x * m.stride, columns * m.stride, total);
-        if (map == 0) weights.add_bias_gradient(x, total);
-      }
-    };
-    parallel_for(w.n[1] + w.n[2], m.threads, [&](long x, int) {
-      if (x < w.n[1])
-        combine(0, da, w.k_chunks, w.n[1], x);
-      else
-        combine(2, dg, w.j_chunks, w.n[2], x - w.n[1]);
+    this->combine(slab, [&](int map, long i, long x, const Real* total) {
+      for (const GridPlane<Real>& q : planes)
+        if (q.map == map && !steps_of(q).sample_first)
+          spread(q.x_taps[static_cast<size_t>(slab.i0 + i)], reals(steps_of(q).grad_rows) + x * m.stride,
+                 this->columns(map) * m.stride, total);
+      if (map == 0) weights.add_bias_gradient(x, total);
     });
+    for (const GridPlane<Real>& q : planes)
+      if (q.map != 1) back_through_samples(q, slab.i0, slab.ni);
   }
 
-  // Computes the gradients of an object's planes and adds to the partial sums of W_1.
-  void end(const tcam_inputs& in, long object, const tcam_gradients& to) {
+  // Takes the gradient of B back to the planes, and finishes the gradients of the planes and of W_1.
+  void end(const tcam_inputs&, long, const tcam_gradients&) {
+    for (const GridPlane<Real>& q : planes)
+      if (q.map == 1) back_through_samples(q, 0, w.n[1]);
     gradients_to_texels();
-    unproject(object, in, to);
+    unproject();
   }
 
  private:
-  struct Plane {
-    int map, row_axis, column_axis;  // the map it contributes to, 0: A, 1: B, 2: G; its axes
-    long rows, columns;
-    double scale;  // of every sample
-    std::vector<Tap<double>> row_taps, column_taps;
-    char *projected, *grad_projected, *grad_rows;  // (rows, columns), the same, (rows, voxels of the column axis); n_1 each
-    long texels() const { return rows * columns; }
+  using Base::m;
+  using Base::p;
+  using Base::planes;
+  using Base::reals;
+  using Base::w;
+  // How a plane's part of a map is computed, and the arrays for it. Projected first: (texels), the same, (texels of x, voxels
+  // of y), n_1 each. Sampled first: (C, rows of the map), twice.
+  struct Steps {
+    bool sample_first;
+    char *projected = nullptr, *grad_projected = nullptr, *grad_rows = nullptr;
+    Real *features = nullptr, *grad_features = nullptr;
   };
-  const Mlp<Real>& m;
-  const tcam_problem& p;
-  const Partition w;
   FirstWeights<Real> weights;
-  std::vector<Plane> planes;
-  char *a, *b, *g;  // the maps: (slab, nj), (nj, nk), (slab, nk), rows of n_1 padded
-  // Their gradients: da (k chunks, slab, nj), db (nj, nk), dg (j chunks, slab, nk). No two blocks of a slab write the same row.
-  char *da = nullptr, *db = nullptr, *dg = nullptr;
+  std::vector<Steps> steps;
+  const tcam_inputs* in_ = nullptr;  // of the round, as are the next two
+  const tcam_gradients* to_ = nullptr;
+  long object_ = 0;
 
-  static Real* reals(char* p) { return reinterpret_cast<Real*>(p); }
-  Features features(const Plane& plane, const void* data, long object) const {
-    return {static_cast<const Real*>(data) + object * p.channels * plane.texels(), static_cast<long>(p.channels), 1,
-            plane.texels()};
+  const GridPlane<Real>& plane(long q) const { return planes[static_cast<size_t>(q)]; }
+  const Steps& steps_of(const GridPlane<Real>& q) const { return steps[static_cast<size_t>(q.number)]; }
+  Features texels_of(const GridPlane<Real>& q, const void* data) const {
+    return {reals(data) + q.object(object_), static_cast<long>(p.channels), 1, q.texels()};
+  }
+  Features samples_of(const GridPlane<Real>& q, const Real* data) const {
+    return {data, static_cast<long>(p.channels), 1, this->capacity(q.map)};
+  }
+  Real* gradient_of(const GridPlane<Real>& q) const { return static_cast<Real*>(to_->planes[q.number]) + q.object(object_); }
+
+  // Calls f(range) for the ranges of texels of a chunk of those that the box reads.
+  template <class F>
+  void each_run(const GridPlane<Real>& q, long number, F f) const {
+    const Range used = q.used_rows(), columns = q.used_columns();
+    const Range rows = chunk(used.hi - used.lo, weights.chunks, number);
+    if (columns.hi - columns.lo == q.columns) return f(Range{(used.lo + rows.lo) * q.columns, (used.lo + rows.hi) * q.columns});
+    for (long r = used.lo + rows.lo; r < used.lo + rows.hi; ++r)
+      f(Range{r * q.columns + columns.lo, r * q.columns + columns.hi});
   }
 
-  void place(const double* bounds) {
-    for (Plane& q : planes) {
-      auto taps = [&](int axis, long texels, double scale) {
-        std::vector<Tap<double>> t;
-        for (long i = p.lo[axis]; i < p.hi[axis]; ++i) {
-          t.push_back(voxel_tap({static_cast<int>(texels), p.align_corners != 0, p.padding}, i, p.size[axis], p.corners != 0,
-                                bounds ? bounds + 2 * axis : nullptr));
-          t.back().w_lo *= scale, t.back().w_hi *= scale;
-        }
-        return t;
-      };
-      q.row_taps = taps(q.row_axis, q.rows, q.scale);
-      q.column_taps = taps(q.column_axis, q.columns, 1.0);
-    }
+  // Samples the planes that are sampled first, of some maps, at voxels x0 <= x < x0 + count.
+  template <class Wanted>
+  void sample(Wanted wanted, long x0, long count) {
+    std::vector<const GridPlane<Real>*> chosen;
+    for (const GridPlane<Real>& q : planes)
+      if (steps_of(q).sample_first && wanted(q.map)) chosen.push_back(&q);
+    this->each_channel(chosen, 1, [&](const GridPlane<Real>& q, long c, int thread) {
+      const long columns = this->columns(q.map);
+      Real* to = steps_of(q).features + c * this->capacity(q.map);
+      q.sample(reals(in_->planes[q.number]) + q.object(object_) + c * q.texels(), x0, count, this->buffer(thread),
+               [&](long x, long y, Real v) { to[x * columns + y] = v; });
+    });
   }
 
-  // Row x of a map: out[y] = bias (null: 0) + the sum of the map's planes sampled at (x, y), for y < columns.
-  void map_row(int map, long x, long columns, const void* bias, char* out) {
+  // Voxel x's row of a map, to row `to` of the map's array: bias (null: 0) + the sum of the map's planes.
+  void map_row(int map, long x, long to, const void* bias, int thread) {
+    const long columns = this->columns(map);
+    char* out = this->row(map, to * columns);
     bool started = false;
-    auto start = [&](long y) -> const void* { return started ? out + m.row_bytes(y) : bias; };
-    for (const Plane& q : planes) {
-      if (q.map != map) continue;
-      const Tap<double>& t = q.row_taps[static_cast<size_t>(x)];
+    for (const GridPlane<Real>& q : planes) {
+      if (q.map != map || steps_of(q).sample_first) continue;
+      const Tap<double>& t = q.x_taps[static_cast<size_t>(x)];
       for (long y = 0; y < columns; ++y) {
-        const Tap<double>& u = q.column_taps[static_cast<size_t>(y)];
-        auto row = [&](long r, long c) { return q.projected + m.row_bytes(r * q.columns + c); };
+        const Tap<double>& u = q.y_taps[static_cast<size_t>(y)];
+        auto row = [&](long a, long b) { return steps_of(q).projected + m.row_bytes(a * q.x_step + b * q.y_step); };
         const void* src[4] = {row(t.lo, u.lo), row(t.lo, u.hi), row(t.hi, u.lo), row(t.hi, u.hi)};
         const double k[4] = {t.w_lo * u.w_lo, t.w_lo * u.w_hi, t.w_hi * u.w_lo, t.w_hi * u.w_hi};
-        m.real.bilinear_row(src, k, start(y), out + m.row_bytes(y), m.stride);
+        m.real.bilinear_row(src, k, started ? out + m.row_bytes(y) : bias, out + m.row_bytes(y), m.stride);
       }
       started = true;
     }
-    for (long y = 0; !started && y < columns; ++y) {  // no plane has this pair of axes
+    for (long y = 0; !started && y < columns; ++y) {
       if (bias)
         std::memcpy(out + m.row_bytes(y), bias, m.row_bytes(1));
       else
         std::memset(out + m.row_bytes(y), 0, m.row_bytes(1));
     }
+    for (const GridPlane<Real>& q : planes) {
+      if (q.map != map || !steps_of(q).sample_first) continue;
+      const Features samples = samples_of(q, steps_of(q).features);
+      m.real.project(samples, to * columns, (to + 1) * columns, weights.weights(weights.block_of(q.number)), m.n1,
+                     this->row(map, 0), m.stride, true, m.scratch(thread));
+    }
+  }
+
+  // From the gradients of `count` rows of a map, the first of voxel x0, to the texels of a plane that is sampled first, and to
+  // the partial sums of W_1.
+  void back_through_samples(const GridPlane<Real>& q, long x0, long count) {
+    const Steps& s = steps_of(q);
+    if (!s.sample_first) return;
+    const long columns = this->columns(q.map), block = weights.block_of(q.number);
+    parallel_for(weights.chunks, m.threads, [&](long task, int thread) {
+      const Range rows = chunk(count * columns, weights.chunks, task);
+      m.real.unproject(this->gradient(q.map), m.stride, samples_of(q, s.features), rows.lo, rows.hi,
+                       p.grad_planes ? weights.transposed(block) : nullptr, m.n1, s.grad_features, weights.partial(block, task),
+                       m.scratch(thread));
+    });
+    if (!p.grad_planes) return;
+    parallel_for(p.channels, m.threads, [&](long c, int thread) {
+      const Real* from = s.grad_features + c * this->capacity(q.map);
+      q.spread([&](long x, long y) { return from[x * columns + y]; }, x0, count, this->buffer(thread),
+               gradient_of(q) + c * q.texels());
+    });
   }
 
   // The adjoint of a tap: adds `from` (n_1) times the tap's weights to rows t.lo and t.hi, `step` reals from row to row.
@@ -225,27 +212,30 @@ class Grid {
     m.real.add_scaled(to + t.hi * step, from, t.w_hi, m.stride);
   }
 
-  // Spreads dB along j to the rows of its planes, then all planes' grad_rows along the columns to grad_projected.
+  // Spreads dB along j to the rows of the planes that are projected first, then all their grad_rows along y to grad_projected.
   void gradients_to_texels() {
     parallel_for(w.n[2], m.threads, [&](long k, int) {
-      for (const Plane& q : planes)
-        for (long j = 0; q.map == 1 && j < w.n[1]; ++j)
-          spread(q.row_taps[static_cast<size_t>(j)], reals(q.grad_rows) + k * m.stride, w.n[2] * m.stride,
-                 reals(db) + (j * w.n[2] + k) * m.stride);
+      for (const GridPlane<Real>& q : planes)
+        for (long j = 0; q.map == 1 && !steps_of(q).sample_first && j < w.n[1]; ++j)
+          spread(q.x_taps[static_cast<size_t>(j)], reals(steps_of(q).grad_rows) + k * m.stride, w.n[2] * m.stride,
+                 this->gradient_row(1, j * w.n[2] + k));
     });
-    for (const Plane& q : planes) {  // then along the columns
-      zero(q.grad_projected, m.row_bytes(q.texels()), m.threads);
-      const long voxels = w.n[q.column_axis];
-      parallel_for(q.rows, m.threads, [&](long r, int) {
+    for (const GridPlane<Real>& q : planes) {  // then along the columns
+      const Steps& s = steps_of(q);
+      if (s.sample_first) continue;
+      const long voxels = w.n[q.y_axis], step = q.y_step * m.stride;
+      parallel_for(q.x_used.hi - q.x_used.lo, m.threads, [&](long number, int) {
+        const long x = q.x_used.lo + number;
+        Real* texels = reals(s.grad_projected) + x * q.x_step * m.stride;
+        for (long y = q.y_used.lo; y < q.y_used.hi; ++y) std::fill_n(texels + y * step, m.stride, Real(0));
         for (long y = 0; y < voxels; ++y)
-          spread(q.column_taps[static_cast<size_t>(y)], reals(q.grad_projected) + r * q.columns * m.stride, m.stride,
-                 reals(q.grad_rows) + (r * voxels + y) * m.stride);
+          spread(q.y_taps[static_cast<size_t>(y)], texels, step, reals(s.grad_rows) + (x * voxels + y) * m.stride);
       });
     }
   }
 
-  // Computes the gradients of the planes from grad_projected, and adds to the partial sums of W_1.
-  void unproject(long object, const tcam_inputs& in, const tcam_gradients& to) {
+  // Computes the gradients of the planes that are projected first from grad_projected, and adds to the partial sums of W_1.
+  void unproject() {
     const long chunks = weights.chunks;
     // The planes of a group share the partial sums of its block of weights, so they are processed one after another.
     for (long number = 0, done = 0; done < p.plane_count; ++number) {
@@ -256,13 +246,14 @@ class Grid {
       }
       done += static_cast<long>(turn.size());
       parallel_for(static_cast<long>(turn.size()) * chunks, m.threads, [&](long task, int thread) {
-        const long plane = turn[static_cast<size_t>(task / chunks)], block = weights.block_of(plane);
-        const Plane& q = planes[static_cast<size_t>(plane)];
-        const Range s = chunk(q.texels(), chunks, task % chunks);
-        const Features f = features(q, in.planes[plane], object);
-        m.real.unproject(q.grad_projected, m.stride, f, s.lo, s.hi, p.grad_planes ? weights.transposed(block) : nullptr, m.n1,
-                         p.grad_planes ? const_cast<void*>(features(q, to.planes[plane], object).data) : nullptr,
-                         weights.partial(block, task % chunks), m.scratch(thread));
+        const GridPlane<Real>& q = plane(turn[static_cast<size_t>(task / chunks)]);
+        const long block = weights.block_of(q.number);
+        if (steps_of(q).sample_first) return;
+        each_run(q, task % chunks, [&](Range s) {
+          m.real.unproject(steps_of(q).grad_projected, m.stride, texels_of(q, in_->planes[q.number]), s.lo, s.hi,
+                           p.grad_planes ? weights.transposed(block) : nullptr, m.n1, p.grad_planes ? gradient_of(q) : nullptr,
+                           weights.partial(block, task % chunks), m.scratch(thread));
+        });
       });
     }
   }

@@ -1,5 +1,5 @@
-// The MLP above the first layer on the CPU: packed weights, scratch memory and gradient sums around the voxel loop of
-// voxel_core.cpp.
+// The MLP above the maps on the CPU: packed weights, scratch memory and gradient sums around the voxel loop of voxel_core.cpp.
+// The maps hold z_1 or, where planes are multiplied (grid_product.h), the features h_0, and layer 1 is the loop's second.
 //
 // The voxels of a piece (a slab of a grid, a wave of points) are cut into blocks. Each block has its own sums of the decoder's
 // gradients, which are added up in block order at the end. The blocks depend on the problem alone, never on the number of
@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../carver.h"
+#include "../formulation.h"
 #include "../maths/half.h"
 #include "isa.h"
 #include "parallel.h"
@@ -43,7 +44,7 @@ class Mlp {
   const Engine& core;  // computes the layers of the MLP
   const Engine& real;  // computes texels, maps and the first layer, in float32 or float64
   const bool backward;
-  const long n1, stride, blocks;  // first_width (0 without layers); the same padded; blocks of a piece
+  const long n1, stride, blocks;  // numbers of a map's row (0 without layers); the same padded; blocks of a piece
   const int threads;
 
   Mlp(const tcam_problem& problem, bool back, long block_count, Carver& ws)
@@ -53,38 +54,43 @@ class Mlp {
                                                 : 0)),
         real(pick_engine(p.dtype == TCAM_F64 ? 1 : 0)),
         backward(back),
-        n1(p.layers ? p.first_width : 0),
+        n1(p.layers ? map_width(p) : 0),
         stride(round_up(n1, real.columns)),
         blocks(block_count),
         threads(std::max(1, static_cast<int>(p.threads))),
+        first_(multiplies_maps(p) ? 2 : 1),
         tile_(static_cast<int>(std::min<long>(round_up(p.tile > 0 ? p.tile
                                                        : back     ? backward_tile
                                                                   : forward_tile,
                                                        core.rows),
                                               max_tile))) {
-    const int L = p.layers;
+    const int L = p.layers + first_ - 1;
     decoder_.layers = L;
-    for (int l = 1; l < L; ++l)
-      decoder_.activation[l] = {static_cast<Activation>(p.activation[l - 1].kind), p.activation[l - 1].parameter};
+    decoder_.width[1] = n1;
+    decoder_.activation[1] = {Activation::leaky_relu, 1};  // the identity
+    for (int l = first_; l < L; ++l) {
+      const tcam_activation& a = p.activation[l - first_];
+      decoder_.activation[l] = {static_cast<Activation>(a.kind), a.parameter};
+    }
     decoder_.output_activation = {static_cast<OutputActivation>(p.output_activation.kind), p.output_activation.parameter};
-    for (int l = 0; l <= L; ++l) decoder_.width[l] = p.width[l], decoder_.skip[l] = p.skip[l];
+    for (int l = first_; l <= L; ++l) decoder_.width[l] = p.width[l - first_ + 1], decoder_.skip[l] = p.skip[l - first_ + 1];
     decoder_.first_width = n1;
     for (int l = 2; l <= L; ++l) {
-      const long in = p.width[l - 1], out = p.width[l];
+      const long in = decoder_.width[l - 1], out = decoder_.width[l];
       if (in_panels(l)) decoder_.forward[l] = ws.take(panel_words(in) * round_up(out, core.columns) * core.word_bytes);
       decoder_.bias[l] = ws.take(round_up(out, core.columns) * core.real_bytes);
       if (backward) decoder_.transposed[l] = ws.take(panel_words(out) * round_up(in, core.columns) * core.word_bytes);
     }
-    if (L > 1 && !in_panels(L)) decoder_.last = ws.take(p.width[L] * last_stride() * core.word_bytes);
+    if (L > 1 && !in_panels(L)) decoder_.last = ws.take(decoder_.width[L] * last_stride() * core.word_bytes);
     losses_ = reinterpret_cast<double*>(ws.take(blocks * static_cast<long>(sizeof(double))));
     const long each = std::max(core.scratch_bytes(decoder_, backward), real.scratch_bytes(decoder_, backward));
     for (int t = 0; t < threads; ++t) scratch_.push_back(ws.take(each));
     if (!backward || !p.grad_decoder) return;
     for (int l = 2; l <= L; ++l) {
       decoder_.grad_offset[l] = block_sums_;
-      block_sums_ += round_up(p.width[l], core.rows) * round_up(p.width[l - 1], core.columns);
+      block_sums_ += round_up(decoder_.width[l], core.rows) * round_up(decoder_.width[l - 1], core.columns);
       decoder_.grad_bias_offset[l] = block_sums_;
-      block_sums_ += round_up(p.width[l], core.columns);
+      block_sums_ += round_up(decoder_.width[l], core.columns);
     }
     block_sums_ = round_up(block_sums_, 16);
     sums_ = reinterpret_cast<Real*>(ws.take(blocks * block_sums_ * core.real_bytes));
@@ -93,16 +99,18 @@ class Mlp {
   long row_bytes(long rows) const { return rows * stride * real.real_bytes; }  // bytes of rows of `stride` reals
   char* scratch(int thread) const { return scratch_[static_cast<size_t>(thread)]; }
 
-  // Packs the weights and biases of layers 2 and up for the voxel loop.
+  // Packs the weights and biases of the voxel loop's layers from the second on.
   void pack(const tcam_inputs& in) {
-    for (int l = 2; l <= p.layers; ++l) {
-      const long m = p.width[l - 1], n = p.width[l];
-      if (in_panels(l)) core.pack_panels(in.weights[l - 1], 1, m, m, n, const_cast<void*>(decoder_.forward[l]));
-      if (backward) core.pack_panels(in.weights[l - 1], m, 1, n, m, const_cast<void*>(decoder_.transposed[l]));
-      copy_bias(const_cast<void*>(decoder_.bias[l]), in.biases[l - 1], n, round_up(n, core.columns));
+    const int L = decoder_.layers;
+    for (int l = 2; l <= L; ++l) {
+      const long m = decoder_.width[l - 1], n = decoder_.width[l];
+      const void* weights = in.weights[l - first_];
+      if (in_panels(l)) core.pack_panels(weights, 1, m, m, n, const_cast<void*>(decoder_.forward[l]));
+      if (backward) core.pack_panels(weights, m, 1, n, m, const_cast<void*>(decoder_.transposed[l]));
+      copy_bias(const_cast<void*>(decoder_.bias[l]), in.biases[l - first_], n, round_up(n, core.columns));
     }
     if (decoder_.last)
-      core.pack_rows(in.weights[p.layers - 1], p.width[p.layers], p.width[p.layers - 1], const_cast<void*>(decoder_.last),
+      core.pack_rows(in.weights[L - first_], decoder_.width[L], decoder_.width[L - 1], const_cast<void*>(decoder_.last),
                      last_stride());
   }
   static void copy_bias(void* dst, const void* bias, long n, long padded) {
@@ -136,12 +144,12 @@ class Mlp {
     core.backward(decoder_, maps, block, volume, objective ? &compare : nullptr, grads, tile_, scratch(thread));
   }
 
-  // Adds up the blocks' gradients of layers 2 and up, in block order, and writes them to row `object` of `to`.
+  // Adds up the blocks' gradients of the same layers, in block order, and writes them to row `object` of `to`.
   void write_gradients(const tcam_gradients& to, long object) const {
-    for (int l = 2; l <= p.layers; ++l) {
-      const long in = p.width[l - 1], out = p.width[l], padded = round_up(in, core.columns);
-      Real* weight = static_cast<Real*>(to.weights[l - 1]) + object * out * in;
-      Real* bias = to.biases[l - 1] ? static_cast<Real*>(to.biases[l - 1]) + object * out : nullptr;
+    for (int l = 2; l <= decoder_.layers; ++l) {
+      const long in = decoder_.width[l - 1], out = decoder_.width[l], padded = round_up(in, core.columns);
+      Real* weight = static_cast<Real*>(to.weights[l - first_]) + object * out * in;
+      Real* bias = to.biases[l - first_] ? static_cast<Real*>(to.biases[l - first_]) + object * out : nullptr;
       parallel_for(out, threads, [&](long r, int) {
         for (long x = 0; x < in; ++x) {
           Real sum = 0;
@@ -158,6 +166,7 @@ class Mlp {
   }
 
  private:
+  int first_;  // the layer of the voxel loop that is the decoder's first: 2 if the loop also multiplies W_1
   int tile_;
   Decoder decoder_{};
   long block_sums_ = 0;         // reals of a block's sums of decoder gradients
@@ -166,11 +175,11 @@ class Mlp {
   std::vector<char*> scratch_;  // one for each thread
 
   // Whether the product of layer l, 2 or more, is in register blocks.
-  bool in_panels(int l) const { return l < p.layers || p.width[l] >= wide_output; }
+  bool in_panels(int l) const { return l < decoder_.layers || decoder_.width[l] >= wide_output; }
   long words(long reals) const { return (reals + core.pack - 1) / core.pack; }
   long panel_words(long reals) const { return round_up(words(reals), core.group); }
   long last_stride() const {  // words of a row of the last layer
-    return round_up(words(p.width[p.layers - 1]), core.columns / 2);
+    return round_up(words(decoder_.width[decoder_.layers - 1]), core.columns / 2);
   }
   Comparison comparison_of(const tcam_objective* o, long task) const {
     if (!o) return {};

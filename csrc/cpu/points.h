@@ -79,13 +79,13 @@ class Points {
         for (long c = 0; c < pitch; ++c) to[t * pitch + c] = c < p.channels ? from[c * taps.texels(q) + t] : Real(0);
     });
   }
-  void begin_gradients() {
+  void begin_gradients(const tcam_gradients&) {
     if (grad_texels_) zero(grad_texels_, taps.rows() * pitch * m.real.real_bytes, m.threads);
   }
 
   Maps maps(const Wave& wave) {
     taps.sort(wave);
-    return {z_, zero_, zero_, 0, m.stride, 0, 0, 0, 0, wave.points, 1, m.stride, taps.order()};
+    return {z_, zero_, zero_, 0, m.stride, 0, 0, 0, 0, wave.points, 1, m.stride, taps.order(), false};
   }
   Block block(const Wave& wave, long task) const {
     const Range t = chunk(wave.points, m.blocks, task);

@@ -74,7 +74,9 @@ TCAM_INLINE void hidden_layers(const Decoder& d, const Maps& maps, const Walk& w
       continue;
     }
     const Real *at = a + walk.a[t], *bt = b + walk.b[t], *gt = g + walk.g[t];
-    if (d.activation[1].kind == Activation::relu)
+    if (maps.multiply)  // layer 1 of the loop is the identity
+      for (long c = 0; c < n1; c += N::lanes) N::put(row, c, load<Vec>(at + c) * (load<Vec>(bt + c) * load<Vec>(gt + c)));
+    else if (d.activation[1].kind == Activation::relu)
       for (long c = 0; c < n1; c += N::lanes)
         N::put(row, c, A::value(relu, load<Vec>(at + c) + (load<Vec>(bt + c) + load<Vec>(gt + c))));
     else
@@ -217,6 +219,22 @@ TCAM_INLINE void add_row(typename N::Real* dst, const typename N::Real* src, lon
   for (long c = 0; c < n; c += N::lanes) store(dst + c, load<typename N::Vec>(dst + c) + load<typename N::Vec>(src + c));
 }
 
+// Adds the gradients of the factors of voxel t's features, of which x is the gradient, to rows of the maps' gradients.
+template <class N>
+TCAM_INLINE void add_products(const Maps& maps, const Walk& walk, long t, const typename N::Real* x, typename N::Real* da,
+                              typename N::Real* db, typename N::Real* dg) {
+  typedef typename N::Vec Vec;
+  typedef typename N::Real Real;
+  const Real *a = static_cast<const Real*>(maps.a) + walk.a[t], *b = static_cast<const Real*>(maps.b) + walk.b[t],
+             *g = static_cast<const Real*>(maps.g) + walk.g[t];
+  for (long c = 0; c < maps.stride; c += N::lanes) {
+    const Vec xa = load<Vec>(x + c) * load<Vec>(a + c), bc = load<Vec>(b + c), gc = load<Vec>(g + c);
+    store(da + c, load<Vec>(da + c) + load<Vec>(x + c) * (bc * gc));
+    store(db + c, load<Vec>(db + c) + xa * gc);
+    store(dg + c, load<Vec>(dg + c) + xa * bc);
+  }
+}
+
 template <class N, long pitch>
 static void backward_block(const Decoder& d, const Maps& maps, const Block& block, const Volume& volume,
                            const Comparison* comparison, const BlockGradients& grad, int tile, void* scratch) {
@@ -315,6 +333,10 @@ static void backward_block(const Decoder& d, const Maps& maps, const Block& bloc
     Real *da = static_cast<Real*>(grad.da), *db = static_cast<Real*>(grad.db), *dg = static_cast<Real*>(grad.dg);
     for (long t = 0; t < count; ++t) {
       const Real* x = s.delta_1 + t * pitch;
+      if (maps.multiply) {
+        if (da) add_products<N>(maps, walk, t, x, da + walk.a[t], db + walk.b[t], dg + walk.g[t]);
+        continue;
+      }
       if (da) add_row<N>(da + walk.a[t], x, maps.stride);
       if (db) add_row<N>(db + walk.b[t], x, maps.stride);
       if (dg) add_row<N>(dg + walk.g[t], x, maps.stride);

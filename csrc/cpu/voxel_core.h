@@ -8,8 +8,8 @@
 
 namespace tcam {
 
-constexpr int max_tile = 96;  // most voxels (rows) of a tile; a multiple of every engine's `rows`
-constexpr int max_layers = TCAM_MAX_LAYERS;
+constexpr int max_tile = 96;                     // most voxels (rows) of a tile; a multiple of every engine's `rows`
+constexpr int max_layers = TCAM_MAX_LAYERS + 1;  // of the voxel loop: one more where it multiplies W_1 (mlp.h)
 constexpr int max_out = TCAM_MAX_OUT;
 constexpr int wide_output = 4;  // outputs from which the last layer is a product in register blocks, not of single rows
 
@@ -20,7 +20,7 @@ constexpr long round_up(long n, long to) { return (n + to - 1) / to * to; }
 struct Decoder {
   int layers;
   long width[max_layers + 1];
-  long first_width, skip[max_layers + 1];     // as tcam_problem has them
+  long first_width, skip[max_layers + 1];     // numbers of a row of the maps; the column in it of a layer that reads it too
   Hidden<double> activation[max_layers + 1];  // of layers 1 to layers-1
   Final<double> output_activation;
   const void* forward[max_layers + 1];     // packed words, width[l-1] -> width[l]; l = 2..layers-1, and layers if it is wide
@@ -31,14 +31,15 @@ struct Decoder {
   long grad_bias_offset[max_layers + 1];
 };
 
-// The maps of a slab of i: z_1 of voxel (i, j, k) is a[i, j] + b[j, k] + g[i, k], rows of `stride` reals, and so are the parts
-// of higher layers that read the features. Steps between rows are in reals, and 0 where all voxels share a row. Points are a
-// grid (1, points, 1) with their z_1 in a.
+// The maps of a slab of i, rows of `stride` reals. z_1 of voxel (i, j, k) is a[i, j] + b[j, k] + g[i, k] or, with `multiply`,
+// a[i, j] * b[j, k] * g[i, k]; sums have the parts of higher layers that read the features too. Steps between rows are in
+// reals, and 0 where all voxels share a row. Points are a grid (1, points, 1) with their z_1 in a.
 struct Maps {
   const void *a, *b, *g;
   long a_i, a_j, b_j, b_k, g_i, g_k;
   long wide, deep, stride;
   const int32_t* order;  // the point that each row of a belongs to; null: in order
+  bool multiply;
 };
 
 // The part of a slab that one thread walks: k fastest, then j, then i.

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import problems
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import grid_sample
 
 import tcam_ext
-from tcam_ext import _C, library, reference
+from tcam_ext import _C, checks, library, reference
 from tcam_ext.activations import ACTIVATIONS, OUTPUT_ACTIVATIONS
 from tcam_ext.testing import make
 
@@ -120,6 +121,70 @@ def test_gradcheck(device, activation, output_activation):
     assert torch.autograd.gradcheck(f, p.tensors)
 
 
+@pytest.mark.parametrize(
+    ("reduce", "groups"),
+    [("concat", None), ("mean", None), ("sum", (2, 3)), ("prod", None), ("prod", (3, 2)), ("prod", (1, 4)), ("prod", (5,))],
+)
+@pytest.mark.parametrize("bounds", [None, [(-0.3, 0.1), (0.2, 0.3), (0.9, -0.2)]])
+@pytest.mark.parametrize("padding_mode", checks.PADDING_MODES)
+@pytest.mark.parametrize("device", problems.DEVICES)
+def test_planes_finer_than_the_grid(device, reduce, groups, bounds, padding_mode):
+    """The grid, and a part of the planes that is smaller still, are far fewer voxels than texels."""
+    axes = ((1, 0), (2, 1), (0, 2), (1, 2), (2, 0))
+    p = problems.make(channels=20, texels=(33, 31, 40), widths=(24, 3), size=(9, 8, 7), batch=2, activation="silu",
+                      plane_axes=axes[: sum(groups)] if groups else axes[:3], reduce=reduce, groups=groups, bounds=bounds,
+                      padding_mode=padding_mode)  # fmt: skip
+    exact, mine = p.to(torch.float64, requires_grad=True), p.to(torch.float32, requires_grad=True, device=device)
+    want, got = exact.call(reference.decode_grid), mine.call(tcam_ext.decode_grid)
+    way = "maps over pairs of axes, multiplied" if reduce == "prod" else f"{len(p.planes)} of {len(p.planes)} planes sampled"
+    assert device != "cpu" or way in p.call(partial(tcam_ext.explain, tcam_ext.decode_grid))["values"]
+    assert problems.relative(got, want) < 1e-5
+    grad = torch.randn_like(want)
+    grads = list(torch.autograd.grad(want, exact.tensors, grad))
+    for wanted in (mine.tensors, mine.planes, mine.tensors[len(mine.planes) :]):  # all, and each kind alone
+        at = [i for i, t in enumerate(mine.tensors) if any(t is w for w in wanted)]
+        own = torch.autograd.grad(got, wanted, grad.float().to(device), retain_graph=True)
+        assert problems.gradient_error(list(own), [grads[i] for i in at]) < 1e-4
+
+
+@pytest.mark.parametrize("device", problems.DEVICES)
+@pytest.mark.parametrize(("reduce", "channels"), [("sum", 20), ("sum", 2), ("prod", 20)])
+def test_a_box_of_a_large_grid_reads_its_texels_alone(device, reduce, channels):
+    """Texels that no voxel of the box reads may be anything, and their gradients are 0."""
+    p = problems.make(channels=channels, texels=(64, 64, 64), widths=(24, 3), size=(64, 64, 64), reduce=reduce)
+    p = p.to(torch.float32)
+    box, near = ((10, 14), (30, 33), (50, 63)), ((8, 16), (28, 35), (48, 65))
+    want = p.call(tcam_ext.decode_grid, box=box)
+    for plane, (rows, columns) in zip(p.planes, ((0, 1), (1, 2), (0, 2)), strict=True):
+        part = plane[:, :, slice(*near[rows]), slice(*near[columns])].clone()
+        plane.fill_(torch.nan)
+        plane[:, :, slice(*near[rows]), slice(*near[columns])] = part
+    p = p.to(torch.float32, requires_grad=True, device=device)
+    got = p.call(tcam_ext.decode_grid, box=box)
+    torch.testing.assert_close(got.cpu(), want, rtol=1e-5, atol=1e-5)
+    for plane, grad in zip(p.planes, torch.autograd.grad(got.sum(), p.planes), strict=True):
+        assert not grad[plane.isnan()].any()
+        assert grad.isfinite().all()
+        assert grad.any()
+
+
+@pytest.mark.parametrize("device", problems.DEVICES)
+@pytest.mark.parametrize("widths", [(16,) * 15 + (5,), (33,)])
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_products_of_planes_on_grids(device, widths, compute):
+    """From one layer to the most, whose first is one more layer of the voxel loop on a CPU."""
+    p = problems.make(channels=40, texels=(9, 8, 7), widths=widths, size=(9, 10, 11), batch=2, activation="tanh",
+                      reduce="prod", plane_axes=((0, 1), (2, 1), (0, 2), (1, 0)), groups=(2, 2))  # fmt: skip
+    exact, mine = p.to(torch.float64, requires_grad=True), p.to(torch.float32, requires_grad=True, device=device)
+    want, got = exact.call(reference.decode_grid), mine.call(tcam_ext.decode_grid, compute_dtype=getattr(torch, compute))
+    limit = 1e-5 if compute == "float32" else 2e-2
+    assert problems.relative(got, want) < limit
+    grad = torch.randn_like(want)
+    grads = torch.autograd.grad(want, exact.tensors, grad)
+    own = torch.autograd.grad(got, mine.tensors, grad.float().to(device))
+    assert problems.gradient_error(list(own), list(grads)) < 10 * limit
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("device", problems.DEVICES)
 def test_half_tensors(device, dtype):
@@ -217,10 +282,15 @@ def test_boxes_add_up_to_the_gradient_of_the_whole(device):
     assert problems.gradient_error(total, [w.cpu() for w in want]) < 1e-12
 
 
-def test_a_volume_of_several_slabs_is_the_sum_of_its_parts():
-    """Large enough that backward takes five slabs of x; each part fits in one."""
-    p = problems.make(channels=3, texels=(20, 9, 9), widths=(256, 2), size=(120, 64, 64), activation="silu")
+@pytest.mark.parametrize(("channels", "reduce", "way"), [(60, "sum", None), (3, "sum", "3 of 3"), (256, "prod", "multiplied")])
+def test_a_volume_of_several_slabs_is_the_sum_of_its_parts(channels, reduce, way):
+    """Large enough that backward takes five slabs of x; each part fits in one. Planes are projected or sampled first."""
+    p = problems.make(
+        channels=channels, texels=(20, 9, 9), widths=(256, 2), size=(120, 64, 64), activation="silu", reduce=reduce
+    )
     p = p.to(torch.float32, requires_grad=True)
+    explained = p.call(partial(tcam_ext.explain, tcam_ext.decode_grid))["values"]
+    assert way in explained if way else "sampled" not in explained
     whole = p.call(tcam_ext.decode_grid)
     grad = torch.randn_like(whole)
     want = torch.autograd.grad(whole, p.tensors, grad)
@@ -235,9 +305,14 @@ def test_a_volume_of_several_slabs_is_the_sum_of_its_parts():
 
 @pytest.mark.parametrize("size", [(40, 24, 32), (5, 1, 700), (1, 300, 9), (900, 2, 2)])
 @pytest.mark.parametrize(("activation", "outputs"), [("relu", 2), ("silu", 2), ("relu", 35)])
-def test_bits_do_not_depend_on_threads_tiles_or_runs(size, activation, outputs, threads):
-    p = problems.make(channels=6, widths=(40, 33, outputs), size=size, activation=activation, batch=2).to(torch.float32)
+@pytest.mark.parametrize(("reduce", "channels"), [("concat", 40), ("concat", 6), ("prod", 6)])
+def test_bits_do_not_depend_on_threads_tiles_or_runs(size, activation, outputs, reduce, channels, threads):
+    """Of planes that are projected first, of planes that are sampled first, and of their products."""
+    p = problems.make(channels=channels, texels=(40, 33, 31), widths=(40, 33, outputs), size=size, activation=activation,
+                      batch=2, reduce=reduce).to(torch.float32)  # fmt: skip
     options = problems.flat_options(p, "float32")
+    if reduce == "prod":
+        options = (options[0], [3], "product", *options[3:])
     grad = torch.randn(2, outputs, *size)
 
     def run(count, tile):

@@ -11,6 +11,7 @@ from tcam_ext import _C
 
 DECODER = tcam_ext.TriplaneDecoder(4, (16, 16))
 PLANES = torch.randn(1, 3, 4, 5, 5)
+FINE = [torch.randn(1, 4, n, n) for n in (5, 64, 64)]
 needs_cuda_build = pytest.mark.skipif(not _C.has_cuda, reason="tcam_ext was built without CUDA")
 
 
@@ -31,7 +32,10 @@ def test_why_a_grid_goes_voxel_by_voxel():
     noisy = tcam_ext.explain(DECODER, PLANES, (8, 8, 8), noise_std=0.1, noise_seed=1)["values"]
     assert "voxel by voxel, as every voxel has its own noise" in noisy
     product = tcam_ext.TriplaneDecoder(4, (16,), reduce="prod")
-    assert "planes are multiplied" in tcam_ext.explain(product, PLANES, (8, 8, 8))["values"]
+    assert "maps over pairs of axes, multiplied" in tcam_ext.explain(product, PLANES, (8, 8, 8))["values"]
+    noisy = tcam_ext.explain(product, PLANES, (8, 8, 8), noise_std=0.1, noise_seed=1)["values"]
+    assert "voxel by voxel, as planes are multiplied and every voxel has its own noise" in noisy
+    assert "2 of 3 planes sampled before" in tcam_ext.explain(DECODER, FINE, (8, 8, 8))["values"]
     assert "points" in tcam_ext.explain(DECODER.points, PLANES, torch.zeros(1, 9, 3))["values"]
 
 
