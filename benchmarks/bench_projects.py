@@ -3,7 +3,7 @@
     python benchmarks/bench_projects.py [--sizes 64 128] [--repeats 5] [--projects NAME...] [--json FILE]
 
 "project" is the project's own sampling and decoding, written again from its published shapes (tests/ops/peers.py), for all
-corners of a grid, in its own chunks of points. With gradients the loss is a sum with random weights, and each chunk is
+voxels of a grid, in its own chunks of points. With gradients the loss is a sum with random weights, and each chunk is
 back-propagated before the next. In bfloat16 the project runs under autocast. "tcam_ext" is the module of
 `tcam_ext.nn.from_...`, called with a size.
 """
@@ -21,7 +21,7 @@ import harness
 import torch
 from torch import Tensor
 
-from tcam_ext.nn import from_eg3d, from_nfd, from_openlrm, from_triposr
+from tcam_ext.nn import from_eg3d, from_kplanes, from_nfd, from_openlrm, from_ssdnerf, from_triposr
 
 sys.path.insert(0, str(harness.ROOT / "tests" / "ops"))
 import peers
@@ -32,19 +32,38 @@ PROJECTS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "TripoSR": (peers.TripoSr, from_triposr),
     "NFD": (peers.Nfd, lambda d: from_nfd(d.net)),
     "NFD, no Fourier features": (lambda: peers.Nfd(False), lambda d: from_nfd(d.net)),
+    "SSDNeRF, density": (peers.SsdNerf, from_ssdnerf),
+    "K-Planes, 4 scales": (lambda: KPlanes(), lambda d: from_kplanes(d.field)),
 }
+
+
+class KPlanes(torch.nn.Module):
+    """K-Planes' published field of four scales in a cube, with the planes of an argument."""
+
+    channels, texels, width, chunk = 32, 64, 2.0, 2**19
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.field = peers.KPlanes(base=self.texels)
+        self.field.aabb.data = torch.tensor([[-1.0] * 3, [1.0] * 3])
+
+    def forward(self, planes: Any, xyz: Tensor) -> Any:
+        return self.field(xyz)
+
+
+UNUSED = {"allow_unused": True, "materialize_grads": True}  # the colours of SSDNeRF
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def outputs(out: Any, axis: int = -1) -> Tensor:
-    """Outputs of a decode, the density and the colours or features, side by side along an axis."""
+    """Outputs of a decode side by side along an axis; of TripoSR the density and the colours after their activations."""
     if isinstance(out, Tensor):
         return out
-    return torch.cat([out[k] for k in ("sigma", "rgb", "density_act", "color") if k in out], axis)
+    return torch.cat([out[k] for k in (("density_act", "color") if "color" in out else sorted(out))], axis)
 
 
 class Case:
-    """A project with its planes and all corners of a grid of n^3."""
+    """A project with its planes and a grid of n^3 from corner to corner."""
 
     def __init__(self, name: str, n: int) -> None:
         torch.manual_seed(0)
@@ -55,6 +74,8 @@ class Case:
         axis = torch.linspace(-1, 1, n) * (self.peer.width / 2)
         self.xyz = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).view(1, -1, 3)
         self.inputs = [self.planes, *(p for p in self.peer.parameters() if p.requires_grad)]
+        if isinstance(self.peer, KPlanes):
+            self.planes, self.inputs = self.peer.field.grids, self.inputs[1:]
         with torch.no_grad():
             self.grad = torch.randn(1, n**3, outputs(self.peer(self.planes, self.xyz[:, :8])).shape[-1])
 
@@ -73,7 +94,7 @@ class Case:
             total: list[Tensor] = []
             for x, g in zip(self.xyz.split(self.peer.chunk, 1), self.grad.split(self.peer.chunk, 1), strict=True):
                 out = decode(x)
-                grads = torch.autograd.grad(out, self.inputs, g.to(out.dtype))
+                grads = torch.autograd.grad(out, self.inputs, g.to(out.dtype), **UNUSED)
                 total = [a + b for a, b in zip(total, grads, strict=True)] if total else list(grads)
             return total
 
@@ -91,7 +112,7 @@ class Case:
             with torch.no_grad():
                 return decode()
 
-        return forward if what == "forward" else lambda: torch.autograd.grad(decode(), self.inputs, grad)
+        return forward if what == "forward" else lambda: torch.autograd.grad(decode(), self.inputs, grad, **UNUSED)
 
 
 def main() -> None:

@@ -11,12 +11,33 @@ from torch import Tensor, nn
 from tcam_ext import activations, arguments, checks
 from tcam_ext.ops import decode_grid, decode_grid_loss, decode_points
 from tcam_ext.options import Decoding, GridOptions, LossOptions, PointOptions, documented, takes, with_decoder
-from tcam_ext.projects import ProjectDecoder, from_eg3d, from_nfd, from_openlrm, from_semcity, from_triposr
+from tcam_ext.projects import (
+    ProjectDecoder,
+    from_blaze3dm,
+    from_eg3d,
+    from_kplanes,
+    from_nfd,
+    from_openlrm,
+    from_semcity,
+    from_ssdnerf,
+    from_triposr,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["ProjectDecoder", "TriplaneDecoder", "from_eg3d", "from_nfd", "from_openlrm", "from_semcity", "from_triposr"]
+__all__ = [
+    "ProjectDecoder",
+    "TriplaneDecoder",
+    "from_blaze3dm",
+    "from_eg3d",
+    "from_kplanes",
+    "from_nfd",
+    "from_openlrm",
+    "from_semcity",
+    "from_ssdnerf",
+    "from_triposr",
+]
 
 
 class TriplaneDecoder(nn.Module):
