@@ -4,6 +4,7 @@
 # make test-all        run it with the tests that take minutes, and the three targets below
 # make test-releases   test wheels under other releases of Python and torch
 # make test-emulated   run the GPU tests of the ops on the emulated CUDA kernels
+# make test-arm        run the tests of the ops on the CPU kernels of ARM, under qemu
 # make rehearse        run every step of benchmarks/run_gpu.sh without a GPU
 # make rehearse-short  run those of its steps that take about a minute
 # make campaign        try the ops and commands with random problems, kills, damaged files and full disks: hours, resumable
@@ -19,7 +20,7 @@ EXTRAS := train,dev
 # Two processes, because most tests use one core; a file's tests share what they train.
 TWO := -n 2 --dist loadfile
 
-.PHONY: help demo demo-fit test test-all test-releases test-emulated rehearse rehearse-short campaign build lint format clean bench
+.PHONY: help demo demo-fit test test-all test-releases test-emulated test-arm rehearse rehearse-short campaign build lint format clean bench
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -44,6 +45,11 @@ test: build
 test-all: build test-releases test-emulated rehearse
 	$(BIN)/python -m pytest $(TWO)
 	$(BIN)/python -m pytest -m exhaustive -n auto
+
+test-arm: build
+	TCAM_TEST_ARM="$$($(BIN)/python tests/ops/arm.py build/arm)" $(BIN)/python -m pytest --hypothesis-profile=card \
+	  $(addprefix tests/ops/test_,decode_grid.py decode_grid_loss.py points.py conventions.py projects.py noise.py skips.py) \
+	  -k "not cuda and not isa and not installed and not memory and not thread"
 
 test-emulated: build
 	TCAM_TEST_EMULATED="$$($(BIN)/python tests/ops/simt.py build/simt)" \

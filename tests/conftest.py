@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,6 +93,24 @@ def _emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     emulated.replace_kernels(monkeypatch, Path(library))
     with emulated.OnCpu():
         yield
+
+
+@pytest.fixture(scope="session")
+def _arm_process() -> Iterator[Any]:
+    import arm
+
+    process = arm.Arm(Path(os.environ["TCAM_TEST_ARM"]))
+    yield process
+    process.close()
+
+
+@pytest.fixture(autouse=True)
+def _arm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With TCAM_TEST_ARM the ops run on the kernels of ARM (tests/ops/arm.py)."""
+    if os.environ.get("TCAM_TEST_ARM"):
+        import arm
+
+        arm.replace_kernels(monkeypatch, request.getfixturevalue("_arm_process"))
 
 
 @pytest.fixture
