@@ -10,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.fft import dctn
 from tcam_diff.autodecoder.planes import plane_sizes
-from tcam_diff.diffusion.config import SampleConfig
+from tcam_diff.diffusion.config import NetworkConfig, SampleConfig
 from tcam_diff.diffusion.data import LatentData
 from tcam_diff.diffusion.model import TriplaneDiffusion
-from tcam_diff.diffusion.prior import LEAST, GaussianPrior, dct, fit_prior, octaves, principal, transform
+from tcam_diff.diffusion.network import TriplaneUNet
+from tcam_diff.diffusion.prior import LEAST, GaussianPrior, cross_fit, dct, fit_prior, octaves, principal, transform
 from tcam_diff.diffusion.process import Estimate, decisive, flip, pack, unpack
 from tcam_diff.diffusion.sampling import Sampler
 from tcam_diff.diffusion.solver import Solver, arc
-from tcam_diff.diffusion.train import DiffusionTraining
+from tcam_diff.diffusion.train import DiffusionTraining, _Loss
 from tcam_diff.errors import UserError
 from tcam_diff.training.distributed import Distributed
 
@@ -232,6 +233,28 @@ def test_copies_of_a_volume_do_not_choose_the_floor():
     assert float(fit_prior(twice, 2, OBLONG).floor.mean()) < 0.5
 
 
+def test_priors_without_a_part_meet_its_states_as_new_ones():
+    """Outside the span of its prior's directions a state has nothing, and outside that of the others' the floor."""
+    sizes = plane_sizes((8, 8, 8))
+    states = drawn(some_prior(2, sizes, 3, seed=4), 40)
+    both = cross_fit(states, 2, sizes, without=True)
+    assert len(both.without) == 5
+    assert both.part.bincount().tolist() == [8] * 5
+
+    def outside(prior, state):
+        along = torch.linalg.qr(prior.directions.T).Q if len(prior.directions) else prior.directions.T
+        rest = transform((state - prior.mean)[None], 2, sizes)[0]
+        return float((rest - along @ (along.T @ rest)).square().mean())
+
+    floor = float((both.prior.floor * both.prior.counts).sum() / both.prior.counts.sum())
+    away = [outside(both.without[int(part)], state) for state, part in zip(states, both.part, strict=True)]
+    assert sum(away) / len(away) == pytest.approx(floor, rel=0.15)
+    new = drawn(some_prior(2, sizes, 3, seed=4), 40, seed=1)
+    assert sum(outside(both.prior, s) for s in new) / 40 == pytest.approx(floor, rel=0.15)
+    for prior in both.without:
+        torch.testing.assert_close(prior.floor, both.prior.floor, rtol=0, atol=0)
+
+
 def test_few_or_equal_states():
     with pytest.raises(UserError, match=r"2 volume.*prior=unit"):
         fit_prior(torch.randn(2, numbers(2, OBLONG)), 2, OBLONG)
@@ -392,6 +415,45 @@ def test_estimates_of_one_head_agree_with_the_state(latents, tmp_path, prior, we
         torch.testing.assert_close(Estimate(x, noise, x0, eta).drift, -head, atol=1e-5, rtol=1e-4)
     model.save(tmp_path / "model")
     assert TriplaneDiffusion.load(tmp_path / "model").identity == model.identity
+
+
+@torch.no_grad()
+def test_cross_fitting_trains_volumes_as_new_ones():
+    """Around the prior of all volumes their loss is less than that of new ones, and around the others' priors as large."""
+    sizes, count = plane_sizes((8, 8, 8)), 40
+    truth = some_prior(2, sizes, 3, seed=4)
+    seen, new = (drawn(truth, count, seed=s) for s in (0, 1))
+    fitted = cross_fit(seen, 2, sizes, without=True)
+    network = TriplaneUNet(2, NetworkConfig(base=8, multipliers=[1], norm_groups=2, attention_levels=[]))
+    errors = _Loss(network, torch.float32, fitted.prior, without=fitted.without)
+    noise = unpack(torch.randn(seen.shape, generator=torch.Generator().manual_seed(2)), 2, sizes)
+    t = torch.full((count,), 500.0)
+
+    def loss(states, parts):
+        return errors(unpack(states, 2, sizes), noise, t, None, None, parts)[1]
+
+    as_new, crossed = float(loss(new, None).mean()), loss(seen, fitted.part)
+    assert float(loss(seen, None).mean()) < 0.9 * as_new
+    assert float(crossed.mean()) == pytest.approx(as_new, rel=0.05)
+    for part, prior in enumerate(fitted.without):  # every volume has its own prior, in the order of the batch
+        errors.prior = prior
+        rows = fitted.part == part
+        torch.testing.assert_close(crossed[rows], loss(seen, None)[rows], rtol=1e-4, atol=1e-5)
+
+
+def test_a_cross_fitted_run_samples_with_the_prior_of_all_volumes(latents, tmp_path):
+    config = runs.diffusion_config(latents, *GAUSSIAN, "cross_fit=true", "network.norm_groups=4")
+    task = DiffusionTraining(config, Distributed(), tmp_path)
+    assert task.part.bincount().tolist() == [3, 3, 2, 2, 2]
+    assert len({len(p.directions) for p in (task.prior, *task.without)}) > 1
+    assert math.isfinite(float(task.step(0)["loss"]))
+    assert task.model(1).prior is task.prior
+
+
+def test_other_priors_are_not_cross_fitted(latents, tmp_path):
+    task = DiffusionTraining(runs.diffusion_config(latents, "prior=unit", "cross_fit=true"), Distributed(), tmp_path)
+    assert task.part is None
+    assert not task.without
 
 
 def test_one_head_needs_a_prior(latents):

@@ -123,6 +123,13 @@ class DiffusionConfig(RunConfig):
         ),
     ] = "none"
     prior_directions: Annotated[Count, Field(description="most principal directions of the gaussian prior")] = 128
+    cross_fit: Annotated[
+        bool,
+        Field(
+            description="with prior=gaussian: train each volume around one of five priors that is fitted without it, so that "
+            "it is as far from its prior as a new volume is; samples have the prior of all volumes"
+        ),
+    ] = False
     network: NetworkConfig = NetworkConfig()
 
     steps: Count = 100000

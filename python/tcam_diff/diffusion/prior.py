@@ -36,6 +36,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -292,7 +293,21 @@ def principal(states: Tensor, most: int | None = None) -> Principal:
     return Principal(mean, (values[:kept] / max(1, len(states) - 1)).to(states), directions)
 
 
-def fit_prior(
+@dataclass
+class CrossFit:
+    """Prior of all states, those of the states outside each part, and the part of every state (N,)."""
+
+    prior: GaussianPrior
+    without: list[GaussianPrior]
+    part: Tensor
+
+
+def fit_prior(states: Tensor, channels: int, sizes: Sizes, **options: Any) -> GaussianPrior:
+    """The prior of :func:`cross_fit`, alone."""
+    return cross_fit(states, channels, sizes, **options).prior
+
+
+def cross_fit(
     states: Tensor,
     channels: int,
     sizes: Sizes,
@@ -301,8 +316,13 @@ def fit_prior(
     most: int = 128,
     folds: int = 5,
     seed: int = 0,
-) -> GaussianPrior:
-    """Fit a Gaussian to states.
+    without: bool = False,
+) -> CrossFit:
+    """Fit a Gaussian to states and, if asked, one to the states outside each of ``folds`` parts.
+
+    A state lies in the span of the states to which its prior was fitted, and a new one does not: outside it there is as much of
+    it as the floor says. A network that is trained around the prior of all states therefore learns that there is nothing
+    outside the span. Around the prior of the other parts, a training state is like a new one.
 
     The leading variances are those of the states. The floor is the mean square of held-out states outside the directions of the
     others, by bands, over ``folds`` parts of the states. The number of directions is that of the largest held-out likelihood.
@@ -318,6 +338,7 @@ def fit_prior(
         most: largest number of directions.
         folds: number of parts.
         seed: seed of the division.
+        without: whether to fit the priors of the states outside each part too, with the same floor.
 
     Raises:
         UserError: there are fewer than three volumes.
@@ -353,7 +374,9 @@ def fit_prior(
     best = max(range(len(candidates)), key=scores.__getitem__)
     everything = principal(states, most)
     kept = len(everything.variances) if candidates[best] == least else candidates[best]
-    return _assembled(everything, kept, floors[best], channels, sizes)
+    prior = _assembled(everything, kept, floors[best], channels, sizes)
+    others = [_assembled(p, min(kept, len(p.variances)), floors[best], channels, sizes) for p, _ in parts()] if without else []
+    return CrossFit(prior, others, part)
 
 
 def _assembled(p: Principal, kept: int, floor: Tensor, channels: int, sizes: Sizes) -> GaussianPrior:

@@ -19,7 +19,7 @@ from tcam_diff.diffusion.config import DiffusionConfig
 from tcam_diff.diffusion.data import Centre, LatentData
 from tcam_diff.diffusion.model import TriplaneDiffusion, assemble
 from tcam_diff.diffusion.network import TriplaneUNet, groups_of
-from tcam_diff.diffusion.prior import MOST_STATES, GaussianPrior, fit_prior
+from tcam_diff.diffusion.prior import MOST_STATES, GaussianPrior, cross_fit
 from tcam_diff.diffusion.process import TIMESTEPS, angle, error, flip, mix, pack, timesteps, unpack
 from tcam_diff.diffusion.report import samples_picture, write_report
 from tcam_diff.diffusion.spacing import Spacings
@@ -41,20 +41,37 @@ from tcam_diff.training.states import load_module, load_optimiser
 class _Loss(nn.Module):
     """Module that computes the errors and has the network's parameters, for DistributedDataParallel to wrap."""
 
-    def __init__(self, network: nn.Module, compute: torch.dtype, prior: GaussianPrior | None, loss: str = "estimates") -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        compute: torch.dtype,
+        prior: GaussianPrior | None,
+        loss: str = "estimates",
+        without: Sequence[GaussianPrior] = (),
+    ) -> None:
         super().__init__()
         self.network, self.compute, self.prior, self.loss = network, compute, prior, loss
+        self.without = without
 
     def forward(
-        self, x0: list[Tensor], noise: list[Tensor], t: Tensor, labels: Tensor | None, numbers: Tensor | None = None
+        self,
+        x0: list[Tensor],
+        noise: list[Tensor],
+        t: Tensor,
+        labels: Tensor | None,
+        numbers: Tensor | None = None,
+        parts: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Errors of noise and of planes, and mean square of x - cos(eta) x0 - sin(eta) eps, each (B,)."""
+        """Errors of noise and of planes, and mean square of x - cos(eta) x0 - sin(eta) eps, each (B,).
+
+        ``parts`` (B,) are the numbers of the priors in ``without``, and -1 is the prior of all volumes.
+        """
         x = [mix(p, e, t) for p, e in zip(x0, noise, strict=True)]
         with torch.autocast(x[0].device.type, torch.bfloat16, enabled=self.compute == torch.bfloat16):
             noise_hat, x0_hat = self.network(x, t, labels, numbers)
         scales: Sequence[list[Tensor] | None] = (None, None)
         if self.prior is not None:
-            noise_hat, x0_hat = self.prior.combine(x, t, noise_hat, x0_hat)
+            noise_hat, x0_hat = self._around(x, t, noise_hat, x0_hat, parts)
             if self.loss == "heads":
                 scales = [unpack(s, self.prior.channels, self.prior.sizes) for s in self.prior.scales(angle(t))]
         noise_error, image_error = error(noise_hat, noise, scales[0]), error(x0_hat, x0, scales[1])
@@ -62,6 +79,23 @@ class _Loss(nn.Module):
             residuals = [a - mix(p.to(a), e.to(a), t) for a, p, e in zip(x, x0_hat, noise_hat, strict=True)]
             residual = torch.stack([r.square().mean((1, 2, 3)) for r in residuals]).mean(0)
         return noise_error, image_error, residual
+
+    def _around(
+        self, x: list[Tensor], t: Tensor, noise: list[Tensor], x0: list[Tensor], parts: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Estimates of noise and planes from the network's heads, each volume's around its prior."""
+        assert self.prior is not None
+        if parts is None:
+            return self.prior.combine(x, t, noise, x0)
+        noise_hat, x0_hat = [torch.empty_like(p) for p in x], [torch.empty_like(p) for p in x]
+        for part in parts.unique().tolist():
+            rows = (parts == part).nonzero()[:, 0]
+            prior = self.prior if part < 0 else self.without[part]
+            both = prior.combine([p[rows] for p in x], t[rows], [p[rows] for p in noise], [p[rows] for p in x0])
+            for all_planes, planes in zip((noise_hat, x0_hat), both, strict=True):
+                for p, some in enumerate(planes):
+                    all_planes[p] = all_planes[p].index_copy(0, rows, some)
+        return noise_hat, x0_hat
 
 
 class DiffusionTraining(Task):
@@ -94,12 +128,15 @@ class DiffusionTraining(Task):
             )
         self.flips = sorted("xyz".index(name) for name in set(config.flip))
         self.centre = Centre.from_planes(self.data.planes, self.flips) if config.center else None
+        self.part: Tensor | None = None
+        self.without: list[GaussianPrior] = []
         self.prior, self.variances = self._prior()
         self.spacings = Spacings(self.data.spacings) if config.spacing else None
         self.dtype = torch.float64 if config.compute_dtype == "float64" else torch.float32
         self.compute = products(config.compute_dtype, group.device)
-        if self.prior is not None:
-            self.prior.to(group.device, self.dtype)
+        for prior in (self.prior, *self.without):
+            if prior is not None:
+                prior.to(group.device, self.dtype)
         self.network, self.average = self._network(), self._network().requires_grad_(False).eval()
         try:
             self.network.check([tuple(p.shape[1:]) for p in self.data.planes])
@@ -111,7 +148,7 @@ class DiffusionTraining(Task):
         if config.compile:
             restore_compiler_folder()
         inner = torch.compile(self.network) if config.compile else self.network
-        loss = self.inner = _Loss(inner, self.compute, self.prior, config.loss)  # type: ignore[arg-type]
+        loss = self.inner = _Loss(inner, self.compute, self.prior, config.loss, self.without)  # type: ignore[arg-type]
         # The buffers are those of the prior, which are equal on all processes.
         self.loss: nn.Module = DistributedDataParallel(loss, broadcast_buffers=False) if group.world > 1 else loss
 
@@ -139,10 +176,21 @@ class DiffusionTraining(Task):
             states.append(pack(planes if self.centre is None else self.centre.apply(planes)))
             groups += volumes.tolist()
         try:
-            fitted = fit_prior(torch.cat(states), data.channels, sizes, groups=groups, most=c.prior_directions, seed=c.seed)
+            fitted = cross_fit(
+                torch.cat(states),
+                data.channels,
+                sizes,
+                groups=groups,
+                most=c.prior_directions,
+                seed=c.seed,
+                without=c.cross_fit,
+            )
         except UserError as error:
             raise UserError(f"latents: {c.latents}: {error}") from error
-        return (fitted if c.prior == "gaussian" else prior), fitted.range
+        if fitted.without and c.prior == "gaussian":  # volumes beyond MOST_STATES are new to the prior of the others
+            self.without, self.part = fitted.without, torch.full((len(data),), -1)
+            self.part[torch.tensor(groups)] = fitted.part
+        return (fitted.prior if c.prior == "gaussian" else prior), fitted.prior.range
 
     @property
     def parameters(self) -> int:
@@ -151,8 +199,13 @@ class DiffusionTraining(Task):
 
     # ---- a step ------------------------------------------------------------------------
 
-    def _batch(self, step: int, positions: range) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
-        """Planes, noise, labels and numbers at positions within a step's batch. Each depends on step and position alone."""
+    def _batch(
+        self, step: int, positions: range
+    ) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor | None, Tensor | None]:
+        """Planes, noise, labels, numbers and parts at positions within a step's batch.
+
+        Each depends on step and position alone.
+        """
         c, device = self.config, self.group.device
         indices = [in_epochs(step * c.batch + i, len(self.data), c.seed) for i in positions]
         planes = self.data.rows(indices)
@@ -171,7 +224,8 @@ class DiffusionTraining(Task):
                 labels[row] = len(self.data.classes)
         moved = [p.to(device, self.dtype) for p in planes]
         labels = None if labels is None else labels.to(device)
-        return moved, [n.to(self.dtype) for n in noise], labels, self._numbers(self.data, indices)
+        parts = None if self.part is None else self.part[indices].to(device)
+        return moved, [n.to(self.dtype) for n in noise], labels, self._numbers(self.data, indices), parts
 
     def _numbers(self, data: LatentData, indices: Sequence[int]) -> Tensor | None:
         """What the network takes for the voxel sizes of volumes, if it does."""
@@ -191,10 +245,10 @@ class DiffusionTraining(Task):
             torch.manual_seed(seed_of(c.seed, "dropout", index, group.rank))
             for part in range(c.accumulate):
                 first = (group.rank * c.accumulate + part) * each
-                x0, noise, labels, numbers = self._batch(index, range(first, first + each))
+                x0, noise, labels, numbers, own = self._batch(index, range(first, first + each))
                 accumulating = part + 1 < c.accumulate and isinstance(self.loss, DistributedDataParallel)
                 with self.loss.no_sync() if accumulating else contextlib.nullcontext():  # type: ignore[operator]
-                    parts = self.loss(x0, noise, t[first : first + each], labels, numbers)
+                    parts = self.loss(x0, noise, t[first : first + each], labels, numbers, own)
                     terms = torch.stack([p.mean() for p in parts]) / c.accumulate
                     (c.noise_weight * terms[0] + c.image_weight * terms[1]).backward()
                 sums += terms.detach().float()
