@@ -255,6 +255,25 @@ def test_priors_without_a_part_meet_its_states_as_new_ones():
         torch.testing.assert_close(prior.floor, both.prior.floor, rtol=0, atol=0)
 
 
+def test_priors_without_a_part_have_the_energy_of_new_states():
+    """Forty states of sixty directions: their own variances along their own directions are larger than those of others."""
+    sizes = plane_sizes((8, 8, 8))
+    p = some_prior(2, sizes, 60, seed=4).float()
+    truth = GaussianPrior(2, sizes, p.mean, p.floor, 0.35 * p.directions).double()
+    states, new = drawn(truth, 40), drawn(truth, 200, seed=1)
+    both, plain = cross_fit(states, 2, sizes, without=True), fit_prior(states, 2, sizes)
+    energy = float((new - both.prior.mean).square().sum(1).mean())
+
+    def total(prior):
+        return float(prior.directions.square().sum() + (prior.floor * prior.counts).sum())
+
+    assert total(both.prior) == pytest.approx(energy, rel=0.05)
+    assert total(plain) > 1.2 * energy
+    assert both.prior.log_likelihood(new).mean() > plain.log_likelihood(new).mean() + 5
+    variances = both.prior.directions.square().sum(1)
+    assert (variances[1:] <= variances[:-1] + float(p.floor.max())).all()  # but for the share of the floor
+
+
 def test_few_or_equal_states():
     with pytest.raises(UserError, match=r"2 volume.*prior=unit"):
         fit_prior(torch.randn(2, numbers(2, OBLONG)), 2, OBLONG)

@@ -35,10 +35,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from scipy.optimize import isotonic_regression
 from torch import Tensor, nn
 
 from tcam_diff.diffusion.process import angle, pack, unpack
@@ -327,8 +328,11 @@ def cross_fit(
     The leading variances are those of the states. The floor is the mean square of held-out states outside the directions of the
     others, by bands, over ``folds`` parts of the states. The number of directions is that of the largest held-out likelihood.
 
-    N states have about trace(D) / N of their variance along each of their own directions by chance. It is not taken off,
-    because smaller leading variances cost samples their spread (algorithm.md section 11).
+    N states have about trace(D) / N of their variance along each of their own directions by chance. In the prior of all states
+    alone it is not taken off, because around it smaller leading variances cost samples their spread (algorithm.md section 11).
+    With priors ``without`` a part, all of them have the mean square of held-out states along each direction instead, made to
+    decrease (isotonic regression): with it and the floor a state has the energy of a new one, where it has half as much again
+    with the states' own.
 
     Args:
         states: (N, M), at least three.
@@ -349,18 +353,22 @@ def cross_fit(
         raise UserError(f"prior: {len(volumes)} volume(s); a covariance needs at least 3; take prior=unit timesteps=stratified")
     part_of = torch.randperm(len(volumes), generator=rng(seed, "prior folds")) % min(folds, len(volumes))
     part = part_of[torch.searchsorted(volumes, group)]
-    least = min(min(int((part != f).sum()) - 1, most) for f in range(int(part.max()) + 1))
+    count = int(part.max()) + 1
+    least = min(min(int((part != f).sum()) - 1, most) for f in range(count))
     candidates = sorted({k for k in (0, *(2**i for i in range(20))) if k < least} | {least})
 
     def parts() -> Iterator[tuple[Principal, Tensor]]:  # one after another, because directions are large
-        for f in range(int(part.max()) + 1):
+        for f in range(count):
             yield principal(states[part != f], most), states[part == f]
 
     band, owner = octaves(channels, sizes)
     counts = torch.bincount(band, minlength=len(owner)).double()
     energy = torch.zeros(len(candidates), len(owner), dtype=torch.float64)
+    along = torch.zeros(least, dtype=torch.float64)
     for p, held_out in parts():
         rest, done = held_out - p.mean, 0
+        found = (rest @ p.directions[:least].T).double().square().sum(0)
+        along[: len(found)] += found / len(states)
         for i, k in enumerate(candidates):
             more = p.directions[done:k]
             rest, done = rest - (rest @ more.T) @ more, k
@@ -374,9 +382,15 @@ def cross_fit(
     best = max(range(len(candidates)), key=scores.__getitem__)
     everything = principal(states, most)
     kept = len(everything.variances) if candidates[best] == least else candidates[best]
-    prior = _assembled(everything, kept, floors[best], channels, sizes)
-    others = [_assembled(p, min(kept, len(p.variances)), floors[best], channels, sizes) for p, _ in parts()] if without else []
-    return CrossFit(prior, others, part)
+    if not without:
+        return CrossFit(_assembled(everything, kept, floors[best], channels, sizes), [], part)
+    variances = torch.tensor(isotonic_regression(along.numpy(), increasing=False).x.tolist())
+
+    def assembled(p: Principal) -> GaussianPrior:
+        own = variances[torch.arange(len(p.variances)).clamp(max=least - 1)].to(p.variances)
+        return _assembled(replace(p, variances=own), min(kept, len(own)), floors[best], channels, sizes)
+
+    return CrossFit(assembled(everything), [assembled(p) for p, _ in parts()], part)
 
 
 def _assembled(p: Principal, kept: int, floor: Tensor, channels: int, sizes: Sizes) -> GaussianPrior:
