@@ -127,6 +127,11 @@ _workspaces = _Workspaces()
 explaining: ContextVar[list[_Call] | None] = ContextVar("explaining", default=None)
 
 
+def orders_planes(device: torch.device) -> bool:
+    """Whether the kernels of a device take planes of grids only with rows that run over the lower axis."""
+    return device.type != "cpu"
+
+
 def storage_dtype(compute: str) -> torch.dtype:
     """The dtype that the kernels read and sum in; half tensors are widened first."""
     return torch.float64 if compute == "float64" else torch.float32

@@ -108,7 +108,7 @@ def _canonical(
     extra = None if extra is None else extra.to(planes.tensors[0].dtype)
     tensors, axes = [], []
     weights, biases, skips = _first_matrix(mlp)
-    ordered = isinstance(request.where, checks.Grid) and planes.tensors[0].device.type != "cpu"
+    ordered = isinstance(request.where, checks.Grid) and library.orders_planes(planes.tensors[0].device)
     for p, (row, column) in zip(planes.tensors, planes.plane_axes, strict=True):
         swap = ordered and row > column
         tensors.append(p.mT if swap else p)

@@ -146,4 +146,5 @@ def replace_kernels(monkeypatch: Any, path: Path) -> None:
 
     emulated = Emulated(path)
     monkeypatch.setattr(library, "_C", emulated)
+    monkeypatch.setattr(library, "orders_planes", lambda device: True)
     monkeypatch.setattr(library, "_workspaces", library._Workspaces())
