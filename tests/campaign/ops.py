@@ -181,10 +181,20 @@ class RoundedProduct(torch.autograd.Function):
 
 
 def rounded_as_the_kernel(p: testing.Problem) -> tuple[Tensor, Tensor]:
-    """The outputs with bfloat16 products after the first layer, and a mask, as tcam_ext.testing.masked_reference gives them."""
+    """The outputs with bfloat16 products after the first layer, and a mask, as tcam_ext.testing.masked_reference gives them.
+
+    Grids of products of planes have bfloat16 products in the first layer too, unless they have extra features.
+    """
     options = {k: v for k, v in p.options.items() if k not in ("activation", "output_activation")}
-    first = replace(p, weights=p.weights[:1], biases=p.biases[:1], options=options)
-    z = first.call(reference.decode_grid).movedim(1, -1)
+    multiplied = options.get("reduce") == "prod" and max(options.get("groups") or [len(p.planes)]) > 1
+    if multiplied and options.get("extra") is None and not isinstance(p, AtPoints):
+        same = torch.eye(p.weights[0].shape[1], dtype=torch.float64)
+        features = replace(p, weights=[same], biases=[None], options=options).call(reference.decode_grid).movedim(1, -1)
+        z = RoundedProduct.apply(features, p.weights[0])
+        z = z if p.biases[0] is None else z + p.biases[0]
+    else:
+        first = replace(p, weights=p.weights[:1], biases=p.biases[:1], options=options)
+        z = first.call(reference.decode_grid).movedim(1, -1)
     trusted = torch.ones(z.shape[:-1], dtype=torch.float64)
     names = activations.hidden_layers(p.options["activation"], len(p.weights) - 1)
     for name, w, b in zip(names, p.weights[1:], p.biases[1:], strict=True):
