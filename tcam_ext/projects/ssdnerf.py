@@ -72,10 +72,8 @@ class _SsdNerf(ProjectDecoder):
             raise ValueError(f"decoder: expected an activation silu, relu or softplus, got {type(activation).__name__}")
         options = {"activation": ACTIVATIONS[type(activation)](activation), "skips": ()}
         super().__init__(parts, conventions.ssdnerf, self._densities, options=options)
-        self.saturation, self.flip_z = (
-            float(getattr(decoder, "sigmoid_saturation", 0.001)),
-            bool(getattr(decoder, "flip_z", 0)),
-        )
+        self.saturation = float(getattr(decoder, "sigmoid_saturation", 0.001))
+        self.flip_z = bool(getattr(decoder, "flip_z", False))
         density, colour = self._chain("density_net"), self._chain("color_net")
         wider = colour[0].weight.shape[1] > density[0].weight.shape[1]
         self.views = isinstance(getattr(parts, "dir_net", None), nn.Module)  # whether h has a part of the direction
