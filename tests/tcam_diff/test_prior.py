@@ -14,7 +14,8 @@ from tcam_diff.diffusion.config import NetworkConfig, SampleConfig
 from tcam_diff.diffusion.data import LatentData
 from tcam_diff.diffusion.model import TriplaneDiffusion
 from tcam_diff.diffusion.network import TriplaneUNet
-from tcam_diff.diffusion.prior import LEAST, GaussianPrior, cross_fit, dct, fit_prior, octaves, principal, transform
+from tcam_diff.diffusion.dct import dct
+from tcam_diff.diffusion.prior import LEAST, GaussianPrior, cross_fit, fit_prior, octaves, principal, transform
 from tcam_diff.diffusion.process import Estimate, decisive, flip, pack, unpack
 from tcam_diff.diffusion.sampling import Sampler
 from tcam_diff.diffusion.solver import Solver, arc

@@ -53,6 +53,12 @@ class NetworkConfig(Config):
             "needs a prior (the recipe of the authors' later PRDiT)"
         ),
     ] = "two"
+    octave_gains: Annotated[
+        bool, Field(description="gains of the heads by channel and octave of frequency, which depend on time; not in the paper")
+    ] = False
+    prior_input: Annotated[
+        bool, Field(description="the planes as the prior estimates them are a further input; not in the paper")
+    ] = False
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     norm_groups: Annotated[int, Field(ge=1, description="most groups of a group normalisation")] = 32
     execution: Annotated[
@@ -176,6 +182,8 @@ class DiffusionConfig(RunConfig):
             raise ValueError("loss: heads is the loss of heads around a prior; take prior=unit or gaussian, or loss=estimates")
         if self.network.heads == "one" and self.prior == "none":
             raise ValueError("network.heads: one head is a velocity around a prior; take prior=unit or gaussian, or two heads")
+        if self.network.prior_input and self.prior == "none":
+            raise ValueError("network.prior_input: there is no prior; take prior=gaussian, or network.prior_input=false")
         return self
 
 

@@ -165,7 +165,8 @@ class Distillation(NetworksTask):
         assert prior is not None
         numbers = None if spacings is None or of.sizes is None else spacings.condition(of.sizes)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.compute == torch.bfloat16):
-            head = self.network(state, t, of.labels, numbers)[1]
+            denoised = prior.denoised(state, t)[1] if self.network.config.prior_input else None
+            head = self.network(state, t, of.labels, numbers, denoised)[1]
         return prior.combine_flow(state, t, head)[1]
 
     @torch.no_grad()

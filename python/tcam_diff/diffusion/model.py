@@ -166,11 +166,13 @@ class TriplaneDiffusion(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16), _no_tf32(x.device, dtype):
             state = unpack(x.to(self.network.enter.weight.dtype), self.channels, self.geometry.sizes)
             numbers = None if self.spacings is None or sizes is None else self.spacings.condition(sizes)
-            noise, x0 = self.network(state, t, labels, numbers)
+            needed = self.prior is not None and (self.config.network.prior_input or not self.consistency)
+            own = self.prior.denoised(state, t) if self.prior is not None and needed else None
+            noise, x0 = self.network(state, t, labels, numbers, None if own is None else own[1])
             if self.prior is not None and self.consistency:
                 noise, x0 = self.prior.combine_flow(state, t, x0)
-            elif self.prior is not None:
-                noise, x0 = self.prior.combine(state, t, noise, x0)
+            elif self.prior is not None and own is not None:
+                noise, x0 = self.prior.combine(own, t, noise, x0)
         return torch.cat([pack(noise), pack(x0)], 1).to(x.dtype)
 
     def planes(self, x: Tensor) -> list[Tensor]:

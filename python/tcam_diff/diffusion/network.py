@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tcam_diff.autodecoder.planes import PLANE_AXES, PLANE_NAMES
 from tcam_diff.diffusion.config import NetworkConfig
+from tcam_diff.diffusion.dct import octaves_of, transform_planes
 
 State = list[Tensor]
 Weights = Literal["independent", "shared", "concatenated"]
@@ -212,6 +213,39 @@ class Level(nn.Module):
         return state
 
 
+class OctaveGains(nn.Module):
+    """Gains of the heads by channel and octave of frequency, 1 + linear(SiLU(time)), which are initially 1.
+
+    What can be estimated of a plane depends on frequency and time: near the noise nothing of the upper octaves, near the planes
+    nothing of the lower ones that x does not say already. Convolutions of 3 x 3 texels learn such filters slowly, and what they
+    let through is noise, which gives samples too much energy (algorithm.md section 11).
+    """
+
+    #: Octaves of planes of 512 texels. Those beyond have the gain of the last one.
+    OCTAVES = 10
+
+    def __init__(self, channels: int, time: int, copies: int) -> None:
+        super().__init__()
+        self.copies = copies
+        self.linear = nn.Linear(time, copies * channels * self.OCTAVES)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, state: State, time: State) -> State:
+        with torch.autocast(state[0].device.type, enabled=False):
+            weight, bias = self.linear.weight, self.linear.bias
+            changes = [F.linear(F.silu(t.to(weight)), weight, bias).unflatten(1, (-1, self.OCTAVES)) for t in time]
+            if self.copies == 3 and len(state) == 3:
+                changes = list(changes[0].chunk(3, 1))
+            states = []
+            for x, change in zip(state, changes, strict=True):
+                octave = octaves_of(*x.shape[2:]).clamp_(max=self.OCTAVES - 1).to(x.device)
+                spread = change @ F.one_hot(octave.flatten(), self.OCTAVES).T.to(weight)  # faster than by indices, backward
+                x = x.to(weight)
+                states.append(x + transform_planes(transform_planes(x) * spread.view_as(x), inverse=True))
+        return states
+
+
 class TriplaneUNet(nn.Module):
     """Network that estimates noise and planes from noisy planes, (x_eta, t) -> (eps, x0) (equation 9).
 
@@ -233,7 +267,7 @@ class TriplaneUNet(nn.Module):
         self.plane = nn.Embedding(3, time) if w == "shared" else None
         self.label = nn.Embedding(classes + 1, time) if classes else None
         self.numbers = nn.Sequential(nn.Linear(numbers, time), nn.SiLU(), nn.Linear(time, time)) if numbers else None
-        self.enter = Conv(across * channels, base, 3, w)
+        self.enter = Conv(across * channels * (2 if config.prior_input else 1), base, 3, w)
 
         self.down = nn.ModuleList()
         skips, c = [base], base
@@ -254,6 +288,8 @@ class TriplaneUNet(nn.Module):
                 c = base * m
         heads = 2 if config.heads == "two" else 1
         self.norm, self.leave = Norm(c, config.norm_groups, w), Conv(c, across * heads * channels, 3, w, zero=True)
+        copies = 3 if w == "independent" else 1
+        self.gains = OctaveGains(across * heads * channels, time, copies) if config.octave_gains else None
 
     def placed(self, device: torch.device, dtype: torch.dtype = torch.float32) -> TriplaneUNet:
         """Move to a device in its fastest layout: channels last on GPUs, channels first on CPUs."""
@@ -261,7 +297,12 @@ class TriplaneUNet(nn.Module):
         return self.to(memory_format=torch.channels_last) if device.type == "cuda" else self
 
     def forward(
-        self, planes: Sequence[Tensor], t: Tensor, labels: Tensor | None = None, numbers: Tensor | None = None
+        self,
+        planes: Sequence[Tensor],
+        t: Tensor,
+        labels: Tensor | None = None,
+        numbers: Tensor | None = None,
+        denoised: Sequence[Tensor] | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Estimate noise and planes.
 
@@ -270,6 +311,7 @@ class TriplaneUNet(nn.Module):
             t: timesteps (B,) in [0, 1000].
             labels: (B,), 0 to ``classes`` - 1, or ``classes`` for no label; None: no labels.
             numbers: (B, numbers), of a network that takes them.
+            denoised: the prior's estimates of the planes, for a network with ``prior_input``.
 
         Returns:
             Noise and planes, each like ``planes``; with one head, the same tensors twice.
@@ -285,7 +327,12 @@ class TriplaneUNet(nn.Module):
             if numbers is None:
                 raise ValueError("numbers: expected those of each volume, which this network takes; got None")
             e = e + self.numbers(numbers.to(e))
-        state = self._enter(planes)
+        if self.config.prior_input:
+            if denoised is None:
+                raise ValueError("denoised: expected the prior's estimates of the planes, which this network takes; got None")
+            state = self._enter([torch.cat([p, d.to(p)], 1) for p, d in zip(planes, denoised, strict=True)])
+        else:
+            state = self._enter(planes)
         if self.plane is None:
             time = [e]
         else:
@@ -300,7 +347,8 @@ class TriplaneUNet(nn.Module):
             state = self._run(layer, state, time)
         for layer in self.up:
             state = self._run(layer, self._join(state, kept.pop()), time)
-        return self._leave(self.leave([F.silu(x) for x in self.norm(state)]), planes)
+        state = self.leave([F.silu(x) for x in self.norm(state)])
+        return self._leave(state if self.gains is None else self.gains(state, time), planes)
 
     def _run(self, layer: nn.Module, state: State, time: State) -> State:
         if self.config.checkpointing and self.training and torch.is_grad_enabled():

@@ -42,6 +42,7 @@ import torch
 from scipy.optimize import isotonic_regression
 from torch import Tensor, nn
 
+from tcam_diff.diffusion.dct import octaves_of, transform_planes
 from tcam_diff.diffusion.process import angle, pack, unpack
 from tcam_diff.errors import UserError
 from tcam_diff.training.rng import rng
@@ -57,38 +58,20 @@ MOST_STATES = 512
 FLOW_STEP, FLOW_MARGIN = 1.0, 3.0
 
 
-@functools.lru_cache(maxsize=32)
-def dct(n: int, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> Tensor:
-    """Orthonormal DCT-II matrix (n, n): row k has frequency k / 2n cycles per texel."""
-    k = torch.arange(n, dtype=torch.float64)
-    matrix = torch.cos(math.pi / n * (k + 0.5) * k[:, None]) * math.sqrt(2 / n)
-    matrix[0] /= math.sqrt(2)
-    return matrix.to(device, dtype)
-
-
 def transform(x: Tensor, channels: int, sizes: Sizes, inverse: bool = False) -> Tensor:
     """DCT-II of every plane and channel of states (B, M), or its inverse."""
-    planes = []
-    for plane, (h, w) in zip(unpack(x, channels, sizes), sizes, strict=True):
-        rows, columns = (dct(n, x.dtype, x.device) for n in (h, w))
-        planes.append(rows.T @ plane @ columns if inverse else rows @ plane @ columns.T)
-    return pack(planes)
+    return pack([transform_planes(plane, inverse) for plane in unpack(x, channels, sizes)])
 
 
 def octaves(channels: int, sizes: Sizes) -> tuple[Tensor, Tensor]:
-    """Bands of the coefficients of the DCT: one for each plane, channel and octave of frequency.
-
-    The octaves of a plane are its mean and radii [1, 2), [2, 4), ... in units of its lowest frequency along the longer side.
+    """Bands of the coefficients of the DCT: one for each plane, channel and octave (:func:`octaves_of`).
 
     Returns:
         The band of every coefficient (M,), and the plane and channel of every band, 0 to 3 C - 1.
     """
     bands, owners, first = [], [], 0
     for p, (h, w) in enumerate(sizes):
-        longest = max(h, w)
-        radius = torch.hypot(torch.arange(h)[:, None] * (longest / h), torch.arange(w) * (longest / w))
-        octave = torch.where(radius < 0.5, 0, 1 + radius.clamp(min=1).log2().floor().long())
-        present, octave = octave.unique(return_inverse=True)
+        present, octave = octaves_of(h, w).unique(return_inverse=True)
         for c in range(channels):
             bands.append(first + octave.flatten())
             owners += [p * channels + c] * len(present)
@@ -227,22 +210,28 @@ class GaussianPrior(nn.Module):
         channels = torch.zeros(len(ratio), self.owners, dtype=ratio.dtype, device=ratio.device)
         return channels.index_add(1, self.owner, ratio * self.share).sqrt()[:, self.owner[self.band]]
 
-    def combine(
-        self, planes: Sequence[Tensor], t: Tensor, noise: Sequence[Tensor], x0: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Estimates of noise and planes from the network's heads, all (B, C, rows, columns), at timesteps t (B,)."""
+    def denoised(self, planes: Sequence[Tensor], t: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Posterior means of noise and x0 for planes (B, C, rows, columns) at timesteps t (B,)."""
         with torch.autocast(planes[0].device.type, enabled=False):
-            x, eta = pack(planes), angle(t.to(self.floor))
-            own_noise, own_x0 = self(x, eta)
-            noise_scale, x0_scale = self.scales(eta)
-            estimates = (own_noise + noise_scale * pack(noise).to(x), own_x0 + x0_scale * pack(x0).to(x))
-        both = [unpack(e, self.channels, self.sizes) for e in estimates]
+            noise, x0 = self(pack(planes), angle(t.to(self.floor)))
+        return unpack(noise, self.channels, self.sizes), unpack(x0, self.channels, self.sizes)
+
+    def combine(
+        self, own: tuple[Sequence[Tensor], Sequence[Tensor]], t: Tensor, noise: Sequence[Tensor], x0: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Estimates of noise and planes: those of :meth:`denoised`, ``own``, and the network's heads at timesteps t (B,)."""
+        with torch.autocast(t.device.type, enabled=False):
+            scales = [unpack(s, self.channels, self.sizes) for s in self.scales(angle(t.to(self.floor)))]
+            both = [
+                [o + s * h.to(o) for o, s, h in zip(owns, of, heads, strict=True)]
+                for owns, of, heads in zip(own, scales, (noise, x0), strict=True)
+            ]
         return both[0], both[1]
 
     def combine_flow(self, planes: Sequence[Tensor], t: Tensor, x0: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Noise and planes from the head F of a consistency model, which add up to the states: x0 = flow(x) + s rho F.
 
-        For arguments see :meth:`combine`; timesteps are above 0.
+        All are (B, C, rows, columns), at timesteps t (B,) above 0.
         """
         with torch.autocast(planes[0].device.type, enabled=False):
             x, eta = pack(planes), angle(t.to(self.floor))

@@ -67,11 +67,12 @@ class _Loss(nn.Module):
         ``parts`` (B,) are the numbers of the priors in ``without``, and -1 is the prior of all volumes.
         """
         x = [mix(p, e, t) for p, e in zip(x0, noise, strict=True)]
+        own = None if self.prior is None else self._denoised(self.prior, x, t, parts)
         with torch.autocast(x[0].device.type, torch.bfloat16, enabled=self.compute == torch.bfloat16):
-            noise_hat, x0_hat = self.network(x, t, labels, numbers)
+            noise_hat, x0_hat = self.network(x, t, labels, numbers, None if own is None else own[1])
         scales: Sequence[list[Tensor] | None] = (None, None)
-        if self.prior is not None:
-            noise_hat, x0_hat = self._around(x, t, noise_hat, x0_hat, parts)
+        if self.prior is not None and own is not None:
+            noise_hat, x0_hat = self.prior.combine(own, t, noise_hat, x0_hat)  # the factors of all priors are equal
             if self.loss == "heads":
                 scales = [unpack(s, self.prior.channels, self.prior.sizes) for s in self.prior.scales(angle(t))]
         noise_error, image_error = error(noise_hat, noise, scales[0]), error(x0_hat, x0, scales[1])
@@ -80,22 +81,21 @@ class _Loss(nn.Module):
             residual = torch.stack([r.square().mean((1, 2, 3)) for r in residuals]).mean(0)
         return noise_error, image_error, residual
 
-    def _around(
-        self, x: list[Tensor], t: Tensor, noise: list[Tensor], x0: list[Tensor], parts: Tensor | None
+    @torch.no_grad()
+    def _denoised(
+        self, prior: GaussianPrior, x: list[Tensor], t: Tensor, parts: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Estimates of noise and planes from the network's heads, each volume's around its prior."""
-        assert self.prior is not None
+        """Estimates of noise and planes by each volume's prior."""
         if parts is None:
-            return self.prior.combine(x, t, noise, x0)
-        noise_hat, x0_hat = [torch.empty_like(p) for p in x], [torch.empty_like(p) for p in x]
+            return prior.denoised(x, t)
+        noise, x0 = [torch.empty_like(p) for p in x], [torch.empty_like(p) for p in x]
         for part in parts.unique().tolist():
             rows = (parts == part).nonzero()[:, 0]
-            prior = self.prior if part < 0 else self.without[part]
-            both = prior.combine([p[rows] for p in x], t[rows], [p[rows] for p in noise], [p[rows] for p in x0])
-            for all_planes, planes in zip((noise_hat, x0_hat), both, strict=True):
-                for p, some in enumerate(planes):
-                    all_planes[p] = all_planes[p].index_copy(0, rows, some)
-        return noise_hat, x0_hat
+            both = (prior if part < 0 else self.without[part]).denoised([p[rows] for p in x], t[rows])
+            for all_planes, planes in zip((noise, x0), both, strict=True):
+                for p, some in zip(all_planes, planes, strict=True):
+                    p[rows] = some
+        return noise, x0
 
 
 class DiffusionTraining(Task):

@@ -26,8 +26,14 @@ GENERATORS = {
 VARIANTS = {
     "concatenated": ("network.weights=concatenated",),
     "no-cross": ("network.cross=none",),
-    "no-prior": ("prior=none", "timesteps=stratified", "network.norm_groups=32"),
-    "one-head": ("prior=unit", "network.heads=one", "timesteps=straight"),
+    "no-prior": (
+        "prior=none",
+        "timesteps=stratified",
+        "network.norm_groups=32",
+        "network.octave_gains=false",
+        "network.prior_input=false",
+    ),
+    "one-head": ("prior=unit", "network.heads=one", "network.prior_input=false", "timesteps=straight"),
 }
 #: Steps of trainings that end by their time.
 MANY = 1_000_000
