@@ -66,20 +66,20 @@ def measure(
 ) -> dict[str, object]:  # fmt: skip
     device = torch.device(a.device)
     x = [torch.randn(batch, channels, size, size, device=device) for _ in range(3)]
-    t = torch.rand(batch, device=device) * 1000
+    inputs = (x, torch.rand(batch, device=device) * 1000, None, None, x if network.config.prior_input else None)
     called = torch.compile(network, mode="max-autotune-no-cudagraphs") if a.compile else network
 
     def evaluate() -> None:
         with torch.no_grad(), torch.autocast(a.device, torch.bfloat16, enabled=products == "bfloat16"):
-            called(x, t)
+            called(*inputs)
 
     def step() -> None:
         with torch.autocast(a.device, torch.bfloat16, enabled=products == "bfloat16"):
-            noise, x0 = called(x, t)
+            noise, x0 = called(*inputs)
         sum(p.float().square().mean() for p in (*noise, *x0)).backward()
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(x, t)
+        network(*inputs)
     macs = counter.get_total_flops() / 2
     network.eval()
     forward = statistics.median(harness.measure(evaluate, a.repeats, device=a.device))

@@ -1,13 +1,15 @@
 """U-Net and diffusion process (algorithm.md sections 2, 4 and 9)."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.fft import dctn, idctn
 from tcam_diff.diffusion.config import DiffusionConfig, NetworkConfig
-from tcam_diff.diffusion.network import TriplaneAttention, TriplaneUNet, _add, _attend, _positions
+from tcam_diff.diffusion.network import OctaveGains, TriplaneAttention, TriplaneUNet, _add, _attend, _positions
 from tcam_diff.diffusion.process import Estimate, decisive, error, flip, mix, pack, timesteps, unpack
 from tcam_diff.errors import UserError
 
@@ -41,7 +43,7 @@ T = torch.tensor([3.5, 700.0])
 
 @pytest.mark.parametrize(
     ("preset", "channels", "millions"),
-    [("tiny", 6, 0.60), ("small", 16, 3.84), ("cohort", 8, 3.52), ("brats", 42, 67.4), ("brats-large", 42, 119.7),
+    [("tiny", 6, 0.60), ("small", 16, 3.84), ("cohort", 8, 3.59), ("brats", 42, 67.4), ("brats-large", 42, 119.7),
      ("pancreas", 42, 71.9), ("colon", 42, 41.5)],
 )  # fmt: skip
 def test_presets_have_the_designed_parameter_counts(preset, channels, millions):
@@ -64,8 +66,8 @@ def test_output_has_the_shapes_of_the_input(sizes, weights, cross):
 @pytest.mark.parametrize("weights", ["independent", "shared"])
 @pytest.mark.parametrize("cross", ["full", "axis", "none"])
 def test_grouped_and_looped_execution_agree(weights, cross):
-    grouped = network(weights=weights, cross=cross).double()
-    looped = network(weights=weights, cross=cross, execution="loop").double()
+    grouped = network(weights=weights, cross=cross, octave_gains=True).double()
+    looped = network(weights=weights, cross=cross, octave_gains=True, execution="loop").double()
     looped.load_state_dict(grouped.state_dict())
     x = [p.double() for p in planes(SQUARE)]
     for a, b in zip(grouped(x, T), looped(x, T), strict=True):
@@ -73,11 +75,45 @@ def test_grouped_and_looped_execution_agree(weights, cross):
             assert (p - q).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(16, 16), (8, 20), (12, 3), (1, 1)])
+@pytest.mark.parametrize("looped", [False, True])
+def test_gains_scale_the_octaves_of_each_channel(rows, columns, looped):
+    """Against scipy's transform, with octaves by their definition."""
+    torch.manual_seed(0)
+    gains = OctaveGains(2, 8, 3).double()
+    x, time = torch.randn(2, 6, rows, columns, dtype=torch.float64), torch.randn(2, 8, dtype=torch.float64)
+    state = list(x.chunk(3, 1)) if looped else [x]
+    assert all(torch.equal(a, b) for a, b in zip(gains(state, [time]), state, strict=True))  # before training
+    torch.nn.init.normal_(gains.linear.weight)
+    torch.nn.init.normal_(gains.linear.bias)
+    with torch.no_grad():
+        found = torch.cat(gains(state, [time]), 1)
+        change = gains.linear(torch.nn.functional.silu(time)).unflatten(1, (6, gains.OCTAVES))
+    longest = max(rows, columns)
+    for b, k in product(range(2), range(6)):
+        coefficients = dctn(x[b, k].numpy(), norm="ortho")
+        for i, j in product(range(rows), range(columns)):
+            radius = math.hypot(i * longest / rows, j * longest / columns)
+            octave = 0 if radius == 0 else 1 + math.floor(math.log2(max(radius, 1)))
+            coefficients[i, j] *= 1 + float(change[b, k, octave])
+        torch.testing.assert_close(found[b, k], torch.from_numpy(idctn(coefficients, norm="ortho")))
+
+
+def test_octaves_beyond_the_last_one_have_its_gain():
+    gains = OctaveGains(1, 4, 1)
+    with torch.no_grad():
+        gains.linear.bias[-1] = -1
+        (found,) = gains([torch.randn(1, 1, 1, 2000, generator=torch.Generator().manual_seed(0))], [torch.zeros(1, 4)])
+    above = dctn(found[0, 0].numpy(), norm="ortho")[0]
+    assert abs(above[256:]).max() < 1e-4
+    assert abs(above[:256]).min() < abs(above[:256]).max()
+
+
 @pytest.mark.parametrize("cross", ["full", "axis"])
 def test_gradients_in_bfloat16_are_near_those_in_float32(cross):
     gradients = []
     for enabled in (False, True):
-        net = network(cross=cross)
+        net = network(cross=cross, octave_gains=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             halves = net(planes(SQUARE), T)
         sum(p.float().square().mean() for half in halves for p in half).backward()

@@ -16,7 +16,7 @@ from tcam_diff.diffusion.solver import Solver, arc
 from tcam_diff.diffusion.train import DiffusionTraining
 from tcam_diff.errors import UserError
 from tcam_diff.training.distributed import Distributed
-from test_prior import GAUSSIAN
+from test_prior import FILTERED, GAUSSIAN
 
 SHORT = ("steps=8", "batch=4", "teacher_steps=4", "updates=2", "evaluate_volumes=4", "log_every=2", "compute_dtype=float32")
 
@@ -24,7 +24,7 @@ SHORT = ("steps=8", "batch=4", "teacher_steps=4", "updates=2", "evaluate_volumes
 def teacher(folder, latents, *changes):
     """Model whose heads are not zero, as after a training."""
     model = DiffusionTraining(
-        runs.diffusion_config(latents, *GAUSSIAN, "network.norm_groups=2", *changes), Distributed(), folder
+        runs.diffusion_config(latents, *GAUSSIAN, *FILTERED, "network.norm_groups=2", *changes), Distributed(), folder
     ).model(0)
     for parameter in model.network.parameters():
         parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))

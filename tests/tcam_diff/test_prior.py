@@ -12,9 +12,9 @@ from scipy.fft import dctn
 from tcam_diff.autodecoder.planes import plane_sizes
 from tcam_diff.diffusion.config import NetworkConfig, SampleConfig
 from tcam_diff.diffusion.data import LatentData
+from tcam_diff.diffusion.dct import dct
 from tcam_diff.diffusion.model import TriplaneDiffusion
 from tcam_diff.diffusion.network import TriplaneUNet
-from tcam_diff.diffusion.dct import dct
 from tcam_diff.diffusion.prior import LEAST, GaussianPrior, cross_fit, fit_prior, octaves, principal, transform
 from tcam_diff.diffusion.process import Estimate, decisive, flip, pack, unpack
 from tcam_diff.diffusion.sampling import Sampler
@@ -146,7 +146,7 @@ def test_equal_heads_leave_no_residual():
     x = torch.randn(3, len(prior.mean), dtype=torch.float64)
     t = torch.tensor([10.0, 500.0, 990.0], dtype=torch.float64)
     head = unpack(torch.randn_like(x), 2, OBLONG)
-    noise, x0 = (pack(p) for p in prior.combine(unpack(x, 2, OBLONG), t, head, head))
+    noise, x0 = (pack(p) for p in prior.combine(prior.denoised(unpack(x, 2, OBLONG), t), t, head, head))
     eta = (t * (math.pi / 2000))[:, None]
     torch.testing.assert_close(eta.cos() * x0 + eta.sin() * noise, x)
     assert float((x0 - prior(x, eta[:, 0])[1]).abs().max()) > 0.01
@@ -380,6 +380,8 @@ def latents(tmp_path_factory):
 
 
 GAUSSIAN = ("prior=gaussian", "timesteps=spectrum", "center=true")
+#: What the preset cohort adds to the network.
+FILTERED = ("network.octave_gains=true", "network.prior_input=true")
 
 
 def test_an_untrained_network_draws_from_the_prior(latents, tmp_path):
@@ -438,13 +440,17 @@ def test_estimates_of_one_head_agree_with_the_state(latents, tmp_path, prior, we
 
 
 @torch.no_grad()
-def test_cross_fitting_trains_volumes_as_new_ones():
+@pytest.mark.parametrize("prior_input", [False, True])
+def test_cross_fitting_trains_volumes_as_new_ones(prior_input):
     """Around the prior of all volumes their loss is less than that of new ones, and around the others' priors as large."""
     sizes, count = plane_sizes((8, 8, 8)), 40
     truth = some_prior(2, sizes, 3, seed=4)
     seen, new = (drawn(truth, count, seed=s) for s in (0, 1))
     fitted = cross_fit(seen, 2, sizes, without=True)
-    network = TriplaneUNet(2, NetworkConfig(base=8, multipliers=[1], norm_groups=2, attention_levels=[]))
+    config = NetworkConfig(base=8, multipliers=[1], norm_groups=2, attention_levels=[], prior_input=prior_input)
+    network = TriplaneUNet(2, config)
+    if prior_input:  # so that the loss depends on the input
+        torch.nn.init.normal_(network.leave.weight, std=0.003, generator=torch.Generator().manual_seed(3))
     errors = _Loss(network, torch.float32, fitted.prior, without=fitted.without)
     noise = unpack(torch.randn(seen.shape, generator=torch.Generator().manual_seed(2)), 2, sizes)
     t = torch.full((count,), 500.0)
@@ -486,7 +492,26 @@ def test_heads_are_those_of_a_prior(latents):
         runs.diffusion_config(latents, "loss=heads", "prior=none")
 
 
-@pytest.mark.parametrize("more", [(), ("flip=[x, y]",), ("latent_dtype=bfloat16",), ("compute_dtype=bfloat16",)])
+def test_a_network_that_takes_estimates_of_the_prior_needs_one(latents, tmp_path):
+    with pytest.raises(UserError, match=r"network.prior_input: there is no prior"):
+        runs.diffusion_config(latents, "network.prior_input=true", "prior=none")
+    model = DiffusionTraining(runs.diffusion_config(latents, *GAUSSIAN, *FILTERED), Distributed(), tmp_path).model(0)
+    state = unpack(torch.randn(2, model.length), model.channels, model.geometry.sizes)
+    with pytest.raises(ValueError, match="denoised: expected the prior's estimates"):
+        model.network(state, torch.tensor([10.0, 900.0]))
+
+
+def test_a_network_that_takes_estimates_of_the_prior_depends_on_them(latents, tmp_path):
+    task = DiffusionTraining(runs.diffusion_config(latents, *GAUSSIAN, *FILTERED), Distributed(), tmp_path)
+    task.step(0)
+    network, state = task.network.eval(), task.validation.rows([0, 1])
+    t = torch.tensor([300.0, 900.0])
+    with torch.no_grad():
+        other = [network(state, t, None, None, [p * scale for p in state])[1][0] for scale in (1, 2)]
+    assert float((other[0] - other[1]).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("more", [(), ("flip=[x, y]", *FILTERED), ("latent_dtype=bfloat16",), ("compute_dtype=bfloat16",)])
 def test_planes_of_unequal_sizes_have_a_prior(tmp_path, more):
     oblong = runs.make_latents(tmp_path / "oblong", count=8, texels=(8, 12, 4))
     task = DiffusionTraining(runs.diffusion_config(oblong, *GAUSSIAN, *more), Distributed(), tmp_path)
@@ -529,7 +554,8 @@ def test_the_prior_alone_beats_an_untrained_network(latents, tmp_path):
 
 def test_a_model_with_a_prior_is_read_back_as_it_was(latents, tmp_path):
     for prior in ("unit", "gaussian"):
-        task = DiffusionTraining(runs.diffusion_config(latents, *GAUSSIAN, f"prior={prior}"), Distributed(), tmp_path)
+        config = runs.diffusion_config(latents, *GAUSSIAN, *FILTERED, f"prior={prior}")
+        task = DiffusionTraining(config, Distributed(), tmp_path)
         task.step(0)
         model = task.model(1)
         model.save(tmp_path / prior)
@@ -559,7 +585,7 @@ def test_a_prior_of_mirrored_volumes_is_symmetric(latents, tmp_path):
 def test_two_processes_with_a_prior_are_one(latents, tmp_path):
     for world in (1, 2):
         (tmp_path / str(world)).mkdir()
-        arguments = (latents, tmp_path / str(world), 3, ("network.dropout=0", "compute_dtype=float64", *GAUSSIAN))
+        arguments = (latents, tmp_path / str(world), 3, ("network.dropout=0", "compute_dtype=float64", *GAUSSIAN, *FILTERED))
         runs.finish(runs.start(runs.diffusion_steps, *arguments, world=world))
     one, two = (torch.load(tmp_path / str(w) / "rank-0.pt") for w in (1, 2))
     for a, b in zip(one["network"], two["network"], strict=True):

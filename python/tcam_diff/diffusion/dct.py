@@ -28,8 +28,8 @@ def transform_planes(planes: Tensor, inverse: bool = False) -> Tensor:
 def octaves_of(rows: int, columns: int) -> Tensor:
     """Octave of every coefficient (rows, columns) of a plane's transform.
 
-    Octave 0 is the plane's mean. Octave k has the radii from 2^(k - 1) to 2^k, in units of the lowest frequency along the longer
-    side.
+    Octave 0 is the plane's mean. Octave k has the radii from 2^(k - 1) to 2^k, in units of the lowest frequency along the
+    longer side.
     """
     longest = max(rows, columns)
     radius = torch.hypot(torch.arange(rows)[:, None] * (longest / rows), torch.arange(columns) * (longest / columns))

@@ -32,7 +32,6 @@ F = G, c x0_hat + s eps_hat = x whatever the network says, and with the unit pri
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
