@@ -214,11 +214,12 @@ class Level(nn.Module):
 
 
 class OctaveGains(nn.Module):
-    """Gains of the heads by channel and octave of frequency, 1 + linear(SiLU(time)), which are initially 1.
+    """Gains of the heads by channel and octave of spatial frequency: T' g(t) T x for the cosine transform T of each plane.
 
-    What can be estimated of a plane depends on frequency and time: near the noise nothing of the upper octaves, near the planes
-    nothing of the lower ones that x does not say already. Convolutions of 3 x 3 texels learn such filters slowly, and what they
-    let through is noise, which gives samples too much energy (algorithm.md section 11).
+    The gains are g = 1 + linear(SiLU(time)), initially 1. What can be estimated of a plane depends on frequency and time: near
+    the noise nothing of the upper octaves, near the planes nothing of the lower ones that x does not say already. Convolutions
+    of 3 x 3 texels learn such filters slowly, and what they let through is noise, which gives samples too much energy. The
+    octaves are those of :func:`~tcam_diff.diffusion.dct.octaves_of`. The paper has no such gains.
     """
 
     #: Octaves of planes of 512 texels. Those beyond have the gain of the last one.
@@ -239,8 +240,9 @@ class OctaveGains(nn.Module):
                 changes = list(changes[0].chunk(3, 1))
             states = []
             for x, change in zip(state, changes, strict=True):
-                octave = octaves_of(*x.shape[2:]).clamp_(max=self.OCTAVES - 1).to(x.device)
-                spread = change @ F.one_hot(octave.flatten(), self.OCTAVES).T.to(weight)  # faster than by indices, backward
+                rows, columns = x.shape[2:]
+                memberships = _octaves.__wrapped__ if torch.compiler.is_compiling() else _octaves
+                spread = change @ memberships(self.OCTAVES, rows, columns, weight.dtype, x.device)
                 x = x.to(weight)
                 states.append(x + transform_planes(transform_planes(x) * spread.view_as(x), inverse=True))
         return states
@@ -425,6 +427,16 @@ def _sinusoids(t: Tensor, width: int) -> Tensor:
     frequency = torch.exp(-math.log(1e4) / max(1, half - 1) * torch.arange(half, device=t.device))
     angle = t.float()[:, None] * frequency
     return F.pad(torch.cat([angle.sin(), angle.cos()], 1), (0, width - 2 * half))
+
+
+@functools.lru_cache(maxsize=32)
+def _octaves(count: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memberships (count, rows columns) of a plane's coefficients in octaves, 0 or 1; the last has all octaves beyond it.
+
+    A product with this matrix has a fast backward pass, unlike indices.
+    """
+    octave = octaves_of(rows, columns).clamp(max=count - 1).flatten()
+    return F.one_hot(octave, count).T.to(device, dtype)
 
 
 @functools.lru_cache(maxsize=256)

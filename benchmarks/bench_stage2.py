@@ -1,0 +1,102 @@
+"""Parts of the preset cohort of stage 2, taken away one at a time, and statistics of samples of longer runs.
+
+    python benchmarks/bench_stage2.py LATENTS HELD_OUT --out RUNS [--steps 400] [--seeds 1 2 3] [--json FILE]
+        [--runs RUN... --summaries SUMMARY...]
+
+LATENTS and HELD_OUT are planes that `tcam encode` made of training and of other volumes. Every seed trains a network with the
+preset and one with each of VARIANTS; a run that is there is continued or read. The figures are the losses of held-out volumes at
+the end, and the means over seeds of their differences from the preset's, with 95 % intervals by Student's t. --runs adds longer
+runs, and --summaries the summary.json of `tcam evaluate STORE SAMPLES...`, one for each seed, of their samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import harness
+from scipy.stats import t as student
+from tcam_diff.diffusion.config import DiffusionConfig
+from tcam_diff.diffusion.train import train_diffusion
+
+#: Changes of the preset. Batches of 16 have as many volumes in all, in a quarter of the steps.
+VARIANTS = {
+    "preset": (),
+    "one prior of all volumes": ("cross_fit=false",),
+    "no gains by octaves": ("network.octave_gains=false",),
+    "without the prior's planes as input": ("network.prior_input=false",),
+    "neither gains nor input": ("network.octave_gains=false", "network.prior_input=false"),
+    "without cross-attention": ("network.cross=none",),
+    "batches of 16": ("batch=16",),
+}
+
+
+def figures(run: Path) -> dict[str, Any]:
+    """Steps, minutes and loss of held-out volumes at the end of a run."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = [m for m in lines if "validation_loss" in m][-1]
+    seconds = max(m.get("seconds", 0.0) for m in lines)
+    return {"steps": last["step"], "minutes": round(seconds / 60, 1), "loss": round(last["validation_loss"], 4)}
+
+
+def interval(differences: list[float]) -> dict[str, float]:
+    """Mean and 95 % interval."""
+    mean, count = statistics.fmean(differences), len(differences)
+    half = student.ppf(0.975, count - 1) * statistics.stdev(differences) / count**0.5
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def named(value: Any) -> Any:
+    """The value with folders of samples by their names alone."""
+    return {Path(k).name: named(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def statistics_of(summary: Path) -> dict[str, Any]:
+    """What the tables of samples show of a summary.json."""
+    read = json.loads(summary.read_text())
+    kept = {k: read[k] for k in ("counts", "volumes_for_fid_and_mmd", "real", "sets", "told_apart")}
+    return named(kept) | {"protocol": {k: read["protocol"][k] for k in ("voxels", "features")}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("latents", type=Path, help="planes of training volumes")
+    parser.add_argument("held_out", type=Path, help="planes of other volumes")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--steps", type=int, default=400, help="steps of 4 volumes")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="at least two")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--runs", type=Path, nargs="+", default=[], help="longer runs")
+    parser.add_argument("--summaries", type=Path, nargs="+", default=[], help="statistics of their samples, one for each seed")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    a = parser.parse_args()
+    if len(a.seeds) < 2 or "preset" not in a.variants:
+        parser.error("--seeds: expected at least two, and the preset among the --variants")
+    environment = harness.environment()
+    rows: list[dict[str, Any]] = []
+    for seed in a.seeds:
+        losses = {}
+        for name in a.variants:
+            run, changes = a.out / f"{seed}-{name.replace(' ', '-')}", VARIANTS[name]
+            steps = a.steps // 4 if "batch=16" in changes else a.steps
+            data = [f"latents={a.latents}", f"validation={a.held_out}", f"seed={seed}", f"steps={steps}"]
+            config = DiffusionConfig.load("cohort", [*data, "evaluate_volumes=128", "preview_steps=0", *changes])
+            train_diffusion(config, run, "auto")
+            losses[name] = figures(run)
+            print(f"seed {seed}, {name}: {losses[name]}", flush=True)
+        rows.append({"seed": seed, "runs": losses})
+    found: dict[str, Any] = {"rows": rows, "differences": {}}
+    for name in a.variants[1:]:
+        found["differences"][name] = interval([r["runs"][name]["loss"] - r["runs"]["preset"]["loss"] for r in rows])
+        print(f"{name}: {found['differences'][name]}")
+    found["longer"] = [figures(run) for run in a.runs]
+    found["summaries"] = [statistics_of(s) for s in a.summaries]
+    if a.json:
+        a.json.write_text(json.dumps({"environment": environment, **found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
