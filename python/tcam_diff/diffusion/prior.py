@@ -34,9 +34,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from scipy.optimize import isotonic_regression
 from torch import Tensor, nn
 
 from tcam_diff.diffusion.dct import octaves_of, transform_planes
@@ -289,7 +291,12 @@ class CrossFit:
     part: Tensor
 
 
-def fit_prior(
+def fit_prior(states: Tensor, channels: int, sizes: Sizes, **options: Any) -> GaussianPrior:
+    """The prior of :func:`cross_fit`, alone."""
+    return cross_fit(states, channels, sizes, **options).prior
+
+
+def cross_fit(
     states: Tensor,
     channels: int,
     sizes: Sizes,
@@ -298,15 +305,22 @@ def fit_prior(
     most: int = 128,
     folds: int = 5,
     seed: int = 0,
-) -> GaussianPrior:
-    """Fit a Gaussian to states, for a network that is trained around this prior alone.
+    without: bool = False,
+) -> CrossFit:
+    """Fit a Gaussian to states and, if asked, one to the states outside each of ``folds`` parts.
 
-    The leading variances are those of the states. The floor is the mean square of held-out states outside the directions of
-    the others, by bands, over ``folds`` parts of the states. The number of directions is that of the largest held-out
-    likelihood.
+    A state lies in the span of the states to which its prior was fitted, and a new one does not: outside it there is as much of
+    it as the floor says. A network that is trained around the prior of all states therefore learns that there is nothing
+    outside the span. Around the prior of the other parts, a training state is like a new one.
 
-    N states have about trace(D) / N of their variance along each of their own directions by chance. It is not taken off,
-    because around this prior smaller leading variances cost samples their spread (algorithm.md section 11).
+    The leading variances are those of the states. The floor is the mean square of held-out states outside the directions of the
+    others, by bands, over ``folds`` parts of the states. The number of directions is that of the largest held-out likelihood.
+
+    N states have about trace(D) / N of their variance along each of their own directions by chance. In the prior of all states
+    alone it is not taken off, because around it smaller leading variances cost samples their spread (algorithm.md section 11).
+    With priors ``without`` a part, all of them have the mean square of held-out states along each direction instead, made to
+    decrease (isotonic regression): with it and the floor a state has the energy of a new one, where it has half as much again
+    with the states' own.
 
     Args:
         states: (N, M), at least three.
@@ -316,11 +330,17 @@ def fit_prior(
         most: largest number of directions.
         folds: number of parts.
         seed: seed of the division.
+        without: whether to fit the priors of the states outside each part too, with the same floor.
 
     Raises:
         UserError: there are fewer than three volumes.
     """
-    part = _parts(len(states), groups, folds, seed)
+    group = torch.arange(len(states)) if groups is None else torch.tensor(groups)
+    volumes = group.unique()
+    if len(volumes) < 3:
+        raise UserError(f"prior: {len(volumes)} volume(s); a covariance needs at least 3; take prior=unit timesteps=stratified")
+    part_of = torch.randperm(len(volumes), generator=rng(seed, "prior folds")) % min(folds, len(volumes))
+    part = part_of[torch.searchsorted(volumes, group)]
     count = int(part.max()) + 1
     least = min(min(int((part != f).sum()) - 1, most) for f in range(count))
     candidates = sorted({k for k in (0, *(2**i for i in range(20))) if k < least} | {least})
@@ -332,8 +352,11 @@ def fit_prior(
     band, owner = octaves(channels, sizes)
     counts = torch.bincount(band, minlength=len(owner)).double()
     energy = torch.zeros(len(candidates), len(owner), dtype=torch.float64)
+    along = torch.zeros(least, dtype=torch.float64)
     for p, held_out in parts():
         rest, done = held_out - p.mean, 0
+        found = (rest @ p.directions[:least].T).double().square().sum(0)
+        along[: len(found)] += found / len(states)
         for i, k in enumerate(candidates):
             more = p.directions[done:k]
             rest, done = rest - (rest @ more.T) @ more, k
@@ -347,84 +370,15 @@ def fit_prior(
     best = max(range(len(candidates)), key=scores.__getitem__)
     everything = principal(states, most)
     kept = len(everything.variances) if candidates[best] == least else candidates[best]
-    return _assembled(everything, kept, floors[best], channels, sizes)
+    if not without:
+        return CrossFit(_assembled(everything, kept, floors[best], channels, sizes), [], part)
+    variances = torch.tensor(isotonic_regression(along.numpy(), increasing=False).x.tolist())
 
+    def assembled(p: Principal) -> GaussianPrior:
+        own = variances[torch.arange(len(p.variances)).clamp(max=least - 1)].to(p.variances)
+        return _assembled(replace(p, variances=own), min(kept, len(own)), floors[best], channels, sizes)
 
-def cross_fit(
-    states: Tensor,
-    channels: int,
-    sizes: Sizes,
-    *,
-    groups: Sequence[int] | None = None,
-    most: int = 128,
-    folds: int = 5,
-    seed: int = 0,
-) -> CrossFit:
-    """Fit a shrunk Gaussian (:func:`shrunk`) to states, and one to the states outside each of ``folds`` parts.
-
-    A state lies in the span of the states to which its prior was fitted, and a new one does not. A network that is trained
-    around the prior of all states therefore learns that there is nothing outside the span. Around the prior of the other parts,
-    a training state is like a new one.
-
-    For arguments and errors see :func:`fit_prior`.
-    """
-    part = _parts(len(states), groups, folds, seed)
-    copies = 1 if groups is None else len(states) / len(set(groups))
-
-    def of(some: Tensor) -> GaussianPrior:
-        return shrunk(some, channels, sizes, most, copies)
-
-    return CrossFit(of(states), [of(states[part != f]) for f in range(int(part.max()) + 1)], part)
-
-
-def shrunk(states: Tensor, channels: int, sizes: Sizes, most: int = 128, copies: float = 1.0) -> GaussianPrior:
-    """Gaussian of states whose covariance is shrunk towards its bands' variances E, octave by octave.
-
-    Each coefficient in the basis of T is divided by the root of its band's variance. An octave's sample covariance of these
-    moves towards the identity with Ledoit and Wolf's intensity a (A well-conditioned estimator for large-dimensional covariance
-    matrices, 2004), which makes the expected squared error least: little for the few means of planes, nearly all the way for
-    the many fine coefficients. The rows of W are the leading principal directions of the states times sqrt(1 - a), and the
-    floor is what is left of E. A state drawn from this prior therefore has the variance E in every band, as new states do.
-
-    Args:
-        states: (N, M), at least two.
-        channels: channels C of the planes.
-        sizes: rows and columns of xy, yz, xz.
-        most: largest number of directions.
-        copies: states of a volume, which are mirrored copies and no further evidence.
-    """
-    p = principal(states, most)
-    band, owner = octaves(channels, sizes)
-    counts = torch.bincount(band, minlength=len(owner))
-    octave = torch.cat([octaves_of(h, w).flatten().repeat(channels) for h, w in sizes])
-    x = transform(states - p.mean, channels, sizes)
-    freedom = max(1, len(states) - 1)
-
-    def by_band(squares: Tensor) -> Tensor:
-        return torch.zeros(len(owner), dtype=torch.float64).index_add_(0, band, squares.double()) / counts
-
-    variance = by_band(x.square().sum(0) / freedom).clamp(min=LEAST)
-    x = x / variance.sqrt().to(x)[band]
-    keep = torch.ones(len(band), dtype=x.dtype)
-    for o in octave.unique().tolist():
-        of = x[:, octave == o].double()
-        gram = of @ of.T / freedom
-        square, own = gram.square().sum(), gram.diagonal()
-        error = (own.square().sum() - square / len(states)) * copies
-        keep[octave == o] = 1 - float((error / (square - 2 * own.sum() + of.shape[1]).clamp(min=1e-12)).clamp(0, 1))
-    directions = transform(p.directions, channels, sizes) * (p.variances[:, None] * keep).sqrt()
-    floor = (variance - by_band(directions.square().sum(0))).clamp(min=LEAST)
-    return GaussianPrior(channels, sizes, p.mean, floor, directions)
-
-
-def _parts(states: int, groups: Sequence[int] | None, folds: int, seed: int) -> Tensor:
-    """Random part (N,) of every state, with equal ones in a group. Raises UserError for fewer than three groups."""
-    group = torch.arange(states) if groups is None else torch.tensor(groups)
-    volumes = group.unique()
-    if len(volumes) < 3:
-        raise UserError(f"prior: {len(volumes)} volume(s); a covariance needs at least 3; take prior=unit timesteps=stratified")
-    part_of = torch.randperm(len(volumes), generator=rng(seed, "prior folds")) % min(folds, len(volumes))
-    return part_of[torch.searchsorted(volumes, group)]
+    return CrossFit(assembled(everything), [assembled(p) for p, _ in parts()], part)
 
 
 def _assembled(p: Principal, kept: int, floor: Tensor, channels: int, sizes: Sizes) -> GaussianPrior:

@@ -19,7 +19,7 @@ from tcam_diff.diffusion.config import DiffusionConfig
 from tcam_diff.diffusion.data import Centre, LatentData
 from tcam_diff.diffusion.model import TriplaneDiffusion, assemble
 from tcam_diff.diffusion.network import TriplaneUNet, groups_of
-from tcam_diff.diffusion.prior import MOST_STATES, GaussianPrior, cross_fit, fit_prior
+from tcam_diff.diffusion.prior import MOST_STATES, GaussianPrior, cross_fit
 from tcam_diff.diffusion.process import TIMESTEPS, angle, error, flip, mix, pack, timesteps, unpack
 from tcam_diff.diffusion.report import samples_picture, write_report
 from tcam_diff.diffusion.spacing import Spacings
@@ -72,7 +72,7 @@ class _Loss(nn.Module):
             noise_hat, x0_hat = self.network(x, t, labels, numbers, None if own is None else own[1])
         scales: Sequence[list[Tensor] | None] = (None, None)
         if self.prior is not None and own is not None:
-            noise_hat, x0_hat = self.prior.combine(own, t, noise_hat, x0_hat)  # with the factors of the prior of all volumes
+            noise_hat, x0_hat = self.prior.combine(own, t, noise_hat, x0_hat)  # the factors of all priors are equal
             if self.loss == "heads":
                 scales = [unpack(s, self.prior.channels, self.prior.sizes) for s in self.prior.scales(angle(t))]
         noise_error, image_error = error(noise_hat, noise, scales[0]), error(x0_hat, x0, scales[1])
@@ -175,17 +175,22 @@ class DiffusionTraining(Task):
                 planes = flip(planes, axis)
             states.append(pack(planes if self.centre is None else self.centre.apply(planes)))
             groups += volumes.tolist()
-        options: dict[str, Any] = {"groups": groups, "most": c.prior_directions, "seed": c.seed}
         try:
-            if c.prior == "gaussian" and c.cross_fit:
-                fitted = cross_fit(torch.cat(states), data.channels, sizes, **options)
-                self.without, self.part = fitted.without, torch.full((len(data),), -1)
-                self.part[torch.tensor(groups)] = fitted.part  # volumes beyond MOST_STATES are new to the prior of the others
-                return fitted.prior, fitted.prior.range
-            gaussian = fit_prior(torch.cat(states), data.channels, sizes, **options)
+            fitted = cross_fit(
+                torch.cat(states),
+                data.channels,
+                sizes,
+                groups=groups,
+                most=c.prior_directions,
+                seed=c.seed,
+                without=c.cross_fit,
+            )
         except UserError as error:
             raise UserError(f"latents: {c.latents}: {error}") from error
-        return (gaussian if c.prior == "gaussian" else prior), gaussian.range
+        if fitted.without and c.prior == "gaussian":  # volumes beyond MOST_STATES are new to the prior of the others
+            self.without, self.part = fitted.without, torch.full((len(data),), -1)
+            self.part[torch.tensor(groups)] = fitted.part
+        return (fitted.prior if c.prior == "gaussian" else prior), fitted.prior.range
 
     @property
     def parameters(self) -> int:
