@@ -1,12 +1,13 @@
-"""Parts of the preset cohort of stage 2, taken away one at a time, and statistics of samples of longer runs.
+"""Additions to the preset cohort of stage 2, taken away one at a time, and statistics of samples of longer runs.
 
     python benchmarks/bench_stage2.py LATENTS HELD_OUT --out RUNS [--steps 400] [--seeds 1 2 3] [--json FILE]
         [--runs RUN... --summaries SUMMARY...]
 
-LATENTS and HELD_OUT are planes that `tcam encode` made of training and of other volumes. Every seed trains a network with the
-preset and one with each of VARIANTS; a run that is there is continued or read. The figures are the losses of held-out volumes at
-the end, and the means over seeds of their differences from the preset's, with 95 % intervals by Student's t. --runs adds longer
-runs, and --summaries the summary.json of `tcam evaluate STORE SAMPLES...`, one for each seed, of their samples.
+LATENTS and HELD_OUT are planes that `tcam encode` made of training and of other volumes. Every seed trains networks with all of
+ADDITIONS, and with each of VARIANTS beside; a run that is there is continued or read. The figures are the losses of held-out
+volumes at the end, and the means over seeds of their differences from the first network's, with 95 % intervals by Student's t.
+--runs adds longer runs with all additions, and --summaries the summary.json of `tcam evaluate STORE SAMPLES...` of their samples,
+one for each seed.
 """
 
 from __future__ import annotations
@@ -22,16 +23,20 @@ from scipy.stats import t as student
 from tcam_diff.diffusion.config import DiffusionConfig
 from tcam_diff.diffusion.train import train_diffusion
 
-#: Changes of the preset. Batches of 16 have as many volumes in all, in a quarter of the steps.
+#: Changes of the preset.
+ADDITIONS = ("network.octave_gains=true", "network.prior_input=true", "prior_directions=60", "batch=4")
+#: Further changes, by name. Batches of 16 have as many volumes in all, in a quarter of the steps.
 VARIANTS = {
-    "preset": (),
-    "one prior of all volumes": ("cross_fit=false",),
+    "all additions": (),
     "no gains by octaves": ("network.octave_gains=false",),
     "without the prior's planes as input": ("network.prior_input=false",),
     "neither gains nor input": ("network.octave_gains=false", "network.prior_input=false"),
-    "without cross-attention": ("network.cross=none",),
     "batches of 16": ("batch=16",),
+    "the preset": ("network.octave_gains=false", "network.prior_input=false", "prior_directions=128", "batch=16"),
+    "one prior of all volumes": ("cross_fit=false",),
+    "without cross-attention": ("network.cross=none",),
 }
+FIRST = next(iter(VARIANTS))
 
 
 def figures(run: Path) -> dict[str, Any]:
@@ -73,8 +78,8 @@ def main() -> None:
     parser.add_argument("--summaries", type=Path, nargs="+", default=[], help="statistics of their samples, one for each seed")
     parser.add_argument("--json", type=Path, help="write the figures here")
     a = parser.parse_args()
-    if len(a.seeds) < 2 or "preset" not in a.variants:
-        parser.error("--seeds: expected at least two, and the preset among the --variants")
+    if len(a.seeds) < 2 or FIRST not in a.variants:
+        parser.error("--seeds: expected at least two, and all additions among the --variants")
     environment = harness.environment()
     rows: list[dict[str, Any]] = []
     for seed in a.seeds:
@@ -83,14 +88,15 @@ def main() -> None:
             run, changes = a.out / f"{seed}-{name.replace(' ', '-')}", VARIANTS[name]
             steps = a.steps // 4 if "batch=16" in changes else a.steps
             data = [f"latents={a.latents}", f"validation={a.held_out}", f"seed={seed}", f"steps={steps}"]
-            config = DiffusionConfig.load("cohort", [*data, "evaluate_volumes=128", "preview_steps=0", *changes])
+            config = DiffusionConfig.load("cohort", [*data, "evaluate_volumes=128", "preview_steps=0", *ADDITIONS, *changes])
             train_diffusion(config, run, "auto")
             losses[name] = figures(run)
             print(f"seed {seed}, {name}: {losses[name]}", flush=True)
         rows.append({"seed": seed, "runs": losses})
     found: dict[str, Any] = {"rows": rows, "differences": {}}
-    for name in a.variants[1:]:
-        found["differences"][name] = interval([r["runs"][name]["loss"] - r["runs"]["preset"]["loss"] for r in rows])
+    for name in a.variants:
+        if name != FIRST:
+            found["differences"][name] = interval([r["runs"][name]["loss"] - r["runs"][FIRST]["loss"] for r in rows])
         print(f"{name}: {found['differences'][name]}")
     found["longer"] = [figures(run) for run in a.runs]
     found["summaries"] = [statistics_of(s) for s in a.summaries]

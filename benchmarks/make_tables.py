@@ -225,8 +225,30 @@ def paper_table(results: dict[str, Any]) -> str:
     return markdown(results)
 
 
+def cross_table(results: dict[str, Any]) -> str:
+    """Losses with and without cross-fitted priors, then the statistics of samples of longer runs."""
+    sys.path.insert(0, str(ROOT / "python"))
+    from tcam_diff.tables.render import sets_text
+
+    runs = [(f"seed {r['seed']}", r) for r in results["rows"]] + ([("longer", results["runs"])] if "runs" in results else [])
+    cells = [
+        [name, r["false"]["steps"], *(r[how][x] for x in ("minutes", "loss") for how in ("false", "true"))] for name, r in runs
+    ]
+    columns = [f"{what}, {how}" for what in ("min", "held-out loss") for how in ("one prior", "cross-fitted")]
+    d = results["difference"]
+    return "\n".join([
+        provenance(results),
+        "",
+        *table(["run", "steps", *columns], cells),
+        "",
+        f"Difference of the losses of {len(results['rows'])} seeds: {d['mean']:.4f} ({d['low']:.4f} to {d['high']:.4f}, 95 %, "
+        "Student's t).",
+        *(["", "\n\n".join(sets_text([results["summary"]]))] if "summary" in results else []),
+    ])  # fmt: skip
+
+
 def stage2_table(results: dict[str, Any]) -> str:
-    """Losses without parts of stage 2's preset, then the statistics of samples of longer runs."""
+    """Losses without additions to stage 2's preset, then the statistics of samples of longer runs."""
     sys.path.insert(0, str(ROOT / "python"))
     from tcam_diff.tables.render import sets_text
 
@@ -248,14 +270,15 @@ def stage2_table(results: dict[str, Any]) -> str:
     return "\n".join([
         provenance(results),
         "",
-        *table(["network", "steps", "min", *losses, "from the preset's (95 %)"], cells),
-        *(["", f"Longer runs of the preset, steps and held-out loss: {longer}."] if longer else []),
+        *table(["network", "steps", "min", *losses, "difference from the first (95 %)"], cells),
+        *(["", f"Longer runs with all additions, steps and held-out loss: {longer}."] if longer else []),
         *(["", "\n\n".join(sets_text(results["summaries"]))] if results["summaries"] else []),
     ])  # fmt: skip
 
 
 WRITERS = {
     "changes": changes_table,
+    "cross": cross_table,
     "gpu": gpu_table,
     "diffusion": by_columns(DIFFUSION),
     "fit": by_columns(FIT),
