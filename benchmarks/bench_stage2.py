@@ -6,8 +6,8 @@
 LATENTS and HELD_OUT are planes that `tcam encode` made of training and of other volumes. Every seed trains networks with all of
 ADDITIONS, and with each of VARIANTS beside; a run that is there is continued or read. The figures are the losses of held-out
 volumes at the end, and the means over seeds of their differences from the first network's, with 95 % intervals by Student's t.
---runs adds longer runs with all additions, and --summaries the summary.json of `tcam evaluate STORE SAMPLES...` of their samples,
-one for each seed.
+--runs adds longer runs with all additions, and --summaries the summary.json of `tcam evaluate STORE SAMPLES...` of their
+samples, one for each seed.
 """
 
 from __future__ import annotations
