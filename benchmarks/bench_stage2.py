@@ -1,13 +1,14 @@
 """Additions to the preset cohort of stage 2, taken away one at a time, and statistics of samples of longer runs.
 
     python benchmarks/bench_stage2.py LATENTS HELD_OUT --out RUNS [--steps 400] [--seeds 1 2 3] [--json FILE]
-        [--runs RUN... --summaries SUMMARY...]
+        [--runs RUN... --summaries SUMMARY... --sets SAMPLES|LATENTS...]
 
 LATENTS and HELD_OUT are planes that `tcam encode` made of training and of other volumes. Every seed trains networks with all of
 ADDITIONS, and with each of VARIANTS beside; a run that is there is continued or read. The figures are the losses of held-out
 volumes at the end, and the means over seeds of their differences from the first network's, with 95 % intervals by Student's t.
---runs adds longer runs with all additions, and --summaries the summary.json of `tcam evaluate STORE SAMPLES...` of their
-samples, one for each seed.
+--runs adds longer runs with all additions, --summaries the summary.json of `tcam evaluate STORE SAMPLES...` of their samples,
+one for each seed, and --sets the energy of planes by octave of frequency: mean squares about the mean of LATENTS, divided by
+those of LATENTS.
 """
 
 from __future__ import annotations
@@ -19,9 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import torch
 from scipy.stats import t as student
 from tcam_diff.diffusion.config import DiffusionConfig
+from tcam_diff.diffusion.data import LatentData
+from tcam_diff.diffusion.dct import octaves_of
+from tcam_diff.diffusion.prior import transform
 from tcam_diff.diffusion.train import train_diffusion
+from tcam_diff.evaluation.sets import read_planes
 
 #: Changes of the preset.
 ADDITIONS = ("network.octave_gains=true", "network.prior_input=true", "prior_directions=60", "batch=4")
@@ -66,6 +72,25 @@ def statistics_of(summary: Path) -> dict[str, Any]:
     return named(kept) | {"protocol": {k: read["protocol"][k] for k in ("voxels", "features")}}
 
 
+def octave_energies(latents: Path, sets: list[Path]) -> dict[str, list[float]]:
+    """Mean squares of sets of planes by octave about the mean of ``latents``, divided by those of ``latents``."""
+    data = LatentData(latents)
+    channels, sizes = data.channels, [(p.shape[2], p.shape[3]) for p in data.planes]
+    octave = torch.cat([octaves_of(h, w).flatten().repeat(channels) for h, w in sizes])
+    counts, mean = octave.bincount().double(), None
+    found: dict[str, list[float]] = {}
+    for path in (latents, *sets):
+        planes = read_planes(path)
+        if planes is None:
+            raise SystemExit(f"{path}: expected planes, of `tcam encode` or `tcam sample --planes`")
+        mean = planes.mean(0) if mean is None else mean
+        squares = transform(planes - mean, channels, sizes).double().square().mean(0)
+        energy = torch.zeros_like(counts).index_add_(0, octave, squares) / counts
+        found[f"{path.parent.name}/{path.name}"] = energy.tolist()
+    first = next(iter(found.values()))
+    return {name: [round(e / f, 3) for e, f in zip(energy, first, strict=True)] for name, energy in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("latents", type=Path, help="planes of training volumes")
@@ -76,6 +101,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--runs", type=Path, nargs="+", default=[], help="longer runs")
     parser.add_argument("--summaries", type=Path, nargs="+", default=[], help="statistics of their samples, one for each seed")
+    parser.add_argument("--sets", type=Path, nargs="+", default=[], help="sets of planes for their energy by octave")
     parser.add_argument("--json", type=Path, help="write the figures here")
     a = parser.parse_args()
     if len(a.seeds) < 2 or FIRST not in a.variants:
@@ -100,6 +126,7 @@ def main() -> None:
         print(f"{name}: {found['differences'][name]}")
     found["longer"] = [figures(run) for run in a.runs]
     found["summaries"] = [statistics_of(s) for s in a.summaries]
+    found["octaves"] = octave_energies(a.latents, a.sets) if a.sets else {}
     if a.json:
         a.json.write_text(json.dumps({"environment": environment, **found}, indent=1) + "\n")
 

@@ -273,7 +273,18 @@ def stage2_table(results: dict[str, Any]) -> str:
         *table(["network", "steps", "min", *losses, "difference from the first (95 %)"], cells),
         *(["", f"Longer runs with all additions, steps and held-out loss: {longer}."] if longer else []),
         *(["", "\n\n".join(sets_text(results["summaries"]))] if results["summaries"] else []),
+        *_octaves(results["octaves"]),
     ])  # fmt: skip
+
+
+def _octaves(energies: dict[str, list[float]]) -> list[str]:
+    """Energy of sets of planes by octave."""
+    if not energies:
+        return []
+    count = len(next(iter(energies.values())))
+    head = ["planes", "mean", "1 to 2", *(f"to {2**k}" for k in range(2, count))]
+    text = "Energy of planes about the mean of the training planes, whose own is 1, by frequency in half cycles a plane:"
+    return ["", text, "", *table(head, ([name, *values] for name, values in energies.items()))]
 
 
 WRITERS = {
