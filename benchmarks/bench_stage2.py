@@ -122,8 +122,9 @@ def main() -> None:
     found: dict[str, Any] = {"rows": rows, "differences": {}}
     for name in a.variants:
         if name != FIRST:
-            found["differences"][name] = interval([r["runs"][name]["loss"] - r["runs"][FIRST]["loss"] for r in rows])
-        print(f"{name}: {found['differences'][name]}")
+            difference = interval([r["runs"][name]["loss"] - r["runs"][FIRST]["loss"] for r in rows])
+            found["differences"][name] = difference
+            print(f"{name}: {difference}")
     found["longer"] = [figures(run) for run in a.runs]
     found["summaries"] = [statistics_of(s) for s in a.summaries]
     found["octaves"] = octave_energies(a.latents, a.sets) if a.sets else {}
