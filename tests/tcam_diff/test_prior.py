@@ -380,7 +380,7 @@ def latents(tmp_path_factory):
 
 
 GAUSSIAN = ("prior=gaussian", "timesteps=spectrum", "center=true")
-#: What the preset cohort adds to the network.
+#: Parts of the network that the paper's has not.
 FILTERED = ("network.octave_gains=true", "network.prior_input=true")
 
 
