@@ -142,6 +142,13 @@ class DiffusionConfig(RunConfig):
     batch: Annotated[int, Field(ge=1, description="volumes per step, over all processes")] = 32
     accumulate: Annotated[int, Field(ge=1, description="parts of a process's batch, run one after another to save memory")] = 1
     lr: Rate = 3e-5
+    muon_lr: Annotated[
+        Rate | None,
+        Field(
+            description="rate of the convolutions' weights, by Muon, whose steps have a fifth of it as their root mean square; "
+            "null: Adam with lr for all weights, as in the paper"
+        ),
+    ] = None
     grad_clip: Annotated[float, Field(gt=0, description="largest gradient norm")] = 1.0
     noise_weight: Annotated[float, Field(gt=0, description="weight of the noise error in equation 9")] = 1.0
     image_weight: Annotated[float, Field(gt=0, description="weight of the error of the planes in equation 9")] = 1.0

@@ -293,6 +293,10 @@ class TriplaneUNet(nn.Module):
         copies = 3 if w == "independent" else 1
         self.gains = OctaveGains(across * heads * channels, time, copies) if config.octave_gains else None
 
+    def convolutions(self) -> list[nn.Parameter]:
+        """Weights of the convolutions, those of three planes along the first dimension if they are independent."""
+        return [m.weight for m in self.modules() if isinstance(m, Conv)]
+
     def placed(self, device: torch.device, dtype: torch.dtype = torch.float32) -> TriplaneUNet:
         """Move to a device in its fastest layout: channels last on GPUs, channels first on CPUs."""
         self.to(device, dtype)

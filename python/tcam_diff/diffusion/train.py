@@ -35,6 +35,7 @@ from tcam_diff.training.loop import Outcome, Task
 from tcam_diff.training.lr import lr_scale
 from tcam_diff.training.rng import in_epochs, rng, seed_of
 from tcam_diff.training.run import train
+from tcam_diff.training.muon import Muon
 from tcam_diff.training.states import load_module, load_optimiser
 
 
@@ -142,9 +143,7 @@ class DiffusionTraining(Task):
             self.network.check([tuple(p.shape[1:]) for p in self.data.planes])
         except ValueError as error:
             raise UserError(f"latents: {config.latents}: {error}") from error
-        self.optimiser = torch.optim.Adam(
-            self.network.parameters(), lr=config.lr, betas=(0.9, config.beta2), eps=config.adam_eps, fused=True
-        )
+        self.optimisers = self._optimisers()
         if config.compile:
             restore_compiler_folder()
         inner = torch.compile(self.network) if config.compile else self.network
@@ -158,6 +157,19 @@ class DiffusionTraining(Task):
             torch.manual_seed(seed_of(self.config.seed, "network"))
             network = TriplaneUNet(self.data.channels, self.config.network, len(self.data.classes), 3 * self.config.spacing)
         return network.placed(self.group.device, self.dtype)
+
+    def _optimisers(self) -> dict[str, torch.optim.Optimizer]:
+        """Adam, and Muon for the weights of convolutions if the configuration has a rate for it, under the names of their states."""
+        c = self.config
+        weights = self.network.convolutions() if c.muon_lr is not None else []
+        rest = [p for p in self.network.parameters() if all(p is not w for w in weights)]
+        found: dict[str, torch.optim.Optimizer] = {
+            "optimiser": torch.optim.Adam(rest, lr=c.lr, betas=(0.9, c.beta2), eps=c.adam_eps, fused=True)
+        }
+        if c.muon_lr is not None:
+            copies = 3 if c.network.weights == "independent" else 1
+            found["muon"] = Muon(weights, c.muon_lr, copies=copies, products=self.compute)
+        return found
 
     def _prior(self) -> tuple[GaussianPrior | None, tuple[float, float] | None]:
         """Prior, and smallest and largest variance of the states' modes if the configuration needs them."""
@@ -239,7 +251,8 @@ class DiffusionTraining(Task):
         each = c.batch // (group.world * c.accumulate)
         t = timesteps(c.timesteps, c.batch, c.seed, index, self.variances or (1.0, 1.0)).to(group.device)
         self.network.train()
-        self.optimiser.zero_grad(set_to_none=True)
+        for optimiser in self.optimisers.values():
+            optimiser.zero_grad(set_to_none=True)
         sums = torch.zeros(3, device=group.device)
         with torch.random.fork_rng(devices=[group.device] if group.device.type == "cuda" else []):
             torch.manual_seed(seed_of(c.seed, "dropout", index, group.rank))
@@ -253,9 +266,10 @@ class DiffusionTraining(Task):
                     (c.noise_weight * terms[0] + c.image_weight * terms[1]).backward()
                 sums += terms.detach().float()
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), c.grad_clip)
-        for parameters in self.optimiser.param_groups:
-            parameters["lr"] = c.lr * lr_scale(c, index)
-        self.optimiser.step()
+        for optimiser, lr in zip(self.optimisers.values(), (c.lr, c.muon_lr), strict=False):
+            for parameters in optimiser.param_groups:
+                parameters["lr"] = lr * lr_scale(c, index)
+            optimiser.step()
         update_average(self.average, self.network, c.ema_decay, index)
         loss = c.noise_weight * sums[0] + c.image_weight * sums[1]
         return {"loss": loss, "noise": sums[0], "image": sums[1], "residual": sums[2], "grad": norm.detach()}
@@ -321,7 +335,7 @@ class DiffusionTraining(Task):
         return {
             "network": self.network.state_dict(),
             "average": self.average.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            **{name: o.state_dict() for name, o in self.optimisers.items()},
             "latents": self.data.digest,
             "labels": self._labels(),
             "prior": None if self.prior is None else self.prior.state_dict(),
@@ -349,7 +363,8 @@ class DiffusionTraining(Task):
             self.variances = float(low), float(high)
         load_module(self.network, shared["network"])
         load_module(self.average, shared["average"])
-        load_optimiser(self.optimiser, shared["optimiser"])
+        for name, optimiser in self.optimisers.items():
+            load_optimiser(optimiser, shared[name])
 
     def finite(self) -> bool:
         return all(bool(torch.isfinite(p).all()) for p in self.network.parameters())

@@ -1,4 +1,4 @@
-"""States of modules and of Adam in checkpoints, which are not converted."""
+"""States of modules and of optimisers in checkpoints, which are not converted."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from tcam_diff.training.muon import Muon
 
 
 def load_module(module: nn.Module, state: dict[str, Any]) -> None:
@@ -17,7 +19,7 @@ def load_module(module: nn.Module, state: dict[str, Any]) -> None:
 
 
 def load_optimiser(optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load the state of an Adam with the same settings. Raises ValueError if it does not fit the parameters."""
+    """Load the state of an Adam or a Muon with the same settings. Raises ValueError if it does not fit the parameters."""
     before = optimiser.state_dict()["param_groups"]
     for own, given in zip(before, state["param_groups"], strict=True):
         for key in (own.keys() & given.keys()) - {"lr"}:  # set before every step
@@ -27,7 +29,10 @@ def load_optimiser(optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> N
     for group, own in zip(optimiser.param_groups, before, strict=True):
         group.update({key: value for key, value in own.items() if key != "params"})
         for parameter in group["params"]:
-            shapes = {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+            if isinstance(optimiser, Muon):
+                shapes = {"momentum_buffer": parameter.shape}
+            else:
+                shapes = {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
             moments = optimiser.state.get(parameter)
             if moments and (
                 moments.keys() != shapes.keys()
