@@ -248,7 +248,7 @@ def cross_table(results: dict[str, Any]) -> str:
 
 
 def stage2_table(results: dict[str, Any]) -> str:
-    """Losses without additions to stage 2's preset, then the statistics of samples of longer runs."""
+    """Losses of stage 2's preset and of changes of it, then the statistics of samples of longer runs."""
     sys.path.insert(0, str(ROOT / "python"))
     from tcam_diff.tables.render import sets_text
 
@@ -271,7 +271,7 @@ def stage2_table(results: dict[str, Any]) -> str:
         provenance(results),
         "",
         *table(["network", "steps", "min", *losses, "difference from the first (95 %)"], cells),
-        *(["", f"Longer runs with all additions, steps and held-out loss: {longer}."] if longer else []),
+        *(["", f"Longer runs of the preset, steps and held-out loss: {longer}."] if longer else []),
         *(["", "\n\n".join(sets_text(results["summaries"]))] if results["summaries"] else []),
         *_octaves(results["octaves"]),
     ])  # fmt: skip

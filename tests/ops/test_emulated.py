@@ -1,6 +1,7 @@
 """The voxel loops for AVX512_BF16 and AMX, compiled for this machine: the same source, with blocks of 12 x 32 and 32 x 32 sums,
 and the bfloat16 instructions replaced by arithmetic (simd.h and amx.h, TCAM_EMULATE_BF16 and TCAM_EMULATE_AMX). The tests call
-their extern "C" functions, and so also show that another host can fill the structs of problem.h."""
+their extern "C" functions, and so also show that another host can fill the structs of problem.h. A machine that has all of the
+instructions runs the loops themselves (test_decode_grid.py), and their emulation in `make test-all` alone."""
 
 from __future__ import annotations
 
@@ -22,6 +23,8 @@ from tcam_ext.activations import ACTIVATIONS
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 CXX = os.environ.get("CXX") or shutil.which("c++")
 pytestmark = [pytest.mark.skipif(CXX is None, reason="no C++ compiler"), pytest.mark.timeout(900)]
+if _C.cpu_isa() == "amx":
+    pytestmark.append(pytest.mark.exhaustive)
 
 
 EMULATIONS = {"avx512bf16": ["-DTCAM_EMULATE_BF16=1"], "amx": ["-DTCAM_EMULATE_BF16=1", "-DTCAM_EMULATE_AMX=1"]}

@@ -188,6 +188,8 @@ def test_bad_requests_are_refused(latents, trained, distilled, tmp_path):
     assert "has no prior" in tcam("distill", tmp_path / "plain", "--out", tmp_path / "run", "-q", fails=True)
     with pytest.raises(UserError, match="guidance_scale=2"):
         runs.sampler(TriplaneDiffusion.load(distilled), solver="consistency", guidance_scale=2.0).sample([0])
+    with pytest.raises(UserError, match="prior_guidance=2"):
+        runs.sampler(TriplaneDiffusion.load(distilled), solver="consistency", prior_guidance=2.0).sample([0])
     index = json.loads((distilled / "model" / "model.json").read_text())
     for value in (1, "yes"):
         (distilled / "model" / "model.json").write_text(json.dumps(index | {"consistency": value}))

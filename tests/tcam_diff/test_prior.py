@@ -16,7 +16,7 @@ from tcam_diff.diffusion.dct import dct
 from tcam_diff.diffusion.model import TriplaneDiffusion
 from tcam_diff.diffusion.network import TriplaneUNet
 from tcam_diff.diffusion.prior import LEAST, GaussianPrior, cross_fit, fit_prior, octaves, principal, transform
-from tcam_diff.diffusion.process import Estimate, decisive, flip, pack, unpack
+from tcam_diff.diffusion.process import Estimate, angle, decisive, flip, pack, unpack
 from tcam_diff.diffusion.sampling import Sampler
 from tcam_diff.diffusion.solver import Solver, arc
 from tcam_diff.diffusion.train import DiffusionTraining, _Loss
@@ -437,6 +437,33 @@ def test_estimates_of_one_head_agree_with_the_state(latents, tmp_path, prior, we
         torch.testing.assert_close(Estimate(x, noise, x0, eta).drift, -head, atol=1e-5, rtol=1e-4)
     model.save(tmp_path / "model")
     assert TriplaneDiffusion.load(tmp_path / "model").identity == model.identity
+
+
+@torch.no_grad()
+def test_prior_guidance_scales_what_the_network_adds(latents, tmp_path):
+    """0 is the prior alone, 1 the model, and estimates are linear between and beyond; with classes too."""
+    data = LatentData(latents)
+    table = tmp_path / "labels.csv"
+    table.write_text("name,label\n" + "".join(f"{n},{'ab'[i % 2]}\n" for i, n in enumerate(data.names)))
+    changes = (*GAUSSIAN, "muon_lr=0.1", f"labels={table}", "network.octave_gains=true", "network.prior_input=true")
+    task = DiffusionTraining(runs.diffusion_config(latents, *changes), Distributed(), tmp_path)
+    with torch.enable_grad():
+        for i in range(8):
+            task.step(i)
+    model, t = task.model(8), 700.0
+    x = runs.sampler(model).noise([0, 1])
+    for label, scale in ((None, 1.0), (0, 1.0), (1, 2.0)):
+        found = [
+            runs.sampler(model, prior_guidance=w, guidance_scale=scale)._estimate(x, t, label) for w in (0.0, 1.0, 1.5)
+        ]
+        own = model.prior(x, angle(torch.full((2,), t)))
+        torch.testing.assert_close(found[0], torch.cat(own, 1), atol=1e-5, rtol=1e-5)
+        assert float((found[1] - found[0]).abs().max()) > 1e-2
+        torch.testing.assert_close(found[2], found[0] + 1.5 * (found[1] - found[0]), atol=1e-5, rtol=1e-5)
+        assert torch.equal(found[1], runs.sampler(model, guidance_scale=scale)._estimate(x, t, label))
+    plain = DiffusionTraining(runs.diffusion_config(latents), Distributed(), tmp_path).model(0)
+    with pytest.raises(UserError, match=r"prior_guidance=1.2: the model is distilled or has no prior"):
+        runs.sampler(plain, prior_guidance=1.2).sample([0])
 
 
 @torch.no_grad()

@@ -64,6 +64,13 @@ def command(
     guidance_scale: Annotated[
         float, typer.Option(min=0, help="Scale of classifier-free guidance, with --label; 1: none.")
     ] = 1.0,
+    prior_guidance: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Scale of the network's corrections of the prior, for models with one; 1: as trained; 1.2: more spread and detail.",
+        ),
+    ] = 1.0,
     known: Annotated[
         Path | None,
         typer.Option(help="A volume that guides the samples; it may be coarser than they are."),
@@ -120,7 +127,7 @@ def command(
     assert source is not None
     settings = {
         "solver": solver, "steps": steps, "grid": grid, "final": final, "guidance_scale": guidance_scale, "seed": seed,
-        "hot_k": hot_k, "spacing": spacing,
+        "hot_k": hot_k, "spacing": spacing, "prior_guidance": prior_guidance,
     }  # fmt: skip
     config = configs.validate(SampleConfig, settings, "sample")
     if guidance_scale != 1 and label is None:

@@ -234,6 +234,14 @@ class SampleConfig(Config):
         Literal["x0", "x"], Field(description="result: the last estimate of the planes, or the integrated state")
     ] = "x0"
     guidance_scale: Annotated[float, Field(ge=0, description="scale of classifier-free guidance; 1: none")] = 1.0
+    prior_guidance: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="scale of the network's corrections of the prior's estimates, for models with a prior; 1: as trained, "
+            "0: the prior alone, more than 1: more of what the network adds",
+        ),
+    ] = 1.0
     seed: Annotated[int, Field(ge=0)] = 0
     spacing: Annotated[
         tuple[Rate, Rate, Rate] | None,

@@ -150,7 +150,9 @@ class TriplaneDiffusion(nn.Module):
 
     # ---- states and planes ---------------------------------------------------------------
 
-    def estimate(self, x: Tensor, t: Tensor, labels: Tensor | None = None, sizes: Tensor | None = None) -> Tensor:
+    def estimate(
+        self, x: Tensor, t: Tensor, labels: Tensor | None = None, sizes: Tensor | None = None, guidance: float = 1.0
+    ) -> Tensor:
         """Estimate noise and planes.
 
         Args:
@@ -158,6 +160,7 @@ class TriplaneDiffusion(nn.Module):
             t: timesteps (B,) in [0, 1000].
             labels: class indices (B,); None: no classes.
             sizes: voxel sizes (B, 3) in mm, of a model with ``spacings``.
+            guidance: factor of the network's corrections of the prior's estimates, of a model with a prior.
 
         Returns:
             (B, 2M), noise, then planes.
@@ -169,6 +172,8 @@ class TriplaneDiffusion(nn.Module):
             needed = self.prior is not None and (self.config.network.prior_input or not self.consistency)
             own = self.prior.denoised(state, t) if self.prior is not None and needed else None
             noise, x0 = self.network(state, t, labels, numbers, None if own is None else own[1])
+            if guidance != 1:
+                noise, x0 = ([guidance * head for head in heads] for heads in (noise, x0))
             if self.prior is not None and self.consistency:
                 noise, x0 = self.prior.combine_flow(state, t, x0)
             elif self.prior is not None and own is not None:

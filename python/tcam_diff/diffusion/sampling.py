@@ -53,6 +53,11 @@ class Sampler:
             raise UserError(
                 f"solver={self.config.solver}: the model is one of `tcam distill`; take the solver consistency, 1 to 4 steps"
             )
+        if self.config.prior_guidance != 1 and (self.model.prior is None or self.model.consistency):
+            raise UserError(
+                f"prior_guidance={self.config.prior_guidance:g}: the model is distilled or has no prior; leave it out, or take one "
+                "trained with prior=gaussian or unit"
+            )
         if self.config.spacing is not None and self.model.spacings is None:
             raise UserError("spacing: the model does not depend on voxel sizes; leave it out, or train with spacing=true")
         if self.model.consistency and self.config.guidance_scale != 1:
@@ -141,17 +146,18 @@ class Sampler:
         return solver.solve(x, etas, estimate)
 
     def _estimate(self, x: Tensor, t: float, label: int | None, sizes: Tensor | None = None) -> Tensor:
-        """Noise and planes (B, 2M), with classifier-free guidance: unlabelled + scale (labelled - unlabelled)."""
-        model, scale = self.model, self.config.guidance_scale
+        """Noise and planes (B, 2M), guided: prior + prior_guidance (network - prior) for the network's
+        unlabelled + guidance_scale (labelled - unlabelled)."""
+        model, scale, guidance = self.model, self.config.guidance_scale, self.config.prior_guidance
         times = torch.full((len(x),), t, device=x.device)
         if label is None:
-            return model.estimate(x, times, None, sizes)
+            return model.estimate(x, times, None, sizes, guidance)
         labels = torch.full((len(x),), label, device=x.device)
         if scale == 1:
-            return model.estimate(x, times, labels, sizes)
+            return model.estimate(x, times, labels, sizes, guidance)
         no_label = torch.full_like(labels, model.network.classes)
         twice = None if sizes is None else torch.cat([sizes, sizes])
-        both = model.estimate(torch.cat([x, x]), torch.cat([times, times]), torch.cat([labels, no_label]), twice)
+        both = model.estimate(torch.cat([x, x]), torch.cat([times, times]), torch.cat([labels, no_label]), twice, guidance)
         labelled, unlabelled = both.chunk(2)
         return unlabelled + scale * (labelled - unlabelled)
 

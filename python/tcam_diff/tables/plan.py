@@ -30,6 +30,7 @@ VARIANTS = {
         "prior=none",
         "timesteps=stratified",
         "network.norm_groups=32",
+        "network.heads=two",
         "network.octave_gains=false",
         "network.prior_input=false",
     ),
