@@ -3,9 +3,10 @@
     python benchmarks/bench_stage2.py LATENTS HELD_OUT --out RUNS [--steps 150] [--seeds 1 2 3] [--json FILE]
         [--runs RUN... --summaries SUMMARY... --sets SAMPLES|LATENTS...]
 
-LATENTS and HELD_OUT are planes that `tcam encode` made of training and of other volumes. Every seed trains networks as the preset
-has them, and with each of VARIANTS, for as many steps; a run that is there is continued or read. The figures are the losses of
-held-out volumes at the end, and the means over seeds of their differences from the preset's, with 95 % intervals by Student's t.
+LATENTS and HELD_OUT are planes that `tcam encode` made of training and of other volumes. Every seed trains networks as the
+preset has them, and with each of VARIANTS, for as many steps; a run that is there is continued or read. The figures are the
+losses of held-out volumes at the end, and the means over seeds of their differences from the preset's, with 95 % intervals by
+Student's t.
 --runs adds longer runs of the preset, --summaries the summary.json of `tcam evaluate STORE SAMPLES...` of their samples,
 one for each seed, and --sets the energy of planes by octave of frequency: mean squares about the mean of LATENTS, divided by
 those of LATENTS.

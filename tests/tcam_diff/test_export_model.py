@@ -1,5 +1,7 @@
 """Copies of models with a model card, and the models that come with the package."""
 
+import json
+
 import pytest
 import runs
 import torch
@@ -8,6 +10,7 @@ from tcam_diff.diffusion.export import export_model
 from tcam_diff.diffusion.model import NETWORK, TriplaneDiffusion
 from tcam_diff.diffusion.train import DiffusionTraining
 from tcam_diff.errors import UserError
+from tcam_diff.evaluation.sets import read_planes
 from tcam_diff.pretrained import names, pretrained
 from tcam_diff.training.distributed import Distributed
 from test_prior import GAUSSIAN
@@ -89,3 +92,18 @@ def test_models_of_the_package_draw_volumes(name, tmp_path):
     folder = pretrained(name)
     assert sum(p.stat().st_size for p in folder.iterdir()) < 16e6
     assert len(list((tmp_path / "samples").glob("*.nii.gz"))) == 1
+
+
+@pytest.mark.parametrize("solver", ["heun", "multirate"])
+def test_the_command_draws_with_prior_guidance(solver, tmp_path):
+    """Its files say so, its planes are farther from those of the prior alone, and other settings do not overwrite them."""
+    command = ["sample", "--pretrained", "cohort", "--n", 1, "--steps", 2, "--solver", solver, "--final", "x", "--planes", "-q"]
+    found = {}
+    for scale in (0, 1, 1.2):
+        tcam(*command, "--prior-guidance", scale, "--out", tmp_path / str(scale))
+        (sidecar,) = (p for p in (tmp_path / str(scale)).glob("*.json"))
+        assert json.loads(sidecar.read_text())["sampling"]["prior_guidance"] == scale
+        found[scale] = read_planes(tmp_path / str(scale))
+    assert float((found[1.2] - found[1]).norm()) > 0.01 * float(found[1].norm())
+    assert float((found[1.2] - found[0]).norm()) > float((found[1] - found[0]).norm())
+    assert "exists with other settings" in tcam(*command, "--out", tmp_path / "1.2", fails=True)

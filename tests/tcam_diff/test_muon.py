@@ -23,11 +23,14 @@ def normal(*shape, seed=0):
 @settings(deadline=None)
 @given(rows=st.integers(1, 40), columns=st.integers(1, 40), scale=st.sampled_from([1e-3, 1.0, 1e3]))
 def test_singular_values_become_about_one(rows, columns, scale):
-    """And the singular vectors stay. A matrix of normals may have tiny singular values, which need more iterations."""
+    """And the singular vectors stay. Tiny singular values would need more iterations."""
     u, _, v = torch.linalg.svd(normal(rows, columns, seed=rows), full_matrices=False)
     s = torch.linspace(1, 3, min(rows, columns))
-    found = torch.diag(u.T @ orthogonalised((scale * u * s @ v)[None], torch.float32)[0] @ v.T)
-    assert (found > 0.6).all() and (found < 1.3).all()
+    found = u.T @ orthogonalised((scale * u * s @ v)[None], torch.float32)[0] @ v.T
+    values = found.diag()
+    assert float(values.min()) > 0.6
+    assert float(values.max()) < 1.3
+    assert float((found - values.diag()).abs().max()) < 1e-3
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
@@ -86,13 +89,14 @@ def test_every_parameter_has_one_optimiser(latents, tmp_path):
     for changes in ((), ("muon_lr=1e-2",), ("muon_lr=1e-2", "network.weights=shared")):
         task = DiffusionTraining(runs.diffusion_config(latents, *changes), Distributed(), tmp_path)
         before = {n: p.detach().clone() for n, p in task.network.named_parameters()}
-        kept = [id(p) for o in task.optimisers.values() for g in o.param_groups for p in g["params"]]
+        kept = [id(p) for o, _ in task.optimisers.values() for g in o.param_groups for p in g["params"]]
         assert sorted(kept) == sorted(id(p) for p in task.network.parameters())
         for i in range(3):
             task.step(i)
         moved = {n for n, p in task.network.named_parameters() if not torch.equal(p, before[n])}
         used = {n for n, p in task.network.named_parameters() if p.grad is not None and p.grad.any()}
-        assert moved >= used and any("weight" in n for n in moved)
+        assert moved >= used
+    assert any("conv" in n for n in used)
 
 
 def test_a_run_goes_on_with_the_same_bits(latents, tmp_path):
@@ -108,7 +112,8 @@ def test_a_run_goes_on_with_the_same_bits(latents, tmp_path):
     for name in ("network", "average"):
         assert all(torch.equal(one[name][k], two[name][k]) for k in one[name])
     momenta = [{k: s["momentum_buffer"] for k, s in task["muon"]["state"].items()} for task in (one, two)]
-    assert momenta[0] and all(torch.equal(momenta[0][k], momenta[1][k]) for k in momenta[0])
+    assert momenta[0]
+    assert all(torch.equal(momenta[0][k], momenta[1][k]) for k in momenta[0])
 
 
 @pytest.mark.parametrize(

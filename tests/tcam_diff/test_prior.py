@@ -453,9 +453,7 @@ def test_prior_guidance_scales_what_the_network_adds(latents, tmp_path):
     model, t = task.model(8), 700.0
     x = runs.sampler(model).noise([0, 1])
     for label, scale in ((None, 1.0), (0, 1.0), (1, 2.0)):
-        found = [
-            runs.sampler(model, prior_guidance=w, guidance_scale=scale)._estimate(x, t, label) for w in (0.0, 1.0, 1.5)
-        ]
+        found = [runs.sampler(model, prior_guidance=w, guidance_scale=scale)._estimate(x, t, label) for w in (0.0, 1.0, 1.5)]
         own = model.prior(x, angle(torch.full((2,), t)))
         torch.testing.assert_close(found[0], torch.cat(own, 1), atol=1e-5, rtol=1e-5)
         assert float((found[1] - found[0]).abs().max()) > 1e-2

@@ -8,11 +8,13 @@ import math
 import numpy as np
 import pytest
 import runs
+from tcam_diff.config import presets
+from tcam_diff.diffusion.config import DiffusionConfig
 from tcam_diff.errors import UserError
 from tcam_diff.tables.config import TableConfig
 from tcam_diff.tables.make import _claim, make_figure, make_table
 from tcam_diff.tables.paper import PUBLISHED, TABLES
-from tcam_diff.tables.plan import GENERATORS, Plan
+from tcam_diff.tables.plan import GENERATORS, VARIANTS, Plan
 from tcam_diff.tables.render import grid, sets_text
 from tcam_diff.tables.rows import late_gain, paired, time_to
 from tcam_diff.tables.steps import run, step
@@ -38,6 +40,14 @@ TINY = TableConfig(
     critic_changes=["size=16", "width=4", "epochs=1"],
     channels=[2, 3],
 )
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_of_every_preset_are_configurations(name):
+    for preset in presets("diffusion"):
+        config = DiffusionConfig.load(preset, list(VARIANTS[name]))
+        if name == "no-prior":
+            assert (config.prior, config.muon_lr, config.network.heads) == ("none", None, "two")
 
 
 @pytest.fixture(scope="module")

@@ -201,7 +201,8 @@ def test_accumulated_gradients_are_those_of_the_batch(latents, tmp_path, overrid
 
 
 @pytest.mark.parametrize("overrides", [("network.weights=shared",), ("network.weights=concatenated",), ("center=true",),
-    ("timesteps=antithetic",), ("latent_dtype=bfloat16",), ("compute_dtype=bfloat16",), ("network.cross=axis",), ("muon_lr=2e-2",)])  # fmt: skip
+    ("timesteps=antithetic",), ("latent_dtype=bfloat16",), ("compute_dtype=bfloat16",), ("network.cross=axis",),
+    ("muon_lr=2e-2",)])  # fmt: skip
 def test_every_switch_trains(latents, tmp_path, overrides):
     task = DiffusionTraining(runs.diffusion_config(latents, *overrides, "lr=5e-3", "steps=40"), Distributed(), tmp_path)
     first = float(task.step(0)["loss"])
@@ -317,8 +318,12 @@ def test_other_latents_are_refused(uninterrupted, tmp_path):
 
 @pytest.mark.parametrize(
     ("overrides", "count", "tolerance"),
-    [((), 1, 1e-6), (("compute_dtype=float64",), 20, 1e-9), (("compute_dtype=float64", "accumulate=2"), 2, 1e-9),
-     (("compute_dtype=float64", "muon_lr=1e-2"), 5, 1e-9)],
+    [
+        ((), 1, 1e-6),
+        (("compute_dtype=float64",), 20, 1e-9),
+        (("compute_dtype=float64", "accumulate=2"), 2, 1e-9),
+        (("compute_dtype=float64", "muon_lr=1e-2"), 5, 1e-9),
+    ],
 )
 def test_two_processes_are_one(latents, tmp_path, overrides, count, tolerance):
     for world in (1, 2):

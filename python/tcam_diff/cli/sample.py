@@ -68,7 +68,7 @@ def command(
         float,
         typer.Option(
             min=0,
-            help="Scale of the network's corrections of the prior, for models with one; 1: as trained; 1.2: more spread and detail.",
+            help="Scale of what the network adds to the model's prior; 1: as trained; 1.2: more spread and detail.",
         ),
     ] = 1.0,
     known: Annotated[

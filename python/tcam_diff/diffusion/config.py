@@ -145,8 +145,8 @@ class DiffusionConfig(RunConfig):
     muon_lr: Annotated[
         Rate | None,
         Field(
-            description="rate of the convolutions' weights, by Muon, whose steps have a fifth of it as their root mean square; "
-            "null: Adam with lr for all weights, as in the paper"
+            description="rate of the convolutions' weights, by Muon, whose steps have at most about a fifth of it as their "
+            "root mean square; null: Adam with lr for all weights, as in the paper"
         ),
     ] = None
     grad_clip: Annotated[float, Field(gt=0, description="largest gradient norm")] = 1.0

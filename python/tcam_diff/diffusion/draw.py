@@ -346,6 +346,7 @@ def draw_between(
         "model": model.identity, "a": a, "b": b, "planes": [e.sha256 for e in entries], "n": n, "size": list(shape),
         "label": label, "solver": config.solver, "steps": config.steps, "dtype": output.dtype,
         **({} if config.grid == "auto" else {"grid": config.grid}),
+        **{k: v for k in ("prior_guidance", "guidance_scale") if (v := getattr(config, k)) != 1},
         **({} if model.computing == torch.float32 else {"compute_dtype": dtype_text(model.computing)}),
     }  # fmt: skip
     record = out / "interpolation.json"

@@ -55,8 +55,8 @@ class Sampler:
             )
         if self.config.prior_guidance != 1 and (self.model.prior is None or self.model.consistency):
             raise UserError(
-                f"prior_guidance={self.config.prior_guidance:g}: the model is distilled or has no prior; leave it out, or take one "
-                "trained with prior=gaussian or unit"
+                f"prior_guidance={self.config.prior_guidance:g}: the model is distilled or has no prior; leave it "
+                "out, or take one trained with prior=gaussian or unit"
             )
         if self.config.spacing is not None and self.model.spacings is None:
             raise UserError("spacing: the model does not depend on voxel sizes; leave it out, or train with spacing=true")

@@ -33,9 +33,9 @@ from tcam_diff.training.ema import update_average
 from tcam_diff.training.logger import Logger
 from tcam_diff.training.loop import Outcome, Task
 from tcam_diff.training.lr import lr_scale
+from tcam_diff.training.muon import Muon
 from tcam_diff.training.rng import in_epochs, rng, seed_of
 from tcam_diff.training.run import train
-from tcam_diff.training.muon import Muon
 from tcam_diff.training.states import load_module, load_optimiser
 
 
@@ -100,7 +100,7 @@ class _Loss(nn.Module):
 
 
 class DiffusionTraining(Task):
-    """Training run of stage 2: network, its average, optimiser and data. Raises UserError if the configuration does not fit."""
+    """Training run of stage 2: network, its average, optimisers and data. Raises UserError if they do not fit."""
 
     def __init__(self, config: DiffusionConfig, group: Distributed, folder: Path) -> None:
         self.config, self.group, self.steps, self.folder = config, group, config.steps, folder
@@ -158,17 +158,16 @@ class DiffusionTraining(Task):
             network = TriplaneUNet(self.data.channels, self.config.network, len(self.data.classes), 3 * self.config.spacing)
         return network.placed(self.group.device, self.dtype)
 
-    def _optimisers(self) -> dict[str, torch.optim.Optimizer]:
-        """Adam, and Muon for the weights of convolutions if the configuration has a rate for it, under the names of their states."""
+    def _optimisers(self) -> dict[str, tuple[torch.optim.Optimizer, float]]:
+        """Adam, and Muon for the convolutions' weights if it has a rate, with their rates, under the names of their states."""
         c = self.config
         weights = self.network.convolutions() if c.muon_lr is not None else []
         rest = [p for p in self.network.parameters() if all(p is not w for w in weights)]
-        found: dict[str, torch.optim.Optimizer] = {
-            "optimiser": torch.optim.Adam(rest, lr=c.lr, betas=(0.9, c.beta2), eps=c.adam_eps, fused=True)
-        }
+        adam = torch.optim.Adam(rest, lr=c.lr, betas=(0.9, c.beta2), eps=c.adam_eps, fused=True)
+        found: dict[str, tuple[torch.optim.Optimizer, float]] = {"optimiser": (adam, c.lr)}
         if c.muon_lr is not None:
             copies = 3 if c.network.weights == "independent" else 1
-            found["muon"] = Muon(weights, c.muon_lr, copies=copies, products=self.compute)
+            found["muon"] = Muon(weights, c.muon_lr, copies=copies, products=self.compute), c.muon_lr
         return found
 
     def _prior(self) -> tuple[GaussianPrior | None, tuple[float, float] | None]:
@@ -251,7 +250,7 @@ class DiffusionTraining(Task):
         each = c.batch // (group.world * c.accumulate)
         t = timesteps(c.timesteps, c.batch, c.seed, index, self.variances or (1.0, 1.0)).to(group.device)
         self.network.train()
-        for optimiser in self.optimisers.values():
+        for optimiser, _ in self.optimisers.values():
             optimiser.zero_grad(set_to_none=True)
         sums = torch.zeros(3, device=group.device)
         with torch.random.fork_rng(devices=[group.device] if group.device.type == "cuda" else []):
@@ -266,7 +265,7 @@ class DiffusionTraining(Task):
                     (c.noise_weight * terms[0] + c.image_weight * terms[1]).backward()
                 sums += terms.detach().float()
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), c.grad_clip)
-        for optimiser, lr in zip(self.optimisers.values(), (c.lr, c.muon_lr), strict=False):
+        for optimiser, lr in self.optimisers.values():
             for parameters in optimiser.param_groups:
                 parameters["lr"] = lr * lr_scale(c, index)
             optimiser.step()
@@ -335,7 +334,7 @@ class DiffusionTraining(Task):
         return {
             "network": self.network.state_dict(),
             "average": self.average.state_dict(),
-            **{name: o.state_dict() for name, o in self.optimisers.items()},
+            **{name: o.state_dict() for name, (o, _) in self.optimisers.items()},
             "latents": self.data.digest,
             "labels": self._labels(),
             "prior": None if self.prior is None else self.prior.state_dict(),
@@ -363,7 +362,7 @@ class DiffusionTraining(Task):
             self.variances = float(low), float(high)
         load_module(self.network, shared["network"])
         load_module(self.average, shared["average"])
-        for name, optimiser in self.optimisers.items():
+        for name, (optimiser, _) in self.optimisers.items():
             load_optimiser(optimiser, shared[name])
 
     def finite(self) -> bool:

@@ -18,8 +18,8 @@ GENERATORS = {
     "ldm-vq-gan": "VQ-GAN + 3D latent diffusion",
     "concatenated": "our latents, concatenated planes (NFD)",
     "no-cross": "ours without cross-attention",
-    "no-prior": "ours without prior, uniform timesteps and grid",
-    "one-head": "ours with one velocity head, unit prior, straight path (PRDiT's later recipe)",
+    "no-prior": "ours with the paper's choices: no prior, two heads, independent weights, Adam, uniform timesteps",
+    "one-head": "ours with one head around the unit prior on the straight path (PRDiT's later recipe)",
     "gaussian": "Gaussian of our latents",
 }
 #: Changes of our diffusion in the rows that are variants of it.
@@ -31,10 +31,18 @@ VARIANTS = {
         "timesteps=stratified",
         "network.norm_groups=32",
         "network.heads=two",
+        "network.weights=independent",
+        "muon_lr=null",
         "network.octave_gains=false",
         "network.prior_input=false",
     ),
-    "one-head": ("prior=unit", "network.heads=one", "network.prior_input=false", "timesteps=straight"),
+    "one-head": (
+        "prior=unit",
+        "timesteps=straight",
+        "network.heads=one",
+        "network.octave_gains=false",
+        "network.prior_input=false",
+    ),
 }
 #: Steps of trainings that end by their time.
 MANY = 1_000_000

@@ -1,4 +1,4 @@
-"""States of modules and of optimisers in checkpoints, which are not converted."""
+"""States of modules and of optimisers in checkpoints. Those of modules are not converted."""
 
 from __future__ import annotations
 
