@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import runs
 import torch
+from priors import FILTERED, GAUSSIAN
 from runs import tcam
 from tcam_diff.diffusion.config import DistillConfig, SampleConfig
 from tcam_diff.diffusion.distill import Distillation, distill, moved
@@ -16,7 +17,6 @@ from tcam_diff.diffusion.solver import Solver, arc
 from tcam_diff.diffusion.train import DiffusionTraining
 from tcam_diff.errors import UserError
 from tcam_diff.training.distributed import Distributed
-from test_prior import FILTERED, GAUSSIAN
 
 SHORT = ("steps=8", "batch=4", "teacher_steps=4", "updates=2", "evaluate_volumes=4", "log_every=2", "compute_dtype=float32")
 

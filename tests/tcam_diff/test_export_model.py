@@ -5,6 +5,7 @@ import json
 import pytest
 import runs
 import torch
+from priors import GAUSSIAN
 from runs import tcam
 from tcam_diff.diffusion.export import export_model
 from tcam_diff.diffusion.model import NETWORK, TriplaneDiffusion
@@ -13,7 +14,6 @@ from tcam_diff.errors import UserError
 from tcam_diff.evaluation.sets import read_planes
 from tcam_diff.pretrained import names, pretrained
 from tcam_diff.training.distributed import Distributed
-from test_prior import GAUSSIAN
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import math
 import pytest
 import runs
 import torch
+from priors import GAUSSIAN, some_prior
 from tcam_diff.diffusion.config import SampleConfig
 from tcam_diff.diffusion.prior import GaussianPrior
 from tcam_diff.diffusion.process import Estimate
@@ -13,7 +14,6 @@ from tcam_diff.diffusion.solver import Solver, arc
 from tcam_diff.diffusion.train import DiffusionTraining
 from tcam_diff.errors import UserError
 from tcam_diff.training.distributed import Distributed
-from test_prior import GAUSSIAN, some_prior
 from test_solvers import mixture
 
 

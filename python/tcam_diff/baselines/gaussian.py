@@ -23,7 +23,7 @@ from tcam_diff.autodecoder.planes import normalise
 from tcam_diff.baselines.config import GaussianConfig
 from tcam_diff.data.volume import VolumeInfo
 from tcam_diff.diffusion.data import LatentData, typical
-from tcam_diff.diffusion.prior import principal
+from tcam_diff.diffusion.prior_fit import principal
 from tcam_diff.diffusion.process import pack, unpack
 from tcam_diff.errors import UserError
 from tcam_diff.files import writable_folder

@@ -33,25 +33,17 @@ F = G, c x0_hat + s eps_hat = x whatever the network says, and with the unit pri
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from scipy.optimize import isotonic_regression
 from torch import Tensor, nn
 
 from tcam_diff.diffusion.dct import octaves_of, transform_planes
 from tcam_diff.diffusion.process import angle, pack, unpack
-from tcam_diff.errors import UserError
-from tcam_diff.training.rng import rng
 
 Sizes = Sequence[tuple[int, int]]
 
-#: Least variance of the floor. States have a mean square of 1.
-LEAST = 1e-3
-#: States from which a prior is fitted, at most.
-MOST_STATES = 512
 #: Steps of the trapezoidal rule of the flow, relative error 4 exp(-pi^2 / step), and how far it goes beyond the roots'
 #: logarithms, relative error exp(-3 margin).
 FLOW_STEP, FLOW_MARGIN = 1.0, 3.0
@@ -62,20 +54,31 @@ def transform(x: Tensor, channels: int, sizes: Sizes, inverse: bool = False) -> 
     return pack([transform_planes(plane, inverse) for plane in unpack(x, channels, sizes)])
 
 
-def octaves(channels: int, sizes: Sizes) -> tuple[Tensor, Tensor]:
-    """Bands of the coefficients of the DCT: one for each plane, channel and octave (:func:`octaves_of`).
+class Bands(NamedTuple):
+    """Bands of the coefficients of the DCT.
 
-    Returns:
-        The band of every coefficient (M,), and the plane and channel of every band, 0 to 3 C - 1.
+    Attributes:
+        band: band of every coefficient (M,).
+        owner: plane and channel of every band, 0 to 3 C - 1.
+        octave: octave of every band, from 0.
     """
-    bands, owners, first = [], [], 0
+
+    band: Tensor
+    owner: Tensor
+    octave: Tensor
+
+
+def octaves(channels: int, sizes: Sizes) -> Bands:
+    """Bands of planes: one for each plane, channel and octave (:func:`octaves_of`)."""
+    bands, owners, octave, first = [], [], [], 0
     for p, (h, w) in enumerate(sizes):
-        present, octave = octaves_of(h, w).unique(return_inverse=True)
+        present, index = octaves_of(h, w).unique(return_inverse=True)
         for c in range(channels):
-            bands.append(first + octave.flatten())
+            bands.append(first + index.flatten())
             owners += [p * channels + c] * len(present)
+            octave += present.tolist()
             first += len(present)
-    return torch.cat(bands), torch.tensor(owners)
+    return Bands(torch.cat(bands), torch.tensor(owners), torch.tensor(octave))
 
 
 class GaussianPrior(nn.Module):
@@ -96,7 +99,7 @@ class GaussianPrior(nn.Module):
         super().__init__()
         self.channels, self.sizes = channels, list(sizes)
         numbers = channels * sum(h * w for h, w in sizes)
-        band, owner = octaves(channels, sizes)
+        band, owner, _ = octaves(channels, sizes)
         if len(floor) == 1:
             band, owner = torch.zeros_like(band), owner[:1]
         if mean.shape != (numbers,) or directions.shape[1:] != (numbers,) or floor.shape != owner.shape:
@@ -257,134 +260,3 @@ class GaussianPrior(nn.Module):
             h = torch.einsum("n,nkl->kl", 1 / self.floor.double(), self.gram.double())
             logarithm = logarithm + torch.logdet(torch.eye(len(h), dtype=h.dtype, device=h.device) + h)
         return -0.5 * (squares + logarithm + len(self.mean) * math.log(2 * math.pi))
-
-
-@dataclass
-class Principal:
-    """Mean (M,), variances (K,) in decreasing order and orthonormal directions (K, M) of states."""
-
-    mean: Tensor
-    variances: Tensor
-    directions: Tensor
-
-
-def principal(states: Tensor, most: int | None = None) -> Principal:
-    """Principal components of states (N, M), at most N - 1 and those of positive variance."""
-    mean = states.double().mean(0).to(states)
-    centred = states - mean
-    gram = torch.zeros(len(states), len(states), dtype=torch.float64)
-    for part in centred.split(1 << 16, 1):
-        gram += part.double() @ part.double().T
-    values, vectors = torch.linalg.eigh(gram)
-    values, vectors = values.flip(0), vectors.flip(1)
-    kept = min(len(states) - 1, int((values > 1e-9 * values[0].clamp(min=1e-300)).sum()), most or len(states))
-    directions = (vectors[:, :kept] / values[:kept].sqrt()).T.to(states) @ centred
-    return Principal(mean, (values[:kept] / max(1, len(states) - 1)).to(states), directions)
-
-
-@dataclass
-class CrossFit:
-    """Prior of all states, those of the states outside each part, and the part of every state (N,)."""
-
-    prior: GaussianPrior
-    without: list[GaussianPrior]
-    part: Tensor
-
-
-def fit_prior(states: Tensor, channels: int, sizes: Sizes, **options: Any) -> GaussianPrior:
-    """The prior of :func:`cross_fit`, alone."""
-    return cross_fit(states, channels, sizes, **options).prior
-
-
-def cross_fit(
-    states: Tensor,
-    channels: int,
-    sizes: Sizes,
-    *,
-    groups: Sequence[int] | None = None,
-    most: int = 128,
-    folds: int = 5,
-    seed: int = 0,
-    without: bool = False,
-) -> CrossFit:
-    """Fit a Gaussian to states and, if asked, one to the states outside each of ``folds`` parts.
-
-    A state lies in the span of the states to which its prior was fitted, and a new one does not: outside it there is as much of
-    it as the floor says. A network that is trained around the prior of all states therefore learns that there is nothing
-    outside the span. Around the prior of the other parts, a training state is like a new one.
-
-    The leading variances are those of the states. The floor is the mean square of held-out states outside the directions of the
-    others, by bands, over ``folds`` parts of the states. The number of directions is that of the largest held-out likelihood.
-
-    N states have about trace(D) / N of their variance along each of their own directions by chance. In the prior of all states
-    alone it is not taken off, because around it smaller leading variances cost samples their spread (algorithm.md section 11).
-    With priors ``without`` a part, all of them have the mean square of held-out states along each direction instead, made to
-    decrease (isotonic regression): with it and the floor a state has the energy of a new one, where it has half as much again
-    with the states' own.
-
-    Args:
-        states: (N, M), at least three.
-        channels: channels C of the planes.
-        sizes: rows and columns of xy, yz, xz.
-        groups: number of the volume of every state; its mirrored copies are in the same part. Default: each is its own.
-        most: largest number of directions.
-        folds: number of parts.
-        seed: seed of the division.
-        without: whether to fit the priors of the states outside each part too, with the same floor.
-
-    Raises:
-        UserError: there are fewer than three volumes.
-    """
-    group = torch.arange(len(states)) if groups is None else torch.tensor(groups)
-    volumes = group.unique()
-    if len(volumes) < 3:
-        raise UserError(f"prior: {len(volumes)} volume(s); a covariance needs at least 3; take prior=unit timesteps=stratified")
-    part_of = torch.randperm(len(volumes), generator=rng(seed, "prior folds")) % min(folds, len(volumes))
-    part = part_of[torch.searchsorted(volumes, group)]
-    count = int(part.max()) + 1
-    least = min(min(int((part != f).sum()) - 1, most) for f in range(count))
-    candidates = sorted({k for k in (0, *(2**i for i in range(20))) if k < least} | {least})
-
-    def parts() -> Iterator[tuple[Principal, Tensor]]:  # one after another, because directions are large
-        for f in range(count):
-            yield principal(states[part != f], most), states[part == f]
-
-    band, owner = octaves(channels, sizes)
-    counts = torch.bincount(band, minlength=len(owner)).double()
-    energy = torch.zeros(len(candidates), len(owner), dtype=torch.float64)
-    along = torch.zeros(least, dtype=torch.float64)
-    for p, held_out in parts():
-        rest, done = held_out - p.mean, 0
-        found = (rest @ p.directions[:least].T).double().square().sum(0)
-        along[: len(found)] += found / len(states)
-        for i, k in enumerate(candidates):
-            more = p.directions[done:k]
-            rest, done = rest - (rest @ more.T) @ more, k
-            squares = transform(rest, channels, sizes).double().square().sum(0)
-            energy[i].index_add_(0, band, squares)
-    floors = (energy / counts / len(states)).clamp(min=LEAST)
-    scores = [0.0] * len(candidates)
-    for p, held_out in parts():
-        for i, (k, floor) in enumerate(zip(candidates, floors, strict=True)):
-            scores[i] += float(_assembled(p, k, floor, channels, sizes).log_likelihood(held_out).sum())
-    best = max(range(len(candidates)), key=scores.__getitem__)
-    everything = principal(states, most)
-    kept = len(everything.variances) if candidates[best] == least else candidates[best]
-    if not without:
-        return CrossFit(_assembled(everything, kept, floors[best], channels, sizes), [], part)
-    variances = torch.tensor(isotonic_regression(along.numpy(), increasing=False).x.tolist())
-
-    def assembled(p: Principal) -> GaussianPrior:
-        own = variances[torch.arange(len(p.variances)).clamp(max=least - 1)].to(p.variances)
-        return _assembled(replace(p, variances=own), min(kept, len(own)), floors[best], channels, sizes)
-
-    return CrossFit(assembled(everything), [assembled(p) for p, _ in parts()], part)
-
-
-def _assembled(p: Principal, kept: int, floor: Tensor, channels: int, sizes: Sizes) -> GaussianPrior:
-    """Prior with the variances of the first ``kept`` directions, the floor's share included."""
-    along = transform(p.directions[:kept], channels, sizes)
-    band, _ = octaves(channels, sizes)
-    below = along.square() @ floor.to(along)[band]
-    scale = (p.variances[:kept] - below).clamp(min=1e-6).sqrt()
-    return GaussianPrior(channels, sizes, p.mean, floor, scale[:, None] * along)

@@ -19,7 +19,8 @@ from tcam_diff.diffusion.config import DiffusionConfig
 from tcam_diff.diffusion.data import Centre, LatentData
 from tcam_diff.diffusion.model import TriplaneDiffusion, assemble
 from tcam_diff.diffusion.network import TriplaneUNet, groups_of
-from tcam_diff.diffusion.prior import MOST_STATES, GaussianPrior, cross_fit
+from tcam_diff.diffusion.prior import GaussianPrior
+from tcam_diff.diffusion.prior_fit import MOST_STATES, cross_fit
 from tcam_diff.diffusion.process import TIMESTEPS, angle, error, flip, mix, pack, timesteps, unpack
 from tcam_diff.diffusion.report import samples_picture, write_report
 from tcam_diff.diffusion.spacing import Spacings

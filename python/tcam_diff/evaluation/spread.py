@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tcam_diff.diffusion.prior import principal
+from tcam_diff.diffusion.prior_fit import principal
 from tcam_diff.errors import UserError
 from tcam_diff.evaluation.content import Content
 from tcam_diff.evaluation.metrics import ms_ssim3d
