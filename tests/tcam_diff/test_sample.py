@@ -19,7 +19,7 @@ from tcam_diff.evaluation.sets import read_planes, read_set
 # ---- samples -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "ab2", "hot"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "ab2", "hot", "churn"])
 def test_a_sample_depends_on_its_number_alone(model, solver):
     s = sampler(model, solver=solver)
     assert torch.equal(s.noise([5]), s.noise(range(7))[5:6])

@@ -62,7 +62,7 @@ TABLE = {
 
 
 #: Evaluations of the network in an interval, where they are more than one.
-STAGES = {"heun": 2, "midpoint": 2, "rk4": 4}
+STAGES = {"heun": 2, "churn": 2, "midpoint": 2, "rk4": 4}
 
 
 @pytest.mark.parametrize("solver", list(METHODS))
@@ -119,6 +119,35 @@ def test_hot_keeps_the_variance_of_unit_normal_data(k, normals):
     assert (float((end - torch.from_numpy(normals)).abs().max()) > 0.1) == (k > 1)
 
 
+@pytest.mark.parametrize("back", [0.0, 0.5, 2.0])
+def test_churn_keeps_the_mixture(back, normals, exact):
+    """Without noise it is Heun's method; with it a sample is another one of the same distribution."""
+    g = torch.Generator().manual_seed(0)
+
+    def draw(like: torch.Tensor) -> torch.Tensor:
+        return torch.randn(like.shape, generator=g, dtype=like.dtype)
+
+    options = {"variances": (0.01, 1.0), "final": "x0"}
+    end = integrate("churn", 100, normals, mixture, churn=back, draw=draw, **options)
+    heun = integrate("heun", 100, normals, mixture, **options)
+    if back == 0:
+        assert float((end - heun).abs().max()) < 1e-9
+    else:
+        assert float((end - heun).square().mean().sqrt()) > 0.3
+    assert float((end.sort().values - exact.sort().values).abs().mean()) < 0.05  # Wasserstein's distance
+
+
+def test_churn_evaluates_where_the_noise_takes_the_state():
+    """Before each interval tan(eta) is larger by the interval's ratio to the power of the lengths gone back."""
+    etas = arc(6, variances=(0.1, 100.0))
+    visited = Solver("churn", churn=2.0).evaluations(etas)
+    assert visited[0] == etas[0]  # pure noise has nothing to go back to
+    for i in range(1, 5):
+        ratio = math.tan(etas[i]) / math.tan(etas[i + 1])
+        assert math.tan(visited[2 * i]) == pytest.approx(math.tan(etas[i]) * ratio**2)
+        assert visited[2 * i + 1] == etas[i + 1]
+
+
 def test_there_and_back(normals, exact):
     scheduler = ArcScheduler("rk4", final="x")
     scheduler.set_timesteps(200, start=0.0, stop=1.0)
@@ -129,7 +158,7 @@ def test_there_and_back(normals, exact):
     assert float((state[:, 0] - torch.from_numpy(normals)).square().mean().sqrt()) < 1e-3
 
 
-@pytest.mark.parametrize("solver", [*METHODS, "hot"])
+@pytest.mark.parametrize("solver", [*METHODS, "hot", "churn"])
 def test_solvers_evaluate_from_pure_noise_and_return_the_last_estimate(solver):
     scheduler = ArcScheduler(solver)
     assert float(scheduler.timesteps[0]) == 1000
@@ -144,7 +173,7 @@ def test_solvers_evaluate_from_pure_noise_and_return_the_last_estimate(solver):
         assert torch.equal(x, torch.full((2, 3), float(last)))
 
 
-@pytest.mark.parametrize("method", [*METHODS, "hot"])
+@pytest.mark.parametrize("method", [*METHODS, "hot", "churn"])
 @pytest.mark.parametrize("final", ["x0", "x"])
 def test_monais_scheduler_and_the_solver_are_one_integration(method, final):
     """The scheduler and the solver give equal bits."""

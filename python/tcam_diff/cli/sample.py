@@ -39,7 +39,8 @@ def command(
         typer.Option(help="Voxels along the axes. [default: as the training volumes]", show_default=False),
     ] = None,
     solver: Annotated[
-        Method, typer.Option(help="Solver of the ODE; hot and consistency (for models of `tcam distill`) are stochastic.")
+        Method,
+        typer.Option(help="Solver of the ODE; churn, hot and consistency (of models of `tcam distill`) are stochastic."),
     ] = "heun",
     steps: Annotated[
         int, typer.Option(min=1, help="Intervals, each of one evaluation of the network or several (heun: two).")
@@ -61,6 +62,9 @@ def command(
         ),
     ] = None,
     hot_k: Annotated[int, typer.Option(min=1, help="Intervals that hot jumps ahead before it adds noise.")] = 2,
+    churn: Annotated[
+        float, typer.Option(min=0, max=8, help="Lengths of an interval by which churn goes back, by adding noise, before it.")
+    ] = 1.0,
     guidance_scale: Annotated[
         float, typer.Option(min=0, help="Scale of classifier-free guidance, with --label; 1: none.")
     ] = 1.0,
@@ -127,7 +131,7 @@ def command(
     assert source is not None
     settings = {
         "solver": solver, "steps": steps, "grid": grid, "final": final, "guidance_scale": guidance_scale, "seed": seed,
-        "hot_k": hot_k, "spacing": spacing, "prior_guidance": prior_guidance,
+        "hot_k": hot_k, "churn": churn, "spacing": spacing, "prior_guidance": prior_guidance,
     }  # fmt: skip
     config = configs.validate(SampleConfig, settings, "sample")
     if guidance_scale != 1 and label is None:

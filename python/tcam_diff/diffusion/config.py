@@ -12,7 +12,7 @@ from tcam_diff.text import size_text
 from tcam_diff.training.config import Count, Rate, RunConfig
 
 Grid = Literal["auto", "uniform", "spectrum"]
-Method = Literal["euler", "frozen", "ddim", "midpoint", "heun", "rk4", "ab2", "hot", "multirate", "consistency"]
+Method = Literal["euler", "frozen", "ddim", "midpoint", "heun", "rk4", "ab2", "hot", "churn", "multirate", "consistency"]
 
 
 class NetworkConfig(Config):
@@ -230,6 +230,9 @@ class SampleConfig(Config):
         ),
     ] = "auto"
     hot_k: Annotated[int, Field(ge=1, description="intervals that hot jumps ahead before it adds noise")] = 2
+    churn: Annotated[
+        float, Field(ge=0, le=8, description="lengths of an interval by which churn goes back, by adding noise, before it")
+    ] = 1.0
     final: Annotated[
         Literal["x0", "x"], Field(description="result: the last estimate of the planes, or the integrated state")
     ] = "x0"

@@ -141,7 +141,7 @@ class ArcScheduler(Scheduler):
 
     Args:
         solver: method of :class:`~tcam_diff.diffusion.solver.Solver`.
-        final, hot_k, draw: other arguments of the solver.
+        final, hot_k, churn, draw: other arguments of the solver.
         num_train_timesteps: timestep of pure noise.
         variances: smallest and largest variance of the latents' modes, as in ``TriplaneDiffusion.variances``, for the grid of
             :func:`~tcam_diff.diffusion.solver.arc`; None: equal intervals.
@@ -153,6 +153,7 @@ class ArcScheduler(Scheduler):
         solver: str = "heun",
         final: str = "x0",
         hot_k: int = 2,
+        churn: float = 1.0,
         draw: Draw = torch.randn_like,
         num_train_timesteps: int = TIMESTEPS,
         variances: tuple[float, float] | None = None,
@@ -160,7 +161,7 @@ class ArcScheduler(Scheduler):
     ) -> None:
         super().__init__(num_train_timesteps, "quarter_circle")
         self.variances = variances
-        self.solver = Solver(solver, final, hot_k, draw, prior)
+        self.solver = Solver(solver, final, hot_k, churn, draw, prior)
         self.set_timesteps(50)
 
     def set_timesteps(

@@ -140,7 +140,7 @@ class Sampler:
                 on_step(evaluation, evaluations, result.residual.square().mean(1))
             return result
 
-        solver = Solver(c.solver, c.final, c.hot_k, draw, self.model.prior)
+        solver = Solver(c.solver, c.final, c.hot_k, c.churn, draw, self.model.prior)
         etas = arc(c.steps, start, stop, self.variances)
         evaluations = len(solver.evaluations(etas))
         return solver.solve(x, etas, estimate)

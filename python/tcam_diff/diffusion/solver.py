@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -62,11 +62,15 @@ def midpoint(x: Tensor, etas: Sequence[float]) -> Steps:
 def heun(x: Tensor, etas: Sequence[float]) -> Steps:
     """Runge-Kutta method of second order with the mean of the drifts at both ends of Euler's step."""
     for a, b in pairwise(etas):
-        h = b - a
-        k1 = (yield x, a).drift
-        k2 = (yield x + h * k1, b).drift
-        x = x + h / 2 * (k1 + k2)
+        x = yield from _heun_step(x, a, b)
     return x
+
+
+def _heun_step(x: Tensor, a: float, b: float) -> Steps:
+    h = b - a
+    k1 = (yield x, a).drift
+    k2 = (yield x + h * k1, b).drift
+    return x + h / 2 * (k1 + k2)
 
 
 def rk4(x: Tensor, etas: Sequence[float]) -> Steps:
@@ -102,6 +106,22 @@ def hot(x: Tensor, etas: Sequence[float], k: int, draw: Draw) -> Steps:
             x = keep * x + math.sqrt(max(0.0, 1 - keep**2)) * draw(x)
         else:
             x = x + (b - a) * drift
+    return x
+
+
+def churn(x: Tensor, etas: Sequence[float], back: float, draw: Draw) -> Steps:
+    """Stochastic method of Karras et al. (2022, algorithm 2): noise that takes the state back, then a step of Heun's method.
+
+    The state goes back by ``back`` lengths of the interval in log tan(eta). An interval from pure noise or to the planes is
+    infinitely long, and has no noise.
+    """
+    for a, b in pairwise(etas):
+        start = a
+        if 1e-9 < b < a < math.pi / 2 - 1e-9:
+            start = math.atan(math.tan(a) * (math.tan(a) / math.tan(b)) ** back)
+            keep = math.cos(start) / math.cos(a)
+            x = keep * x + math.sqrt(max(0.0, 1 - keep**2)) * draw(x)
+        x = yield from _heun_step(x, start, b)
     return x
 
 
@@ -215,7 +235,7 @@ def _log_tan(eta: float) -> float:
 
 METHODS = {f.__name__: f for f in (euler, frozen, ddim, midpoint, heun, rk4, ab2)}
 #: Methods that draw noise, and so have no inverse.
-STOCHASTIC = ("hot", "consistency")
+STOCHASTIC = ("hot", "churn", "consistency")
 
 
 def arc(steps: int, start: float = 1.0, stop: float = 0.0, variances: tuple[float, float] | None = None) -> list[float]:
@@ -256,11 +276,12 @@ class Solver:
     """A method with its settings. Raises ValueError if one is unknown.
 
     Args:
-        method: a name of METHODS; hot or consistency, which are stochastic; or multirate, which needs a prior.
+        method: a name of METHODS or of STOCHASTIC; or multirate, which needs a prior.
         final: result of an integration that ends at angle 0. "x0": the estimate of x0 at the last angle above 0; "x": the
             integrated state.
         hot_k: intervals that hot jumps ahead.
-        draw: function that returns standard normals of a tensor's shape, for hot and consistency; default: torch's global
+        churn: lengths of an interval, in log tan(eta), by which churn goes back before it.
+        draw: function that returns standard normals of a tensor's shape, for stochastic methods; default: torch's global
             generator.
         prior: the model's prior, for multirate.
         visit: function that multirate calls with the state at every angle but the last, and the angle.
@@ -269,6 +290,7 @@ class Solver:
     method: str = "heun"
     final: str = "x0"
     hot_k: int = 2
+    churn: float = 1.0
     draw: Draw = torch.randn_like
     prior: GaussianPrior | None = None
     visit: Callable[[Tensor, float], None] | None = None
@@ -289,6 +311,8 @@ class Solver:
         to_planes = self.final == "x0" and etas[-1] == 0
         if self.method == "hot":
             method = hot(x, etas, self.hot_k, self.draw)
+        elif self.method == "churn":
+            method = churn(x, etas, self.churn, self.draw)
         elif self.method == "consistency":
             method = consistency(x, etas, self.draw)
         elif self.prior is not None and self.method == "multirate":
@@ -327,5 +351,5 @@ class Solver:
             angles.append(eta)
             return Estimate(zero, zero, zero, eta)
 
-        Solver(self.method, self.final, self.hot_k, torch.zeros_like).solve(zero, etas, estimate)
+        replace(self, draw=torch.zeros_like).solve(zero, etas, estimate)
         return angles
