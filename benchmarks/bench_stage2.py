@@ -1,15 +1,16 @@
 """The preset cohort of stage 2 with its choices taken back one at a time, and statistics of samples of longer runs.
 
     python benchmarks/bench_stage2.py LATENTS HELD_OUT --out RUNS [--steps 150] [--seeds 1 2 3] [--json FILE]
-        [--runs RUN... --summaries SUMMARY... --sets SAMPLES|LATENTS...]
+        [--runs NAME RUN... --runs NAME RUN... --summaries SUMMARY... --sets SAMPLES|LATENTS...]
 
 LATENTS and HELD_OUT are planes that `tcam encode` made of training and of other volumes. Every seed trains networks as the
 preset has them, and with each of VARIANTS, for as many steps; a run that is there is continued or read. The figures are the
 losses of held-out volumes at the end, and the means over seeds of their differences from the preset's, with 95 % intervals by
 Student's t.
---runs adds longer runs of the preset, --summaries the summary.json of `tcam evaluate STORE SAMPLES...` of their samples,
-one for each seed, and --sets the energy of planes by octave of frequency: mean squares about the mean of LATENTS, divided by
-those of LATENTS.
+Without --variants nothing is trained. --runs adds longer runs under a name, one for each seed; with several names they are
+compared in the same way. --summaries adds the summary.json of `tcam evaluate STORE SAMPLES...` of their samples, one for each
+seed, and --sets the energy of planes by octave of frequency: mean squares about the mean of LATENTS, divided by those of
+LATENTS.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ VARIANTS = {
     "no gains by octaves": ("network.octave_gains=false",),
     "without the prior's planes as input": ("network.prior_input=false",),
     "without cross-attention": ("network.cross=none",),
-    "128 directions": ("prior_directions=128",),
+    "40 directions": ("prior_directions=40",),
     "one prior of all volumes": ("cross_fit=false",),
     "batches of 4": ("batch=4",),
 }
@@ -55,11 +56,19 @@ def figures(run: Path) -> dict[str, Any]:
     return {"steps": last["step"], "minutes": round(seconds / 60, 1), "loss": round(last["validation_loss"], 4)}
 
 
-def interval(differences: list[float]) -> dict[str, float]:
+def interval(values: list[float]) -> dict[str, float]:
     """Mean and 95 % interval."""
-    mean, count = statistics.fmean(differences), len(differences)
-    half = student.ppf(0.975, count - 1) * statistics.stdev(differences) / count**0.5
+    mean, count = statistics.fmean(values), len(values)
+    half = student.ppf(0.975, count - 1) * statistics.stdev(values) / count**0.5
     return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def differences(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Differences of each network's losses from those of the first one, by seed, if there are several."""
+    if len(rows) < 2:
+        return {}
+    first, *others = rows[0]["runs"]
+    return {n: interval([r["runs"][n]["loss"] - r["runs"][first]["loss"] for r in rows]) for n in others}
 
 
 def named(value: Any) -> Any:
@@ -100,17 +109,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--steps", type=int, default=150, help="steps of 8 volumes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="at least two")
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--runs", type=Path, nargs="+", default=[], help="longer runs")
+    parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--runs", nargs="+", action="append", default=[], help="a name and its longer runs, one for each seed")
     parser.add_argument("--summaries", type=Path, nargs="+", default=[], help="statistics of their samples, one for each seed")
     parser.add_argument("--sets", type=Path, nargs="+", default=[], help="sets of planes for their energy by octave")
     parser.add_argument("--json", type=Path, help="write the figures here")
     a = parser.parse_args()
-    if len(a.seeds) < 2 or FIRST not in a.variants:
+    if a.variants and (len(a.seeds) < 2 or FIRST not in a.variants):
         parser.error(f"--seeds: expected at least two, and {FIRST!r} among the --variants")
+    if any(len(runs) != len(a.runs[0]) for runs in a.runs):
+        parser.error("--runs: expected as many runs under each name")
     environment = harness.environment()
     rows: list[dict[str, Any]] = []
-    for seed in a.seeds:
+    for seed in a.seeds if a.variants else []:
         losses = {}
         for name in a.variants:
             run, changes = a.out / f"{seed}-{name.replace(' ', '-')}", VARIANTS[name]
@@ -121,13 +132,12 @@ def main() -> None:
             losses[name] = figures(run)
             print(f"seed {seed}, {name}: {losses[name]}", flush=True)
         rows.append({"seed": seed, "runs": losses})
-    found: dict[str, Any] = {"rows": rows, "differences": {}}
-    for name in a.variants:
-        if name != FIRST:
-            difference = interval([r["runs"][name]["loss"] - r["runs"][FIRST]["loss"] for r in rows])
-            found["differences"][name] = difference
-            print(f"{name}: {difference}")
-    found["longer"] = [figures(run) for run in a.runs]
+    found: dict[str, Any] = {"rows": rows, "differences": differences(rows)}
+    longer = [{name: figures(Path(run)) for name, run in zip((n for n, *_ in a.runs), each, strict=True)}
+              for each in zip(*(runs for _, *runs in a.runs), strict=True)]  # fmt: skip
+    found["longer"] = [{"seed": seed, "runs": runs} for seed, runs in enumerate(longer)]
+    found["longer_differences"] = differences(found["longer"])
+    print(json.dumps({k: found[k] for k in ("differences", "longer", "longer_differences")}, indent=1))
     found["summaries"] = [statistics_of(s) for s in a.summaries]
     found["octaves"] = octave_energies(a.latents, a.sets) if a.sets else {}
     if a.json:

@@ -252,29 +252,27 @@ def stage2_table(results: dict[str, Any]) -> str:
     sys.path.insert(0, str(ROOT / "python"))
     from tcam_diff.tables.render import sets_text
 
-    rows, differences = results["rows"], results["differences"]
-    cells = []
-    for name in rows[0]["runs"]:
-        runs = [r["runs"][name] for r in rows]
-        d = differences.get(name)
-        more = f"{d['mean']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f})" if d else ""
-        cells.append([
-            name,
-            runs[0]["steps"],
-            f"{sum(r['minutes'] for r in runs) / len(runs):.1f}",
-            *(f"{r['loss']:.4f}" for r in runs),
-            more,
-        ])  # fmt: skip
-    losses = [f"held-out loss, seed {r['seed']}" for r in rows]
-    longer = ", ".join(f"{r['steps']} in {r['minutes']} min, {r['loss']:.4f}" for r in results["longer"])
     return "\n".join([
         provenance(results),
-        "",
-        *table(["network", "steps", "min", *losses, "difference from the first (95 %)"], cells),
-        *(["", f"Longer runs of the preset, steps and held-out loss: {longer}."] if longer else []),
+        *_losses(results["rows"], results["differences"]),
+        *_losses(results["longer"], results["longer_differences"]),
         *(["", "\n\n".join(sets_text(results["summaries"]))] if results["summaries"] else []),
         *_octaves(results["octaves"]),
     ])  # fmt: skip
+
+
+def _losses(rows: list[dict[str, Any]], differences: dict[str, Any]) -> list[str]:
+    """Losses of networks by seed, and their differences from the first one's."""
+    if not rows:
+        return []
+    cells = []
+    for name in rows[0]["runs"]:
+        runs, d = [r["runs"][name] for r in rows], differences.get(name)
+        more = f"{d['mean']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f})" if d else ""
+        minutes = ", ".join(f"{r['minutes']:.1f}" for r in runs)
+        cells.append([name, runs[0]["steps"], minutes, *(f"{r['loss']:.4f}" for r in runs), more])
+    losses = [f"held-out loss, seed {r['seed']}" for r in rows]
+    return ["", *table(["network", "steps", "min, by seed", *losses, "difference from the first (95 %)"], cells)]
 
 
 def _octaves(energies: dict[str, list[float]]) -> list[str]:

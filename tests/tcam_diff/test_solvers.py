@@ -137,6 +137,25 @@ def test_churn_keeps_the_mixture(back, normals, exact):
     assert float((end.sort().values - exact.sort().values).abs().mean()) < 0.05  # Wasserstein's distance
 
 
+def test_churn_has_less_bias_than_hot():
+    """Share of a mode's variance of 500 that an exact network leaves after 100 evaluations (docs/stage2.md)."""
+    variance, g = 500.0, torch.Generator().manual_seed(0)
+
+    def estimate(x: torch.Tensor, eta: float) -> Estimate:
+        c, s = math.cos(eta), math.sin(eta)
+        inner = c**2 * variance + s**2
+        return Estimate(x, s / inner * x, c * variance / inner * x, eta)
+
+    def share(method: str, steps: int, **options) -> float:
+        solver = Solver(method, draw=lambda like: torch.randn(like.shape, dtype=like.dtype, generator=g), **options)
+        start = torch.randn(100_000, dtype=torch.float64, generator=g)
+        return float(solver.solve(start, arc(steps, variances=(0.05, 5000.0)), estimate).square().mean()) / variance
+
+    assert share("churn", 50) == pytest.approx(0.98, abs=0.015)
+    assert share("churn", 50, churn=4.0) == pytest.approx(0.89, abs=0.015)
+    assert share("hot", 100) == pytest.approx(1.08, abs=0.015)
+
+
 def test_churn_evaluates_where_the_noise_takes_the_state():
     """Before each interval tan(eta) is larger by the interval's ratio to the power of the lengths gone back."""
     etas = arc(6, variances=(0.1, 100.0))
