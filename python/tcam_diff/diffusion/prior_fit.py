@@ -110,7 +110,7 @@ def cross_fit(
         for f in range(count):
             yield principal(states[part != f], most), states[part == f]
 
-    band, owner, _ = octaves(channels, sizes)
+    band, owner, octave = octaves(channels, sizes)
     counts = torch.bincount(band, minlength=len(owner)).double()
     energy = torch.zeros(len(candidates), len(owner), dtype=torch.float64)
     for p, held_out in parts():
@@ -142,7 +142,7 @@ def cross_fit(
         own += p.variances[: len(own)].double() / count
     if not kept:
         return CrossFit(fitted, others, part)
-    found = fit_held_out(held_out_of, octaves(channels, sizes).octave, floors[best], own)
+    found = fit_held_out(held_out_of, octave, floors[best], own)
     return CrossFit(found.apply(fitted), [found.apply(other) for other in others], part)
 
 
